@@ -1,0 +1,83 @@
+"""Train the emoji teacher: UNet2DConditionModel (31M) and CLIP text encoder (2.4M), v-prediction, zero terminal SNR.
+
+    python benchmarks/emoji/train_teacher.py --vae runs/vae/model --out runs/teacher [--resume] [--max-minutes 90]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import emoji
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from latents import EmojiLatents, encode_all, fold_normalisation
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sdlite.distill.tasks import TeacherTask
+from sdlite.distill.train import TrainConfig, fit
+from sdlite.tokenizer import ClipTokenizer
+
+HERE = Path(__file__).parent
+PREVIEW = [
+    "red apple", "grinning face", "dog face", "pizza", "sunflower on a blue background", "rocket on a black background",
+    "woman astronaut, dark skin tone", "man cook, light skin tone", "house with garden", "red heart", "red apple on a blue background",
+    "tiger face", "thumbs up, medium skin tone", "birthday cake", "hamburger", "smiling face with sunglasses", "ghost", "octopus",
+    "snowman", "airplane on a yellow background", "cat with tears of joy", "woman firefighter, medium-dark skin tone", "green book",
+    "three o'clock",
+]  # fmt: skip
+
+
+def build_unet() -> UNet2DConditionModel:
+    cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(96, 192, 256), layers_per_block=2, norm_num_groups=16,
+        down_block_types=(plain, cross, cross), up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=192, attention_head_dim=8,  # eight heads: diffusers' name for the number of heads
+    )  # fmt: skip
+
+
+def build_text_encoder(tokenizer: ClipTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=192, intermediate_size=768, projection_dim=192, num_hidden_layers=4, num_attention_heads=4,
+            max_position_embeddings=tokenizer.max_length, bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad,
+        )
+    )  # fmt: skip
+
+
+def normalised_vae(folder: Path, out: Path, data: emoji.Emoji) -> AutoencoderKL:
+    """The trained autoencoder with its latents normalised per channel; made once, next to the run."""
+    if not (out / "config.json").exists():
+        vae = AutoencoderKL.from_pretrained(folder).eval()
+        z = encode_all(vae, data)[:, ~data.heldout]
+        fold_normalisation(vae, z.mean((0, 1, 3, 4)), z.std((0, 1, 3, 4)))
+        vae.save_pretrained(out)
+    return AutoencoderKL.from_pretrained(out).eval().requires_grad_(False)
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap.add_argument("--vae", type=Path, required=True, help="folder written by train_vae.py")
+    ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument("--resume", action="store_true")
+    ap.add_argument("--max-minutes", type=float)
+    ap.add_argument("--images", type=int, default=800_000)
+    ap.add_argument("--threads", type=int, default=2)
+    args = ap.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(HERE / "tokenizer")
+    vae = normalised_vae(args.vae, args.out / "vae", data)
+    source = EmojiLatents(vae, tokenizer, data, args.out / "latents.safetensors")
+    unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+    parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"}
+    task = TeacherTask(unet, text_encoder, source, parts=parts, preview={"prompts": PREVIEW})
+    config = TrainConfig(max_images=args.images, batch_size=64, lr=5e-4, warmup_images=10_000, decay_from=0.5, sample_every=400, checkpoint_minutes=8)
+    fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What can be trained: a text-to-image teacher from scratch, a student from a teacher.
+
+Both see a `LatentSource` (images already encoded, captions already tokenized) and a `Recipe`d noise schedule; both are `Task`s for
+`sdlite.distill.train.fit`. Shape letters: B batch, C latent channels, h,w latent size, L tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from sdlite.distill.train import Batch
+from sdlite.sampling import Noise, Schedule, get_sampler, guide
+
+# Zero-terminal-SNR v-prediction with trailing spacing: stable at few steps (Salimans and Ho 2022; Lin et al. 2023, arXiv:2305.08891).
+V_ZERO_SNR: dict[str, Any] = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+    "set_alpha_to_one": True, "steps_offset": 0, "prediction_type": "v_prediction", "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+}  # fmt: skip
+
+
+class LatentSource(Protocol):
+    """Encoded pictures with their captions."""
+
+    def draw(self, size: int, generator: torch.Generator) -> Batch:
+        """{"ids": sample ids, "latents": (B, C, h, w) scaled as the UNet sees them, "input_ids": int64 (B, L)}."""
+
+    empty_ids: Tensor  # (L,), the tokens of ""
+
+
+class Forward:
+    """q(x_t | x_0) and the network's target, for one `Schedule`."""
+
+    def __init__(self, schedule: Schedule):
+        self.kind = schedule.prediction_type
+        self.alpha_bar = torch.from_numpy(schedule.alphas_cumprod().astype(np.float64))
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(a), sqrt(1 - a) at integer timesteps t (B,), each (B, 1, 1, 1) float32."""
+        a = self.alpha_bar.to(t.device)[t].clamp(min=0).view(-1, 1, 1, 1)
+        return a.sqrt().float(), (1 - a).sqrt().float()
+
+    def __call__(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and the target at t: noise, x_0, or v = sqrt(a) eps - sqrt(1 - a) x_0."""
+        alpha, sigma = self.coefficients(t)
+        target = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}[self.kind]
+        return alpha * x0 + sigma * noise, target
+
+
+def stratified_timesteps(size: int, total: int, generator: torch.Generator) -> Tensor:
+    """One timestep from each of `size` equal slices of [0, total): uniform, with less variance than independent draws."""
+    return ((torch.arange(size) + torch.rand(size, generator=generator)) * (total / size)).long().clamp(max=total - 1)
+
+
+class _Denoising:
+    """What the teacher's and the student's tasks share: the batch, the noise and the preview."""
+
+    def __init__(self, source: LatentSource, scheduler: dict[str, Any], parts: dict[str, Any], caption_dropout: float, preview: dict[str, Any]):
+        self.source, self.scheduler, self.parts, self.caption_dropout, self.preview = source, scheduler, parts, caption_dropout, preview
+        self.schedule = Schedule.from_config(scheduler)
+        self.forward = Forward(self.schedule)
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
+        batch = self.source.draw(size, generator)
+        drop = torch.rand(size, generator=generator) < self.caption_dropout
+        batch["input_ids"] = torch.where(drop[:, None], self.source.empty_ids, batch["input_ids"])
+        batch["noise"] = torch.randn(batch["latents"].shape, generator=generator)
+        batch["t"] = stratified_timesteps(size, self.schedule.num_train_timesteps, generator)
+        return batch
+
+    def save(self, modules: dict[str, nn.Module], folder: Path) -> None:
+        save_pipeline(folder, {**self.parts, **modules}, self.scheduler)
+
+    def sample(self, modules: dict[str, nn.Module], path: Path) -> None:
+        images = preview({**self.parts, **modules}, self.schedule, **self.preview)
+        columns = 8
+        rows = [np.concatenate(list(images[r : r + columns]), 1) for r in range(0, len(images) - columns + 1, columns)]
+        grid = Image.fromarray(np.concatenate(rows, 0))
+        grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST).save(path)
+
+
+class TeacherTask(_Denoising):
+    """Train UNet and text encoder together from scratch: MSE to the schedule's target."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module, source: LatentSource, *, parts: dict[str, Any], preview: dict[str, Any],
+                 scheduler: dict[str, Any] = V_ZERO_SNR, caption_dropout: float = 0.1):  # fmt: skip
+        super().__init__(source, scheduler, parts, caption_dropout, preview)
+        self.modules: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
+
+    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+        x, target = self.forward(batch["latents"], batch["noise"], batch["t"])
+        embeds = modules["text_encoder"](batch["input_ids"])[0]
+        out = modules["unet"](x, batch["t"], embeds).sample
+        return {"loss": F.mse_loss(out.float(), target)}
+
+
+@torch.no_grad()
+def preview(parts: dict[str, Any], schedule: Schedule, *, prompts: list[str], num_inference_steps: int = 25,
+            guidance_scale: float = 4.0, seed: int = 0, sampler: str = "ddim") -> np.ndarray:  # fmt: skip
+    """uint8 (B, H, W, 3) from networks that are still in training; prompt i gets seed + i."""
+    unet, text_encoder, vae, tokenizer = parts["unet"], parts["text_encoder"], parts["vae"], parts["tokenizer"]
+    device = next(unet.parameters()).device
+    config = unet.config
+    ids = torch.from_numpy(tokenizer([*prompts, ""])).to(device)
+    embeds = text_encoder(ids)[0]
+    cond, uncond = embeds[:-1], embeds[-1:].expand(len(prompts), -1, -1)
+    noise = [Noise(seed + i) for i in range(len(prompts))]
+    x = np.stack([n.normal((config.in_channels, config.sample_size, config.sample_size)) for n in noise])
+    solver = get_sampler(sampler, schedule, num_inference_steps)
+    x = x * np.float32(solver.init_noise_sigma)
+    for i, t in enumerate(solver.timesteps):
+        xt = torch.from_numpy(solver.scale_model_input(i, x)).to(device)
+        time = torch.tensor([float(t)], device=device)
+        out = unet(xt, time, cond).sample.cpu().numpy()
+        if guidance_scale != 1:
+            out = guide(unet(xt, time, uncond).sample.cpu().numpy(), out, guidance_scale)
+        x = solver.step(i, out, x, noise)
+    pixels = vae.decode(torch.from_numpy(x).to(device) / vae.config.scaling_factor).sample
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_pipeline(folder: Path, parts: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    """Write UNet, text encoder, VAE, tokenizer and DDIM scheduler as a diffusers `StableDiffusionPipeline` folder (safetensors)."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    pipe = StableDiffusionPipeline(
+        vae=parts["vae"], text_encoder=parts["text_encoder"], tokenizer=CLIPTokenizer.from_pretrained(parts["tokenizer_folder"]),
+        unet=parts["unet"], scheduler=DDIMScheduler(**scheduler), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder, safe_serialization=True)

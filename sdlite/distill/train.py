@@ -1,0 +1,252 @@
+"""The one training loop: draw, forward, backward, step, EMA; checkpoint, resume, log, sample.
+
+A `Task` says what is trained and how a batch becomes a loss; `fit` owns everything else. All randomness of step `k` comes
+from one generator seeded by (seed, k), so an interrupted run that is resumed equals one that was not, bit for bit on one
+process, and several processes draw the same global batch and take their slice of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sdlite.errors import TrainingError
+
+Batch = dict[str, Any]
+
+
+class Task(Protocol):
+    """What is trained. `modules` are the trained networks by name; `fit` prepares them and hands them back to `loss`."""
+
+    modules: dict[str, nn.Module]
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
+        """Draw `size` samples and all the noise they need; values are tensors (B, ...) or lists of length B."""
+
+    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+        """Scalar terms by name; `loss` is what is minimised, the others are logged."""
+
+    def save(self, modules: dict[str, nn.Module], folder: Path) -> None:
+        """Write the (EMA) networks as a user would load them."""
+
+    def sample(self, modules: dict[str, nn.Module], path: Path) -> None:
+        """Write a picture that shows how far training is."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and how fast. Lengths are counted in images, so that they do not depend on the batch size."""
+
+    max_images: int
+    batch_size: int = 64  # over all processes
+    micro_batch_size: int | None = None  # gradient accumulation when smaller than batch_size; None = no accumulation
+    lr: float = 3e-4
+    final_lr: float = 1e-5
+    warmup_images: int = 5_000
+    decay_from: float = 0.5  # constant until this share of max_images, then cosine to final_lr
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: str = "no"  # "no", "bf16" or "fp16"
+    seed: int = 0
+    log_every: int = 20  # steps
+    sample_every: int = 2_000  # steps; 0 = never
+    checkpoint_minutes: float = 5.0
+    keep_checkpoints: int = 2
+
+    def lr_at(self, images: int) -> float:
+        if images < self.warmup_images:
+            return self.lr * (images + 1) / self.warmup_images
+        share = images / self.max_images
+        if share <= self.decay_from:
+            return self.lr
+        phase = min(1.0, (share - self.decay_from) / (1 - self.decay_from))
+        return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * phase))
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
+
+
+def _split(batch: Batch, start: int, stop: int) -> Batch:
+    return {k: v[start:stop] for k, v in batch.items()}
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+class _State:
+    """Networks, their EMA and the optimizer, as one thing that is saved and restored whole."""
+
+    def __init__(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer):
+        self.modules, self.optimizer = modules, optimizer
+        self.ema = {k: copy.deepcopy(m).eval().requires_grad_(False) for k, m in modules.items()}
+        self.names = {p: f"{k}.{n}" for k, m in modules.items() for n, p in m.named_parameters()}
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        for k, m in self.modules.items():
+            torch._foreach_lerp_(list(self.ema[k].parameters()), [p.detach() for p in m.parameters()], 1 - decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {f"model.{k}.{n}": t for k, m in self.modules.items() for n, t in m.state_dict().items()}
+        out |= {f"ema.{k}.{n}": t for k, m in self.ema.items() for n, t in m.state_dict().items()}
+        for p, s in self.optimizer.state.items():
+            out |= {f"optimizer.{self.names[p]}.{field}": t for field, t in s.items()}
+        return {k: t.detach().contiguous().clone() for k, t in out.items()}
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as f:
+            for prefix, group in (("model", self.modules), ("ema", self.ema)):
+                for k, m in group.items():
+                    head = f"{prefix}.{k}."
+                    m.load_state_dict({n[len(head):]: f.get_tensor(n) for n in f.keys() if n.startswith(head)})
+            fields: dict[str, dict[str, Tensor]] = {}
+            for n in f.keys():
+                if n.startswith("optimizer."):
+                    parameter, field = n[len("optimizer."):].rsplit(".", 1)
+                    fields.setdefault(parameter, {})[field] = f.get_tensor(n)
+        for p, name in self.names.items():
+            if name in fields:
+                self.optimizer.state[p] = fields[name]
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    return sorted(p for p in out.glob("checkpoint-*") if p.is_dir() and not p.name.endswith(".tmp"))
+
+
+def _write_checkpoint(out: Path, state: _State, meta: dict[str, Any], keep: int) -> None:
+    final = out / f"checkpoint-{meta['step']:08d}"
+    if final.exists():
+        return
+    tmp = final.with_name(final.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    save_file(state.tensors(), tmp / "state.safetensors")
+    (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
+    os.replace(tmp, final)
+    for old in _checkpoints(out)[:-keep]:
+        shutil.rmtree(old)
+
+
+def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = False, max_minutes: float | None = None) -> dict[str, Any]:
+    """Train `task` until `max_images`, an interrupt, or `max_minutes`; always leaves a checkpoint and the EMA networks.
+
+    Args:
+        out: folder for checkpoints, `stats.jsonl`, sample pictures and, at the end, what `task.save` writes in `model/`.
+        resume: go on from the newest checkpoint in `out`. Without it a folder that has one is refused.
+        max_minutes: stop after this wall time; 0 stops at once, None never.
+
+    Returns:
+        {"images", "step", "seconds", "finished", "loss"}.
+
+    Raises:
+        TrainingError: the loss is not finite (names step and sample ids); checkpoints exist and `resume` is False;
+            the checkpoint was made with another batch size or seed.
+    """
+    from accelerate import Accelerator
+
+    out = Path(out)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    micro = config.micro_batch_size or config.batch_size
+    if config.batch_size % world or config.batch_size // world % min(micro, config.batch_size // world):
+        raise TrainingError(f"batch_size={config.batch_size} does not split over {world} processes into parts of {micro}; choose a multiple.")
+    done = _checkpoints(out)
+    if done and not resume:
+        raise TrainingError(f"{out} already holds {done[-1].name}; pass resume=True to go on from it, or choose another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+
+    optimizer = torch.optim.AdamW(
+        [p for m in task.modules.values() for p in m.parameters() if p.requires_grad],
+        lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True,
+    )
+    state = _State({k: m.to(device) for k, m in task.modules.items()}, optimizer)
+    step = images = 0
+    if done:
+        meta = json.loads((done[-1] / "meta.json").read_text())
+        for field in ("batch_size", "seed"):
+            if meta["config"][field] != getattr(config, field):
+                raise TrainingError(f"{done[-1]} was made with {field}={meta['config'][field]}, now {getattr(config, field)}; an exact resume needs the same.")
+        state.restore(done[-1] / "state.safetensors")
+        step, images = meta["step"], meta["images"]
+    prepared = {k: accelerator.prepare_model(m.train()) for k, m in task.modules.items()}
+    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
+    parameters = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]
+
+    def checkpoint() -> None:
+        if accelerator.is_main_process:
+            _write_checkpoint(out, state, {"step": step, "images": images, "config": asdict(config)}, config.keep_checkpoints)
+        accelerator.wait_for_everyone()
+
+    start = last_checkpoint = last_log = time.monotonic()
+    share = config.batch_size // world
+    micro = min(micro, share)
+    running: dict[str, float] = {}
+    logged_images = images
+    bar = tqdm(total=config.max_images, initial=images, unit="img", disable=not accelerator.is_main_process, mininterval=5, smoothing=0.05)
+    try:
+        while images < config.max_images:
+            if max_minutes is not None and time.monotonic() - start >= max_minutes * 60:
+                break
+            lr = config.lr_at(images)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = task.batch(config.batch_size, step_generator(config.seed, step))
+            batch = _to(_split(batch, rank * share, (rank + 1) * share), device)
+            terms: dict[str, float] = {}
+            for i in range(0, share, micro):
+                part = _split(batch, i, i + micro)
+                with accelerator.autocast():
+                    losses = task.loss(prepared, part, step)
+                for k, v in losses.items():
+                    terms[k] = terms.get(k, 0.0) + v.item() * micro / share
+                if not math.isfinite(terms["loss"]):
+                    raise TrainingError(f"loss is {terms['loss']} at step {step} (terms {terms}; samples {part.get('ids')}); lower the learning rate or look at these samples.")
+                accelerator.backward(losses["loss"] * (micro / share))
+            norm = accelerator.clip_grad_norm_(parameters, config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.update_ema(min(config.ema_decay, (1 + step) / (10 + step)))
+            step, images = step + 1, images + config.batch_size
+            terms["grad_norm"] = float(norm)
+            for k, v in terms.items():
+                running[k] = v if k not in running else 0.95 * running[k] + 0.05 * v
+            bar.update(config.batch_size)
+            if accelerator.is_main_process and step % config.log_every == 0:
+                now = time.monotonic()
+                row = {"step": step, "images": images, "lr": lr, "images_per_second": (images - logged_images) / (now - last_log), **running}
+                last_log, logged_images = now, images
+                with open(out / "stats.jsonl", "a") as f:
+                    f.write(json.dumps(row) + "\n")
+                bar.set_postfix(loss=f"{running['loss']:.4f}")
+            if config.sample_every and step % config.sample_every == 0 and accelerator.is_main_process:
+                task.sample(state.ema, out / f"sample-{step:08d}.png")
+            if time.monotonic() - last_checkpoint >= config.checkpoint_minutes * 60:
+                checkpoint()
+                last_checkpoint = time.monotonic()
+    except KeyboardInterrupt:
+        bar.write("interrupted: writing a checkpoint")
+    bar.close()
+    checkpoint()
+    if accelerator.is_main_process:
+        task.save(state.ema, out / "model")
+        task.sample(state.ema, out / "sample-last.png")
+        print(f"{out}: {images} images, step {step}, loss {running.get('loss', float('nan')):.4f}; networks in {out / 'model'}")
+    return {"images": images, "step": step, "seconds": time.monotonic() - start, "finished": images >= config.max_images, "loss": running.get("loss")}

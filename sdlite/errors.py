@@ -1,0 +1,39 @@
+"""Every error that sdlite raises on purpose. Each message says what is wrong, what was given, what is accepted, what to do next."""
+
+from __future__ import annotations
+
+
+class SdliteError(Exception):
+    """Base class: `except sdlite.errors.SdliteError` catches all that the package raises on purpose."""
+
+
+class UnknownNameError(SdliteError, ValueError):
+    """A name (model, sampler, precision, backend, device, ...) is not one of the accepted ones."""
+
+
+class ShapeError(SdliteError, ValueError):
+    """A size or an array shape is not accepted."""
+
+
+class InputError(SdliteError, ValueError):
+    """An argument or an input file cannot be used."""
+
+
+class ArtifactError(SdliteError):
+    """A model folder is missing something, damaged, unsafe, or of an unknown format."""
+
+
+class PrecisionError(SdliteError, ValueError):
+    """The precision is known but this artefact or backend does not have it."""
+
+
+class MissingExtraError(SdliteError, ImportError):
+    """An optional package is not installed; the message names the extra."""
+
+
+class HubError(SdliteError):
+    """A model could not be fetched from the hub or found in its cache."""
+
+
+class TrainingError(SdliteError):
+    """Training cannot start or go on."""

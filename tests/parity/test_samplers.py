@@ -1,0 +1,123 @@
+"""Every numpy sampler against diffusers' scheduler of the same name, over whole loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sdlite.sampling import Noise, Schedule, get_sampler, sampler_of
+
+torch = pytest.importorskip("torch", reason="needs the torch extra")
+diffusers = pytest.importorskip("diffusers", reason="needs the torch extra")
+
+SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+CASES = {
+    "ddim": ("DDIMScheduler", {"set_alpha_to_one": False, "clip_sample": False}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++2m-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "lcm": ("LCMScheduler", {}),
+}
+PREDICTIONS = {
+    "pndm": ("epsilon", "v_prediction"),  # diffusers has no others here
+    "euler-ancestral": ("epsilon", "v_prediction"),
+}
+SHAPE = (2, 4, 8, 8)
+
+
+def network(x: np.ndarray, t: float) -> np.ndarray:
+    """Any fixed smooth function of latents and timestep will do."""
+    return (np.sin(x + t / 400) * 0.7).astype(np.float32)
+
+
+class TorchNoise:
+    """torch's own draw, so that this file's tolerance is about the samplers; `Noise` is compared below."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, shape):
+        return torch.randn(tuple(shape), generator=self.generator).numpy()
+
+
+def reference(name: str, config: dict, steps: int, x: np.ndarray) -> np.ndarray:
+    scheduler = getattr(diffusers, name).from_config(config)
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # Karras sigmas repeat timesteps, and diffusers would look the index up by timestep
+    generators = [torch.Generator().manual_seed(100 + i) for i in range(len(x))]
+    x = torch.from_numpy(x) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        out = torch.from_numpy(network(scheduler.scale_model_input(x, t).numpy(), float(t)))
+        extra = {"generator": generators} if name in ("EulerAncestralDiscreteScheduler", "LCMScheduler") else {}
+        x = scheduler.step(out, t, x, **extra).prev_sample
+    return x.numpy()
+
+
+def ours(sampler: str, config: dict, steps: int, x: np.ndarray) -> np.ndarray:
+    solver = get_sampler(sampler, Schedule.from_config(config), steps)
+    noise = [TorchNoise(100 + i) for i in range(len(x))]
+    x = x * np.float32(solver.init_noise_sigma)
+    for i, t in enumerate(solver.timesteps):
+        x = solver.step(i, network(solver.scale_model_input(i, x), float(t)), x, noise)
+    assert x.dtype == np.float32
+    return x
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("steps", [1, 2, 4, 7, 25])
+@pytest.mark.parametrize("zero_snr", [False, True], ids=["", "zero-snr"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("sampler", CASES)
+def test_sampler_equals_diffusers_over_the_whole_loop(sampler, prediction, spacing, zero_snr, steps):
+    name, extra = CASES[sampler]
+    if prediction not in PREDICTIONS.get(sampler, (prediction,)):
+        pytest.skip(f"diffusers' {name} has no {prediction} prediction to compare with")
+    if zero_snr and sampler == "pndm":
+        pytest.skip("diffusers' PNDMScheduler has no rescale_betas_zero_snr")
+    if zero_snr and prediction == "epsilon" and (spacing != "leading" or sampler == "lcm"):
+        pytest.skip("epsilon prediction says nothing about x_0 at zero SNR: both divide by zero")
+    config = {**SD, "_class_name": name, "prediction_type": prediction, "timestep_spacing": spacing, **extra}
+    if sampler != "pndm":
+        config["rescale_betas_zero_snr"] = zero_snr
+    assert sampler_of(config) == sampler
+    x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    want, got = reference(name, config, steps, x), ours(sampler, config, steps, x)
+    assert np.isfinite(want).all()
+    scale = max(1.0, float(np.abs(want).max()))
+    # At sigma = 4096 the ancestral split subtracts two float32 numbers that agree to five digits: diffusers' own rounding.
+    atol = 1e-4 if zero_snr and sampler == "euler-ancestral" else 1e-5
+    np.testing.assert_allclose(got / scale, want / scale, rtol=0, atol=atol)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_alphas_cumprod_equal_diffusers(beta_schedule):
+    for zero in (False, True):
+        config = {**SD, "beta_schedule": beta_schedule, "rescale_betas_zero_snr": zero}
+        want = diffusers.DDIMScheduler(**config).alphas_cumprod.numpy()
+        np.testing.assert_allclose(Schedule.from_config(config).alphas_cumprod(), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("seed", [0, 1, 7, 2**31, 2**32 - 1, 2**32, 2**40 + 5])
+@pytest.mark.parametrize("shape", [(16,), (4, 64, 64), (3, 7), (8, 8, 8), (1, 101)])
+def test_noise_equals_torch_cpu_generator(seed, shape):
+    generator, noise = torch.Generator().manual_seed(seed), Noise(seed)
+    for _ in range(3):
+        np.testing.assert_allclose(noise.normal(shape), torch.randn(shape, generator=generator).numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parity
+def test_a_sampler_with_one_wrong_step_is_caught(monkeypatch):
+    from sdlite import sampling
+
+    config = {**SD, "_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "clip_sample": False}
+    x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    want = reference("DDIMScheduler", config, 4, x)
+    monkeypatch.setattr(sampling.DDIM, "_alpha_before", lambda self, t: self.alpha_bar[max(t, 0)] * np.float32(0.999))
+    assert np.abs(ours("ddim", config, 4, x) - want).max() > 1e-4
