@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from sdlite.distill.features import Taps, block_taps
+from sdlite.distill.losses import output_loss, feature_loss
 from sdlite.distill.train import Batch
+from sdlite.errors import InputError
 from sdlite.sampling import Noise, Schedule, get_sampler, guide
 
 # Zero-terminal-SNR v-prediction with trailing spacing: stable at few steps (Salimans and Ho 2022; Lin et al. 2023, arXiv:2305.08891).
@@ -99,6 +102,76 @@ class TeacherTask(_Denoising):
         embeds = modules["text_encoder"](batch["input_ids"])[0]
         out = modules["unet"](x, batch["t"], embeds).sample
         return {"loss": F.mse_loss(out.float(), target)}
+
+
+class StudentForward(nn.Module):
+    """Student and projectors as one module, so that DDP sees one forward: prediction and projected features."""
+
+    def __init__(self, unet: nn.Module, projectors: nn.ModuleDict, taps: dict[str, str]):
+        super().__init__()
+        self.unet, self.projectors, self.taps = unet, projectors, taps
+
+    def forward(self, x: Tensor, t: Tensor, embeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with Taps(self.unet, self.taps) as tapped:
+            out = self.unet(x, t, embeds).sample
+        return out, {k: self.projectors[k](f) if k in self.projectors else f for k, f in tapped.features.items()}
+
+
+class StudentTask(_Denoising):
+    """Train a student UNet by task, output and feature distillation (BK-SDM, arXiv:2305.15798, eq. 4).
+
+    The text encoder is the teacher's and stays frozen. Where widths differ, a 1x1 projector (trained, not saved) maps the student's
+    feature to the teacher's channels. Teacher and student see the same dropped captions.
+    """
+
+    def __init__(self, student: Any, teacher: Any, text_encoder: nn.Module, source: LatentSource, *, parts: dict[str, Any], preview: dict[str, Any],
+                 task_weight: float = 1.0, output_weight: float = 1.0, feature_weight: float = 0.1,
+                 scheduler: dict[str, Any] = V_ZERO_SNR, caption_dropout: float = 0.1):  # fmt: skip
+        super().__init__(source, scheduler, {**parts, "text_encoder": text_encoder}, caption_dropout, preview)
+        self.teacher, self.text_encoder = teacher.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False)
+        self.task_weight, self.output_weight, self.feature_weight = task_weight, output_weight, feature_weight
+        mine, theirs = block_taps(student), block_taps(teacher)
+        taps = {k: v for k, v in mine.items() if k in theirs} if feature_weight else {}
+        self.teacher_taps = {k: theirs[k] for k in taps}
+        self.tap_weights = {k: 1.0 / max(len(taps), 1) for k in taps}
+        projectors = nn.ModuleDict()
+        for k, (c, d) in tap_channels(student, teacher, taps, self.teacher_taps).items():
+            if c != d:
+                projectors[k] = nn.Conv2d(c, d, 1)
+        self.modules: dict[str, nn.Module] = {"student": StudentForward(student, projectors, taps)}
+
+    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+        x, target = self.forward(batch["latents"], batch["noise"], batch["t"])
+        with torch.no_grad(), Taps(self.teacher, self.teacher_taps) as tapped:
+            embeds = self.text_encoder(batch["input_ids"])[0]
+            wanted = self.teacher(x, batch["t"], embeds).sample
+        out, features = modules["student"](x, batch["t"], embeds)
+        terms = {"task": output_loss(out, target), "output": output_loss(out, wanted)}
+        loss = self.task_weight * terms["task"] + self.output_weight * terms["output"]
+        if self.feature_weight:
+            terms["feature"] = feature_loss(features, tapped.features, self.tap_weights)
+            loss = loss + self.feature_weight * terms["feature"]
+        return {"loss": loss, **terms}
+
+    def save(self, modules: dict[str, nn.Module], folder: Path) -> None:
+        super().save({"unet": modules["student"].unet}, folder)
+
+    def sample(self, modules: dict[str, nn.Module], path: Path) -> None:
+        super().sample({"unet": modules["student"].unet}, path)
+
+
+@torch.no_grad()
+def tap_channels(student: Any, teacher: Any, mine: dict[str, str], theirs: dict[str, str]) -> dict[str, tuple[int, int]]:
+    """tap -> (student channels, teacher channels), found by one forward of each."""
+    shapes = []
+    for network, taps in ((student, mine), (teacher, theirs)):
+        c = network.config
+        with Taps(network, taps) as tapped:
+            network(torch.zeros(1, c.in_channels, c.sample_size, c.sample_size), 0, torch.zeros(1, 2, c.cross_attention_dim))
+        shapes.append({k: f.shape for k, f in tapped.features.items()})
+    if bad := [k for k in mine if shapes[0][k][2:] != shapes[1][k][2:]]:
+        raise InputError(f"feature taps {bad} have different resolutions in student and teacher; choose other taps.")
+    return {k: (shapes[0][k][1], shapes[1][k][1]) for k in mine}
 
 
 @torch.no_grad()

@@ -1,0 +1,52 @@
+"""Distil the emoji student from the teacher: BK-Base's blocks at half width (5.4M), task + output + feature losses.
+
+    python benchmarks/emoji/train_student.py --teacher runs/teacher/model --latents runs/teacher/latents.safetensors --out runs/student
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import emoji
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from latents import EmojiLatents
+from train_teacher import HERE, PREVIEW
+from transformers import CLIPTextModel
+
+from sdlite.distill.students import PRESETS, build
+from sdlite.distill.tasks import StudentTask
+from sdlite.distill.train import TrainConfig, fit
+from sdlite.tokenizer import ClipTokenizer
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap.add_argument("--teacher", type=Path, required=True, help="diffusers folder written by train_teacher.py")
+    ap.add_argument("--latents", type=Path, required=True, help="latent cache of that run; made when missing")
+    ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument("--init", type=Path, help="go on from this student's unet folder instead of slicing the teacher")
+    ap.add_argument("--resume", action="store_true")
+    ap.add_argument("--max-minutes", type=float)
+    ap.add_argument("--images", type=int, default=400_000)
+    ap.add_argument("--lr", type=float, default=1e-3)
+    ap.add_argument("--threads", type=int, default=2)
+    args = ap.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(HERE / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(args.teacher / "vae").eval().requires_grad_(False)
+    teacher = UNet2DConditionModel.from_pretrained(args.teacher / "unet").eval()
+    text_encoder = CLIPTextModel.from_pretrained(args.teacher / "text_encoder").eval()
+    student = UNet2DConditionModel.from_pretrained(args.init) if args.init else build(teacher, PRESETS["half"])
+    parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"}
+    source = EmojiLatents(vae, tokenizer, data, args.latents)
+    task = StudentTask(student, teacher, text_encoder, source, parts=parts, preview={"prompts": PREVIEW})
+    config = TrainConfig(max_images=args.images, batch_size=64, lr=args.lr, warmup_images=5_000, decay_from=0.4, sample_every=500)
+    fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The artefact: a diffusers folder with ONNX graphs beside the weights and `sdlite.json`, the manifest that ties them together.
+
+    model_index.json  tokenizer/  scheduler/  text_encoder/  unet/  vae/      diffusers' own layout, safetensors
+    <part>/model.onnx                                                         graphs, for text_encoder, unet, vae_decoder
+    sdlite.json                                                               format, student, variants, sampler, file hashes
+
+A folder without a manifest is a plain diffusers pipeline and is accepted for the `torch` backend. Readers refuse unknown major
+versions, paths that leave the folder, missing or changed files, and pickles. Writers write beside and rename.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sdlite.errors import ArtifactError, InputError
+
+MANIFEST = "sdlite.json"
+FORMAT = "1.0"
+PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-static")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+PARTS = ("text_encoder", "unet", "vae_decoder")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        out = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; the folder is not a whole model. Fetch or save it again.") from None
+    except (ValueError, OSError) as e:
+        raise ArtifactError(f"{path} cannot be read ({e}); fetch or save the model again.") from e
+    if not isinstance(out, dict):
+        raise ArtifactError(f"{path} holds {type(out).__name__}, not an object; fetch or save the model again.")
+    return out
+
+
+@dataclass(frozen=True)
+class SamplerDefaults:
+    """What a call uses when it does not say: the student's own steps and guidance."""
+
+    num_inference_steps: int
+    guidance_scale: float
+
+
+@dataclass
+class Manifest:
+    """sdlite.json. `variants`: precision -> part -> {file, weights, storage, arithmetic, opset}; `files`: path -> {sha256, bytes}."""
+
+    format: str = FORMAT
+    name: str = ""
+    student: dict[str, Any] = field(default_factory=dict)
+    sampler: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
+    size_multiple: int = 8  # height and width must be multiples of this for the ONNX graphs
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Manifest:
+        version = str(data.get("format", ""))
+        if version.split(".")[0] != FORMAT.split(".")[0]:
+            raise ArtifactError(f"{MANIFEST} has format {version!r}; this sdlite reads {FORMAT.split('.')[0]}.x. Update sdlite or save the model again.")
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := set(data) - known:
+            raise ArtifactError(f"{MANIFEST} has unknown keys {sorted(unknown)}; known: {', '.join(sorted(known))}.")
+        out = cls(**data)
+        try:
+            for path, entry in out.files.items():
+                safe_path(path)
+                entry["sha256"], int(entry["bytes"])
+            for precision, parts in out.variants.items():
+                if precision not in PRECISIONS:
+                    raise ArtifactError(f"{MANIFEST} has a variant {precision!r}; known: {', '.join(PRECISIONS)}.")
+                for part, entry in parts.items():
+                    if missing := [p for p in (entry["file"], *entry["weights"]) if p not in out.files]:
+                        raise ArtifactError(f"{MANIFEST}: {precision} {part} names {missing}, which `files` does not list; save the model again.")
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            if isinstance(e, ArtifactError):
+                raise
+            raise ArtifactError(f"{MANIFEST} is malformed ({type(e).__name__}: {e}); save the model again.") from e
+        return out
+
+
+def safe_path(path: str) -> PurePosixPath:
+    """A relative POSIX path that stays inside the folder and is not a pickle."""
+    p = PurePosixPath(path)
+    if not path or p.is_absolute() or ".." in p.parts or "\\" in path or ":" in path:
+        raise ArtifactError(f"{MANIFEST} names {path!r}, which is not a plain path inside the model folder; do not use this model.")
+    if p.suffix.lower() in PICKLES:
+        raise ArtifactError(f"{MANIFEST} names {path!r}, a pickle format that can run code; only safetensors and ONNX are loaded.")
+    return p
+
+
+class Artifact:
+    """An opened model folder."""
+
+    def __init__(self, folder: Path, manifest: Manifest | None):
+        self.folder, self.manifest = folder, manifest
+        self.index = read_json(folder / "model_index.json")
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Artifact:
+        """Read the manifest (or accept a plain diffusers folder); file contents are verified when they are loaded.
+
+        Raises:
+            ArtifactError: not a model folder, or a manifest that is damaged, unsafe or of another major version.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ArtifactError(f"{folder} is not a folder; give a model folder, a hub id or the name of an embedded model.")
+        if not (folder / "model_index.json").exists():
+            raise ArtifactError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder; give the folder that holds it.")
+        path = folder / MANIFEST
+        return cls(folder, Manifest.from_dict(read_json(path)) if path.exists() else None)
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name if self.manifest and self.manifest.name else self.folder.name
+
+    def has_onnx(self, precision: str) -> bool:
+        return bool(self.manifest and set(PARTS) <= set(self.manifest.variants.get(precision, {})))
+
+    def config(self, part: str) -> dict[str, Any]:
+        return read_json(self.folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
+
+    def verify(self, paths: Iterable[str] | None = None) -> list[str]:
+        """Check size and SHA-256 of `paths` (default: every file of the manifest); returns what was checked.
+
+        Raises:
+            ArtifactError: the first file that is missing, cut off, or changed, named with what was expected.
+        """
+        if self.manifest is None:
+            raise ArtifactError(f"{self.folder} has no {MANIFEST}, so there is nothing to verify it against; save it with Pipeline.save_pretrained.")
+        checked = sorted(self.manifest.files) if paths is None else list(paths)
+        for path in checked:
+            entry, file = self.manifest.files[path], self.folder / safe_path(path)
+            if not file.is_file():
+                raise ArtifactError(f"{file} is missing; fetch or save the model again.")
+            if not file.resolve().is_relative_to(self.folder.resolve()) and not _in_hub_cache(self.folder, file):
+                raise ArtifactError(f"{file} is a link that leaves the model folder; do not use this model.")
+            if (size := file.stat().st_size) != entry["bytes"]:
+                raise ArtifactError(f"{file} has {size} bytes, the manifest says {entry['bytes']}; it is cut off or changed. Fetch the model again.")
+            if (digest := sha256(file)) != entry["sha256"]:
+                raise ArtifactError(f"{file} has SHA-256 {digest[:12]}..., the manifest says {entry['sha256'][:12]}...; it was changed. Fetch the model again.")
+        return checked
+
+    def loose_pickles(self) -> list[str]:
+        return sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.suffix.lower() in PICKLES)
+
+
+def _in_hub_cache(folder: Path, file: Path) -> bool:
+    """huggingface_hub links snapshots/<rev>/file to blobs/<hash> beside it: links into that folder are its own."""
+    repo = next((p for p in folder.parents if (p / "blobs").is_dir() and (p / "snapshots").is_dir()), None)
+    return repo is not None and file.resolve().is_relative_to((repo / "blobs").resolve())
+
+
+@contextmanager
+def writing(out: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        InputError: `out` exists and is not an empty folder.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an empty folder; choose another or remove it.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        yield tmp
+        os.chmod(tmp, 0o755)
+        if out.exists():
+            out.rmdir()
+        os.replace(tmp, out)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Hash every file below `folder` into `manifest.files` and write sdlite.json beside and rename."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    manifest.files = {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in paths}
+    Manifest.from_dict(json.loads(json.dumps(dataclasses.asdict(manifest))))
+    tmp = folder / (MANIFEST + ".tmp")
+    tmp.write_text(json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(tmp, folder / MANIFEST)

@@ -1,0 +1,149 @@
+"""Backends: (artefact, precision, device) -> three callables. They differ in arithmetic alone.
+
+A `Network` maps the named arrays of its `IOSpec` to one array. Sampling, guidance, tokens and pixels are shared and not here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from sdlite.artifact import PARTS, PRECISIONS, Artifact
+from sdlite.errors import ArtifactError, MissingExtraError, PrecisionError, UnknownNameError
+
+
+class Network(Protocol):
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class NetworkReport:
+    """What runs, as `pipe.report` shows it."""
+
+    part: str
+    file: str
+    bytes: int  # weights on disk
+    storage: str  # dtype of the weights on disk
+    arithmetic: str  # dtype that the engine computes in
+    load_seconds: float
+
+
+@dataclass
+class Report:
+    """What the pipeline chose and why."""
+
+    model: str
+    backend: str
+    device: str
+    precision: str
+    reason: str
+    engine: str  # name and version
+    networks: list[NetworkReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {self.precision} on {self.backend} ({self.engine}), {self.device}; {self.reason}"]
+        lines += [
+            f"  {n.part:<13} {n.bytes / 1e6:8.2f} MB {n.storage:<8} -> {n.arithmetic:<8} loaded in {n.load_seconds:.2f} s  {n.file}" for n in self.networks
+        ]
+        return "\n".join(lines + [f"  note: {n}" for n in self.notes])
+
+
+@dataclass
+class Networks:
+    text_encoder: Network
+    unet: Network
+    vae_decoder: Network
+    report: Report
+    size_multiple: int
+
+
+class Backend(Protocol):
+    """What a backend module has. `load_part` returns the callable and its report row."""
+
+    PRECISIONS: tuple[str, ...]
+    DEVICES: tuple[str, ...]
+
+    def engine(self) -> str: ...
+    def load_part(self, artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]: ...
+    def notes(self, precision: str, device: str) -> list[str]: ...
+
+
+# name -> (module, the package that it needs, the extra that installs it)
+_BACKENDS = {
+    "onnxruntime": ("sdlite.backends.ort", "onnxruntime", "cpu"),
+    "torch": ("sdlite.backends.torch", "torch", "torch"),
+}
+
+
+def get_backend(name: str) -> Any:
+    if name not in _BACKENDS:
+        raise UnknownNameError(f"backend={name!r} is not known; choose one of auto, {', '.join(_BACKENDS)}.")
+    module, _, extra = _BACKENDS[name]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("sdlite"):
+            raise
+        gpu = " (or 'sdlite[cuda]' for NVIDIA GPUs; never both)" if name == "onnxruntime" else ""
+        raise MissingExtraError(f"backend {name!r} needs {e.name!r}: pip install 'sdlite[{extra}]'{gpu}.") from e
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(_BACKENDS[name][1]) is not None
+
+
+def choose(artifact: Artifact, precision: str) -> tuple[str, str]:
+    """`backend="auto"`: onnxruntime when it is installed and the artefact holds the precision, else torch. Returns (name, reason)."""
+    if artifact.has_onnx(precision) and _installed("onnxruntime"):
+        return "onnxruntime", f"auto: installed, and the artefact holds {precision} ONNX graphs"
+    if _installed("torch"):
+        why = "onnxruntime is not installed" if artifact.has_onnx(precision) else f"the artefact holds no {precision} ONNX graphs"
+        return "torch", f"auto: {why}"
+    if artifact.has_onnx(precision):
+        raise MissingExtraError("no engine is installed: pip install 'sdlite[cpu]' for onnxruntime (or 'sdlite[torch]').")
+    held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
+    raise PrecisionError(
+        f"{artifact.name} holds no {precision} ONNX graphs (it holds: {held}) and torch is not installed; "
+        "choose a precision that it holds or pip install 'sdlite[torch]'."
+    )
+
+
+def load(artifact: Artifact, precision: str, backend: str = "auto", device: str = "cpu", threads: int | None = None) -> Networks:
+    """Load the three networks of an artefact.
+
+    Raises:
+        UnknownNameError: precision, backend or device is not one that exists. PrecisionError: it exists, but not here.
+        MissingExtraError: the engine is not installed. ArtifactError: a file is missing, cut off or changed.
+    """
+    if precision not in PRECISIONS:
+        raise UnknownNameError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+    name, reason = choose(artifact, precision) if backend == "auto" else (backend, "as asked")
+    module = get_backend(name)
+    if device not in module.DEVICES:
+        raise UnknownNameError(f"device={device!r} is not known to backend {name!r}; choose one of {', '.join(module.DEVICES)}.")
+    if precision not in module.PRECISIONS:
+        others = [n for n in _BACKENDS if n != name and _installed(n) and precision in get_backend(n).PRECISIONS]
+        raise PrecisionError(
+            f"backend {name!r} has no {precision}; it has {', '.join(module.PRECISIONS)}" + (f", and {', '.join(others)} has it." if others else ".")
+        )
+    if loose := artifact.loose_pickles():
+        weights = {p.parent.name for p in artifact.folder.glob("*/*.safetensors")}
+        if {"unet", "vae", "text_encoder"} - weights:
+            raise ArtifactError(f"{artifact.folder} has weights only as pickles ({loose[0]}), which can run code; convert them to safetensors first.")
+    report = Report(artifact.name, name, device, precision, reason, module.engine(), notes=module.notes(precision, device))
+    loaded = {}
+    for part in PARTS:
+        start = time.perf_counter()
+        loaded[part], row = module.load_part(artifact, part, precision, device, threads)
+        report.networks.append(NetworkReport(**{**asdict(row), "load_seconds": time.perf_counter() - start}))
+    multiple = artifact.manifest.size_multiple if artifact.manifest and name != "torch" else 8
+    return Networks(**loaded, report=report, size_multiple=multiple)

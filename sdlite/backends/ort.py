@@ -1,0 +1,93 @@
+"""onnxruntime: the artefact's ONNX graphs on the CPU execution provider, or on CUDA with inputs bound to the device.
+
+CUDA was written against onnxruntime's IOBinding API and has not been run on a GPU by us.
+"""
+
+from __future__ import annotations
+
+import onnxruntime as ort
+
+from sdlite.artifact import Artifact
+from sdlite.backends import Network, NetworkReport
+from sdlite.errors import ArtifactError, PrecisionError, UnknownNameError
+
+import numpy as np  # isort: skip
+
+PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-static")
+DEVICES = ("cpu", "cuda")
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def engine() -> str:
+    return f"onnxruntime {ort.__version__}"
+
+
+def notes(precision: str, device: str) -> list[str]:
+    if precision == "fp16" and device == "cpu":
+        return ["fp16 on the CPU is storage: weights are float16 on disk, arithmetic is float32"]
+    return []
+
+
+class Session:
+    """One graph. Called with the names of its IOSpec; refuses others."""
+
+    def __init__(self, path: str, device: str, threads: int | None):
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self.provider = _PROVIDERS[device]
+        if self.provider not in ort.get_available_providers():
+            raise UnknownNameError(
+                f"device={device!r} needs {self.provider}, and this onnxruntime {ort.__version__} has {', '.join(ort.get_available_providers())}; "
+                "uninstall onnxruntime and pip install 'sdlite[cuda]' (the two are one module: never both)."
+            )
+        try:
+            self.session = ort.InferenceSession(path, options, providers=[self.provider])
+        except Exception as e:  # onnxruntime raises many unrelated types
+            raise ArtifactError(f"{path} cannot be loaded by onnxruntime ({str(e).splitlines()[0][:200]}); run `sdlite verify` on the model.") from e
+        if self.provider not in self.session.get_providers():  # a listed provider still falls back in silence
+            raise UnknownNameError(f"device={device!r}: onnxruntime lists {self.provider} but could not start it; check the CUDA and cuDNN libraries.")
+        self.output = self.session.get_outputs()[0].name
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        out: np.ndarray = self.session.run([self.output], inputs)[0]
+        return out
+
+
+class CudaSession(Session):
+    """Keeps each input's device buffer while the same array comes again: the prompt's embeddings cross once, latents every step."""
+
+    def __init__(self, path: str, device: str, threads: int | None):
+        super().__init__(path, device, threads)
+        self._held: dict[str, tuple[np.ndarray, ort.OrtValue]] = {}
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        binding = self.session.io_binding()
+        for name, array in inputs.items():
+            held = self._held.get(name)
+            if held is None or held[0] is not array:
+                held = (array, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0))
+                self._held[name] = held
+            binding.bind_ortvalue_input(name, held[1])
+        binding.bind_output(self.output, "cpu")
+        self.session.run_with_iobinding(binding)
+        out: np.ndarray = binding.copy_outputs_to_cpu()[0]
+        return out
+
+
+def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]:
+    if not artifact.has_onnx(precision):
+        held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
+        raise PrecisionError(
+            f"{artifact.name} holds no {precision} ONNX graphs (it holds: {held}); convert it with "
+            "sdlite.exporters.onnx.convert(folder, out), choose a precision that it holds, or backend='torch'."
+        )
+    assert artifact.manifest is not None
+    entry = artifact.manifest.variants[precision][part]
+    files = [entry["file"], *entry["weights"]]
+    artifact.verify(files)
+    path = str(artifact.folder / entry["file"])
+    session = CudaSession(path, device, threads) if device == "cuda" else Session(path, device, threads)
+    size = sum(artifact.manifest.files[f]["bytes"] for f in files)
+    return session, NetworkReport(part, entry["file"], size, entry["storage"], entry["arithmetic"], 0.0)

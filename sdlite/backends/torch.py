@@ -1,0 +1,94 @@
+"""torch: any diffusers SD-1.x/2.x folder as it is, by diffusers' and transformers' own classes; safetensors only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdlite.artifact import Artifact
+from sdlite.backends import Network, NetworkReport
+from sdlite.errors import ArtifactError, UnknownNameError
+from sdlite.spec import SPECS
+
+PRECISIONS = ("fp32", "fp16")
+DEVICES = ("cpu", "cuda")
+
+
+def engine() -> str:
+    return f"torch {torch.__version__}"
+
+
+def notes(precision: str, device: str) -> list[str]:
+    if precision == "fp16" and device == "cpu":
+        return ["fp16 on the CPU is storage: weights are rounded to float16, arithmetic is float32"]
+    return []
+
+
+def _classes() -> dict[str, Any]:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    return {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae_decoder": AutoencoderKL}
+
+
+class Module:
+    """One network as a function of named numpy arrays."""
+
+    def __init__(self, part: str, module: torch.nn.Module, device: str, threads: int | None):
+        self.part, self.module, self.device, self.threads = part, module, torch.device(device), threads
+        self.dtype = next(module.parameters()).dtype
+
+    @torch.inference_mode()
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        if self.threads is not None and torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        t = {k: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for k, v in inputs.items()}
+        t = {k: v.to(self.dtype) if v.is_floating_point() and k != "timestep" else v for k, v in t.items()}
+        m: Any = self.module
+        if self.part == "text_encoder":
+            out = m(t["input_ids"])[0]
+        elif self.part == "unet":
+            out = m(t["sample"], t["timestep"], t["encoder_hidden_states"], return_dict=False)[0]
+        else:
+            out = m.decode(t["latent_sample"], return_dict=False)[0]
+        result: np.ndarray = out.float().cpu().numpy()
+        return result
+
+
+def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnknownNameError(f"device='cuda': torch {torch.__version__} finds no CUDA device; use device='cpu' or install a CUDA build.")
+    source = SPECS[part].source
+    folder = artifact.folder / source
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ArtifactError(f"{folder} holds no .safetensors weights; only safetensors are loaded. Convert or fetch the model again.")
+    if artifact.manifest:
+        artifact.verify([w.relative_to(artifact.folder).as_posix() for w in weights])
+    return _load(artifact, part, folder, weights, precision, device, threads)
+
+
+def _load(artifact: Artifact, part: str, folder: Path, weights: list[Path], precision: str, device: str,
+          threads: int | None) -> tuple[Network, NetworkReport]:  # fmt: skip
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    try:
+        loaded, info = _classes()[part].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    except Exception as e:  # safetensors, diffusers and transformers each raise their own
+        raise ArtifactError(f"{folder} cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:200]}); fetch or save the model again.") from e
+    missing = [k for k in info["missing_keys"] if "position_ids" not in k]
+    if missing:
+        raise ArtifactError(f"{folder} lacks {len(missing)} tensors (first: {missing[0]}); weights and config.json do not belong together.")
+    module = loaded.eval().requires_grad_(False).to(dtype)
+    if part == "vae_decoder":
+        module.encoder = None
+    if device == "cpu":
+        module = module.float()  # after rounding to `dtype`
+    size = sum(w.stat().st_size for w in weights)
+    arithmetic = str(next(module.parameters()).dtype).removeprefix("torch.")
+    file = f"{folder.name}/{weights[0].name}" + (f" and {len(weights) - 1} more" if len(weights) > 1 else "")
+    return Module(part, module.to(device), device, threads), NetworkReport(part, file, size, str(dtype).removeprefix("torch."), arithmetic, 0.0)
+
+

@@ -1,0 +1,184 @@
+"""The command line: `sdlite generate | info | verify | models`. Each command calls one public function.
+
+Exit codes: 0 done; 1 an error, explained in one line on stderr; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdlite._version import __version__
+from sdlite.errors import InputError, SdliteError
+
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def _parser() -> argparse.ArgumentParser:
+    ap = argparse.ArgumentParser(prog="sdlite", description="Run compressed Stable Diffusion students.")
+    ap.add_argument("--version", action="version", version=f"sdlite {__version__}")
+    sub = ap.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        p = sub.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.set_defaults(run=run)
+        return p
+
+    g = command("generate", _generate, "Make pictures from a prompt.")
+    g.add_argument("prompt")
+    g.add_argument("--model", default="emoji", help="embedded name, folder, or hub id org/name")
+    g.add_argument("--revision", help="branch, tag or commit of a hub id")
+    g.add_argument("--precision", help="fp32, fp16, int8-dynamic or int8-static; default: the first one the model holds")
+    g.add_argument("--backend", default="auto", help="auto, onnxruntime or torch")
+    g.add_argument("--device", default="cpu", help="cpu or cuda")
+    g.add_argument("--threads", type=int, help="CPU threads; default: the engine's choice")
+    g.add_argument("--negative-prompt")
+    g.add_argument("--steps", type=int, help="default: the model's own")
+    g.add_argument("--guidance", type=float, help="default: the model's own; 1 is none")
+    g.add_argument("--sampler", help="default: the model's own")
+    g.add_argument("--seed", type=int, help="picture i uses seed + i; default: drawn, and written into the PNG")
+    g.add_argument("--num", type=int, default=1, help="number of pictures")
+    g.add_argument("--height", type=int)
+    g.add_argument("--width", type=int)
+    g.add_argument("--grid", action="store_true", help="one file with all pictures instead of numbered files")
+    g.add_argument("--out", type=Path, required=True, help="picture file: " + ", ".join(FORMATS))
+    g.add_argument("--quiet", action="store_true", help="no progress bar, no report")
+
+    i = command("info", _info, "Show what a model is, what it holds and what it would run on.")
+    i.add_argument("model", nargs="?", default="emoji")
+    i.add_argument("--revision")
+    i.add_argument("--json", action="store_true")
+
+    v = command("verify", _verify, "Check every file of a model against its manifest.")
+    v.add_argument("model", nargs="?", default="emoji")
+    v.add_argument("--revision")
+
+    command("models", _models, "List the embedded models.")
+    return ap
+
+
+def _out_paths(out: Path, count: int, as_grid: bool) -> list[Path]:
+    if out.suffix.lower() not in FORMATS:
+        raise InputError(f"--out {out}: the ending {out.suffix!r} is not one of {', '.join(FORMATS)}.")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first.")
+    if count == 1 or as_grid:
+        return [out]
+    return [out.with_name(f"{out.stem}-{i:0{len(str(count - 1))}d}{out.suffix}") for i in range(count)]
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from sdlite import images
+    from sdlite.pipeline import Pipeline
+
+    paths = _out_paths(args.out, args.num, args.grid)
+    pipe = Pipeline.from_pretrained(
+        args.model, precision=args.precision, backend=args.backend, device=args.device, revision=args.revision, threads=args.threads
+    )
+    out = pipe(
+        args.prompt, negative_prompt=args.negative_prompt, num_inference_steps=args.steps, guidance_scale=args.guidance, seed=args.seed,
+        num_images_per_prompt=args.num, height=args.height, width=args.width, sampler=args.sampler, progress=not args.quiet,
+    )  # fmt: skip
+    steps = pipe.defaults.num_inference_steps if args.steps is None else args.steps
+    guidance = pipe.defaults.guidance_scale if args.guidance is None else args.guidance
+    r = out.report
+    data = {
+        "prompt": args.prompt, "negative_prompt": args.negative_prompt or "", "model": r.model, "precision": r.precision, "backend": r.backend,
+        "engine": r.engine, "device": r.device, "sampler": args.sampler or pipe.default_sampler, "steps": str(steps), "guidance": str(guidance),
+        "sdlite": __version__,
+    }  # fmt: skip
+    if args.grid and args.num > 1:
+        images.save(images.grid(out.images), paths[0], {**data, "seed": ",".join(map(str, out.seeds))})
+    else:
+        for path, image, seed in zip(paths, out.images, out.seeds, strict=True):
+            images.save(image, path, {**data, "seed": str(seed)})
+    if not args.quiet:
+        print(r)
+    seeds = str(out.seeds[0]) if len(out.seeds) == 1 else f"{out.seeds[0]} to {out.seeds[-1]}"
+    shown = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
+    print(f"wrote {shown} ({len(out.images)} picture{'s' * (len(out.images) > 1)}, seed {seeds}, {out.timings['total']:.2f} s)")
+
+
+def _describe(artifact: Any) -> dict[str, Any]:
+    from sdlite.sampling import sampler_of
+
+    m = artifact.manifest
+    scheduler = artifact.config("scheduler")
+    if m is None:
+        return {
+            "name": artifact.name, "format": None, "student": {}, "variants": {}, "files": {},
+            "sampler": {"name": sampler_of(scheduler), "num_inference_steps": 50, "guidance_scale": 7.5},
+        }  # fmt: skip
+    variants = {
+        p: {part: {**e, "bytes": sum(m.files[f]["bytes"] for f in (e["file"], *e["weights"]))} for part, e in parts.items()} for p, parts in m.variants.items()
+    }
+    return {
+        "name": artifact.name, "format": m.format, "student": m.student, "sampler": {"prediction_type": scheduler.get("prediction_type"), **m.sampler},
+        "variants": variants, "quality": m.quality, "calibration": m.calibration, "total_bytes": sum(f["bytes"] for f in m.files.values()),
+    }  # fmt: skip
+
+
+def _open(args: argparse.Namespace) -> Any:
+    from sdlite import hub
+    from sdlite.artifact import Artifact
+
+    return Artifact.open(hub.resolve(args.model, args.revision))
+
+
+def _info(args: argparse.Namespace) -> None:
+    artifact = _open(args)
+    info = _describe(artifact)
+    if args.json:
+        print(json.dumps(info, indent=1, ensure_ascii=False))
+        return
+    print(f"{info['name']}  ({artifact.folder})")
+    if info["format"] is None:
+        print("  plain diffusers folder: runs with backend='torch'")
+    for k, v in info["student"].items():
+        print(f"  {k}: {v:,}" if isinstance(v, int) else f"  {k}: {v}")
+    print("  sampler: " + ", ".join(f"{k}={v}" for k, v in info["sampler"].items()))
+    for precision, parts in info["variants"].items():
+        print(f"  {precision}: " + ", ".join(f"{part} {e['bytes'] / 1e6:.2f} MB" for part, e in parts.items()))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    artifact = _open(args)
+    checked = artifact.verify()
+    print(f"{artifact.name}: {len(checked)} files are whole and unchanged")
+    if loose := artifact.loose_pickles():
+        print(f"note: {loose} are pickles; sdlite never loads them")
+
+
+def _models(args: argparse.Namespace) -> None:
+    from sdlite import hub
+    from sdlite.artifact import Artifact
+
+    for name in hub.embedded_models():
+        info = _describe(Artifact.open(hub.resolve(name)))
+        print(f"{name}: {info['student'].get('unet_parameters', 0) / 1e6:.2f}M UNet, {', '.join(info['variants'])}, {info['total_bytes'] / 1e6:.1f} MB")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    warnings.showwarning = lambda message, *_, **__: print(f"sdlite: warning: {message}", file=sys.stderr)
+    try:
+        args.run(args)
+    except SdliteError as e:
+        print(f"sdlite: {e}", file=sys.stderr)
+        return 1
+    except OSError as e:
+        print(f"sdlite: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sdlite: interrupted; nothing was written", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,241 @@
+"""Smaller UNets out of a teacher: blocks removed, channels sliced, weights kept.
+
+`StudentSpec` is the one table of what a student is; surgery, feature taps, checkpoints and tests read it. Two steps, each usable
+alone: `remove_blocks` (BK-SDM, arXiv:2305.15798: down stages keep their first layer, up stages their first and last) and
+`slice_width` (equal count inside every norm group, whole attention heads, concatenated inputs followed).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdlite.errors import InputError
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """What is taken away from a teacher.
+
+    `one_layer`: one resnet (and attention) per down stage, two per up stage. `drop_mid`: no middle block. `drop_inner`: the innermost
+    stage goes too. `width`: share of channels and attention heads that stays.
+    """
+
+    one_layer: bool = False
+    drop_mid: bool = False
+    drop_inner: bool = False
+    width: float = 1.0
+
+
+PRESETS: dict[str, StudentSpec] = {
+    "bk-base": StudentSpec(one_layer=True),
+    "bk-small": StudentSpec(one_layer=True, drop_mid=True),
+    "bk-tiny": StudentSpec(one_layer=True, drop_mid=True, drop_inner=True),
+    "half": StudentSpec(one_layer=True, width=0.5),  # the emoji student: BK-Base's blocks at half width
+}
+
+
+def build(teacher: Any, spec: StudentSpec) -> Any:
+    """A student UNet2DConditionModel with the teacher's weights; the teacher is not changed. `StudentSpec()` gives an equal copy."""
+    return slice_width(remove_blocks(teacher, spec), spec.width)
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def remove_blocks(teacher: Any, spec: StudentSpec) -> Any:
+    """Block removal with by-name copies: `up_blocks.i.*.1 <- .2`, and with `drop_inner` the up stages shift by one."""
+    config = dict(teacher.config)
+    stages = len(config["block_out_channels"])
+    layers = config["layers_per_block"]
+    if spec.one_layer:
+        if layers != 2:
+            raise InputError(f"one_layer removes the second of two layers; this teacher has layers_per_block={layers}.")
+        config["layers_per_block"] = 1
+    if spec.drop_mid:
+        config["mid_block_type"] = None
+    if spec.drop_inner:
+        if stages < 2 or not spec.drop_mid:
+            raise InputError("drop_inner needs at least two stages and drop_mid: the middle block belongs to the innermost stage.")
+        if config["block_out_channels"][-1] != config["block_out_channels"][-2]:
+            raise InputError(f"drop_inner needs two innermost stages of one width, not {config['block_out_channels'][-2:]}; leave it out.")
+        config["block_out_channels"] = tuple(config["block_out_channels"][:-1])
+        config["down_block_types"] = tuple(config["down_block_types"][:-1])
+        config["up_block_types"] = tuple(config["up_block_types"][1:])
+        heads = config["attention_head_dim"]
+        if isinstance(heads, (tuple, list)):
+            config["attention_head_dim"] = tuple(heads[:-1])
+    student = _from_config(teacher, config)
+    weights = teacher.state_dict()
+    source = _block_names(spec)
+    student.load_state_dict({k: weights[source(k)] for k in student.state_dict()})
+    return student
+
+
+def _block_names(spec: StudentSpec) -> Callable[[str], str]:
+    """student parameter name -> teacher parameter name."""
+
+    def rename(name: str) -> str:
+        if m := re.match(r"up_blocks\.(\d+)\.(.*)", name):
+            stage, rest = int(m[1]) + int(spec.drop_inner), m[2]
+            if spec.one_layer:
+                rest = re.sub(r"^(resnets|attentions)\.1\.", r"\1.2.", rest)
+            return f"up_blocks.{stage}.{rest}"
+        return name
+
+    return rename
+
+
+def _from_config(like: Any, config: dict[str, Any]) -> Any:
+    settings = {k: v for k, v in config.items() if not k.startswith("_")}
+    student = type(like)(**settings)
+    one = next(like.parameters())
+    for p in student.parameters():
+        p.data = p.data.to(device=one.device, dtype=one.dtype)
+    return student
+
+
+# --- width -----------------------------------------------------------------------------------------------------------
+
+
+def slice_width(unet: Any, width: float) -> Any:
+    """Keep a share of every residual stream's channels, of the attention heads and of the feed-forward units.
+
+    One index set per stage: the channels whose producing weights have the largest L1 norm, the same count in every norm group.
+
+    Raises:
+        InputError: a stage's channels, heads or norm groups do not divide at this width.
+    """
+    config = dict(unet.config)
+    if width == 1:
+        student = _from_config(unet, config)
+        student.load_state_dict(unet.state_dict())
+        return student
+    groups, channels = config["norm_num_groups"], tuple(config["block_out_channels"])
+    heads = config["attention_head_dim"]
+    heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
+    for c, h in zip(channels, heads, strict=True):
+        if (c / groups * width) % 1 or (h * width) % 1:
+            raise InputError(f"width={width}: {c} channels in {groups} norm groups and {h} heads do not divide; choose a width that keeps them whole.")
+    config["block_out_channels"] = tuple(int(c * width) for c in channels)
+    config["attention_head_dim"] = tuple(int(h * width) for h in heads)
+    student = _from_config(unet, config)
+    plan = _Plan(unet, channels, heads, groups, width)
+    with torch.no_grad():
+        source = unet.state_dict()
+        student.load_state_dict({k: plan.take(k, source[k], tuple(v.shape)) for k, v in student.state_dict().items()})
+    return student
+
+
+class _Plan:
+    """Which indices of each parameter's input and output dimension stay."""
+
+    def __init__(self, unet: Any, channels: tuple[int, ...], heads: tuple[int, ...], groups: int, width: float):
+        self.channels, self.heads, self.width = channels, heads, width
+        self.layers = unet.config.layers_per_block
+        self.state = unet.state_dict()
+        self.stream = [self._best(self._stream_score(s, c), groups) for s, c in enumerate(channels)]
+        self.time_embed = channels[0] * 4
+
+    def _best(self, score: Tensor, groups: int) -> Tensor:
+        per_group = score.view(groups, -1)
+        k = round(per_group.shape[1] * self.width)
+        top = per_group.topk(k, dim=1).indices.sort(dim=1).values
+        return (top + torch.arange(groups, device=score.device)[:, None] * per_group.shape[1]).flatten()
+
+    def _stream_score(self, stage: int, channels: int) -> Tensor:
+        """L1 norm of every weight row that writes into the stage's residual stream."""
+        score = torch.zeros(channels)
+        for name, w in self.state.items():
+            if w.ndim >= 2 and w.shape[0] == channels and self._stage(name) == stage and re.search(r"conv2|conv_shortcut|proj_out|conv_in|samplers", name):
+                score += w.flatten(1).abs().sum(1).float().cpu()
+        return score
+
+    def _stage(self, name: str) -> int:
+        last = len(self.channels) - 1
+        if m := re.match(r"down_blocks\.(\d+)", name):
+            return int(m[1])
+        if m := re.match(r"up_blocks\.(\d+)", name):
+            return last - int(m[1])
+        return last if name.startswith("mid_block") else 0
+
+    def take(self, name: str, w: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if tuple(w.shape) == shape:
+            return w
+        rows = self._rows(name, w)
+        out = w if rows is None else w[rows.to(w.device)]
+        if out.ndim >= 2:
+            out = self._columns(name, out)
+        assert tuple(out.shape) == shape, (name, tuple(w.shape), tuple(out.shape), shape)
+        return out.contiguous()
+
+    def _some(self, n: int) -> Tensor:
+        """Evenly spaced indices, for dimensions with no stream of their own."""
+        return torch.arange(round(n * self.width)) * n // round(n * self.width)
+
+    def _of_heads(self, stage: int) -> Tensor:
+        size = self.channels[stage] // self.heads[stage]
+        return torch.arange(round(self.heads[stage] * self.width) * size)
+
+    def _rows(self, name: str, w: Tensor) -> Tensor | None:
+        stage = self._stage(name)
+        if name.startswith("time_embedding"):
+            return self._some(w.shape[0])
+        if name.startswith("conv_out"):
+            return None
+        if re.search(r"to_[qkv]\.", name):
+            return self._of_heads(stage)
+        if "ff.net.0" in name:  # GEGLU: values, then gates
+            half = self._some(w.shape[0] // 2)
+            return torch.cat([half, half + w.shape[0] // 2])
+        if name.startswith("conv_norm_out") or re.search(r"norm1\.(weight|bias)$", name):
+            return self._inputs(name, w.shape[0])
+        if "attentions" in name and re.search(r"\.norm\.(weight|bias)$", name):
+            return self.stream[stage]
+        return self.stream[stage]
+
+    def _inputs(self, name: str, n: int) -> Tensor:
+        """Kept channels of what flows into a resnet's first norm, first convolution and shortcut."""
+        stage, last = self._stage(name), len(self.channels) - 1
+        m = re.match(r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", name)
+        if m is None or "transformer_blocks" in name:
+            return self.stream[stage]
+        if m[1] == "down":
+            return self.stream[max(stage - 1, 0)] if m[3] == "0" else self.stream[stage]
+        hidden = min(stage + 1, last) if m[3] == "0" else stage
+        skip = max(stage - 1, 0) if int(m[3]) == self.layers else stage
+        return torch.cat([self.stream[hidden], self.stream[skip] + self.channels[hidden]])
+
+    def _columns(self, name: str, w: Tensor) -> Tensor:
+        stage, n = self._stage(name), w.shape[1]
+        if name == "conv_in.weight":
+            return w
+        if name == "time_embedding.linear_1.weight":
+            return self._sinusoids(w)
+        if name.startswith("time_embedding") or "time_emb_proj" in name:
+            return w[:, self._some(n)]
+        if "attn2.to_k" in name or "attn2.to_v" in name:
+            return w  # text width
+        if "to_out" in name:
+            return w[:, self._of_heads(stage)]
+        if "ff.net.2" in name:
+            return w[:, self._some(n)]
+        if re.search(r"resnets\.\d+\.(conv1|conv_shortcut)\.", name):
+            return w[:, self._inputs(name, n)]
+        return w[:, self.stream[stage]]
+
+    def _sinusoids(self, w: Tensor) -> Tensor:
+        """Half as many frequencies are every second one: each takes its neighbour's weight too, whose sinusoid is alike."""
+        if self.width != 0.5:
+            return w[:, self._some(w.shape[1])]
+        cos, sin = w.chunk(2, dim=1)
+        return torch.cat([part[:, 0::2] + part[:, 1::2] for part in (cos, sin)], dim=1)
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

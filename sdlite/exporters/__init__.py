@@ -1,0 +1,1 @@
+"""Students to other formats. `onnx.convert` makes the artefact that the onnxruntime backend runs."""

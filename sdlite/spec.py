@@ -1,0 +1,50 @@
+"""What each network takes and gives: used by every backend, the exporter and the tests.
+
+Names are optimum's, so that its ORT pipelines open our files. Shape letters: B batch, L tokens, D text width, C latent channels,
+h,w latent size, H,W pixels (8h, 8w for an SD autoencoder).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    shape: tuple[str, ...]  # () is a scalar
+    dtype: str
+    range: str
+
+
+@dataclass(frozen=True)
+class IOSpec:
+    part: str  # our name, and the folder of its model.onnx
+    source: str  # the folder of its config and safetensors in a diffusers pipeline
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+
+
+TEXT_ENCODER = IOSpec(
+    "text_encoder",
+    "text_encoder",
+    (Tensor("input_ids", ("B", "L"), "int64", "0 to vocabulary size - 1"),),
+    Tensor("last_hidden_state", ("B", "L", "D"), "float32", "after the final layer norm"),
+)
+UNET = IOSpec(
+    "unet",
+    "unet",
+    (
+        Tensor("sample", ("B", "C", "h", "w"), "float32", "scaled latents at the timestep's noise level"),
+        Tensor("timestep", (), "float32", "0 to num_train_timesteps - 1, fractions allowed"),
+        Tensor("encoder_hidden_states", ("B", "L", "D"), "float32", "text encoder output"),
+    ),
+    Tensor("out_sample", ("B", "C", "h", "w"), "float32", "eps, v or x_0, as the scheduler's prediction_type says"),
+)
+VAE_DECODER = IOSpec(
+    "vae_decoder",
+    "vae",
+    (Tensor("latent_sample", ("B", "C", "h", "w"), "float32", "latents divided by scaling_factor"),),
+    Tensor("sample", ("B", "3", "H", "W"), "float32", "pixels, about -1 to 1"),
+)
+SPECS: dict[str, IOSpec] = {s.part: s for s in (TEXT_ENCODER, UNET, VAE_DECODER)}

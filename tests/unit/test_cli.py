@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from sdlite.cli import main
+
+pytest.importorskip("onnxruntime", reason="needs the cpu extra")
+FAST = ["--steps", "1", "--threads", "1", "--quiet"]
+
+
+def test_generate_writes_a_png_with_its_generation_data(tmp_path, capsys):
+    out = tmp_path / "a.png"
+    assert main(["generate", "red apple", "--seed", "0", "--out", str(out), *FAST]) == 0
+    image = Image.open(out)
+    assert image.size == (64, 64)
+    assert {k: image.text[k] for k in ("prompt", "seed", "model", "precision", "steps")} == {
+        "prompt": "red apple", "seed": "0", "model": "emoji", "precision": "fp16", "steps": "1",
+    }  # fmt: skip
+    assert str(out) in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_several_images_are_numbered_files_or_one_grid(tmp_path):
+    assert main(["generate", "pizza", "--num", "3", "--seed", "1", "--out", str(tmp_path / "p.png"), *FAST]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p-0.png", "p-1.png", "p-2.png"]
+    assert Image.open(tmp_path / "p-2.png").text["seed"] == "3"
+    assert main(["generate", "pizza", "--num", "3", "--seed", "1", "--grid", "--out", str(tmp_path / "g.png"), *FAST]) == 0
+    assert Image.open(tmp_path / "g.png").size == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["generate", "x", "--out", "{}/a.bmp"], "is not one of .png"),
+        (["generate", "x", "--out", "{}/no/a.png"], "does not exist"),
+        (["generate", "x", "--out", "{}/a.png", "--model", "nope"], "is not an existing folder"),
+        (["generate", "x", "--out", "{}/a.png", "--precision", "int4"], "choose one of fp32"),
+        (["generate", "x", "--out", "{}/a.png", "--height", "500"], "use 480 or 512"),
+        (["verify", "{}"], "model_index.json"),
+    ],
+)
+def test_error_is_one_line_and_exit_code_1(tmp_path, capsys, arguments, text):
+    assert main([a.format(tmp_path) for a in arguments]) == 1
+    err = capsys.readouterr().err
+    assert text in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["generate", "x"], ["nope"], ["generate", "x", "--seed", "y", "--out", "a.png"]])
+def test_wrong_usage_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(arguments)
+    assert e.value.code == 2
+
+
+def test_info_json_has_the_student_the_sampler_and_the_variants(capsys):
+    assert main(["info", "emoji", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert 0 < info["student"]["unet_parameters"] < 10e6
+    assert info["sampler"]["num_inference_steps"] >= 1
+    assert set(info["variants"]) >= {"fp16", "fp32"}
+    assert info["variants"]["fp16"]["unet"]["bytes"] > 1e6
+
+
+def test_verify_and_models(capsys):
+    assert main(["verify", "emoji"]) == 0
+    assert main(["models"]) == 0
+    assert "emoji" in capsys.readouterr().out

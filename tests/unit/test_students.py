@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the distill extra")
+pytest.importorskip("diffusers", reason="needs the distill extra")
+
+from diffusers import UNet2DConditionModel  # noqa: E402
+
+from sdlite.distill.students import PRESETS, StudentSpec, build, parameters, slice_width  # noqa: E402
+from sdlite.errors import InputError  # noqa: E402
+
+CROSS, PLAIN, UP_CROSS, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    config = dict(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=4, cross_attention_dim=12,
+        down_block_types=(CROSS, CROSS, CROSS), up_block_types=(UP_CROSS, UP_CROSS, UP_CROSS), attention_head_dim=4,
+    )  # fmt: skip
+    return UNet2DConditionModel(**{**config, **changes}).eval()
+
+
+def run(unet):
+    g = torch.Generator().manual_seed(3)
+    x, h = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 5, 12, generator=g)
+    with torch.no_grad():
+        return unet(x, torch.tensor([7, 900]), h).sample
+
+
+def test_nothing_removed_is_bit_equal():
+    teacher = small()
+    assert torch.equal(run(build(teacher, StudentSpec())), run(teacher))
+
+
+@pytest.mark.parametrize(("preset", "want"), [("bk-base", 579_384_964), ("bk-small", 482_346_884), ("bk-tiny", 323_384_964)])
+def test_bk_presets_have_the_published_parameters(preset, want):
+    """From SD-1.4's own config, on the meta device: no memory, real shapes."""
+    with torch.device("meta"):
+        teacher = UNet2DConditionModel(
+            sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8,
+            down_block_types=(CROSS, CROSS, CROSS, PLAIN), up_block_types=(UP, UP_CROSS, UP_CROSS, UP_CROSS),
+        )  # fmt: skip
+        assert parameters(teacher) == 859_520_964
+        assert parameters(build(teacher, PRESETS[preset])) == want
+
+
+def test_block_removal_copies_first_and_last_up_layer():
+    teacher = small()
+    student = build(teacher, PRESETS["bk-tiny"])
+    a, b = student.state_dict(), teacher.state_dict()
+    assert torch.equal(a["up_blocks.0.resnets.1.conv1.weight"], b["up_blocks.1.resnets.2.conv1.weight"])
+    assert torch.equal(a["down_blocks.1.resnets.0.conv1.weight"], b["down_blocks.1.resnets.0.conv1.weight"])
+    assert student.mid_block is None
+    assert run(student).isfinite().all()
+
+
+def test_half_width_halves_channels_and_heads_and_runs():
+    teacher = small()
+    student = build(teacher, StudentSpec(width=0.5))
+    assert student.config.block_out_channels == (8, 16, 16)
+    assert student.config.attention_head_dim == (2, 2, 2)
+    assert run(student).isfinite().all()
+
+
+def test_slicing_equals_the_teacher_whose_dropped_channels_do_nothing():
+    """Zero what is dropped in one resnet's way: the sliced convolution gives the teacher's kept outputs exactly."""
+    from sdlite.distill.students import _Plan
+
+    teacher = small()
+    plan = _Plan(teacher, (16, 32, 32), (4, 4, 4), 4, 0.5)
+    student = slice_width(teacher, 0.5)
+    name = "down_blocks.1.resnets.1.conv1"
+    wide, thin = teacher.get_submodule(name), student.get_submodule(name)
+    keep = plan.stream[1]
+    x = torch.zeros(1, 32, 4, 4)
+    x[:, keep] = torch.randn(1, 16, 4, 4)
+    torch.testing.assert_close(thin(x[:, keep]), wide(x)[:, keep], rtol=1e-5, atol=1e-6)
+    wrong = torch.roll(keep, 1)
+    assert (thin(x[:, wrong]) - wide(x)[:, keep]).abs().max() > 1e-3
+
+
+def test_kept_channels_are_equal_in_every_norm_group():
+    from sdlite.distill.students import _Plan
+
+    plan = _Plan(small(), (16, 32, 32), (4, 4, 4), 4, 0.5)
+    for keep, channels in zip(plan.stream, (16, 32, 32), strict=True):
+        assert torch.bincount(keep // (channels // 4)).tolist() == [channels // 8] * 4
+
+
+@pytest.mark.parametrize(
+    ("teacher", "spec", "text"),
+    [
+        ({}, StudentSpec(width=0.3), "do not divide"),
+        ({"layers_per_block": 1}, PRESETS["bk-base"], "layers_per_block=1"),
+        ({"block_out_channels": (16, 32, 64)}, PRESETS["bk-tiny"], "one width"),
+        ({}, StudentSpec(drop_inner=True), "drop_mid"),
+    ],
+)
+def test_students_that_cannot_be_built_say_why(teacher, spec, text):
+    with pytest.raises(InputError, match=text):
+        build(small(**teacher), spec)

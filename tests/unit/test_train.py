@@ -1,0 +1,198 @@
+"""The training loop on a tiny real UNet: exact resume, refusals, EMA, accumulation, two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the distill extra")
+pytest.importorskip("accelerate", reason="needs the distill extra")
+pytest.importorskip("diffusers", reason="needs the distill extra")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from sdlite.distill.tasks import V_ZERO_SNR, Forward, TeacherTask, stratified_timesteps  # noqa: E402
+from sdlite.distill.train import TrainConfig, fit  # noqa: E402
+from sdlite.errors import TrainingError  # noqa: E402
+from sdlite.sampling import Schedule  # noqa: E402
+
+
+class Source:
+    empty_ids = torch.zeros(4, dtype=torch.int64)
+
+    def draw(self, size, generator):
+        ids = torch.randint(0, 16, (size,), generator=generator)
+        latents = torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(1))[ids]
+        return {"ids": ids, "latents": latents, "input_ids": ids[:, None] + torch.arange(1, 5)}
+
+
+class Text(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(32, 8)
+
+    def forward(self, ids):
+        return (self.table(ids),)
+
+
+class Task(TeacherTask):
+    def save(self, modules, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def sample(self, modules, path):
+        pass
+
+
+def task():
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2,
+    )  # fmt: skip
+    return Task(unet, Text(), Source(), parts={}, preview={})
+
+
+CONFIG = TrainConfig(max_images=48, batch_size=8, lr=1e-3, warmup_images=16, sample_every=0, log_every=1, checkpoint_minutes=60)
+
+
+def last(out):
+    return load_file(sorted(out.glob("checkpoint-*"))[-1] / "state.safetensors")
+
+
+def interrupt_after(t, steps):
+    """Ctrl-C as the user would press it, in the middle of drawing a batch."""
+    real, calls = t.batch, []
+
+    def batch(size, generator):
+        calls.append(1)
+        if len(calls) > steps:
+            raise KeyboardInterrupt
+        return real(size, generator)
+
+    t.batch = batch
+    return t
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    whole = fit(task(), CONFIG, tmp_path / "whole")
+    part = fit(interrupt_after(task(), 3), CONFIG, tmp_path / "parts")
+    assert (part["step"], part["finished"]) == (3, False)
+    rest = fit(task(), CONFIG, tmp_path / "parts", resume=True)
+    assert whole["finished"]
+    assert rest["step"] == 6
+    a, b = last(tmp_path / "whole"), last(tmp_path / "parts")
+    assert set(a) == set(b)
+    assert {k.split(".")[0] for k in a} == {"model", "ema", "optimizer"}
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_with_another_seed_is_refused_and_a_broken_resume_differs(tmp_path, monkeypatch):
+    fit(interrupt_after(task(), 3), CONFIG, tmp_path / "a")
+    from dataclasses import replace
+
+    with pytest.raises(TrainingError, match="seed=0, now 1"):
+        fit(task(), replace(CONFIG, seed=1), tmp_path / "a", resume=True)
+    from sdlite.distill import train
+
+    monkeypatch.setattr(train, "step_generator", lambda seed, step: torch.Generator().manual_seed(seed + step + 1))
+    fit(task(), CONFIG, tmp_path / "a", resume=True)
+    monkeypatch.undo()
+    fit(task(), CONFIG, tmp_path / "b")
+    a, b = last(tmp_path / "a"), last(tmp_path / "b")
+    assert not all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_half_written_checkpoint_is_ignored(tmp_path):
+    fit(interrupt_after(task(), 3), CONFIG, tmp_path)
+    broken = tmp_path / "checkpoint-00000099.tmp"
+    broken.mkdir()
+    (broken / "state.safetensors").write_bytes(b"half")
+    assert fit(task(), CONFIG, tmp_path, resume=True)["step"] == 6
+
+
+def test_existing_checkpoints_are_not_overwritten(tmp_path):
+    fit(task(), CONFIG, tmp_path, max_minutes=0)
+    with pytest.raises(TrainingError, match="resume=True"):
+        fit(task(), CONFIG, tmp_path)
+
+
+def test_max_minutes_zero_stops_at_once(tmp_path):
+    assert fit(task(), CONFIG, tmp_path, max_minutes=0)["step"] == 0
+
+
+def test_nonfinite_loss_stops_with_step_and_samples(tmp_path):
+    t = task()
+    real = t.batch
+
+    def batch(size, generator):
+        out = real(size, generator)
+        out["latents"][0] = float("nan")
+        return out
+
+    t.batch = batch
+    with pytest.raises(TrainingError, match=r"step 0 .*samples tensor"):
+        fit(t, CONFIG, tmp_path)
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path):
+    from dataclasses import replace
+
+    fit(task(), CONFIG, tmp_path / "whole")
+    fit(task(), replace(CONFIG, micro_batch_size=2), tmp_path / "micro")
+    a, b = last(tmp_path / "whole"), last(tmp_path / "micro")
+    for k in a:
+        if k.startswith("model."):
+            torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-4)
+
+
+def test_statistics_are_one_json_object_per_line(tmp_path):
+    fit(task(), CONFIG, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert [r["images"] for r in rows] == [8, 16, 24, 32, 40, 48]
+    assert {"loss", "lr", "grad_norm", "images_per_second"} <= set(rows[0])
+
+
+def test_two_processes_equal_one(tmp_path):
+    fit(task(), CONFIG, tmp_path / "one")
+    code = "from tests.unit.test_train import *; from pathlib import Path; torch.set_num_threads(1); fit(task(), CONFIG, Path(%r))" % str(tmp_path / "two")
+    port = str(20_000 + os.getpid() % 20_000)
+    procs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                 "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    assert [p.wait(timeout=180) for p in procs] == [0, 0]
+    a, b = last(tmp_path / "one"), last(tmp_path / "two")
+    for k in a:
+        if k.startswith("model."):
+            torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-4)
+
+
+def test_learning_rate_warms_up_holds_and_decays():
+    c = TrainConfig(max_images=1000, lr=1.0, final_lr=0.1, warmup_images=100, decay_from=0.5)
+    assert c.lr_at(0) < 0.02
+    assert c.lr_at(100) == c.lr_at(500) == 1.0
+    assert abs(c.lr_at(1000) - 0.1) < 1e-9
+    assert c.lr_at(2000) == c.lr_at(1000)
+
+
+def test_forward_at_zero_snr_is_pure_noise_and_v_is_minus_x0():
+    f = Forward(Schedule.from_config(V_ZERO_SNR))
+    x0, noise = torch.ones(1, 1, 2, 2), torch.randn(1, 1, 2, 2)
+    x, v = f(x0, noise, torch.tensor([999]))
+    torch.testing.assert_close(x, noise)
+    torch.testing.assert_close(v, -x0)
+
+
+def test_timesteps_are_one_from_each_slice():
+    t = stratified_timesteps(10, 1000, torch.Generator().manual_seed(0))
+    assert [int(i) // 100 for i in t] == list(range(10))
