@@ -77,7 +77,9 @@ class Manifest:
     def from_dict(cls, data: dict[str, Any]) -> Manifest:
         version = str(data.get("format", ""))
         if version.split(".")[0] != FORMAT.split(".")[0]:
-            raise ArtifactError(f"{MANIFEST} has format {version!r}; this sdlite reads {FORMAT.split('.')[0]}.x. Update sdlite or save the model again.")
+            raise ArtifactError(
+                f"{MANIFEST} has format {version!r}; this sdlite reads {FORMAT.split('.')[0]}.x. Update sdlite or save the model again."
+            )
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := set(data) - known:
             raise ArtifactError(f"{MANIFEST} has unknown keys {sorted(unknown)}; known: {', '.join(sorted(known))}.")
@@ -91,7 +93,9 @@ class Manifest:
                     raise ArtifactError(f"{MANIFEST} has a variant {precision!r}; known: {', '.join(PRECISIONS)}.")
                 for part, entry in parts.items():
                     if missing := [p for p in (entry["file"], *entry["weights"]) if p not in out.files]:
-                        raise ArtifactError(f"{MANIFEST}: {precision} {part} names {missing}, which `files` does not list; save the model again.")
+                        raise ArtifactError(
+                            f"{MANIFEST}: {precision} {part} names {missing}, which `files` does not list; save the model again."
+                        )
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             if isinstance(e, ArtifactError):
                 raise
@@ -127,7 +131,9 @@ class Artifact:
         if not folder.is_dir():
             raise ArtifactError(f"{folder} is not a folder; give a model folder, a hub id or the name of an embedded model.")
         if not (folder / "model_index.json").exists():
-            raise ArtifactError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder; give the folder that holds it.")
+            raise ArtifactError(
+                f"{folder} has no model_index.json, so it is not a diffusers pipeline folder; give the folder that holds it."
+            )
         path = folder / MANIFEST
         return cls(folder, Manifest.from_dict(read_json(path)) if path.exists() else None)
 
@@ -148,7 +154,9 @@ class Artifact:
             ArtifactError: the first file that is missing, cut off, or changed, named with what was expected.
         """
         if self.manifest is None:
-            raise ArtifactError(f"{self.folder} has no {MANIFEST}, so there is nothing to verify it against; save it with Pipeline.save_pretrained.")
+            raise ArtifactError(
+                f"{self.folder} has no {MANIFEST}, so there is nothing to verify it against; save it with Pipeline.save_pretrained."
+            )
         checked = sorted(self.manifest.files) if paths is None else list(paths)
         for path in checked:
             entry, file = self.manifest.files[path], self.folder / safe_path(path)
@@ -157,9 +165,13 @@ class Artifact:
             if not file.resolve().is_relative_to(self.folder.resolve()) and not _in_hub_cache(self.folder, file):
                 raise ArtifactError(f"{file} is a link that leaves the model folder; do not use this model.")
             if (size := file.stat().st_size) != entry["bytes"]:
-                raise ArtifactError(f"{file} has {size} bytes, the manifest says {entry['bytes']}; it is cut off or changed. Fetch the model again.")
+                raise ArtifactError(
+                    f"{file} has {size} bytes, the manifest says {entry['bytes']}; it is cut off or changed. Fetch the model again."
+                )
             if (digest := sha256(file)) != entry["sha256"]:
-                raise ArtifactError(f"{file} has SHA-256 {digest[:12]}..., the manifest says {entry['sha256'][:12]}...; it was changed. Fetch the model again.")
+                raise ArtifactError(
+                    f"{file} has SHA-256 {digest[:12]}..., the manifest says {entry['sha256'][:12]}...; it was changed. Fetch the model again."
+                )
         return checked
 
     def loose_pickles(self) -> list[str]:

@@ -115,7 +115,8 @@ def _describe(artifact: Any) -> dict[str, Any]:
             "sampler": {"name": sampler_of(scheduler), "num_inference_steps": 50, "guidance_scale": 7.5},
         }  # fmt: skip
     variants = {
-        p: {part: {**e, "bytes": sum(m.files[f]["bytes"] for f in (e["file"], *e["weights"]))} for part, e in parts.items()} for p, parts in m.variants.items()
+        p: {part: {**e, "bytes": sum(m.files[f]["bytes"] for f in (e["file"], *e["weights"]))} for part, e in parts.items()}
+        for p, parts in m.variants.items()
     }
     return {
         "name": artifact.name, "format": m.format, "student": m.student, "sampler": {"prediction_type": scheduler.get("prediction_type"), **m.sampler},
@@ -160,7 +161,9 @@ def _models(args: argparse.Namespace) -> None:
 
     for name in hub.embedded_models():
         info = _describe(Artifact.open(hub.resolve(name)))
-        print(f"{name}: {info['student'].get('unet_parameters', 0) / 1e6:.2f}M UNet, {', '.join(info['variants'])}, {info['total_bytes'] / 1e6:.1f} MB")
+        print(
+            f"{name}: {info['student'].get('unet_parameters', 0) / 1e6:.2f}M UNet, {', '.join(info['variants'])}, {info['total_bytes'] / 1e6:.1f} MB"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,4 +52,6 @@ def _fetch(repo: str, revision: str | None) -> Path:
     except LocalEntryNotFoundError as e:
         raise HubError(f"the hub cannot be reached and {at} is not in the cache; connect once, or give a local folder.") from e
     except (HfHubHTTPError, OSError) as e:
-        raise HubError(f"fetching {at} failed ({type(e).__name__}: {str(e).splitlines()[0][:160]}); run again, finished files are kept.") from e
+        raise HubError(
+            f"fetching {at} failed ({type(e).__name__}: {str(e).splitlines()[0][:160]}); run again, finished files are kept."
+        ) from e

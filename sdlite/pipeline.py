@@ -80,7 +80,9 @@ class Pipeline:
             self.artifact.verify()
         out = Path(folder)
         with writing(out) as tmp:
-            shutil.copytree(self.artifact.folder, tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl"))
+            shutil.copytree(
+                self.artifact.folder, tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
+            )
         return out
 
     # --- the five stages ---------------------------------------------------------------------------------------------
@@ -113,7 +115,8 @@ class Pipeline:
             rows = scaled if uncond is None else np.concatenate([scaled, scaled])
             out = self.networks.unet(sample=rows, timestep=np.array(t, np.float32), encoder_hidden_states=both)
             if uncond is not None:
-                out = guide(*np.split(out, 2), guidance_scale)
+                without, with_prompt = np.split(out, 2)
+                out = guide(without, with_prompt, guidance_scale)
             x = solver.step(i, out, x, noise)
             yield x
 
@@ -223,7 +226,9 @@ class Pipeline:
         if latents is not None:
             latents = np.asarray(latents)
             if latents.ndim != 4 or latents.shape[:2] != (count, channels) or latents.dtype.kind != "f":
-                raise ShapeError(f"latents are {latents.dtype} {latents.shape}; accepted: float ({count}, {channels}, height/{self.stride}, width/{self.stride}).")
+                raise ShapeError(
+                    f"latents are {latents.dtype} {latents.shape}; accepted: float ({count}, {channels}, height/{self.stride}, width/{self.stride})."
+                )
             if not np.isfinite(latents).all():
                 raise InputError("latents hold NaN or infinity; give finite unit normal numbers.")
             latents = np.ascontiguousarray(latents, np.float32)
@@ -233,7 +238,11 @@ class Pipeline:
         for label, value in zip(("height", "width"), out, strict=True):
             if value < multiple or value % multiple:
                 low = max(value // multiple * multiple, multiple)
-                raise ShapeError(f"{label}={value} is not a positive multiple of {multiple} ({self.report.backend}, VAE stride {self.stride}); use {low} or {low + multiple}.")
+                raise ShapeError(
+                    f"{label}={value} is not a positive multiple of {multiple} ({self.report.backend}, VAE stride {self.stride}); use {low} or {low + multiple}."
+                )
         if latents is not None and [s * self.stride for s in latents.shape[2:]] != out:
-            raise ShapeError(f"latents {latents.shape} are for {latents.shape[2] * self.stride}x{latents.shape[3] * self.stride} pixels, not {out[0]}x{out[1]}.")
+            raise ShapeError(
+                f"latents {latents.shape} are for {latents.shape[2] * self.stride}x{latents.shape[3] * self.stride} pixels, not {out[0]}x{out[1]}."
+            )
         return out[0], out[1], latents

@@ -90,7 +90,8 @@ class Schedule:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Schedule:
         known = {f.name for f in dataclasses.fields(cls)}
-        out = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        out = cls(**settings)
         for field, accepted in (
             ("prediction_type", ("epsilon", "v_prediction", "sample")),
             ("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2")),
@@ -242,6 +243,7 @@ class PNDM(Sampler):
         if i == 0:
             self._held = x
         elif i == 1:
+            assert self._held is not None
             output, x, self._held = (output + e[-1]) / F32(2), self._held, None
         elif len(e) == 2:
             output = (3 * e[-1] - e[-2]) / F32(2)
@@ -339,7 +341,7 @@ class DPMSolverPP2M(_SigmaSampler):
         else:
             t = _spaced("trailing", n, total, 0)
         if self.karras:
-            sigmas = self._karras(table[-1], table[0])
+            sigmas: Array = self._karras(table[-1], table[0])
             t = self._sigma_to_t(sigmas, table).round()
         else:
             sigmas = np.interp(t, np.arange(len(table)), table)
@@ -435,7 +437,9 @@ def sampler_of(config: dict[str, Any]) -> str:
     }  # fmt: skip
     for k, accepted in unsupported.items():
         if config.get(k) not in accepted:
-            raise InputError(f"scheduler config: {k}={config[k]!r} is not supported (only {accepted[-1]!r}); choose a sampler with sampler=.")
+            raise InputError(
+                f"scheduler config: {k}={config[k]!r} is not supported (only {accepted[-1]!r}); choose a sampler with sampler=."
+            )
     if name == "PNDMScheduler" and not config.get("skip_prk_steps", False):
         raise InputError("scheduler config: PNDMScheduler with skip_prk_steps=False is not supported; set it to true or pass sampler=.")
     karras = "-karras" if config.get("use_karras_sigmas") else ""

@@ -51,7 +51,9 @@ class ClipTokenizer:
         self.max_length = max_length
         self.bos, self.eos, self.pad = vocab["<|startoftext|>"], vocab["<|endoftext|>"], vocab[pad]
         self.vocab_size = len(vocab)
-        self._bpe = rules(BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+        self._bpe = rules(
+            BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token="<|endoftext|>")
+        )
         self._bpe.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
 
     @classmethod
@@ -62,7 +64,9 @@ class ClipTokenizer:
             lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         except FileNotFoundError as e:
-            raise ArtifactError(f"{e.filename} is missing; a CLIP tokenizer folder has vocab.json, merges.txt and tokenizer_config.json.") from e
+            raise ArtifactError(
+                f"{e.filename} is missing; a CLIP tokenizer folder has vocab.json, merges.txt and tokenizer_config.json."
+            ) from e
         except ValueError as e:
             raise ArtifactError(f"{folder} holds a damaged JSON file ({e}); fetch the model again.") from e
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]

@@ -105,8 +105,10 @@ def main() -> None:
     os.replace(tmp, args.out)
     concepts = len({concept_of(k) for k in both})
     missing = len(files) - len(both)
-    print(f"{args.out}: {len(both)} pictures ({counts}), {concepts} concepts, {args.out.stat().st_size / 1e6:.2f} MB; "
-          f"{missing} pictures without a caption or in a left-out group")
+    print(
+        f"{args.out}: {len(both)} pictures ({counts}), {concepts} concepts, {args.out.stat().st_size / 1e6:.2f} MB; "
+        f"{missing} pictures without a caption or in a left-out group"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Distil the emoji student from the teacher: BK-Base's blocks at half width (5.4M), task + output + feature losses.
 
-    python benchmarks/emoji/train_student.py --teacher runs/teacher/model --latents runs/teacher/latents.safetensors --out runs/student
+python benchmarks/emoji/train_student.py --teacher runs/teacher/model --latents runs/teacher/latents.safetensors --out runs/student
 """
 
 from __future__ import annotations

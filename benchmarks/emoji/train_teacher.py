@@ -1,6 +1,6 @@
 """Train the emoji teacher: UNet2DConditionModel (31M) and CLIP text encoder (2.4M), v-prediction, zero terminal SNR.
 
-    python benchmarks/emoji/train_teacher.py --vae runs/vae/model --out runs/teacher [--resume] [--max-minutes 90]
+python benchmarks/emoji/train_teacher.py --vae runs/vae/model --out runs/teacher [--resume] [--max-minutes 90]
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def main() -> None:
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
     parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"}
     task = TeacherTask(unet, text_encoder, source, parts=parts, preview={"prompts": PREVIEW})
-    config = TrainConfig(max_images=args.images, batch_size=64, lr=5e-4, warmup_images=10_000, decay_from=0.5, sample_every=400, checkpoint_minutes=8)
+    config = TrainConfig(
+        max_images=args.images, batch_size=64, lr=5e-4, warmup_images=10_000, decay_from=0.5, sample_every=400, checkpoint_minutes=8
+    )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 
 

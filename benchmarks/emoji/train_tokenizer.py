@@ -1,6 +1,6 @@
 """Train the emoji tokenizer: CLIP's rules and file format, about 3,000 byte-pair tokens.
 
-    python benchmarks/emoji/train_tokenizer.py --out benchmarks/emoji/tokenizer
+python benchmarks/emoji/train_tokenizer.py --out benchmarks/emoji/tokenizer
 """
 
 from __future__ import annotations
@@ -44,7 +44,13 @@ def main() -> None:
     (args.out / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     (args.out / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
-    config = {**special, "model_max_length": args.max_length, "do_lower_case": True, "add_prefix_space": False, "tokenizer_class": "CLIPTokenizer"}
+    config = {
+        **special,
+        "model_max_length": args.max_length,
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "tokenizer_class": "CLIPTokenizer",
+    }
     (args.out / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
     print(f"{args.out}: {len(tokens)} tokens, {len(merges)} merges")
 

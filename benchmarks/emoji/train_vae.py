@@ -1,6 +1,6 @@
 """Train the emoji autoencoder: AutoencoderKL, f=8, 8 latent channels; L1 + MSE + EfficientNet-Lite0 features + KL.
 
-    python benchmarks/emoji/train_vae.py --out runs/vae [--resume] [--max-minutes 60]
+python benchmarks/emoji/train_vae.py --out runs/vae [--resume] [--max-minutes 60]
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def main() -> None:
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    config = TrainConfig(max_images=args.images, batch_size=32, lr=1e-3, warmup_images=6_400, decay_from=0.3, ema_decay=0.998, sample_every=500)
+    config = TrainConfig(
+        max_images=args.images, batch_size=32, lr=1e-3, warmup_images=6_400, decay_from=0.3, ema_decay=0.998, sample_every=500
+    )
     fit(AutoencoderTask(emoji.load()), config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 
 

@@ -52,7 +52,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.precision} on {self.backend} ({self.engine}), {self.device}; {self.reason}"]
         lines += [
-            f"  {n.part:<13} {n.bytes / 1e6:8.2f} MB {n.storage:<8} -> {n.arithmetic:<8} loaded in {n.load_seconds:.2f} s  {n.file}" for n in self.networks
+            f"  {n.part:<13} {n.bytes / 1e6:8.2f} MB {n.storage:<8} -> {n.arithmetic:<8} loaded in {n.load_seconds:.2f} s  {n.file}"
+            for n in self.networks
         ]
         return "\n".join(lines + [f"  note: {n}" for n in self.notes])
 
@@ -73,7 +74,9 @@ class Backend(Protocol):
     DEVICES: tuple[str, ...]
 
     def engine(self) -> str: ...
-    def load_part(self, artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]: ...
+    def load_part(
+        self, artifact: Artifact, part: str, precision: str, device: str, threads: int | None
+    ) -> tuple[Network, NetworkReport]: ...
     def notes(self, precision: str, device: str) -> list[str]: ...
 
 
@@ -133,12 +136,15 @@ def load(artifact: Artifact, precision: str, backend: str = "auto", device: str 
     if precision not in module.PRECISIONS:
         others = [n for n in _BACKENDS if n != name and _installed(n) and precision in get_backend(n).PRECISIONS]
         raise PrecisionError(
-            f"backend {name!r} has no {precision}; it has {', '.join(module.PRECISIONS)}" + (f", and {', '.join(others)} has it." if others else ".")
+            f"backend {name!r} has no {precision}; it has {', '.join(module.PRECISIONS)}"
+            + (f", and {', '.join(others)} has it." if others else ".")
         )
     if loose := artifact.loose_pickles():
         weights = {p.parent.name for p in artifact.folder.glob("*/*.safetensors")}
         if {"unet", "vae", "text_encoder"} - weights:
-            raise ArtifactError(f"{artifact.folder} has weights only as pickles ({loose[0]}), which can run code; convert them to safetensors first.")
+            raise ArtifactError(
+                f"{artifact.folder} has weights only as pickles ({loose[0]}), which can run code; convert them to safetensors first."
+            )
     report = Report(artifact.name, name, device, precision, reason, module.engine(), notes=module.notes(precision, device))
     loaded = {}
     for part in PARTS:

@@ -45,9 +45,13 @@ class Session:
         try:
             self.session = ort.InferenceSession(path, options, providers=[self.provider])
         except Exception as e:  # onnxruntime raises many unrelated types
-            raise ArtifactError(f"{path} cannot be loaded by onnxruntime ({str(e).splitlines()[0][:200]}); run `sdlite verify` on the model.") from e
+            raise ArtifactError(
+                f"{path} cannot be loaded by onnxruntime ({str(e).splitlines()[0][:200]}); run `sdlite verify` on the model."
+            ) from e
         if self.provider not in self.session.get_providers():  # a listed provider still falls back in silence
-            raise UnknownNameError(f"device={device!r}: onnxruntime lists {self.provider} but could not start it; check the CUDA and cuDNN libraries.")
+            raise UnknownNameError(
+                f"device={device!r}: onnxruntime lists {self.provider} but could not start it; check the CUDA and cuDNN libraries."
+            )
         self.output = self.session.get_outputs()[0].name
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:

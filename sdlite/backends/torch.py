@@ -77,7 +77,9 @@ def _load(artifact: Artifact, part: str, folder: Path, weights: list[Path], prec
     try:
         loaded, info = _classes()[part].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except Exception as e:  # safetensors, diffusers and transformers each raise their own
-        raise ArtifactError(f"{folder} cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:200]}); fetch or save the model again.") from e
+        raise ArtifactError(
+            f"{folder} cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:200]}); fetch or save the model again."
+        ) from e
     missing = [k for k in info["missing_keys"] if "position_ids" not in k]
     if missing:
         raise ArtifactError(f"{folder} lacks {len(missing)} tensors (first: {missing[0]}); weights and config.json do not belong together.")
@@ -89,6 +91,6 @@ def _load(artifact: Artifact, part: str, folder: Path, weights: list[Path], prec
     size = sum(w.stat().st_size for w in weights)
     arithmetic = str(next(module.parameters()).dtype).removeprefix("torch.")
     file = f"{folder.name}/{weights[0].name}" + (f" and {len(weights) - 1} more" if len(weights) > 1 else "")
-    return Module(part, module.to(device), device, threads), NetworkReport(part, file, size, str(dtype).removeprefix("torch."), arithmetic, 0.0)
-
-
+    return Module(part, module.to(device), device, threads), NetworkReport(
+        part, file, size, str(dtype).removeprefix("torch."), arithmetic, 0.0
+    )

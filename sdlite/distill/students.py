@@ -121,7 +121,9 @@ def slice_width(unet: Any, width: float) -> Any:
     heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
     for c, h in zip(channels, heads, strict=True):
         if (c / groups * width) % 1 or (h * width) % 1:
-            raise InputError(f"width={width}: {c} channels in {groups} norm groups and {h} heads do not divide; choose a width that keeps them whole.")
+            raise InputError(
+                f"width={width}: {c} channels in {groups} norm groups and {h} heads do not divide; choose a width that keeps them whole."
+            )
     config["block_out_channels"] = tuple(int(c * width) for c in channels)
     config["attention_head_dim"] = tuple(int(h * width) for h in heads)
     student = _from_config(unet, config)
@@ -152,7 +154,12 @@ class _Plan:
         """L1 norm of every weight row that writes into the stage's residual stream."""
         score = torch.zeros(channels)
         for name, w in self.state.items():
-            if w.ndim >= 2 and w.shape[0] == channels and self._stage(name) == stage and re.search(r"conv2|conv_shortcut|proj_out|conv_in|samplers", name):
+            if (
+                w.ndim >= 2
+                and w.shape[0] == channels
+                and self._stage(name) == stage
+                and re.search(r"conv2|conv_shortcut|proj_out|conv_in|samplers", name)
+            ):
                 score += w.flatten(1).abs().sum(1).float().cpu()
         return score
 

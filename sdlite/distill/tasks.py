@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdlite.distill.features import Taps, block_taps
-from sdlite.distill.losses import output_loss, feature_loss
+from sdlite.distill.losses import feature_loss, output_loss
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
 from sdlite.sampling import Noise, Schedule, get_sampler, guide
@@ -65,7 +65,9 @@ def stratified_timesteps(size: int, total: int, generator: torch.Generator) -> T
 class _Denoising:
     """What the teacher's and the student's tasks share: the batch, the noise and the preview."""
 
-    def __init__(self, source: LatentSource, scheduler: dict[str, Any], parts: dict[str, Any], caption_dropout: float, preview: dict[str, Any]):
+    def __init__(
+        self, source: LatentSource, scheduler: dict[str, Any], parts: dict[str, Any], caption_dropout: float, preview: dict[str, Any]
+    ):
         self.source, self.scheduler, self.parts, self.caption_dropout, self.preview = source, scheduler, parts, caption_dropout, preview
         self.schedule = Schedule.from_config(scheduler)
         self.forward = Forward(self.schedule)

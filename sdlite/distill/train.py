@@ -113,14 +113,15 @@ class _State:
     @torch.no_grad()
     def restore(self, path: Path) -> None:
         with safe_open(path, framework="pt") as f:
+            names = list(f.keys())
             for prefix, group in (("model", self.modules), ("ema", self.ema)):
                 for k, m in group.items():
                     head = f"{prefix}.{k}."
-                    m.load_state_dict({n[len(head):]: f.get_tensor(n) for n in f.keys() if n.startswith(head)})
+                    m.load_state_dict({n[len(head) :]: f.get_tensor(n) for n in names if n.startswith(head)})
             fields: dict[str, dict[str, Tensor]] = {}
-            for n in f.keys():
+            for n in names:
                 if n.startswith("optimizer."):
-                    parameter, field = n[len("optimizer."):].rsplit(".", 1)
+                    parameter, field = n[len("optimizer.") :].rsplit(".", 1)
                     fields.setdefault(parameter, {})[field] = f.get_tensor(n)
         for p, name in self.names.items():
             if name in fields:
@@ -167,7 +168,9 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     micro = config.micro_batch_size or config.batch_size
     if config.batch_size % world or config.batch_size // world % min(micro, config.batch_size // world):
-        raise TrainingError(f"batch_size={config.batch_size} does not split over {world} processes into parts of {micro}; choose a multiple.")
+        raise TrainingError(
+            f"batch_size={config.batch_size} does not split over {world} processes into parts of {micro}; choose a multiple."
+        )
     done = _checkpoints(out)
     if done and not resume:
         raise TrainingError(f"{out} already holds {done[-1].name}; pass resume=True to go on from it, or choose another folder.")
@@ -175,7 +178,10 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
 
     optimizer = torch.optim.AdamW(
         [p for m in task.modules.values() for p in m.parameters() if p.requires_grad],
-        lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True,
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     state = _State({k: m.to(device) for k, m in task.modules.items()}, optimizer)
     step = images = 0
@@ -183,7 +189,9 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
         meta = json.loads((done[-1] / "meta.json").read_text())
         for field in ("batch_size", "seed"):
             if meta["config"][field] != getattr(config, field):
-                raise TrainingError(f"{done[-1]} was made with {field}={meta['config'][field]}, now {getattr(config, field)}; an exact resume needs the same.")
+                raise TrainingError(
+                    f"{done[-1]} was made with {field}={meta['config'][field]}, now {getattr(config, field)}; an exact resume needs the same."
+                )
         state.restore(done[-1] / "state.safetensors")
         step, images = meta["step"], meta["images"]
     prepared = {k: accelerator.prepare_model(m.train()) for k, m in task.modules.items()}
@@ -218,7 +226,9 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
                 for k, v in losses.items():
                     terms[k] = terms.get(k, 0.0) + v.item() * micro / share
                 if not math.isfinite(terms["loss"]):
-                    raise TrainingError(f"loss is {terms['loss']} at step {step} (terms {terms}; samples {part.get('ids')}); lower the learning rate or look at these samples.")
+                    raise TrainingError(
+                        f"loss is {terms['loss']} at step {step} (terms {terms}; samples {part.get('ids')}); lower the learning rate or look at these samples."
+                    )
                 accelerator.backward(losses["loss"] * (micro / share))
             norm = accelerator.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
@@ -231,7 +241,13 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
             bar.update(config.batch_size)
             if accelerator.is_main_process and step % config.log_every == 0:
                 now = time.monotonic()
-                row = {"step": step, "images": images, "lr": lr, "images_per_second": (images - logged_images) / (now - last_log), **running}
+                row = {
+                    "step": step,
+                    "images": images,
+                    "lr": lr,
+                    "images_per_second": (images - logged_images) / (now - last_log),
+                    **running,
+                }
                 last_log, logged_images = now, images
                 with open(out / "stats.jsonl", "a") as f:
                     f.write(json.dumps(row) + "\n")
@@ -249,4 +265,10 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
         task.save(state.ema, out / "model")
         task.sample(state.ema, out / "sample-last.png")
         print(f"{out}: {images} images, step {step}, loss {running.get('loss', float('nan')):.4f}; networks in {out / 'model'}")
-    return {"images": images, "step": step, "seconds": time.monotonic() - start, "finished": images >= config.max_images, "loss": running.get("loss")}
+    return {
+        "images": images,
+        "step": step,
+        "seconds": time.monotonic() - start,
+        "finished": images >= config.max_images,
+        "loss": running.get("loss"),
+    }

@@ -99,7 +99,12 @@ def _safetensors_index(path: Path) -> dict[str, dict[str, Any]]:
         (n,) = struct.unpack("<Q", f.read(8))
         header = json.loads(f.read(n))
     return {
-        k: {"dtype": v["dtype"], "shape": v["shape"], "offset": 8 + n + v["data_offsets"][0], "length": v["data_offsets"][1] - v["data_offsets"][0]}
+        k: {
+            "dtype": v["dtype"],
+            "shape": v["shape"],
+            "offset": 8 + n + v["data_offsets"][0],
+            "length": v["data_offsets"][1] - v["data_offsets"][0],
+        }
         for k, v in header.items()
         if k != "__metadata__"
     }
@@ -131,7 +136,9 @@ def _link_weights(model: onnx.ModelProto, weights: list[Path], prefix: str) -> i
         stored, half = "weights." + name, entry["dtype"] == "F16"
         if stored not in made:
             made.add(stored)
-            tensor = onnx.TensorProto(name=stored, dims=entry["shape"], data_type=_ONNX_TYPES[entry["dtype"]], data_location=onnx.TensorProto.EXTERNAL)
+            tensor = onnx.TensorProto(
+                name=stored, dims=entry["shape"], data_type=_ONNX_TYPES[entry["dtype"]], data_location=onnx.TensorProto.EXTERNAL
+            )
             for k, v in (("location", path.name), ("offset", entry["offset"]), ("length", entry["length"])):
                 tensor.external_data.add(key=k, value=str(v))
             kept.append(tensor)
@@ -172,13 +179,19 @@ def _own_weights(folder: Path, model: onnx.ModelProto, dtype: str) -> None:
     """Write the decoder's weights beside its graph as model.onnx.data, in float16 or float32, and link them."""
     from safetensors.numpy import save_file
 
-    arrays = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer if i.data_type == onnx.TensorProto.FLOAT and np.prod(i.dims) >= 16}
+    arrays = {
+        i.name: onnx.numpy_helper.to_array(i)
+        for i in model.graph.initializer
+        if i.data_type == onnx.TensorProto.FLOAT and np.prod(i.dims) >= 16
+    }
     path = folder / "model.onnx.data"
     save_file({k: np.ascontiguousarray(v.astype(np.float16 if dtype == "F16" else np.float32)) for k, v in arrays.items()}, path)
     _link_weights(model, [path], "")
 
 
-def convert(folder: str | Path, out: str | Path, *, name: str = "", student: dict[str, Any] | None = None, sampler: dict[str, Any] | None = None) -> Path:
+def convert(
+    folder: str | Path, out: str | Path, *, name: str = "", student: dict[str, Any] | None = None, sampler: dict[str, Any] | None = None
+) -> Path:
     """Make an artefact: the diffusers folder, ONNX graphs for its three networks, and the manifest.
 
     Args:
@@ -197,7 +210,11 @@ def convert(folder: str | Path, out: str | Path, *, name: str = "", student: dic
     source, out = Artifact.open(folder), Path(out)
     with writing(out) as tmp:
         for part in ("tokenizer", "scheduler", "text_encoder", "unet", "vae"):
-            shutil.copytree(source.folder / part, tmp / part, ignore=lambda d, names: [n for n in names if not n.endswith((".json", ".txt", ".safetensors"))])
+            shutil.copytree(
+                source.folder / part,
+                tmp / part,
+                ignore=lambda d, names: [n for n in names if not n.endswith((".json", ".txt", ".safetensors"))],
+            )
         (tmp / "model_index.json").write_text(json.dumps(source.index, indent=1))
         entries: dict[str, dict[str, Any]] = {}
         networks = _networks(source.folder)
@@ -208,14 +225,16 @@ def convert(folder: str | Path, out: str | Path, *, name: str = "", student: dic
         counts["vae_parameters"] = counts.pop("vae_decoder_parameters")
         manifest = Manifest(name=name or source.folder.name, student={**counts, **(student or {})}, sampler=sampler or {})
         # float16 storage is exact in float32: one set of files is both variants.
-        manifest.variants = {p: entries for p in (("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",))}
-        vae_stride = 2 ** (len(networks["vae_decoder"][0].module.config.block_out_channels) - 1)  # type: ignore[union-attr]
+        manifest.variants = dict.fromkeys(("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",), entries)
+        vae_stride = 2 ** (len(networks["vae_decoder"][0].module.config.block_out_channels) - 1)
         manifest.size_multiple = vae_stride * 2 ** (len(unet.config.block_out_channels) - 1)
         write_manifest(tmp, manifest)
     return out
 
 
-def _write_part(root: Path, part: str, spec: IOSpec, wrapped: nn.Module, inputs: tuple[Tensor, ...], shapes: dict[str, Any]) -> dict[str, Any]:
+def _write_part(
+    root: Path, part: str, spec: IOSpec, wrapped: nn.Module, inputs: tuple[Tensor, ...], shapes: dict[str, Any]
+) -> dict[str, Any]:
     weights = sorted((root / spec.source).glob("*.safetensors"))
     if not weights:
         raise ArtifactError(f"{spec.source}/ holds no safetensors; convert the weights first.")

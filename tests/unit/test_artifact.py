@@ -136,9 +136,13 @@ def test_truncated_safetensors_in_a_plain_folder_is_refused(plain, tmp_path):
 
 
 def test_writing_leaves_nothing_when_it_fails(tmp_path):
-    with pytest.raises(RuntimeError), writing(tmp_path / "out") as tmp:
-        (tmp / "half").write_text("x")
-        raise RuntimeError
+    def fail_half_way():
+        with writing(tmp_path / "out") as tmp:
+            (tmp / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,7 +21,15 @@ def test_bad_and_missing_pictures_are_skipped_and_listed(tmp_path):
     png = io.BytesIO()
     Image.new("RGB", (4, 4)).save(png, "PNG")
     meta = json.dumps({"caption": "x"}).encode()
-    files = {"a.png": png.getvalue(), "a.json": meta, "b.png": b"no picture", "b.json": meta, "c.json": meta, "d.png": png.getvalue(), "d.json": b"{"}
+    files = {
+        "a.png": png.getvalue(),
+        "a.json": meta,
+        "b.png": b"no picture",
+        "b.json": meta,
+        "c.json": meta,
+        "d.png": png.getvalue(),
+        "d.json": b"{",
+    }
     shard(tmp_path / "s.tar.gz", files)
     out = read_shards(tmp_path / "s.tar.gz")
     assert [s.key for s in out.samples] == ["a"]

@@ -124,7 +124,9 @@ def hub():
 def run(url, home, revision=None, **env):
     env = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "3", **env}  # fmt: skip
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", RUN.format(revision=revision)], capture_output=True, text=True, env=env, timeout=120)
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUN.format(revision=revision)], capture_output=True, text=True, env=env, timeout=120
+    )
     assert out.stdout, out.stderr[-2000:]
     return out.stdout.strip().splitlines()[-1]
 

@@ -9,7 +9,9 @@ HEAVY = ("torch", "diffusers", "transformers", "onnx", "accelerate", "optimum")
 
 
 def modules_after(code: str) -> set[str]:
-    out = subprocess.run([sys.executable, "-c", f"{code}\nimport sys; print(' '.join(sys.modules))"], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(' '.join(sys.modules))"], capture_output=True, text=True, check=True
+    )
     return {m.split(".")[0] for m in out.stdout.split()}
 
 

@@ -15,10 +15,10 @@ CROSS, PLAIN, UP_CROSS, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUp
 
 def small(**changes):
     torch.manual_seed(0)
-    config = dict(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=4, cross_attention_dim=12,
-        down_block_types=(CROSS, CROSS, CROSS), up_block_types=(UP_CROSS, UP_CROSS, UP_CROSS), attention_head_dim=4,
-    )  # fmt: skip
+    config = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32, 32), "layers_per_block": 2, "norm_num_groups": 4,
+        "down_block_types": (CROSS, CROSS, CROSS), "up_block_types": (UP_CROSS, UP_CROSS, UP_CROSS), "attention_head_dim": 4, "cross_attention_dim": 12,
+    }  # fmt: skip
     return UNet2DConditionModel(**{**config, **changes}).eval()
 
 

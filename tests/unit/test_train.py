@@ -160,7 +160,7 @@ def test_statistics_are_one_json_object_per_line(tmp_path):
 
 def test_two_processes_equal_one(tmp_path):
     fit(task(), CONFIG, tmp_path / "one")
-    code = "from tests.unit.test_train import *; from pathlib import Path; torch.set_num_threads(1); fit(task(), CONFIG, Path(%r))" % str(tmp_path / "two")
+    code = f"from tests.unit.test_train import *; from pathlib import Path; torch.set_num_threads(1); fit(task(), CONFIG, Path({str(tmp_path / 'two')!r}))"
     port = str(20_000 + os.getpid() % 20_000)
     procs = [
         subprocess.Popen(

@@ -1,0 +1,131 @@
+"""The same prompt and latents through every backend, diffusers and optimum: the same picture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import sdlite
+from sdlite.sampling import Noise
+from tests.conftest import EMOJI
+from tests.helpers import psnr
+
+torch = pytest.importorskip("torch", reason="needs the torch extra")
+diffusers = pytest.importorskip("diffusers", reason="needs the torch extra")
+pytest.importorskip("onnxruntime", reason="needs the cpu extra")
+pytestmark = pytest.mark.parity
+
+PROMPTS = ["red apple on a blue background", "pizza", "dog face"]
+CALL = {"num_inference_steps": 8, "guidance_scale": 3.0}
+LATENTS = np.stack([Noise(s).normal((8, 8, 8)) for s in range(3)])
+
+
+def pixels(images):
+    return np.stack([np.asarray(i) for i in images])
+
+
+@pytest.fixture(scope="module")
+def want(emoji):
+    return pixels(emoji(PROMPTS, latents=LATENTS, **CALL).images)
+
+
+@pytest.fixture(scope="module")
+def torch_pipe():
+    return sdlite.Pipeline.from_pretrained("emoji", backend="torch", precision="fp32", threads=1)
+
+
+def test_torch_fp32_equals_onnxruntime(want, torch_pipe):
+    assert psnr(pixels(torch_pipe(PROMPTS, latents=LATENTS, **CALL).images), want) >= 60
+
+
+def test_float_pixels_of_onnxruntime_equal_torch_beyond_rounding(emoji, torch_pipe):
+    """uint8 hides small errors: compare the networks themselves."""
+    ids = emoji.tokenize(PROMPTS)
+    a, b = emoji.encode_text(ids), torch_pipe.encode_text(ids)
+    assert psnr(a, b, peak=float(np.abs(b).max())) > 90
+    arguments = {"sample": LATENTS, "timestep": np.array(500, np.float32), "encoder_hidden_states": b}
+    a, b = emoji.networks.unet(**arguments), torch_pipe.networks.unet(**arguments)
+    assert psnr(a, b, peak=float(np.abs(b).max())) > 90
+    a, b = emoji.networks.vae_decoder(latent_sample=LATENTS), torch_pipe.networks.vae_decoder(latent_sample=LATENTS)
+    assert psnr(a, b, peak=2) > 90
+
+
+def test_fp16_equals_fp32_and_is_reported_as_storage(want):
+    half = sdlite.Pipeline.from_pretrained("emoji", precision="fp16", threads=1)
+    assert psnr(pixels(half(PROMPTS, latents=LATENTS, **CALL).images), want) >= 40
+    assert "storage" in half.report.notes[0]
+
+
+def test_diffusers_opens_the_artefact_and_makes_the_same_pictures(want):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(EMOJI, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.text_encoder.dtype == torch.float32
+    got = pipe(PROMPTS, latents=torch.from_numpy(LATENTS), **CALL).images
+    assert psnr(pixels(got), want) >= 50
+
+
+def test_seed_means_the_same_picture_in_diffusers(emoji):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(EMOJI, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    got = pipe("pizza", generator=torch.Generator().manual_seed(11), **CALL).images
+    assert psnr(pixels(got), pixels(emoji("pizza", seed=11, **CALL).images)) >= 50
+
+
+def test_optimum_opens_the_artefact_and_makes_the_same_pictures(want):
+    optimum = pytest.importorskip("optimum.onnxruntime", reason="needs the optimum extra")
+    pipe = optimum.ORTStableDiffusionPipeline.from_pretrained(EMOJI)
+    pipe.set_progress_bar_config(disable=True)
+    got = pipe(PROMPTS, latents=torch.from_numpy(LATENTS), **CALL).images
+    assert psnr(pixels(got), want) >= 50
+
+
+def test_every_sampler_runs_and_agrees_between_backends(emoji, torch_pipe):
+    from sdlite.sampling import SAMPLERS
+
+    for sampler in SAMPLERS:
+        a, b = (pixels(p("pizza", seed=2, num_inference_steps=4, sampler=sampler).images) for p in (emoji, torch_pipe))
+        assert psnr(a, b) >= 50, sampler
+
+
+def test_a_broken_network_fails_the_parity_gate(emoji, want, monkeypatch):
+    unet = emoji.networks.unet
+    monkeypatch.setattr(emoji.networks, "unet", lambda **kw: unet(**{**kw, "timestep": kw["timestep"] + 20}))
+    assert psnr(pixels(emoji(PROMPTS, latents=LATENTS, **CALL).images), want) < 50
+    monkeypatch.setattr(emoji.networks, "unet", lambda **kw: unet(**kw) * np.float32(1.02))
+    assert psnr(pixels(emoji(PROMPTS, latents=LATENTS, **CALL).images), want) < 50
+
+
+def test_plain_diffusers_folder_runs_on_torch(plain, want):
+    pipe = sdlite.Pipeline.from_pretrained(plain)
+    assert pipe.report.backend == "torch"
+    assert psnr(pixels(pipe(PROMPTS, latents=LATENTS, **CALL).images), want) >= 50
+    assert pipe.defaults.num_inference_steps == 50
+
+
+def test_tokenizer_gives_the_ids_of_transformers(emoji):
+    from transformers import CLIPTokenizerFast
+
+    reference = CLIPTokenizerFast.from_pretrained(EMOJI / "tokenizer")
+    texts = ["", "Red  APPLE, 12 o'clock!", "  naïve \n café ", "日本 <b>", "woman: dark skin tone", "a" * 100]
+    want = reference(texts, padding="max_length", max_length=emoji.tokenizer.max_length, truncation=True, return_tensors="np").input_ids
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (emoji.tokenize(texts) == want).all()
+
+
+@pytest.mark.slow
+def test_sd14_shaped_folder_runs_on_torch_at_512_and_equals_diffusers(tmp_path):
+    """860M parameters with random weights, SD-1.4's own configs and PNDM scheduler."""
+    from benchmarks.shapes import write_sd_folder
+
+    folder = write_sd_folder("sd14", tmp_path / "sd14")
+    latents = Noise(0).normal((4, 64, 64))[None]
+    ours = sdlite.Pipeline.from_pretrained(folder)
+    got = pixels(ours("a photo", latents=latents, num_inference_steps=2).images)
+    del ours
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    want = pixels(pipe("a photo", latents=torch.from_numpy(latents), num_inference_steps=2).images)
+    assert got.shape == (1, 512, 512, 3)
+    assert psnr(got, want) >= 50

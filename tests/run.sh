@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lint, types and tests on a fresh machine: makes its own virtual environment (.venv-test) and installs all it needs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python3 -m venv .venv-test
+bin=$PWD/.venv-test/bin
+"$bin/pip" install --quiet --disable-pip-version-check -c tests/constraints.txt torch
+"$bin/pip" install --quiet --disable-pip-version-check -c tests/constraints.txt -e '.[dev,optimum,bench]'
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+"$bin/python" -m pytest "$@"
