@@ -334,6 +334,7 @@ class DPMSolverPP2M(_SigmaSampler):
     def _prepare(self) -> None:
         table = self._table()
         n, total = self.n, self.total
+        t: Array
         if self.timestep_spacing == "linspace":
             t = np.linspace(0, total - 1, n + 1).round()[::-1][:-1]
         elif self.timestep_spacing == "leading":
@@ -341,7 +342,7 @@ class DPMSolverPP2M(_SigmaSampler):
         else:
             t = _spaced("trailing", n, total, 0)
         if self.karras:
-            sigmas: Array = self._karras(table[-1], table[0])
+            sigmas = self._karras(table[-1], table[0])
             t = self._sigma_to_t(sigmas, table).round()
         else:
             sigmas = np.interp(t, np.arange(len(table)), table)
