@@ -33,7 +33,7 @@ class Wrapped(nn.Module):
 
 
 class AutoencoderTask:
-    def __init__(self, data: emoji.Emoji, feature_weight: float = 0.3, kl_weight: float = 1e-4):
+    def __init__(self, data: emoji.Emoji, init: Path | None = None, feature_weight: float = 0.3, kl_weight: float = 1e-4):
         self.data, self.weights = data, data.weights()
         self.feature_weight, self.kl_weight = feature_weight, kl_weight
         self.features = LiteFeatures()
@@ -42,6 +42,8 @@ class AutoencoderTask:
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(16, 32, 64, 128), mid_block_add_attention=False, scaling_factor=1.0,
         )  # fmt: skip
+        if init is not None:
+            vae = AutoencoderKL.from_pretrained(init)
         self.modules: dict[str, nn.Module] = {"vae": Wrapped(vae)}
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
@@ -83,15 +85,19 @@ def main() -> None:
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--resume", action="store_true")
     ap.add_argument("--max-minutes", type=float)
+    ap.add_argument("--init", type=Path, help="go on from this AutoencoderKL folder with a new schedule")
+    ap.add_argument("--batch-size", type=int, default=32)
+    ap.add_argument("--lr", type=float, default=1e-3)
     ap.add_argument("--images", type=int, default=56_000)
     ap.add_argument("--threads", type=int, default=2)
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = TrainConfig(
-        max_images=args.images, batch_size=32, lr=1e-3, warmup_images=6_400, decay_from=0.3, ema_decay=0.998, sample_every=500
-    )
-    fit(AutoencoderTask(emoji.load()), config, args.out, resume=args.resume, max_minutes=args.max_minutes)
+        max_images=args.images, batch_size=args.batch_size, lr=args.lr, warmup_images=200 * args.batch_size, decay_from=0.3, ema_decay=0.998,
+        sample_every=500 * 32 // args.batch_size,
+    )  # fmt: skip
+    fit(AutoencoderTask(emoji.load(), args.init), config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,6 +130,29 @@ class _State:
                 self.optimizer.state[p] = fields[name]
 
 
+class _StopSignal:
+    """While the block lasts, SIGINT and SIGTERM ask the loop to stop after the current step (a second one ends at once)."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __enter__(self) -> _StopSignal:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._main:
+            for s, handler in self._before.items():
+                signal.signal(s, handler)
+
+
 def _checkpoints(out: Path) -> list[Path]:
     return sorted(p for p in out.glob("checkpoint-*") if p.is_dir() and not p.name.endswith(".tmp"))
 
@@ -209,8 +234,8 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
     running: dict[str, float] = {}
     logged_images = images
     bar = tqdm(total=config.max_images, initial=images, unit="img", disable=not accelerator.is_main_process, mininterval=5, smoothing=0.05)
-    try:
-        while images < config.max_images:
+    with _StopSignal() as stop:
+        while images < config.max_images and not stop.asked:
             if max_minutes is not None and time.monotonic() - start >= max_minutes * 60:
                 break
             lr = config.lr_at(images)
@@ -257,8 +282,8 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
             if time.monotonic() - last_checkpoint >= config.checkpoint_minutes * 60:
                 checkpoint()
                 last_checkpoint = time.monotonic()
-    except KeyboardInterrupt:
-        bar.write("interrupted: writing a checkpoint")
+    if stop.asked:
+        bar.write("asked to stop: writing a checkpoint")
     bar.close()
     checkpoint()
     if accelerator.is_main_process:

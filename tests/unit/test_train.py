@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -66,13 +68,13 @@ def last(out):
 
 
 def interrupt_after(t, steps):
-    """Ctrl-C as the user would press it, in the middle of drawing a batch."""
+    """Ctrl-C as the user would press it, in the middle of a step: that step is finished, then the loop stops."""
     real, calls = t.batch, []
 
     def batch(size, generator):
         calls.append(1)
-        if len(calls) > steps:
-            raise KeyboardInterrupt
+        if len(calls) == steps:
+            signal.raise_signal(signal.SIGINT)
         return real(size, generator)
 
     t.batch = batch
@@ -106,6 +108,29 @@ def test_resume_with_another_seed_is_refused_and_a_broken_resume_differs(tmp_pat
     fit(task(), CONFIG, tmp_path / "b")
     a, b = last(tmp_path / "a"), last(tmp_path / "b")
     assert not all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_killed_run_loses_at_most_one_interval(tmp_path):
+    """SIGKILL while checkpoints are written after every step: the newest whole one is resumed, and the end is the same."""
+    code = (
+        "from tests.unit.test_train import *; from dataclasses import replace; from pathlib import Path\n"
+        f"fit(task(), replace(CONFIG, checkpoint_minutes=0, max_images=80_000), Path({str(tmp_path / 'killed')!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.getcwd()}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/checkpoint-0000000[3-9]")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    reached = max(int(p.name.split("-")[1]) for p in tmp_path.glob("killed/checkpoint-*") if not p.name.endswith(".tmp"))
+    from dataclasses import replace
+
+    config = replace(CONFIG, max_images=80_000)
+    rest = fit(interrupt_after(task(), 3), config, tmp_path / "killed", resume=True)
+    assert rest["step"] == reached + 3
+    fit(interrupt_after(task(), reached + 3), config, tmp_path / "whole")
+    a, b = last(tmp_path / "killed"), last(tmp_path / "whole")
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_half_written_checkpoint_is_ignored(tmp_path):
