@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -57,6 +58,8 @@ class Protocol:
         import torch
         from features import LiteFeatures
 
+        from sdlite.artifact import sha256
+
         self.torch, self.names, self.colours = torch, emoji.NAMES, emoji.COLOURS
         self.data = emoji.load()
         self.features = LiteFeatures()
@@ -70,6 +73,8 @@ class Protocol:
         self.heldout = [int(i) for i in rng.permutation(held)[:heldout]]
         self.background = {i: int(rng.integers(len(self.names))) for i in [*self.prompts, *self.heldout]}
         self._gallery: dict[int, np.ndarray] = {}
+        key = sha256(emoji.SHARD)[:12]
+        self.cache = Path(os.environ.get("SDLITE_CACHE", Path.home() / ".cache" / "sdlite")) / f"emoji-features-{key}-{PX}px"
 
     def text(self, i: int) -> str:
         c = self.background[i]
@@ -82,9 +87,12 @@ class Protocol:
     def gallery(self, colour: int) -> np.ndarray:
         """Features of every real emoji on one background, (N, 1280)."""
         if colour not in self._gallery:
-            ids = self.torch.arange(len(self.data))
-            x = self.data.composite(ids, self.torch.full((len(ids),), colour))
-            self._gallery[colour] = self.embed(x)
+            path = self.cache / f"{self.names[colour]}.npy"
+            if not path.exists():
+                ids = self.torch.arange(len(self.data))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.save(path, self.embed(self.data.composite(ids, self.torch.full((len(ids),), colour))))
+            self._gallery[colour] = np.load(path)
         return self._gallery[colour]
 
     def score(self, indices: list[int], images: np.ndarray) -> dict[str, Any]:

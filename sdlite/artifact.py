@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -111,6 +112,21 @@ def safe_path(path: str) -> PurePosixPath:
     if p.suffix.lower() in PICKLES:
         raise ArtifactError(f"{MANIFEST} names {path!r}, a pickle format that can run code; only safetensors and ONNX are loaded.")
     return p
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that diffusers and transformers load by default: one file or its shards, not variants such as `.fp16`.
+
+    Raises:
+        ArtifactError: there are none; pickles and variants that are there are named.
+    """
+    every = sorted(folder.glob("*.safetensors"))
+    plain = [p for p in every if re.fullmatch(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors", p.name)]
+    if not plain:
+        others = [p.name for p in every] + [p.name for p in sorted(folder.glob("*")) if p.suffix in PICKLES]
+        seen = f"only {', '.join(others)}" if others else "no weights"
+        raise ArtifactError(f"{folder} holds {seen}; only safetensors without a variant name are loaded. Save or convert them so.")
+    return plain
 
 
 class Artifact:

@@ -8,7 +8,13 @@ from pathlib import Path
 from sdlite.errors import HubError, InputError, UnknownNameError
 
 EMBEDDED = Path(__file__).parent / "models"
-FETCHED = ["*.json", "*.txt", "*.model", "*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data"]  # never pickles
+# What a pipeline needs and nothing else: no pickles, no second copies (fp16 variants, single-file checkpoints), no safety checker.
+FETCHED = ["model_index.json", "sdlite.json", "tokenizer/*", "scheduler/*"] + [
+    f"{part}/*{ending}"
+    for part in ("text_encoder", "unet", "vae", "vae_decoder", "vae_encoder")
+    for ending in (".json", ".safetensors", ".onnx", ".onnx.data", ".onnx_data")
+]
+SKIPPED = ["*.fp16.safetensors", "*.non_ema.safetensors", "*.fp16-*.safetensors"]
 
 
 def embedded_models() -> list[str]:
@@ -44,7 +50,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
 
     at = f"{repo}@{revision}" if revision else repo
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=FETCHED))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=FETCHED, ignore_patterns=SKIPPED))
     except RevisionNotFoundError as e:
         raise HubError(f"hub model {repo!r} has no revision {revision!r}; use a branch, tag or commit that exists.") from e
     except RepositoryNotFoundError as e:

@@ -16,7 +16,7 @@ import numpy as np
 
 from sdlite import backends, hub, images
 from sdlite.artifact import Artifact, SamplerDefaults, writing
-from sdlite.errors import InputError, SdliteError, ShapeError
+from sdlite.errors import InputError, MissingExtraError, SdliteError, ShapeError
 from sdlite.sampling import Noise, Sampler, Schedule, get_sampler, guide, sampler_of
 from sdlite.tokenizer import ClipTokenizer
 
@@ -40,6 +40,16 @@ class PipelineOutput:
     report: backends.Report
 
 
+def _convert(artifact: Artifact) -> Artifact:
+    try:
+        from sdlite.exporters.onnx import convert_cached
+    except ModuleNotFoundError as e:
+        raise MissingExtraError(
+            f"{artifact.folder} has no ONNX graphs, and making them needs {e.name!r}: pip install 'sdlite[export]', or use backend='torch'."
+        ) from e
+    return convert_cached(artifact)
+
+
 class Pipeline:
     """Text-to-image with one student on one backend. Build it with `from_pretrained`."""
 
@@ -61,7 +71,7 @@ class Pipeline:
         Args:
             model: name of an embedded model ("emoji"), a model folder, or a hub id "org/name".
             precision: "fp32", "fp16", "int8-dynamic" or "int8-static". None: the first one that the artefact holds, else fp32.
-            backend: "auto" (see `report`), "onnxruntime" or "torch".
+            backend: "auto" (see `report`), "onnxruntime" or "torch". "onnxruntime" converts a plain diffusers folder once, into the cache.
             device: "cpu" or "cuda".
             revision: branch, tag or commit, for hub ids.
             threads: CPU threads per network call; None is the engine's own choice.
@@ -72,7 +82,12 @@ class Pipeline:
         artifact = Artifact.open(hub.resolve(model, revision))
         if precision is None:
             precision = next(iter(artifact.manifest.variants), "fp32") if artifact.manifest else "fp32"
-        return cls(artifact, backends.load(artifact, precision, backend, device, threads))
+        note = None
+        if backend == "onnxruntime" and artifact.manifest is None and precision in ("fp32", "fp16"):
+            artifact, note = _convert(artifact), f"converted to ONNX from {artifact.folder}, once, into the cache"
+        pipe = cls(artifact, backends.load(artifact, precision, backend, device, threads))
+        pipe.report.notes += [note] if note else []
+        return pipe
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Copy the whole artefact to `folder` (new or empty), verified, all or nothing."""

@@ -223,7 +223,9 @@ class PNDM(Sampler):
 
     def _prepare(self) -> None:
         if self.schedule.rescale_betas_zero_snr:
-            raise InputError("sampler 'pndm' divides by the signal's share, which is 0 at zero terminal SNR; choose ddim, euler or dpm++2m.")
+            raise InputError(
+                "sampler 'pndm' divides by the signal's share, which is 0 at zero terminal SNR; choose ddim, euler or dpm++2m."
+            )
         s = np.round(_spaced(self.timestep_spacing, self.n, self.total, self.schedule.steps_offset)).astype(np.int64)
         # The second step is taken twice: its first result only improves the estimate of the slope.
         self.timesteps = np.concatenate([s[:1], s[1:2], s[1:]]) if self.n > 1 else s

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sdlite.artifact import PARTS, PRECISIONS, Artifact
-from sdlite.errors import ArtifactError, MissingExtraError, PrecisionError, UnknownNameError
+from sdlite.errors import MissingExtraError, PrecisionError, UnknownNameError
 
 
 class Network(Protocol):
@@ -139,12 +139,6 @@ def load(artifact: Artifact, precision: str, backend: str = "auto", device: str 
             f"backend {name!r} has no {precision}; it has {', '.join(module.PRECISIONS)}"
             + (f", and {', '.join(others)} has it." if others else ".")
         )
-    if loose := artifact.loose_pickles():
-        weights = {p.parent.name for p in artifact.folder.glob("*/*.safetensors")}
-        if {"unet", "vae", "text_encoder"} - weights:
-            raise ArtifactError(
-                f"{artifact.folder} has weights only as pickles ({loose[0]}), which can run code; convert them to safetensors first."
-            )
     report = Report(artifact.name, name, device, precision, reason, module.engine(), notes=module.notes(precision, device))
     loaded = {}
     for part in PARTS:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdlite.artifact import Artifact
+from sdlite.artifact import Artifact, weight_files
 from sdlite.backends import Network, NetworkReport
 from sdlite.errors import ArtifactError, UnknownNameError
 from sdlite.spec import SPECS
@@ -63,9 +63,7 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
         raise UnknownNameError(f"device='cuda': torch {torch.__version__} finds no CUDA device; use device='cpu' or install a CUDA build.")
     source = SPECS[part].source
     folder = artifact.folder / source
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ArtifactError(f"{folder} holds no .safetensors weights; only safetensors are loaded. Convert or fetch the model again.")
+    weights = weight_files(folder)
     if artifact.manifest:
         artifact.verify([w.relative_to(artifact.folder).as_posix() for w in weights])
     return _load(artifact, part, folder, weights, precision, device, threads)

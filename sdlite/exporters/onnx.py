@@ -8,7 +8,10 @@ float16 weights are cast to float32 inside the graph: storage is half, arithmeti
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -20,10 +23,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from sdlite.artifact import Artifact, Manifest, write_manifest, writing
+from sdlite._version import __version__
+from sdlite.artifact import Artifact, Manifest, weight_files, write_manifest, writing
 from sdlite.errors import ArtifactError, InputError
 from sdlite.spec import SPECS, IOSpec
 
+log = logging.getLogger("sdlite")
 OPSET = 18
 _ONNX_TYPES = {"F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16}
 
@@ -232,12 +237,29 @@ def convert(
     return out
 
 
+def convert_cached(source: Artifact) -> Artifact:
+    """`convert` into the user's cache, once for each state of the folder. Says so in the log.
+
+    The cache is `$SDLITE_CACHE` or `~/.cache/sdlite`; the key is the folder's path and its files' names, sizes and times.
+    """
+    files = sorted(p for p in source.folder.rglob("*") if p.suffix in (".json", ".txt", ".safetensors"))
+    state = [
+        str(source.folder.resolve()),
+        __version__,
+        *(f"{p.relative_to(source.folder)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files),
+    ]
+    root = Path(os.environ.get("SDLITE_CACHE", Path.home() / ".cache" / "sdlite"))
+    out = root / "onnx" / f"{source.name}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}"
+    if not out.exists():
+        log.warning("%s has no ONNX graphs: converting it once into %s (a few minutes for a large UNet)", source.folder, out)
+        convert(source.folder, out, name=source.name)
+    return Artifact.open(out)
+
+
 def _write_part(
     root: Path, part: str, spec: IOSpec, wrapped: nn.Module, inputs: tuple[Tensor, ...], shapes: dict[str, Any]
 ) -> dict[str, Any]:
-    weights = sorted((root / spec.source).glob("*.safetensors"))
-    if not weights:
-        raise ArtifactError(f"{spec.source}/ holds no safetensors; convert the weights first.")
+    weights = weight_files(root / spec.source)
     dtypes = {v["dtype"] for w in weights for v in _safetensors_index(w).values()} - {"I64"}
     if not dtypes <= {"F32", "F16"} or len(dtypes) != 1:
         raise ArtifactError(f"{spec.source}/ holds weights of type {sorted(dtypes)}; accepted: all float32 or all float16.")

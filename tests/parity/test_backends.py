@@ -109,6 +109,20 @@ def test_plain_diffusers_folder_runs_on_torch(plain, want):
     assert pipe.defaults.num_inference_steps == 50
 
 
+def test_plain_diffusers_folder_is_converted_once_for_onnxruntime(plain, want, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("onnxscript", reason="needs the export extra")
+    monkeypatch.setenv("SDLITE_CACHE", str(tmp_path / "cache"))
+    pipe = sdlite.Pipeline.from_pretrained(plain, backend="onnxruntime", threads=1)
+    assert "converting it once" in caplog.text
+    assert any("converted to ONNX" in n for n in pipe.report.notes)
+    assert psnr(pixels(pipe(PROMPTS, latents=LATENTS, sampler="ddim", **CALL).images), want) >= 50
+    caplog.clear()
+    sdlite.Pipeline.from_pretrained(plain, backend="onnxruntime", threads=1)
+    assert caplog.text == ""
+    [made] = (tmp_path / "cache" / "onnx").iterdir()
+    assert (made / "unet/model.onnx").stat().st_size < 1_000_000, "weights were written into the graph instead of shared"
+
+
 def test_tokenizer_gives_the_ids_of_transformers(emoji):
     from transformers import CLIPTokenizerFast
 
