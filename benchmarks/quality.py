@@ -45,7 +45,7 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
 def fid(x: np.ndarray, y: np.ndarray) -> float:
     """Frechet distance of two Gaussians (Heusel et al. 2017, arXiv:1706.08500); trace of the root by singular values."""
     mx, my = x.mean(0), y.mean(0)
-    a, b = (x - mx) / np.sqrt(len(x) - 1), (y - my) / np.sqrt(len(y) - 1)
+    a, b = (np.linalg.qr((v - m) / np.sqrt(len(v) - 1), mode="r") for v, m in ((x, mx), (y, my)))  # C = R'R
     root = np.linalg.svd(a @ b.T, compute_uv=False).sum()  # trace((Cx Cy)^1/2)
     return float(((mx - my) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * root)
 
