@@ -61,6 +61,8 @@ def quality() -> list[str]:
         cells = [r["model"], str(r["steps"]), f"{r['guidance']:g}", f"{r['precision']} {r['backend']}"]
         cells += [f"{r['mean'][k] * scale:.{d}f} ± {r['std'][k] * scale:.{d}f}" for k, scale, d in METRICS.values()]
         body.append([*cells, f"{r['date']} `{r['commit']}`"])
+    if not body:
+        return ["Not measured yet: run `python -m benchmarks.quality emoji`."]
     return table(["model", "steps", "g", "run as", *METRICS, "measured"], body)
 
 

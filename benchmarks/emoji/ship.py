@@ -28,7 +28,7 @@ def main() -> None:
     ap.add_argument("--model", type=Path, required=True, help="diffusers folder of a training")
     ap.add_argument("--out", type=Path, required=True, help="artefact folder; replaced")
     ap.add_argument("--name", default="emoji")
-    ap.add_argument("--steps", type=int, default=20)
+    ap.add_argument("--steps", type=int, default=25)
     ap.add_argument("--guidance", type=float, default=3.0)
     ap.add_argument("--images", type=int, help="training images the student has seen, for the manifest")
     args = ap.parse_args()

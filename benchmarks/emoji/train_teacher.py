@@ -12,6 +12,7 @@ import emoji
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from latents import EmojiLatents, encode_all, fold_normalisation
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdlite.distill.tasks import TeacherTask
@@ -46,12 +47,14 @@ def build_text_encoder(tokenizer: ClipTokenizer) -> CLIPTextModel:
     )  # fmt: skip
 
 
-def normalised_vae(folder: Path, out: Path, data: emoji.Emoji) -> AutoencoderKL:
-    """The trained autoencoder with its latents normalised per channel; made once, next to the run."""
+def normalised_vae(folder: Path, out: Path, data: emoji.Emoji, cache: Path) -> AutoencoderKL:
+    """The trained autoencoder with its latents normalised per channel, and the latents; made once, next to the run."""
     if not (out / "config.json").exists():
         vae = AutoencoderKL.from_pretrained(folder).eval()
-        z = encode_all(vae, data)[:, ~data.heldout]
-        fold_normalisation(vae, z.mean((0, 1, 3, 4)), z.std((0, 1, 3, 4)))
+        z = encode_all(vae, data)
+        mean, std = z[:, ~data.heldout].mean((0, 1, 3, 4)), z[:, ~data.heldout].std((0, 1, 3, 4))
+        fold_normalisation(vae, mean, std)
+        save_file({"latents": (z - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)}, cache)
         vae.save_pretrained(out)
     return AutoencoderKL.from_pretrained(out).eval().requires_grad_(False)
 
@@ -70,13 +73,14 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(HERE / "tokenizer")
-    vae = normalised_vae(args.vae, args.out / "vae", data)
-    source = EmojiLatents(vae, tokenizer, data, args.out / "latents.safetensors")
+    cache = args.out / "latents.safetensors"
+    vae = normalised_vae(args.vae, args.out / "vae", data, cache)
+    source = EmojiLatents(vae, tokenizer, data, cache)
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
     parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"}
     task = TeacherTask(unet, text_encoder, source, parts=parts, preview={"prompts": PREVIEW})
     config = TrainConfig(
-        max_images=args.images, batch_size=64, lr=5e-4, warmup_images=10_000, decay_from=0.5, sample_every=400, checkpoint_minutes=8
+        max_images=args.images, batch_size=32, lr=4e-4, warmup_images=10_000, decay_from=0.5, sample_every=1_000, checkpoint_minutes=8
     )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 
