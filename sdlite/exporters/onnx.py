@@ -221,6 +221,8 @@ def convert(
                 ignore=lambda d, names: [n for n in names if not n.endswith((".json", ".txt", ".safetensors"))],
             )
         (tmp / "model_index.json").write_text(json.dumps(source.index, indent=1))
+        for path in tmp.rglob("*.json"):
+            _drop_paths(path)
         entries: dict[str, dict[str, Any]] = {}
         networks = _networks(source.folder)
         for part, (wrapped, inputs, shapes) in networks.items():
@@ -235,6 +237,14 @@ def convert(
         manifest.size_multiple = vae_stride * 2 ** (len(unet.config.block_out_channels) - 1)
         write_manifest(tmp, manifest)
     return out
+
+
+def _drop_paths(path: Path) -> None:
+    """Configs remember the folder that they were loaded from: the maker's business, not the user's."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if "_name_or_path" in data:
+        del data["_name_or_path"]
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def convert_cached(source: Artifact) -> Artifact:
