@@ -44,7 +44,9 @@ def main() -> None:
     parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"}
     source = EmojiLatents(vae, tokenizer, data, args.latents)
     task = StudentTask(student, teacher, text_encoder, source, parts=parts, preview={"prompts": PREVIEW})
-    config = TrainConfig(max_images=args.images, batch_size=32, lr=args.lr, warmup_images=min(5_000, args.images // 10), decay_from=0.4, sample_every=500)
+    config = TrainConfig(
+        max_images=args.images, batch_size=32, lr=args.lr, warmup_images=min(5_000, args.images // 10), decay_from=0.4, sample_every=500
+    )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 
 
