@@ -60,6 +60,15 @@ def task():
     return Task(unet, Text(), Source(), parts={}, preview={})
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bit for bit means: with the same number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 CONFIG = TrainConfig(max_images=48, batch_size=8, lr=1e-3, warmup_images=16, sample_every=0, log_every=1, checkpoint_minutes=60)
 
 
@@ -113,7 +122,7 @@ def test_resume_with_another_seed_is_refused_and_a_broken_resume_differs(tmp_pat
 def test_killed_run_loses_at_most_one_interval(tmp_path):
     """SIGKILL while checkpoints are written after every step: the newest whole one is resumed, and the end is the same."""
     code = (
-        "from tests.unit.test_train import *; from dataclasses import replace; from pathlib import Path\n"
+        "from tests.unit.test_train import *; from dataclasses import replace; from pathlib import Path; torch.set_num_threads(1)\n"
         f"fit(task(), replace(CONFIG, checkpoint_minutes=0, max_images=80_000), Path({str(tmp_path / 'killed')!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.getcwd()}, stderr=subprocess.DEVNULL)
