@@ -19,6 +19,7 @@ from sdlite.distill.features import Taps, block_taps
 from sdlite.distill.losses import feature_loss, output_loss
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
+from sdlite.images import to_uint8
 from sdlite.sampling import Noise, Schedule, get_sampler, guide
 
 # Zero-terminal-SNR v-prediction with trailing spacing: stable at few steps (Salimans and Ho 2022; Lin et al. 2023, arXiv:2305.08891).
@@ -198,7 +199,7 @@ def preview(parts: dict[str, Any], schedule: Schedule, *, prompts: list[str], nu
             out = guide(unet(xt, time, uncond).sample.cpu().numpy(), out, guidance_scale)
         x = solver.step(i, out, x, noise)
     pixels = vae.decode(torch.from_numpy(x).to(device) / vae.config.scaling_factor).sample
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return to_uint8(pixels.cpu().numpy())
 
 
 def save_pipeline(folder: Path, parts: dict[str, Any], scheduler: dict[str, Any]) -> None:
