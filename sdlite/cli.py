@@ -1,4 +1,4 @@
-"""The command line: `sdlite generate | info | verify | models`. Each command calls one public function.
+"""The command line: `sdlite generate | quantize | info | verify | models`. Each command calls one public function.
 
 Exit codes: 0 done; 1 an error, explained in one line on stderr; 2 wrong usage.
 """
@@ -48,6 +48,26 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--grid", action="store_true", help="one file with all pictures instead of numbered files")
     g.add_argument("--out", type=Path, required=True, help="picture file: " + ", ".join(FORMATS))
     g.add_argument("--quiet", action="store_true", help="no progress bar, no report")
+
+    q = command("quantize", _quantize, "Make an int8 model from a float one, compare the two, write it when the gate holds.")
+    q.add_argument("model", help="embedded name, folder, or hub id org/name")
+    q.add_argument("--precision", required=True, help="int8-static or int8-dynamic")
+    q.add_argument("--out", type=Path, required=True, help="new folder")
+    q.add_argument("--prompts", type=Path, help="calibration prompts, one a line; default: the model's own")
+    q.add_argument("--samples", type=int, default=16, help="calibration pictures")
+    q.add_argument("--steps", type=int, help="sampling steps while calibrating and comparing; default: the model's own")
+    q.add_argument("--observer", default="mse", help="min-max, percentile or mse")
+    q.add_argument("--scheme", help="u8s8, u8s7 or s8s8 (TensorRT); default: by this CPU")
+    q.add_argument("--height", type=int)
+    q.add_argument("--width", type=int)
+    q.add_argument("--gate-prompts", type=int, default=16, help="prompts that are compared with the float model")
+    q.add_argument("--psnr-mean", type=float, default=36.0, help="dB that the gate wants on average")
+    q.add_argument("--psnr-worst", type=float, default=30.0, help="dB that the gate wants of every picture")
+    q.add_argument("--ssim-mean", type=float, default=0.98)
+    q.add_argument("--max-float", type=float, default=0.3, help="share of the weights that may go back to float")
+    q.add_argument("--engine", action="append", help="check on this backend; again for more; default: all installed")
+    q.add_argument("--threads", type=int)
+    q.add_argument("--quiet", action="store_true")
 
     i = command("info", _info, "Show what a model is, what it holds and what it would run on.")
     i.add_argument("model", nargs="?", default="emoji")
@@ -102,6 +122,31 @@ def _generate(args: argparse.Namespace) -> None:
     seeds = str(out.seeds[0]) if len(out.seeds) == 1 else f"{out.seeds[0]} to {out.seeds[-1]}"
     shown = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
     print(f"wrote {shown} ({len(out.images)} picture{'s' * (len(out.images) > 1)}, seed {seeds}, {out.timings['total']:.2f} s)")
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    import sdlite
+
+    quantize = sdlite.quantize  # says which extra is missing
+    from sdlite.quant import Calibration, Gate, read_prompts, table
+
+    if (args.height is None) != (args.width is None):
+        raise InputError("--height and --width go together.")
+    size = None if args.height is None else (args.height, args.width)
+    report = quantize(
+        args.model, args.precision, out=args.out, scheme=args.scheme, threads=args.threads, progress=not args.quiet,
+        calibration=Calibration(
+            prompts=read_prompts(args.prompts) if args.prompts else None, samples=args.samples, num_inference_steps=args.steps,
+            observer=args.observer, size=size,
+        ),
+        gate=Gate(
+            psnr_mean=args.psnr_mean, psnr_worst=args.psnr_worst, ssim_mean=args.ssim_mean, num_prompts=args.gate_prompts,
+            num_inference_steps=args.steps, size=size, max_float=args.max_float, engines=args.engine,
+        ),
+    )  # fmt: skip
+    if not args.quiet:
+        print(table(report))
+    print(f"wrote {args.out} ({sum(n['bytes'] for n in report['networks'].values()) / 1e6:.2f} MB of weights)")
 
 
 def _describe(artifact: Any) -> dict[str, Any]:

@@ -31,6 +31,10 @@ class MissingExtraError(SdliteError, ImportError):
     """An optional package is not installed; the message names the extra."""
 
 
+class QuantizationError(SdliteError):
+    """The quantised model is too far from the float one; nothing was written."""
+
+
 class HubError(SdliteError):
     """A model could not be fetched from the hub or found in its cache."""
 

@@ -14,6 +14,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from sdlite.exporters.onnx import convert
+from sdlite.quant import read_prompts
+
+PROMPTS = Path(__file__).parents[2] / "export" / "calibration" / "emoji.txt"
 
 
 def halve(folder: Path) -> None:
@@ -50,6 +53,7 @@ def main() -> None:
             art,
             name=args.name,
             student=student,
+            calibration_prompts=read_prompts(PROMPTS),
             sampler={"name": "ddim", "num_inference_steps": args.steps, "guidance_scale": args.guidance},
         )
         shutil.rmtree(args.out, ignore_errors=True)

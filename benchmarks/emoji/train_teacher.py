@@ -1,6 +1,6 @@
 """Train the emoji teacher: UNet2DConditionModel (31M) and CLIP text encoder (2.4M), v-prediction, zero terminal SNR.
 
-python benchmarks/emoji/train_teacher.py --vae runs/vae/model --out runs/teacher [--resume] [--max-minutes 90]
+python benchmarks/emoji/train_teacher.py --vae runs/vae/model --text-encoder runs/text/model/text_encoder --out runs/teacher [--resume]
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     ap.add_argument("--vae", type=Path, required=True, help="folder written by train_vae.py")
     ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument("--text-encoder", type=Path, help="start from this text encoder (train_text_encoder.py) instead of random weights")
+    ap.add_argument("--unet", type=Path, help="start from this UNet instead of random weights")
+    ap.add_argument("--freeze-text-encoder", action="store_true", help="train the UNet alone")
     ap.add_argument("--resume", action="store_true")
     ap.add_argument("--max-minutes", type=float)
     ap.add_argument("--images", type=int, default=800_000)
@@ -76,9 +79,12 @@ def main() -> None:
     cache = args.out / "latents.safetensors"
     vae = normalised_vae(args.vae, args.out / "vae", data, cache)
     source = EmojiLatents(vae, tokenizer, data, cache)
-    unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+    unet = UNet2DConditionModel.from_pretrained(args.unet) if args.unet else build_unet()
+    text_encoder = CLIPTextModel.from_pretrained(args.text_encoder) if args.text_encoder else build_text_encoder(tokenizer)
     parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"}
-    task = TeacherTask(unet, text_encoder, source, parts=parts, preview={"prompts": PREVIEW})
+    task = TeacherTask(
+        unet, text_encoder, source, parts=parts, preview={"prompts": PREVIEW}, train_text_encoder=not args.freeze_text_encoder
+    )
     config = TrainConfig(
         max_images=args.images, batch_size=32, lr=4e-4, warmup_images=10_000, decay_from=0.5, sample_every=1_000, checkpoint_minutes=8
     )

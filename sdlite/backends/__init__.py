@@ -83,6 +83,7 @@ class Backend(Protocol):
 # name -> (module, the package that it needs, the extra that installs it)
 _BACKENDS = {
     "onnxruntime": ("sdlite.backends.ort", "onnxruntime", "cpu"),
+    "openvino": ("sdlite.backends.openvino", "openvino", "openvino"),
     "torch": ("sdlite.backends.torch", "torch", "torch"),
 }
 
@@ -102,6 +103,11 @@ def get_backend(name: str) -> Any:
 
 def _installed(name: str) -> bool:
     return importlib.util.find_spec(_BACKENDS[name][1]) is not None
+
+
+def installed_with(precision: str) -> list[str]:
+    """Installed backends that run ONNX graphs of this precision, in the order that "auto" prefers."""
+    return [n for n in _BACKENDS if n != "torch" and _installed(n) and precision in get_backend(n).PRECISIONS]
 
 
 def choose(artifact: Artifact, precision: str) -> tuple[str, str]:

@@ -93,16 +93,20 @@ class _Denoising:
 
 
 class TeacherTask(_Denoising):
-    """Train UNet and text encoder together from scratch: MSE to the schedule's target."""
+    """Train a UNet, with its text encoder or on a frozen one: MSE to the schedule's target."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module, source: LatentSource, *, parts: dict[str, Any], preview: dict[str, Any],
-                 scheduler: dict[str, Any] = V_ZERO_SNR, caption_dropout: float = 0.1):  # fmt: skip
-        super().__init__(source, scheduler, parts, caption_dropout, preview)
-        self.modules: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
+                 scheduler: dict[str, Any] = V_ZERO_SNR, caption_dropout: float = 0.1, train_text_encoder: bool = True):  # fmt: skip
+        super().__init__(source, scheduler, {**parts, "text_encoder": text_encoder}, caption_dropout, preview)
+        self.modules: dict[str, nn.Module] = {"unet": unet}
+        if train_text_encoder:
+            self.modules["text_encoder"] = text_encoder
+        else:
+            text_encoder.eval().requires_grad_(False)
 
     def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
         x, target = self.forward(batch["latents"], batch["noise"], batch["t"])
-        embeds = modules["text_encoder"](batch["input_ids"])[0]
+        embeds = modules.get("text_encoder", self.parts["text_encoder"])(batch["input_ids"])[0]
         out = modules["unet"](x, batch["t"], embeds).sample
         return {"loss": F.mse_loss(out.float(), target)}
 

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,13 @@ def _own_weights(folder: Path, model: onnx.ModelProto, dtype: str) -> None:
 
 
 def convert(
-    folder: str | Path, out: str | Path, *, name: str = "", student: dict[str, Any] | None = None, sampler: dict[str, Any] | None = None
+    folder: str | Path,
+    out: str | Path,
+    *,
+    name: str = "",
+    student: dict[str, Any] | None = None,
+    sampler: dict[str, Any] | None = None,
+    calibration_prompts: Sequence[str] | None = None,
 ) -> Path:
     """Make an artefact: the diffusers folder, ONNX graphs for its three networks, and the manifest.
 
@@ -205,6 +212,7 @@ def convert(
         name: what reports call the model; default: the folder's name.
         student: what the manifest says of its making (teacher, recipe, data, licence); `unet_parameters` is counted here.
         sampler: {name, num_inference_steps, guidance_scale} defaults for a call.
+        calibration_prompts: what `sdlite.quantize` shows the student when its caller gives no prompts.
 
     Returns:
         `out`.
@@ -231,6 +239,8 @@ def convert(
         counts = {f"{p}_parameters": sum(q.numel() for q in w.parameters()) for p, (w, _, _) in networks.items()}
         counts["vae_parameters"] = counts.pop("vae_decoder_parameters")
         manifest = Manifest(name=name or source.folder.name, student={**counts, **(student or {})}, sampler=sampler or {})
+        if calibration_prompts:
+            manifest.calibration = {"prompts": list(calibration_prompts)}
         # float16 storage is exact in float32: one set of files is both variants.
         manifest.variants = dict.fromkeys(("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",), entries)
         vae_stride = 2 ** (len(networks["vae_decoder"][0].module.config.block_out_channels) - 1)

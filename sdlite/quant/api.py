@@ -1,0 +1,464 @@
+"""`quantize`: a float pipeline to an int8 artefact, with proof or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdlite import hub
+from sdlite._version import __version__
+from sdlite.artifact import PARTS, Artifact, Manifest, write_manifest, writing
+from sdlite.errors import InputError, PrecisionError, QuantizationError, UnknownNameError
+from sdlite.pipeline import Pipeline
+from sdlite.quant import gate as gates
+from sdlite.quant import insert, rewrite
+from sdlite.quant.calibrate import Calibration, Session, walk
+from sdlite.quant.gate import Comparison, Gate
+from sdlite.quant.graph import Graph, Layer
+from sdlite.quant.metrics import sqnr
+from sdlite.quant.observe import ChannelMax, Histogram, choose_range
+
+log = logging.getLogger("sdlite")
+QUANTISED = ("int8-static", "int8-dynamic")
+REPORT = "quantize-report.json"
+GRID = "quantize-grid.png"
+
+# Kept in float, by torch module name: few parameters, and each error there reaches every pixel or every layer.
+KEEP_FLOAT: dict[str, tuple[str, ...]] = {
+    "unet": (r"time_embedding\.", r"time_emb_proj$", r"^conv_in$", r"^conv_out$"),
+    "vae_decoder": (r"^post_quant_conv$", r"decoder\.conv_in$", r"decoder\.conv_out$"),
+    "text_encoder": (),
+}
+
+
+def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, calibration: Calibration | None = None,
+             gate: Gate | None = None, scheme: str | None = None, keep_float: dict[str, Sequence[str]] | None = None,
+             threads: int | None = None, progress: bool = False) -> dict[str, Any]:  # fmt: skip
+    """Quantise a pipeline to int8, compare it with the float one, and write it as an artefact.
+
+    Args:
+        model: a loaded float32 `Pipeline` on onnxruntime, or what `Pipeline.from_pretrained` takes.
+        precision: "int8-static" (activations and weights, Conv and Linear) or "int8-dynamic" (Linear weights; activations at run time).
+        out: new or empty folder; written beside and renamed when the gate holds. It holds the graphs, tokenizer, scheduler and configs,
+            not the float weights.
+        calibration: what static quantisation is shown; default: the artefact's own prompts.
+        gate: what must hold; default thresholds in `Gate`.
+        scheme: "u8s8" or "u8s7" for CPUs (7-bit weights are exact on x86 without VNNI), "s8s8" for TensorRT. None chooses "u8s8" where
+            the CPU multiplies u8 x s8 without saturating, else "u8s7".
+        keep_float: part -> regular expressions of torch module names that stay float, instead of the defaults in `KEEP_FLOAT`.
+        threads: CPU threads of the sessions.
+        progress: show tqdm bars.
+
+    Returns:
+        The report, as written to `quantize-report.json`.
+
+    Raises:
+        UnknownNameError, PrecisionError, InputError: an argument is not accepted, or there are no calibration prompts.
+        QuantizationError: the gate does not hold; nothing is written.
+    """
+    if precision not in QUANTISED:
+        raise UnknownNameError(f"precision={precision!r} cannot be quantised to; choose one of {', '.join(QUANTISED)}.")
+    if scheme is not None and scheme not in insert.SCHEMES:
+        raise UnknownNameError(f"scheme={scheme!r} is not known; choose one of {', '.join(insert.SCHEMES)}.")
+    calibration, gate = dataclasses.replace(calibration or Calibration()), dataclasses.replace(gate or Gate())
+    calibration.check()
+    with tempfile.TemporaryDirectory(prefix="sdlite-quantize-") as scratch:
+        pipe = _float_pipeline(model, Path(scratch), threads)
+        _prompts(pipe, calibration, gate)
+        work = _Work(pipe, precision, Path(scratch), calibration, gate, threads, progress)
+        if precision == "int8-dynamic":
+            from sdlite.quant.dynamic import build_dynamic
+
+            candidate: Callable[[Iterable[str]], dict[str, Any]] = build_dynamic(work)
+        else:
+            candidate = _static(work, insert.SCHEMES[scheme or default_scheme()], keep_float or {})
+        return _until_it_holds(work, candidate, Path(out))
+
+
+def default_scheme() -> str:
+    """ "u8s8" where this CPU has VNNI (or is not x86), else "u8s7"."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "u8s7"
+    x86 = "flags" in flags
+    return "u8s8" if not x86 or "avx512_vnni" in flags or "avx_vnni" in flags else "u8s7"
+
+
+def _float_pipeline(model: Pipeline | str | Path, scratch: Path, threads: int | None) -> Pipeline:
+    if isinstance(model, Pipeline):
+        if model.report.backend != "onnxruntime" or model.report.precision not in ("fp32", "fp16"):
+            raise PrecisionError(
+                f"the pipeline is {model.report.precision} on {model.report.backend}; quantising starts from fp32 (or fp16) on onnxruntime: "
+                "Pipeline.from_pretrained(model, precision='fp32', backend='onnxruntime')."
+            )
+        return model
+    artifact = Artifact.open(hub.resolve(model, None))
+    if artifact.manifest is None:
+        from sdlite.exporters.onnx import convert
+
+        log.warning("%s has no ONNX graphs: converting it into a temporary folder first", artifact.folder)
+        artifact = Artifact.open(convert(artifact.folder, scratch / "onnx", name=artifact.name))
+    if not artifact.has_onnx("fp32"):
+        held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
+        raise PrecisionError(f"{artifact.name} holds no float ONNX graphs (it holds: {held}); quantise the float model that it came from.")
+    return Pipeline.from_pretrained(artifact.folder, precision="fp32", backend="onnxruntime", threads=threads)
+
+
+def _prompts(pipe: Pipeline, calibration: Calibration, gate: Gate) -> None:
+    """Fill in the prompts of both, apart from each other where there are enough."""
+    if calibration.prompts is None:
+        own = (pipe.artifact.manifest.calibration or {}).get("prompts") if pipe.artifact.manifest else None
+        if not own:
+            raise InputError(
+                f"{pipe.artifact.name} has no calibration prompts of its own; give some that are like your users' (16 or more): "
+                "--prompts FILE, or Calibration(prompts=[...])."
+            )
+        calibration.prompts = list(own)
+    calibration.prompts = [p for p in calibration.prompts if p.strip()]
+    if gate.prompts is None:
+        gate.prompts = calibration.prompts[calibration.samples :] or calibration.prompts
+    gate.prompts = list(gate.prompts)[: gate.num_prompts]
+    if not gate.prompts or not gate.seeds:
+        raise InputError("the gate has no prompts or no seeds; give at least one of each.")
+
+
+@dataclasses.dataclass
+class _Work:
+    pipe: Pipeline
+    precision: str
+    scratch: Path
+    calibration: Calibration
+    gate: Gate
+    threads: int | None
+    progress: bool
+
+    def graph(self, part: str) -> Graph:
+        assert self.pipe.artifact.manifest is not None
+        entry = self.pipe.artifact.manifest.variants["fp32"][part]
+        return Graph.load(self.pipe.artifact.folder / entry["file"])
+
+    def bar(self, run: Iterable[Any], total: int, text: str) -> Iterable[Any]:
+        if not self.progress:
+            return run
+        from tqdm import tqdm
+
+        return tqdm(run, total=total, desc=text)
+
+
+# --- static ----------------------------------------------------------------------------------------------------------
+
+
+def _static(work: _Work, scheme: insert.Scheme, keep_float: dict[str, Sequence[str]]) -> Callable[[Iterable[str]], dict[str, Any]]:
+    graphs = {p: work.graph(p) for p in PARTS}
+    floats = {p: g.total_bytes() for p, g in graphs.items()}
+    total = {p: sum(w.size for w in g.weights.values() if w.dtype == np.float32) for p, g in graphs.items()}
+    rewrites = {p: _rewrite(work, p, g) for p, g in graphs.items()}
+    layers = {p: _quantisable(g, keep_float.get(p, KEEP_FLOAT[p])) for p, g in graphs.items()}
+    histograms = _histograms(work, graphs, layers)
+    ranges = {
+        p: {
+            t: choose_range(h, work.calibration.observer, work.calibration.percentile, scheme.activation == "int8")
+            for t, h in histograms[p].items()
+        }
+        for p in PARTS
+    }
+    ratios = _layer_sqnr(work, graphs, layers, ranges, scheme)
+    for p in PARTS:
+        rewrites[p]["embeddings"] = rewrite.integer_embeddings(graphs[p])
+
+    def build(back: Iterable[str]) -> dict[str, Any]:
+        back, out = set(back), {}
+        for p in PARTS:
+            chosen = [layer for layer in layers[p] if f"{p}/{layer.name}" not in back]
+            graph = insert.insert(graphs[p], chosen, ranges[p], scheme)
+            integer = sum(layer.parameters for layer in chosen) + sum(rewrites[p]["embeddings"].values())
+            out[p] = {
+                "graph": graph,
+                "scheme": scheme.name,
+                "arithmetic": f"int8 ({scheme.name}), rest float32",
+                "bytes": graph.total_bytes(),
+                "float_bytes": floats[p],
+                "float_share": 1 - integer / total[p],
+                "rewrites": rewrites[p],
+                "layers": [
+                    _row(layer, ranges[p], histograms[p], ratios[f"{p}/{layer.name}"], "float" if layer not in chosen else scheme.name)
+                    for layer in layers[p]
+                ],
+            }
+        return out
+
+    build.order = sorted(ratios, key=lambda k: ratios[k])  # type: ignore[attr-defined]
+    build.sizes = {f"{p}/{layer.name}": layer.parameters for p in PARTS for layer in layers[p]}  # type: ignore[attr-defined]
+    return build
+
+
+def _quantisable(graph: Graph, keep: Sequence[str]) -> list[Layer]:
+    return [layer for layer in graph.layers() if not any(re.search(k, layer.name) for k in keep)]
+
+
+def _row(layer: Layer, ranges: dict[str, Any], histograms: dict[str, Histogram], ratio: float, scheme: str) -> dict[str, Any]:
+    h = histograms[layer.input]
+    row = {
+        "name": layer.name,
+        "op": layer.op,
+        "parameters": layer.parameters,
+        "scheme": scheme,
+        "input_seen": [h.low, h.high],
+        "input_range": list(ranges[layer.input]),
+        "sqnr": None if np.isinf(ratio) else ratio,
+        "input_seen_per_step": [list(h.steps[s]) for s in sorted(h.steps)],
+    }
+    if layer.output in ranges:
+        row["output_range"] = list(ranges[layer.output])
+    return row
+
+
+def _rewrite(work: _Work, part: str, graph: Graph) -> dict[str, Any]:
+    """Split and smooth in place, from one look at a few samples."""
+    producers = graph.producers()
+    layers = graph.layers()
+    halves = {
+        x
+        for layer in layers
+        if layer.op == "Conv" and layer.input in producers and producers[layer.input].op_type == "Concat"
+        for x in producers[layer.input].input
+    }
+    linear = {layer.input for layer in layers if layer.op != "Conv"}
+    if not halves | linear:
+        return {"split_concat": [], "split_first_token": [], "smooth": {}}
+    seen: dict[str, ChannelMax] = {x: ChannelMax() for x in halves | linear}
+
+    def visit(_: str, __: int, name: str, x: np.ndarray) -> None:
+        if name in seen:
+            seen[name].shape = x.shape
+            if name in linear:
+                seen[name].add(x)
+
+    inputs = [i.name for i in graph.proto.graph.input]
+
+    def visit_inputs(part_: str, step: int, name: str, x: np.ndarray) -> None:
+        visit(part_, step, name, x)
+
+    session = _EchoSession(
+        graph.outputs(sorted((halves | linear) - set(inputs))), work.scratch / f"{part}-rewrite.onnx", work.threads, linear & set(inputs)
+    )
+    samples = min(4, work.calibration.samples)
+    for _ in work.bar(walk(work.pipe, work.calibration, {part: session}, visit_inputs, samples), samples, f"{part}: outliers"):
+        pass
+    done: dict[str, Any] = {"split_concat": rewrite.split_concat(graph, {x: s.shape for x, s in seen.items() if s.shape})}
+    text = seen.get("encoder_hidden_states")
+    outlier = text is not None and text.first_token > 2 * text.other_tokens
+    done["split_first_token"] = rewrite.split_first_token(graph, "encoder_hidden_states") if outlier else []
+    alpha = work.calibration.smooth_alpha
+    done["smooth"] = rewrite.smooth(graph, seen, alpha) if alpha is not None else {}
+    return done
+
+
+class _EchoSession(Session):
+    """Also returns these inputs."""
+
+    def __init__(self, graph: Graph, path: Path, threads: int | None, echo: Iterable[str]):
+        super().__init__(graph, path, threads)
+        self.echo = set(echo)
+
+    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        return {**super().__call__(**inputs), **{k: v for k, v in inputs.items() if k in self.echo}}
+
+
+def _histograms(work: _Work, graphs: dict[str, Graph], layers: dict[str, list[Layer]]) -> dict[str, dict[str, Histogram]]:
+    out: dict[str, dict[str, Histogram]] = {}
+    sessions: dict[str, Session] = {}
+    for p in PARTS:
+        wanted = {layer.input for layer in layers[p]} | {layer.output for layer in layers[p] if layer.op == "Conv"}
+        inputs = {i.name for i in graphs[p].proto.graph.input}
+        out[p] = {t: Histogram() for t in sorted(wanted)}
+        sessions[p] = _EchoSession(
+            graphs[p].outputs(sorted(wanted - inputs)), work.scratch / f"{p}-observe.onnx", work.threads, wanted & inputs
+        )
+
+    def visit(part: str, step: int, name: str, x: np.ndarray) -> None:
+        if name in out[part]:
+            out[part][name].add(x, step, f"{part}/{name}")
+
+    for _ in work.bar(walk(work.pipe, work.calibration, sessions, visit), work.calibration.samples, "ranges"):
+        pass
+    return out
+
+
+def _layer_sqnr(
+    work: _Work, graphs: dict[str, Graph], layers: dict[str, list[Layer]], ranges: dict[str, dict[str, insert.Range]], scheme: insert.Scheme
+) -> dict[str, float]:
+    """Each layer alone, on float inputs: dB by "part/module"."""
+    sessions = {
+        p: Session(insert.insert(graphs[p], layers[p], ranges[p], scheme, twin=True), work.scratch / f"{p}-twin.onnx", work.threads)
+        for p in PARTS
+    }
+    sums: dict[tuple[str, str], float] = {}
+
+    def visit(part: str, _: int, name: str, x: np.ndarray) -> None:
+        if x.ndim == 0:
+            sums[part, name] = sums.get((part, name), 0.0) + float(x)
+
+    samples = min(4, work.calibration.samples)
+    for _ in work.bar(walk(work.pipe, work.calibration, sessions, visit, samples), samples, "layer by layer"):
+        pass
+    return {
+        f"{p}/{layer.name}": sqnr(sums[p, insert.signal_name(layer)], sums[p, insert.noise_name(layer)])
+        for p in PARTS
+        for layer in layers[p]
+    }
+
+
+# --- the search, the gate and the writing ----------------------------------------------------------------------------
+
+
+def _until_it_holds(work: _Work, build: Callable[[Iterable[str]], dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Put the worst layers back to float until the gate holds on every engine."""
+    order: list[str] = getattr(build, "order", [])
+    sizes: dict[str, int] = getattr(build, "sizes", {})
+    budget = work.gate.max_float * sum(sizes.values())
+    assert work.gate.prompts is not None
+    reference = gates.pictures(work.pipe, work.gate.prompts, work.gate)
+    back: list[str] = []
+    history: list[dict[str, Any]] = []
+    with writing(out) as tmp:
+        while True:
+            parts = build(back)
+            _write(work, parts, tmp)
+            results, made = _check(work, tmp, reference)
+            failures = [f for c in results for f in c.fails(work.gate)]
+            history.append({"float_layers": len(back), "psnr_mean": {c.engine: c.psnr_mean for c in results}, "failures": failures})
+            if not failures:
+                break
+            count = max(1, len(order) // 20)
+            more = [k for k in order if k not in back][:count]
+            if not more or sum(sizes[k] for k in [*back, *more]) > budget:
+                worst = min(results[0].networks.items(), key=lambda kv: kv[1])
+                raise QuantizationError(
+                    f"the gate does not hold: {'; '.join(failures)}; worst network {worst[0]} ({worst[1]:.1f} dB), worst picture {results[0].worst}"
+                    + (f"; {len(back)} layers are back in float and max_float={work.gate.max_float} allows no more" if order else "")
+                    + ". Nothing was written. Give more calibration samples, another observer, a larger max_float, or lower the gate on purpose."
+                )
+            back += more
+            log.info("the gate does not hold (%s); back to float: %s", "; ".join(failures), ", ".join(more))
+        report = _report(work, parts, results, back, history)
+        (tmp / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        gates.side_by_side(reference, made, tmp / GRID)
+        _manifest(work, parts, tmp, results)
+    return report
+
+
+def _write(work: _Work, parts: dict[str, Any], folder: Path) -> None:
+    source = work.pipe.artifact
+    for child in folder.iterdir():
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
+    (folder / "model_index.json").write_text(json.dumps(source.index, indent=1) + "\n")
+    for part in ("tokenizer", "scheduler", "text_encoder", "unet", "vae", "vae_decoder"):
+        if (source.folder / part).is_dir():
+            shutil.copytree(
+                source.folder / part, folder / part, ignore=lambda d, names: [n for n in names if not n.endswith((".json", ".txt"))]
+            )
+    for part, built in parts.items():
+        built["files"] = built["graph"].save(folder / part / f"model.{work.precision}.onnx")
+    _manifest(work, parts, folder, [])
+
+
+def _manifest(work: _Work, parts: dict[str, Any], folder: Path, results: list[Comparison]) -> None:
+    own = work.pipe.artifact.manifest
+    assert own is not None
+    c = work.calibration
+    manifest = Manifest(name=own.name, student=own.student, sampler=own.sampler, size_multiple=own.size_multiple)
+    manifest.variants = {
+        work.precision: {
+            p: {
+                "file": f"{p}/{built['files'][0].name}",
+                "weights": [f"{p}/{f.name}" for f in built["files"][1:]],
+                "opset": built["graph"].proto.opset_import[0].version,
+                "storage": "int8",
+                "arithmetic": built["arithmetic"],
+                "scheme": built["scheme"],
+            }
+            for p, built in parts.items()
+        }
+    }
+    if work.precision == "int8-static":
+        prompts = list(c.prompts or [])
+        manifest.calibration = {
+            "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(), "num_prompts": len(prompts), "samples": c.samples,
+            "seed": c.seed, "num_inference_steps": c.num_inference_steps or work.pipe.defaults.num_inference_steps, "observer": c.observer,
+        }  # fmt: skip
+    if results:
+        manifest.quality = {"against": "fp32 onnxruntime", "engines": {r.engine: r.to_dict() for r in results}}
+    write_manifest(folder, manifest)
+
+
+def _engines(work: _Work) -> list[str]:
+    from sdlite.backends import installed_with
+
+    return list(work.gate.engines) if work.gate.engines is not None else installed_with(work.precision)
+
+
+def _check(work: _Work, folder: Path, reference: np.ndarray) -> tuple[list[Comparison], np.ndarray]:
+    assert work.gate.prompts is not None
+    results, shown = [], reference
+    for i, engine in enumerate(_engines(work)):
+        pipe = Pipeline.from_pretrained(folder, precision=work.precision, backend=engine, threads=work.threads)
+        result, made = gates.compare(reference, pipe, work.pipe, work.gate.prompts, work.gate)
+        results.append(result)
+        shown = made if i == 0 else shown
+    return results, shown
+
+
+def _report(
+    work: _Work, parts: dict[str, Any], results: list[Comparison], back: list[str], history: list[dict[str, Any]]
+) -> dict[str, Any]:
+    assert work.gate.prompts is not None
+    return {
+        "sdlite": __version__,
+        "model": work.pipe.artifact.name,
+        "precision": work.precision,
+        "engine_of_reference": work.pipe.report.engine,
+        "calibration": {
+            k: v for k, v in dataclasses.asdict(work.calibration).items() if work.precision == "int8-static"
+        },
+        "gate": dataclasses.asdict(work.gate),
+        "engines": [r.to_dict() for r in results],
+        "back_to_float": back,
+        "search": history,
+        "networks": {
+            p: {k: built[k] for k in ("scheme", "bytes", "float_bytes", "float_share", "rewrites", "layers") if k in built}
+            for p, built in parts.items()
+        },
+    }  # fmt: skip
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report in a few lines, for the screen."""
+    lines = [f"{report['model']}: {report['precision']}"]
+    for p, n in report["networks"].items():
+        worst = min((r for r in n["layers"] if r["sqnr"] is not None), key=lambda r: r["sqnr"], default=None)
+        lines.append(
+            f"  {p:<13} {n['float_bytes'] / 1e6:8.2f} -> {n['bytes'] / 1e6:8.2f} MB ({n['bytes'] / n['float_bytes']:.2f}x), "
+            f"{n['float_share']:6.1%} of the weights in float" + (f"; worst layer {worst['name']} {worst['sqnr']:.1f} dB" if worst else "")
+        )
+    for e in report["engines"]:
+        networks = ", ".join(f"{p} {'inf' if v is None or v == float('inf') else f'{v:.1f}'} dB" for p, v in e["networks"].items())
+        worst_psnr = "inf" if e["psnr_worst"] is None else f"{e['psnr_worst']:.1f}"
+        lines.append(
+            f"  {e['engine']}: {e['pictures']} pictures, PSNR mean {e['psnr_mean']:.1f} worst {worst_psnr} dB, SSIM {e['ssim_mean']:.4f}, "
+            f"structure distance {e['structure_distance_mean']:.4f}; {networks}"
+        )
+    if report["back_to_float"]:
+        lines.append(f"  back to float: {', '.join(report['back_to_float'])}")
+    return "\n".join(lines)

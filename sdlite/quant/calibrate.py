@@ -1,0 +1,133 @@
+"""Run the student's own loop and look at its tensors, one prompt at a time: nothing is stored but statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdlite.artifact import PARTS
+from sdlite.backends import Networks
+from sdlite.errors import InputError
+from sdlite.pipeline import Pipeline
+from sdlite.quant.graph import Graph
+from sdlite.quant.observe import OBSERVERS
+from sdlite.spec import SPECS
+
+Visit = Callable[[str, int, str, np.ndarray], None]  # (part, step, tensor, values)
+
+
+@dataclass
+class Calibration:
+    """What the student is shown while ranges are measured.
+
+    Attributes:
+        prompts: None takes the artefact's own (`calibration.prompts` in its manifest).
+        samples: pictures, prompt i with seed `seed` + i; more samples than prompts start again at the first.
+        num_inference_steps, guidance_scale: None takes the artefact's own.
+        observer: "min-max", "percentile" or "mse".
+        percentile: share in percent that the range keeps, for "percentile".
+        smooth_alpha: SmoothQuant's alpha for Linear layers; None leaves them.
+        size: height and width in pixels; None is the student's own.
+    """
+
+    prompts: Sequence[str] | None = None
+    samples: int = 16
+    seed: int = 1000
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    observer: str = "mse"
+    percentile: float = 99.999
+    smooth_alpha: float | None = 0.5
+    size: tuple[int, int] | None = None
+
+    def check(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"calibration samples={self.samples}; at least 1.")
+        if self.observer not in OBSERVERS:
+            raise InputError(f"observer={self.observer!r} is not known; choose one of {', '.join(OBSERVERS)}.")
+        if not 50 < self.percentile <= 100:
+            raise InputError(f"percentile={self.percentile}; accepted: above 50, at most 100.")
+        if self.prompts is not None and not [p for p in self.prompts if p.strip()]:
+            raise InputError("the calibration prompts are empty; give at least one line of text, better 16 or more.")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """One prompt a line; empty lines and lines that begin with # are left out.
+
+    Raises:
+        InputError: the file is missing, is not text, or holds no prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"prompts file {path} does not exist; give a text file with one prompt a line.") from None
+    except (UnicodeDecodeError, IsADirectoryError) as e:
+        raise InputError(f"prompts file {path} cannot be read as UTF-8 text ({e}); give a text file with one prompt a line.") from e
+    prompts = [s for s in (line.strip() for line in lines) if s and not s.startswith("#")]
+    if not prompts:
+        raise InputError(f"prompts file {path} holds no prompt; write one prompt a line.")
+    return prompts
+
+
+class Session:
+    """A graph on onnxruntime's CPU provider that returns all its outputs by name."""
+
+    def __init__(self, graph: Graph, path: Path, threads: int | None = None):
+        import onnxruntime as ort
+
+        graph.save(path)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_cpu_mem_arena = False  # hundreds of outputs: the arena would keep the largest of each
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.names = [o.name for o in self.session.get_outputs()]
+
+    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(self.names, self.session.run(None, inputs), strict=True))
+
+
+@dataclass
+class Watched:
+    """A network whose session returns more than its output: the rest goes to `visit`."""
+
+    part: str
+    session: Session
+    visit: Visit
+    step: int = field(default=0)
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        out = self.session(**inputs)
+        result = out[SPECS[self.part].output.name]
+        for name in list(out):
+            self.visit(self.part, self.step, name, out.pop(name))
+        self.step += 1
+        return result
+
+
+def with_networks(pipe: Pipeline, networks: dict[str, Any]) -> Pipeline:
+    """The same pipeline with other callables."""
+    return Pipeline(pipe.artifact, Networks(**networks, report=pipe.report, size_multiple=pipe.networks.size_multiple))
+
+
+def walk(pipe: Pipeline, calibration: Calibration, sessions: dict[str, Session], visit: Visit, samples: int | None = None) -> Iterator[int]:
+    """Make the calibration pictures with watched networks; yields after each picture.
+
+    Args:
+        sessions: part -> graph with extra outputs; the other parts run as they are.
+    """
+    assert calibration.prompts
+    prompts = list(calibration.prompts)
+    height, width = calibration.size or (None, None)
+    for i in range(samples if samples is not None else calibration.samples):
+        watched = {p: Watched(p, sessions[p], visit) if p in sessions else getattr(pipe.networks, p) for p in PARTS}
+        with_networks(pipe, watched)(
+            prompts[i % len(prompts)], seed=calibration.seed + i, num_inference_steps=calibration.num_inference_steps,
+            guidance_scale=calibration.guidance_scale, height=height, width=width,
+        )  # fmt: skip
+        yield i

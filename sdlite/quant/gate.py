@@ -1,0 +1,124 @@
+"""Is the quantised pipeline still the same picture? Measured against the float one, at equal seeds, on each engine that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdlite import images
+from sdlite.artifact import PARTS
+from sdlite.pipeline import Pipeline
+from sdlite.quant.calibrate import with_networks
+from sdlite.quant.metrics import psnr, sqnr, ssim, structure_distance
+
+
+@dataclass
+class Gate:
+    """What must hold before a quantised model is written.
+
+    Attributes:
+        psnr_mean, psnr_worst: dB between the float and the quantised picture (uint8), over prompts x seeds.
+        ssim_mean: structural similarity.
+        prompts: None takes calibration prompts that were not used, or all of them when there are no others.
+        num_prompts: at most so many of them.
+        seeds: each prompt is drawn with each.
+        max_float: share of the quantisable parameters that may go back to float to make the gate hold; 0 forbids it.
+        engines: backends to check; None is every installed one that has the precision.
+    """
+
+    psnr_mean: float = 36.0
+    psnr_worst: float = 30.0
+    ssim_mean: float = 0.98
+    prompts: Sequence[str] | None = None
+    num_prompts: int = 16
+    seeds: Sequence[int] = (0, 1)
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    size: tuple[int, int] | None = None
+    max_float: float = 0.3
+    engines: Sequence[str] | None = None
+
+
+@dataclass
+class Comparison:
+    """Pictures of one engine against the float pipeline's."""
+
+    engine: str
+    pictures: int
+    psnr_mean: float
+    psnr_worst: float
+    ssim_mean: float
+    structure_distance_mean: float
+    worst: str  # prompt and seed of the worst picture
+    networks: dict[str, float] = field(default_factory=dict)  # SQNR in dB on the float pipeline's own inputs
+
+    def fails(self, gate: Gate) -> list[str]:
+        out = []
+        for name in ("psnr_mean", "psnr_worst", "ssim_mean"):
+            value, wanted = getattr(self, name), getattr(gate, name)
+            if not value >= wanted:
+                out.append(f"{self.engine}: {name} {value:.4g}, wanted {wanted:.4g}")
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: (None if isinstance(v, float) and np.isinf(v) else v) for k, v in asdict(self).items()}
+
+
+class _Beside:
+    """The float network, which also feeds its inputs to the quantised one and sums up the difference."""
+
+    def __init__(self, reference: Any, other: Any):
+        self.reference, self.other, self.signal, self.noise = reference, other, 0.0, 0.0
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        wanted: np.ndarray = self.reference(**inputs)
+        got = self.other(**inputs)
+        self.signal += float(np.square(wanted, dtype=np.float64).sum())
+        self.noise += float(np.square(got.astype(np.float64) - wanted).sum())
+        return wanted
+
+
+def pictures(pipe: Pipeline, prompts: Sequence[str], gate: Gate) -> np.ndarray:
+    """uint8 (prompts x seeds, H, W, 3)."""
+    height, width = gate.size or (None, None)
+    every = [(p, s) for p in prompts for s in gate.seeds]
+    side = (pipe.unet_config["sample_size"] or 64) * pipe.stride if height is None else max(height, width or 0)
+    batch = max(1, min(16, (1 << 17) // (side * side)))
+    out = []
+    for i in range(0, len(every), batch):
+        part = every[i : i + batch]
+        made = pipe([p for p, _ in part], seed=[s for _, s in part], num_inference_steps=gate.num_inference_steps,
+                    guidance_scale=gate.guidance_scale, height=height, width=width)  # fmt: skip
+        out += [np.asarray(x) for x in made.images]
+    return np.stack(out)
+
+
+def compare(reference: np.ndarray, pipe: Pipeline, floats: Pipeline, prompts: Sequence[str], gate: Gate) -> tuple[Comparison, np.ndarray]:
+    """Pictures of `pipe` against `reference`, and the SQNR of its networks on the float pipeline's inputs."""
+    made = pictures(pipe, prompts, gate)
+    values = [psnr(a, b) for a, b in zip(reference, made, strict=True)]
+    beside = {p: _Beside(getattr(floats.networks, p), getattr(pipe.networks, p)) for p in PARTS}
+    height, width = gate.size or (None, None)
+    with_networks(floats, beside)(prompts[0], seed=gate.seeds[0], num_inference_steps=gate.num_inference_steps,
+                                  guidance_scale=gate.guidance_scale, height=height, width=width)  # fmt: skip
+    at = int(np.argmin(values))
+    return Comparison(
+        engine=pipe.report.backend,
+        pictures=len(values),
+        psnr_mean=float(np.mean(np.minimum(values, 100.0))),  # equal pictures count as 100 dB
+        psnr_worst=float(np.min(values)),
+        ssim_mean=float(np.mean([ssim(a, b) for a, b in zip(reference, made, strict=True)])),
+        structure_distance_mean=float(np.mean([structure_distance(a, b) for a, b in zip(reference, made, strict=True)])),
+        worst=f"{prompts[at // len(gate.seeds)]!r}, seed {gate.seeds[at % len(gate.seeds)]}",
+        networks={p: sqnr(b.signal, b.noise) for p, b in beside.items()},
+    ), made
+
+
+def side_by_side(reference: np.ndarray, made: np.ndarray, path: Path, limit: int = 16) -> None:
+    """A grid: float picture left, quantised right, pair after pair."""
+    pairs = [x for a, b in zip(reference[:limit], made[:limit], strict=True) for x in (a, b)]
+    images.save(images.grid(images.to_pil(np.stack(pairs)), 8), path, {"what": "float left, quantised right"})

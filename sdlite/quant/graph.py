@@ -1,0 +1,234 @@
+"""An ONNX graph whose large weights stay on disk, and the rewrites that quantising needs.
+
+A `Graph` keeps weights as lazy arrays (memory-mapped file, optional transpose), so that a UNet of over 2 GB is read, rewritten and
+written one tensor at a time. `Layer`s are the nodes that can become integer: Conv, MatMul and Gemm with a constant weight, named by
+their torch module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from sdlite.errors import ArtifactError
+
+_SAFETENSORS = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64"}
+_SMALL = 1024  # bytes: smaller constants stay inside the graph file
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A constant that is read when it is used. `dtype` is what `array()` returns; `half` marks float16 storage."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], np.ndarray]
+    half: bool = False
+    origin: str = ""  # name of the stored tensor that it comes from
+
+    def array(self) -> np.ndarray:
+        return np.ascontiguousarray(self.read(), dtype=self.dtype)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+def constant(array: np.ndarray, half: bool = False, origin: str = "") -> Weight:
+    return Weight(array.shape, array.dtype, lambda: array, half, origin)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One node that can become integer."""
+
+    name: str  # torch module, e.g. down_blocks.0.resnets.0.conv1
+    node: str
+    op: str  # Conv, MatMul or Gemm
+    input: str  # activation tensor
+    weight: str
+    output: str
+    parameters: int
+    axis: int  # output channels of the weight
+
+
+class Graph:
+    """An ONNX model as nodes and lazy weights."""
+
+    def __init__(self, proto: onnx.ModelProto, weights: dict[str, Weight]):
+        self.proto, self.weights = proto, weights
+
+    @classmethod
+    def load(cls, path: str | Path) -> Graph:
+        """Read a graph; Cast, Transpose and Identity of constants are folded into the (lazy) constants.
+
+        Raises:
+            ArtifactError: not ONNX, or its external data is missing or too short.
+        """
+        path = Path(path)
+        try:
+            proto = onnx.load(str(path), load_external_data=False)
+        except Exception as e:  # protobuf's errors have no common type
+            raise ArtifactError(f"{path} is not a readable ONNX file ({str(e)[:200]}); fetch or export the model again.") from e
+        weights = {i.name: _lazy(i, path.parent) for i in proto.graph.initializer}
+        kept = []
+        for node in proto.graph.node:
+            source = weights.get(node.input[0]) if node.input else None
+            if source is not None and node.op_type in ("Cast", "Transpose", "Identity"):
+                weights[node.output[0]] = _folded(node, source)
+            else:
+                kept.append(node)
+        del proto.graph.node[:], proto.graph.initializer[:]
+        proto.graph.node.extend(kept)
+        graph = cls(proto, weights)
+        graph.prune()
+        return graph
+
+    def copy(self) -> Graph:
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        return Graph(proto, dict(self.weights))
+
+    @property
+    def nodes(self) -> Any:
+        return self.proto.graph.node
+
+    def replace(self, nodes: Iterable[NodeProto]) -> None:
+        nodes = list(nodes)
+        del self.proto.graph.node[:]
+        self.proto.graph.node.extend(nodes)
+
+    def prune(self) -> None:
+        """Drop constants that no node uses."""
+        used = {x for n in self.nodes for x in n.input}
+        self.weights = {k: v for k, v in self.weights.items() if k in used}
+
+    def outputs(self, names: Iterable[str]) -> Graph:
+        """A copy that also returns these float tensors."""
+        out = self.copy()
+        have = {o.name for o in out.proto.graph.output}
+        for name in names:
+            if name not in have:
+                out.proto.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+        return out
+
+    def save(self, path: Path) -> list[Path]:
+        """Write `path` and its weights beside it (safetensors bytes as ONNX external data). Returns the files."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        data = path.with_name(path.name + ".data")
+        large: dict[str, tuple[Weight, np.dtype[Any]]] = {}
+        casts = []
+        for name, w in self.weights.items():
+            half = w.half and w.dtype == np.float32
+            if w.size * w.dtype.itemsize < _SMALL:
+                proto.graph.initializer.append(numpy_helper.from_array(w.array(), name))
+                continue
+            stored = name + ".f16" if half else name
+            large[stored] = (w, np.dtype(np.float16) if half else w.dtype)
+            if half:
+                casts.append(helper.make_node("Cast", [stored], [name], name=name + "/cast", to=TensorProto.FLOAT))
+        nodes = casts + list(proto.graph.node)
+        del proto.graph.node[:]
+        proto.graph.node.extend(nodes)
+        if large:
+            for tensor in _write_safetensors(data, large):
+                proto.graph.initializer.append(tensor)
+        onnx.save_model(proto, str(path))
+        return [path, data] if large else [path]
+
+    def layers(self) -> list[Layer]:
+        """Conv, MatMul and Gemm with a constant float weight of rank 2 or 4, in graph order."""
+        out = []
+        for n in self.nodes:
+            if n.op_type not in ("Conv", "MatMul", "Gemm") or len(n.input) < 2 or n.input[0] in self.weights:
+                continue
+            w = self.weights.get(n.input[1])
+            if w is None or w.dtype != np.float32 or len(w.shape) not in (2, 4):
+                continue
+            turned = n.op_type == "Gemm" and any(a.name == "transB" and a.i for a in n.attribute)
+            axis = 0 if n.op_type == "Conv" or turned else 1
+            out.append(Layer(_module_name(n, w), n.name, n.op_type, n.input[0], n.input[1], n.output[0], w.size, axis))
+        return out
+
+    def producers(self) -> dict[str, NodeProto]:
+        return {o: n for n in self.nodes for o in n.output}
+
+    def consumers(self) -> dict[str, list[NodeProto]]:
+        out: dict[str, list[NodeProto]] = {}
+        for n in self.nodes:
+            for x in n.input:
+                out.setdefault(x, []).append(n)
+        return out
+
+    def total_bytes(self) -> int:
+        return sum(w.size * (2 if w.half else w.dtype.itemsize) for w in self.weights.values())
+
+
+def _module_name(node: NodeProto, weight: Weight) -> str:
+    """down_blocks.0.resnets.0.conv1, plus what a rewrite has appended to the node's name after '@'."""
+    module = weight.origin.removeprefix("weights.").removeprefix("module.").removesuffix(".weight")
+    part = node.name.partition("@")[2]
+    return (module or node.name) + (f"@{part}" if part else "")
+
+
+def _lazy(init: TensorProto, folder: Path) -> Weight:
+    shape = tuple(init.dims)
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(init.data_type))
+    if init.data_location != TensorProto.EXTERNAL:
+        return constant(numpy_helper.to_array(init), origin=init.name)
+    info = {e.key: e.value for e in init.external_data}
+    file, offset = folder / info["location"], int(info.get("offset", 0))
+    need = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if not file.is_file() or file.stat().st_size < need:
+        raise ArtifactError(f"{file}, which holds weights of {init.name}, is missing or cut off; fetch or export the model again.")
+    return Weight(shape, dtype, lambda: np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape), dtype == np.float16, init.name)
+
+
+def _folded(node: NodeProto, source: Weight) -> Weight:
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type == "Identity":
+        return source
+    if node.op_type == "Cast":
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(attributes["to"]))
+        return Weight(source.shape, dtype, lambda: source.read().astype(dtype), source.half, source.origin)
+    order = tuple(attributes.get("perm", range(len(source.shape))[::-1]))
+    return Weight(tuple(source.shape[i] for i in order), source.dtype, lambda: source.read().transpose(order), source.half, source.origin)
+
+
+def _write_safetensors(path: Path, tensors: dict[str, tuple[Weight, np.dtype[Any]]]) -> list[TensorProto]:
+    """One tensor in memory at a time. Returns the initializers that point into the file."""
+    header: dict[str, dict[str, Any]] = {}
+    position = 0
+    for name, (w, dtype) in tensors.items():
+        length = w.size * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS[dtype.name], "shape": list(w.shape), "data_offsets": [position, position + length]}
+        position += length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    out = []
+    beside = path.with_name(path.name + ".tmp")  # the weights may be read from this very file
+    with open(beside, "wb") as f:
+        f.write(struct.pack("<Q", len(text)))
+        f.write(text)
+        base = f.tell()
+        for name, (w, dtype) in tensors.items():
+            f.write(np.ascontiguousarray(w.read(), dtype=dtype).tobytes())
+            begin, end = header[name]["data_offsets"]
+            tensor = TensorProto(
+                name=name, dims=w.shape, data_type=helper.np_dtype_to_tensor_dtype(dtype), data_location=TensorProto.EXTERNAL
+            )
+            for k, v in (("location", path.name), ("offset", base + begin), ("length", end - begin)):
+                tensor.external_data.add(key=k, value=str(v))
+            out.append(tensor)
+    os.replace(beside, path)
+    return out

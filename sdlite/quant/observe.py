@@ -1,0 +1,122 @@
+"""Streaming statistics of a tensor: memory does not grow with what was seen.
+
+`Histogram` counts values in a symmetric range that doubles when a larger value comes, merging pairs of bins: the result depends only
+on the values, not on their order, and two histograms can be added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sdlite.errors import InputError
+
+BINS = 4096
+SAMPLE = 1 << 18  # values of one array that go into the histogram; minimum and maximum see all
+OBSERVERS = ("min-max", "percentile", "mse")
+
+
+class Histogram:
+    """Counts, exact minimum and maximum, and the range at each sampling step."""
+
+    def __init__(self) -> None:
+        self.low, self.high = np.inf, -np.inf
+        self.bound = 0.0  # bins cover [-bound, bound), a power of two
+        self.counts = np.zeros(BINS, np.int64)
+        self.steps: dict[int, tuple[float, float]] = {}
+
+    def add(self, x: np.ndarray, step: int = 0, name: str = "") -> None:
+        """Count the values of `x` (any shape, float).
+
+        Raises:
+            InputError: a value is not finite.
+        """
+        low, high = float(x.min()), float(x.max())
+        if not np.isfinite(low) or not np.isfinite(high):
+            raise InputError(
+                f"activation {name or 'tensor'} is not finite at step {step}; the weights or the calibration data are at fault: check "
+                "that the float pipeline makes a picture from this prompt."
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        before = self.steps.get(step, (np.inf, -np.inf))
+        self.steps[step] = (min(before[0], low), max(before[1], high))
+        largest = max(abs(low), abs(high))
+        if largest >= self.bound:
+            self._grow(2.0 ** (np.floor(np.log2(largest)) + 1) if largest > 0 else 2.0**-30)
+        flat = x.reshape(-1)
+        flat = flat[:: -(-flat.size // SAMPLE)]
+        index = ((flat + self.bound) * (BINS / (2 * self.bound))).astype(np.int64)
+        self.counts += np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
+
+    def _grow(self, bound: float) -> None:
+        while self.bound and self.bound < bound:
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts[:] = 0
+            self.counts[BINS // 4 : 3 * BINS // 4] = merged
+            self.bound *= 2
+        self.bound = max(self.bound, bound)
+
+    @property
+    def centres(self) -> np.ndarray:
+        return (np.arange(BINS) + 0.5) * (2 * self.bound / BINS) - self.bound
+
+
+@dataclass
+class ChannelMax:
+    """Largest absolute value per last-axis channel (Linear inputs), for SmoothQuant; also of the first token against the others."""
+
+    values: np.ndarray | None = None
+    first_token: float = 0.0
+    other_tokens: float = 0.0
+    shape: tuple[int, ...] = field(default=())
+
+    def add(self, x: np.ndarray) -> None:
+        self.shape = x.shape
+        if x.ndim < 2:
+            return
+        a = np.abs(x)
+        seen = a.reshape(-1, x.shape[-1]).max(0)
+        self.values = seen if self.values is None else np.maximum(self.values, seen)
+        if x.ndim == 3 and x.shape[1] > 1:
+            self.first_token = max(self.first_token, float(a[:, 0].max()))
+            self.other_tokens = max(self.other_tokens, float(a[:, 1:].max()))
+
+
+def quantization_error(h: Histogram, low: float, high: float, levels: int = 256) -> float:
+    """Mean squared error of rounding to `levels` values between low and high, clipping outside, over the counted values."""
+    scale = max(high - low, 1e-12) / (levels - 1)
+    zero = np.round(-low / scale)
+    x = h.centres
+    q = np.clip(np.round(x / scale) + zero, 0, levels - 1)
+    return float((h.counts * ((q - zero) * scale - x) ** 2).sum() / max(h.counts.sum(), 1))
+
+
+def choose_range(h: Histogram, observer: str, percentile: float = 99.999, symmetric: bool = False) -> tuple[float, float]:
+    """The range that is quantised, zero included: `min-max`, `percentile` of the counts on each side, or least-`mse` clipping.
+
+    Source of the search: NVIDIA's MSE calibrator (Wu et al. 2020, arXiv:2004.09602, section 5) on a histogram.
+    """
+    low, high = min(h.low, 0.0), max(h.high, 0.0)
+    if symmetric:
+        high = max(-low, high)
+        low = -high
+    if observer == "min-max" or high == low:
+        return low, high
+    if observer == "percentile":
+        total = np.cumsum(h.counts) / max(h.counts.sum(), 1)
+        tail = (100 - percentile) / 100
+        width = 2 * h.bound / BINS
+        a = float(np.searchsorted(total, tail / 2)) * width - h.bound
+        b = float(np.searchsorted(total, 1 - tail / 2) + 1) * width - h.bound
+        a, b = max(low, min(a, 0.0)), min(high, max(b, 0.0))
+        return (-max(-a, b), max(-a, b)) if symmetric else (a, b)
+    if observer == "mse":
+        shares = np.linspace(0.2, 1.0, 33)
+        if symmetric:
+            return min(((low * r, high * r) for r in shares), key=lambda c: quantization_error(h, *c))
+        for _ in range(2):  # one side at a time: SiLU's short negative side must not shrink with the long positive one
+            high = min((max(h.high, 0.0) * r for r in shares), key=lambda b: quantization_error(h, low, b))
+            low = min((min(h.low, 0.0) * r for r in shares), key=lambda a: quantization_error(h, a, high))
+        return low, high
+    raise InputError(f"observer={observer!r} is not known; choose one of {', '.join(OBSERVERS)}.")

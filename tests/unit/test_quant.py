@@ -1,0 +1,379 @@
+"""Quantising: statistics, rewrites, integer graphs, the gate that can fail, and errors that lose nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="needs the quantize extra")
+pytest.importorskip("onnxruntime", reason="needs the cpu extra")
+
+from sdlite import Pipeline
+from sdlite.cli import main
+from sdlite.errors import InputError, PrecisionError, QuantizationError, UnknownNameError
+from sdlite.quant import Calibration, Gate, insert, quantize, rewrite, table
+from sdlite.quant import api as quant_api
+from sdlite.quant.calibrate import Session, read_prompts
+from sdlite.quant.graph import Graph
+from sdlite.quant.metrics import psnr, ssim, structure_distance
+from sdlite.quant.observe import ChannelMax, Histogram, choose_range, quantization_error
+from tests.conftest import EMOJI
+
+PROMPTS = ["red apple", "dog face on a blue background", "grinning face", "woman astronaut", "pizza", "green book on a yellow background"]
+QUICK = {
+    "calibration": Calibration(prompts=PROMPTS[:4], samples=2, num_inference_steps=3),
+    "gate": Gate(
+        prompts=PROMPTS[4:], seeds=(0,), num_inference_steps=3, psnr_mean=33, psnr_worst=30, ssim_mean=0.9, engines=["onnxruntime"]
+    ),
+    "threads": 1,
+}
+
+
+def quick(**changes):
+    return {**QUICK, "gate": Gate(**{**vars(QUICK["gate"]), **changes})}
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantised") / "static"
+    return out, quantize(EMOJI, "int8-static", out=out, **QUICK)
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_histogram_does_not_depend_on_order_and_does_not_grow():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(size=1000).astype(np.float32) * s for s in (0.01, 1, 30)]
+    a, b = Histogram(), Histogram()
+    for x in parts:
+        a.add(x)
+    for x in parts[::-1]:
+        b.add(x)
+    assert a.counts.sum() == 3000
+    assert a.bound == b.bound == 128
+    np.testing.assert_array_equal(a.counts.reshape(-1, 64).sum(1), b.counts.reshape(-1, 64).sum(1))
+    size = len(pickle.dumps(a))
+    for _ in range(50):
+        a.add(parts[1])
+    assert len(pickle.dumps(a)) == size
+
+
+def test_histogram_refuses_what_is_not_finite():
+    with pytest.raises(InputError, match=r"conv1.*not finite at step 3"):
+        Histogram().add(np.array([1.0, np.nan], np.float32), 3, "conv1")
+
+
+def test_ranges():
+    h = Histogram()
+    x = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
+    x = np.maximum(x, -0.278)  # a short negative side, as SiLU has
+    x[0] = 12.0  # one outlier
+    h.add(x)
+    assert choose_range(h, "min-max") == (pytest.approx(-0.278), 12.0)
+    low, high = choose_range(h, "mse")
+    assert low == pytest.approx(-0.278, abs=0.1)
+    assert 3 < high < 12
+    assert quantization_error(h, low, high) < quantization_error(h, -0.278, 12.0)
+    low, high = choose_range(h, "percentile", 99.9)
+    assert 2 < high < 6
+    low, high = choose_range(h, "mse", symmetric=True)
+    assert low == -high
+    with pytest.raises(InputError, match="min-max, percentile, mse"):
+        choose_range(h, "entropy")
+
+
+def test_metrics_against_known_values():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (64, 64, 3))
+    assert psnr(a, a) == float("inf")
+    assert ssim(a, a) == pytest.approx(1)
+    assert structure_distance(a, a) == pytest.approx(0)
+    b = np.clip(a + 16, 0, 255)
+    assert psnr(np.zeros((4, 4)), np.full((4, 4), 16)) == pytest.approx(20 * np.log10(255 / 16))
+    assert 0.5 < ssim(a, b) < 1
+    assert structure_distance(a, rng.integers(0, 256, a.shape)) > 0.5
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def unet_inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    width = json.loads((EMOJI / "unet/config.json").read_text())["cross_attention_dim"]
+    return {
+        "sample": rng.normal(size=(2, 8, 8, 8)).astype(np.float32),
+        "timestep": np.array(500, np.float32),
+        "encoder_hidden_states": rng.normal(size=(2, 28, width)).astype(np.float32),
+    }
+
+
+def run(graph, tmp_path, inputs):
+    return Session(graph, tmp_path / "g.onnx", 1)(**inputs)
+
+
+@pytest.fixture
+def unet():
+    return Graph.load(EMOJI / "unet/model.onnx")
+
+
+def test_graph_round_trip_is_exact(emoji, unet, tmp_path):
+    inputs = unet_inputs()
+    out = run(unet, tmp_path, inputs)["out_sample"]
+    np.testing.assert_allclose(out, emoji.networks.unet(**inputs), atol=1e-5)
+    again = run(Graph.load(tmp_path / "g.onnx"), tmp_path, inputs)["out_sample"]
+    np.testing.assert_array_equal(out, again)
+    names = {layer.name for layer in unet.layers()}
+    assert {"conv_in", "down_blocks.0.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"} <= names
+    assert len(names) == len(unet.layers())
+
+
+def test_rewrites_leave_the_function(unet, tmp_path):
+    inputs = unet_inputs()
+    layers, makers = unet.layers(), unet.producers()
+    linear = {layer.input for layer in layers if layer.op == "MatMul"} - {"encoder_hidden_states"}
+    skips = [makers[layer.input] for layer in layers if layer.op == "Conv" and layer.input in makers]
+    before = run(unet.outputs(sorted(linear | {x for n in skips if n.op_type == "Concat" for x in n.input})), tmp_path, inputs)
+    seen = {k: ChannelMax() for k in before}
+    for k, v in before.items():
+        seen[k].add(v)
+    split = rewrite.split_concat(unet, {k: v.shape for k, v in before.items()})
+    assert split
+    assert all(name.endswith("conv_shortcut") for name in split)
+    assert len(rewrite.split_first_token(unet, "encoder_hidden_states")) % 2 == 0
+    assert "layer norm" in rewrite.smooth(unet, seen, 0.5).values()
+    after = run(unet, tmp_path, inputs)["out_sample"]
+    scale = np.abs(before["out_sample"]).max()
+    np.testing.assert_allclose(after / scale, before["out_sample"] / scale, atol=1e-5)
+    assert any("@1" in layer.name for layer in unet.layers())
+
+
+def test_smooth_multiplies_where_no_layer_norm_makes_the_input(unet, tmp_path):
+    inputs = unet_inputs()
+    target = next(layer for layer in unet.layers() if layer.name.endswith("attn1.to_out.0"))
+    before = run(unet.outputs([target.input]), tmp_path, inputs)
+    seen = ChannelMax()
+    seen.add(before[target.input])
+    seen.values[3] *= 1000
+    assert rewrite.smooth(unet, {target.input: seen}) == {target.input: "multiplied"}
+    np.testing.assert_allclose(run(unet, tmp_path, inputs)["out_sample"], before["out_sample"], atol=1e-4)
+
+
+def test_embeddings_become_int8_rows(tmp_path):
+    graph = Graph.load(EMOJI / "text_encoder/model.onnx")
+    ids = {"input_ids": np.arange(28, dtype=np.int64)[None]}
+    before, size = run(graph, tmp_path, ids)["last_hidden_state"], graph.total_bytes()
+    assert any("token_embedding" in k for k in rewrite.integer_embeddings(graph))
+    after = run(graph, tmp_path, ids)["last_hidden_state"]
+    assert 20 * np.log10(np.abs(before).max() / np.abs(after - before).max()) > 25
+    assert graph.total_bytes() < size
+
+
+@pytest.mark.parametrize("name", list(insert.SCHEMES))
+def test_schemes(name):
+    scheme = insert.SCHEMES[name]
+    scale, zero = scheme.parameters(-0.5, 2.0)
+    if scheme.activation == "uint8":
+        assert scale == pytest.approx(2.5 / 255)
+        assert zero == 51
+        assert zero.dtype == np.uint8
+    else:
+        assert scale == pytest.approx(2 / 127)
+        assert zero == 0
+        assert zero.dtype == np.int8
+    assert scheme.parameters(1.0, 2.0)[1] == 0  # the range always includes zero
+
+
+# --- the whole call --------------------------------------------------------------------------------------------------
+
+
+def test_static_artefact_loads_and_is_close(static, emoji):
+    out, _ = static
+    pipe = Pipeline.from_pretrained(out, precision="int8-static", threads=1)
+    pipe.artifact.verify()
+    a = np.asarray(emoji("red apple", seed=3, num_inference_steps=3).images[0])
+    b = np.asarray(pipe("red apple", seed=3, num_inference_steps=3).images[0])
+    assert 20 < psnr(a, b) < 100
+    assert pipe.report.networks[1].storage == "int8"
+    assert "int8" in str(pipe.report)
+    assert Pipeline.from_pretrained(out, threads=1).report.precision == "int8-static"
+    with pytest.raises(PrecisionError, match="int8-static"):
+        Pipeline.from_pretrained(out, precision="fp32", backend="onnxruntime")
+
+
+def test_static_report(static):
+    out, report = static
+    assert json.loads((out / "quantize-report.json").read_text())["precision"] == "int8-static"
+    assert (out / "quantize-grid.png").stat().st_size > 1000
+    unet = report["networks"]["unet"]
+    names = {row["name"] for row in unet["layers"]}
+    assert not names & {"conv_in", "conv_out", "time_embedding.linear_1"}
+    assert "up_blocks.0.resnets.0.conv_shortcut@0" in names  # the halves of a skip have a scale each
+    assert all(row["sqnr"] is None or row["sqnr"] > 5 for row in unet["layers"])
+    assert all(len(row["input_seen_per_step"]) in (1, 3) for row in unet["layers"])
+    assert "PSNR" in table(report)
+    assert "unet" in table(report)
+    for n in report["networks"].values():
+        assert n["bytes"] < 0.75 * n["float_bytes"]
+
+
+def integer_kernels(path, tmp_path):
+    import onnx
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = [n.op_type for n in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node]
+    return {
+        k: kinds.count(k)
+        for k in ("QLinearConv", "MatMulIntegerToFloat", "QLinearMatMul", "DynamicQuantizeMatMul", "Conv", "MatMul", "FusedConv")
+    }
+
+
+def test_int8_runs_as_integer_kernels(static, tmp_path):
+    out, report = static
+    layers = [row for row in report["networks"]["unet"]["layers"] if row["scheme"] != "float"]
+    kernels = integer_kernels(out / "unet/model.int8-static.onnx", tmp_path)
+    assert kernels["QLinearConv"] == sum(row["op"] == "Conv" for row in layers)
+    assert kernels["MatMulIntegerToFloat"] == sum(row["op"] == "MatMul" for row in layers)
+    assert kernels["Conv"] + kernels["FusedConv"] == 2  # conv_in and conv_out
+
+
+def test_dynamic(tmp_path, emoji):
+    report = quantize(EMOJI, "int8-dynamic", out=tmp_path / "d", **QUICK)
+    assert 0 < report["networks"]["unet"]["float_share"] < 0.9
+    assert report["networks"]["vae_decoder"]["float_share"] == 1
+    pipe = Pipeline.from_pretrained(tmp_path / "d", precision="int8-dynamic", threads=1)
+    a, b = (np.asarray(p("dog face", seed=1, num_inference_steps=3).images[0]) for p in (emoji, pipe))
+    assert 20 < psnr(a, b) < 100
+    kernels = integer_kernels(tmp_path / "d/unet/model.int8-dynamic.onnx", tmp_path)
+    assert kernels["DynamicQuantizeMatMul"] > 20
+    assert kernels["QLinearConv"] == 0
+
+
+def test_running_int8_needs_no_torch_and_no_onnx(static):
+    import subprocess
+
+    code = (
+        "import sys, sdlite; sdlite.Pipeline.from_pretrained(sys.argv[1], threads=1)('red apple', seed=0, num_inference_steps=1);"
+        "print(sorted({'torch', 'onnx', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(static[0])], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------
+
+
+def _double_scale(monkeypatch):
+    right = insert.Scheme.parameters
+    monkeypatch.setattr(insert.Scheme, "parameters", lambda self, low, high: right(self, low / 2, high / 2))
+
+
+def _wrong_zero(monkeypatch):
+    right = insert.Scheme.parameters
+
+    def wrong(self, low, high):
+        scale, zero = right(self, low, high)
+        return scale, (zero + 120).astype(zero.dtype)
+
+    monkeypatch.setattr(insert.Scheme, "parameters", wrong)
+
+
+def _shuffled(monkeypatch, only="up_blocks.2.resnets.1.conv2"):
+    right = insert._weight
+
+    def wrong(graph, layer, scheme, bias, scale):
+        weight, scales = right(graph, layer, scheme, bias, scale)
+        if layer.name != only:
+            return weight, scales
+        order = np.random.default_rng(0).permutation(weight.shape[0])
+        return insert.Weight(weight.shape, weight.dtype, lambda: weight.read()[order]), scales
+
+    monkeypatch.setattr(insert, "_weight", wrong)
+
+
+@pytest.mark.parametrize("damage", [_double_scale, _wrong_zero, _shuffled])
+def test_gate_fails_on_purpose_and_nothing_is_written(damage, tmp_path, monkeypatch):
+    damage(monkeypatch)
+    with pytest.raises(QuantizationError, match=r"gate does not hold.*worst network.*Nothing was written"):
+        quantize(EMOJI, "int8-static", out=tmp_path / "bad", **quick(max_float=0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_search_puts_the_bad_layer_back_to_float(tmp_path, monkeypatch):
+    _shuffled(monkeypatch)
+    report = quantize(EMOJI, "int8-static", out=tmp_path / "mended", **quick(max_float=0.3))
+    assert "unet/up_blocks.2.resnets.1.conv2" in report["back_to_float"]
+    assert len(report["search"]) == 2
+    assert report["networks"]["unet"]["float_share"] > 0.05
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_errors(tmp_path, emoji, plain):
+    with pytest.raises(UnknownNameError, match="int8-static, int8-dynamic"):
+        quantize(EMOJI, "int4", out=tmp_path / "x")
+    with pytest.raises(UnknownNameError, match="u8s8, u8s7, s8s8"):
+        quantize(EMOJI, "int8-static", out=tmp_path / "x", scheme="u4")
+    with pytest.raises(InputError, match="observer"):
+        quantize(EMOJI, "int8-static", out=tmp_path / "x", calibration=Calibration(observer="max"))
+    with pytest.raises(InputError, match="samples=0"):
+        quantize(EMOJI, "int8-static", out=tmp_path / "x", calibration=Calibration(samples=0))
+    with pytest.raises(InputError, match="prompts are empty"):
+        quantize(EMOJI, "int8-static", out=tmp_path / "x", calibration=Calibration(prompts=[" "]))
+    (tmp_path / "empty.txt").write_text("# nothing\n\n")
+    with pytest.raises(InputError, match="holds no prompt"):
+        read_prompts(tmp_path / "empty.txt")
+    with pytest.raises(InputError, match="does not exist"):
+        read_prompts(tmp_path / "none.txt")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    with pytest.raises(InputError, match="not an empty folder"):
+        quantize(EMOJI, "int8-dynamic", out=tmp_path / "full", **QUICK)
+    assert (tmp_path / "full/file").read_text() == "mine"
+
+
+def test_quantised_model_cannot_be_quantised_again(static, tmp_path):
+    with pytest.raises(PrecisionError, match="no float ONNX graphs"):
+        quantize(static[0], "int8-static", out=tmp_path / "x", **QUICK)
+
+
+def test_disk_full_half_way_loses_nothing(tmp_path, monkeypatch):
+    def full(self, path):
+        if "scratch" not in str(path) and path.name == "model.int8-static.onnx" and path.parent.name == "unet":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return right(self, path)
+
+    right = Graph.save
+    monkeypatch.setattr(Graph, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        quantize(EMOJI, "int8-static", out=tmp_path / "x", **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    command = ["quantize", str(EMOJI), "--precision", "int8-static", "--out", str(tmp_path / "q"), "--prompts", str(tmp_path / "prompts.txt"),
+               "--samples", "2", "--steps", "2", "--psnr-mean", "20", "--psnr-worst", "15", "--ssim-mean", "0.7", "--engine", "onnxruntime",
+               "--threads", "1"]  # fmt: skip
+    assert main(command) == 0
+    assert "PSNR" in capsys.readouterr().out
+    assert main(["generate", "red apple", "--model", str(tmp_path / "q"), "--steps", "1", "--out", str(tmp_path / "a.png"), "--quiet"]) == 0
+    assert main(command) == 1  # the folder exists
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_default_scheme_follows_the_processor(monkeypatch):
+    monkeypatch.setattr(quant_api.Path, "read_text", lambda self: "flags : avx2 avx512_vnni")
+    assert quant_api.default_scheme() == "u8s8"
+    monkeypatch.setattr(quant_api.Path, "read_text", lambda self: "flags : avx2")
+    assert quant_api.default_scheme() == "u8s7"
