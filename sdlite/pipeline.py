@@ -17,7 +17,7 @@ import numpy as np
 from sdlite import backends, hub, images
 from sdlite.artifact import Artifact, SamplerDefaults, writing
 from sdlite.errors import InputError, MissingExtraError, SdliteError, ShapeError
-from sdlite.sampling import Noise, Sampler, Schedule, get_sampler, guide, sampler_of
+from sdlite.sampling import Noise, Sampler, Schedule, denoise, get_sampler, sampler_of
 from sdlite.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
@@ -123,17 +123,7 @@ class Pipeline:
             uncond: embeds (B, L, D) of the negative prompt; None runs without guidance, one network row per image.
             noise: the images' generators, for samplers that draw again.
         """
-        x = latents * np.float32(solver.init_noise_sigma)
-        both = embeds if uncond is None else np.concatenate([uncond, embeds])
-        for i, t in enumerate(solver.timesteps):
-            scaled = solver.scale_model_input(i, x)
-            rows = scaled if uncond is None else np.concatenate([scaled, scaled])
-            out = self.networks.unet(sample=rows, timestep=np.array(t, np.float32), encoder_hidden_states=both)
-            if uncond is not None:
-                without, with_prompt = np.split(out, 2)
-                out = guide(without, with_prompt, guidance_scale)
-            x = solver.step(i, out, x, noise)
-            yield x
+        return denoise(self.networks.unet, latents, embeds, noise, solver, uncond=uncond, guidance_scale=guidance_scale)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """latents (B, C, h, w) -> images uint8 (B, H, W, 3)."""

@@ -9,7 +9,7 @@ alpha-bar_t, a latent is x_t = sqrt(a) x_0 + sqrt(1-a) eps, `sigma = sqrt((1-a)/
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -455,3 +455,25 @@ def get_sampler(name: str, schedule: Schedule, num_inference_steps: int) -> Samp
     if name not in SAMPLERS:
         raise UnknownNameError(f"sampler={name!r} is not known; choose one of {', '.join(SAMPLERS)}.")
     return SAMPLERS[name](schedule, num_inference_steps)
+
+
+def denoise(unet: Callable[..., np.ndarray], latents: np.ndarray, embeds: np.ndarray, noise: Sequence[Noise], solver: Sampler, *,
+            uncond: np.ndarray | None = None, guidance_scale: float = 1.0) -> Iterator[np.ndarray]:  # fmt: skip
+    """The sampling loop: unit normal latents (B, C, h, w) and embeds (B, L, D) -> latents after each step of `solver`.
+
+    Args:
+        unet: called with the names of the U-Net's IOSpec; guided steps are one call with 2 B rows, the negative prompt's first.
+        noise: the images' generators, for samplers that draw again.
+        uncond: embeds (B, L, D) of the negative prompt; None runs without guidance.
+    """
+    x = latents * np.float32(solver.init_noise_sigma)
+    both = embeds if uncond is None else np.concatenate([uncond, embeds])
+    for i, t in enumerate(solver.timesteps):
+        scaled = solver.scale_model_input(i, x)
+        rows = scaled if uncond is None else np.concatenate([scaled, scaled])
+        out = unet(sample=rows, timestep=np.array(t, np.float32), encoder_hidden_states=both)
+        if uncond is not None:
+            without, with_prompt = np.split(out, 2)
+            out = guide(without, with_prompt, guidance_scale)
+        x = solver.step(i, out, x, noise)
+        yield x

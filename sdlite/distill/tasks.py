@@ -20,7 +20,7 @@ from sdlite.distill.losses import feature_loss, output_loss
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
 from sdlite.images import to_uint8
-from sdlite.sampling import Noise, Schedule, get_sampler, guide
+from sdlite.sampling import Noise, Schedule, denoise, get_sampler
 
 # Zero-terminal-SNR v-prediction with trailing spacing: stable at few steps (Salimans and Ho 2022; Lin et al. 2023, arXiv:2305.08891).
 V_ZERO_SNR: dict[str, Any] = {
@@ -189,19 +189,20 @@ def preview(parts: dict[str, Any], schedule: Schedule, *, prompts: list[str], nu
     device = next(unet.parameters()).device
     config = unet.config
     ids = torch.from_numpy(tokenizer([*prompts, ""])).to(device)
-    embeds = text_encoder(ids)[0]
-    cond, uncond = embeds[:-1], embeds[-1:].expand(len(prompts), -1, -1)
+    embeds = text_encoder(ids)[0].cpu().numpy()
+    cond, uncond = embeds[:-1], np.repeat(embeds[-1:], len(prompts), axis=0)
     noise = [Noise(seed + i) for i in range(len(prompts))]
     x = np.stack([n.normal((config.in_channels, config.sample_size, config.sample_size)) for n in noise])
     solver = get_sampler(sampler, schedule, num_inference_steps)
-    x = x * np.float32(solver.init_noise_sigma)
-    for i, t in enumerate(solver.timesteps):
-        xt = torch.from_numpy(solver.scale_model_input(i, x)).to(device)
-        time = torch.tensor([float(t)], device=device)
-        out = unet(xt, time, cond).sample.cpu().numpy()
-        if guidance_scale != 1:
-            out = guide(unet(xt, time, uncond).sample.cpu().numpy(), out, guidance_scale)
-        x = solver.step(i, out, x, noise)
+
+    def network(**inputs: np.ndarray) -> np.ndarray:
+        given = {k: torch.from_numpy(v).to(device) for k, v in inputs.items()}
+        out: np.ndarray = unet(**given).sample.cpu().numpy()
+        return out
+
+    guided: dict[str, Any] = {} if guidance_scale == 1 else {"uncond": uncond, "guidance_scale": guidance_scale}
+    for latents in denoise(network, x, cond, noise, solver, **guided):
+        x = latents
     pixels = vae.decode(torch.from_numpy(x).to(device) / vae.config.scaling_factor).sample
     return to_uint8(pixels.cpu().numpy())
 
