@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ENGINES = ("sdlite-ort", "sdlite-torch", "diffusers", "diffusers-compile", "optimum-ort")
+ENGINES = ("sdlite-ort", "sdlite-openvino", "sdlite-torch", "diffusers", "diffusers-compile", "optimum-ort")
+
+
+INT8 = [  # the float rows are the measure
+    ("sdlite-ort", "fp32"), ("sdlite-ort", "int8-static"), ("sdlite-ort", "int8-dynamic"), ("sdlite-openvino", "fp32"),
+    ("sdlite-openvino", "int8-static"), ("diffusers", "fp32"),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,4 +34,6 @@ SUITES: dict[str, list[Case]] = {
     "emoji": [Case("emoji", e, 4, 64, repeats=20) for e in ENGINES] + [Case("emoji", e, 25, 64, guidance=4.0, repeats=5) for e in ENGINES],
     "bk-tiny-256": [Case("shape:bk-tiny", e, 4, 256, repeats=3) for e in ENGINES],
     "bk-tiny-512": [Case("shape:bk-tiny", e, 4, 512, repeats=3) for e in ENGINES],
+    "int8-emoji": [Case("emoji", e, 4, 64, precision=p, repeats=20) for e, p in INT8],
+    "int8-bk-tiny-512": [Case("shape:bk-tiny", e, 4, 512, precision=p, repeats=3) for e, p in INT8],
 }

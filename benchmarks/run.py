@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks.cases import SUITES, Case
 from benchmarks.env import environment
+from sdlite.artifact import sha256
 
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
 PROMPT = "red apple on a blue background"
@@ -53,6 +54,23 @@ def model_folder(case: Case, cache: Path) -> Path:
 Call = Callable[[np.ndarray], tuple[np.ndarray, dict[str, float]]]
 
 
+def quantised(case: Case, folder: Path, cache: Path) -> Path:
+    """The case's folder in its precision; int8 is made once into `cache`, with a gate that measures and lets everything pass."""
+    if not case.precision.startswith("int8"):
+        return folder
+    out = cache / f"{case.model.removeprefix('shape:')}-{case.precision}-{sha256(folder / 'sdlite.json')[:8]}"
+    if not out.exists():
+        from sdlite.quant import Calibration, Gate, quantize, read_prompts
+
+        prompts = read_prompts(Path(__file__).parents[1] / "export" / "calibration" / ("emoji.txt" if case.model == "emoji" else "sd.txt"))
+        quantize(
+            folder, case.precision, out=out, threads=case.threads,
+            calibration=Calibration(prompts=prompts, samples=8 if case.model == "emoji" else 2),
+            gate=Gate(psnr_mean=0, psnr_worst=0, ssim_mean=-1, num_prompts=8 if case.model == "emoji" else 1, seeds=(0,), engines=["onnxruntime"]),
+        )  # fmt: skip
+    return out
+
+
 def load(case: Case, folder: Path) -> Call:
     """The engine's pipeline as latents -> (picture uint8 (B, H, W, 3), seconds per stage)."""
     arguments: dict[str, Any] = {"num_inference_steps": case.steps, "guidance_scale": case.guidance}
@@ -60,7 +78,7 @@ def load(case: Case, folder: Path) -> Call:
     if case.engine.startswith("sdlite"):
         import sdlite
 
-        backend = {"sdlite-ort": "onnxruntime", "sdlite-torch": "torch"}[case.engine]
+        backend = {"sdlite-ort": "onnxruntime", "sdlite-openvino": "openvino", "sdlite-torch": "torch"}[case.engine]
         pipe = sdlite.Pipeline.from_pretrained(folder, precision=case.precision, backend=backend, threads=case.threads)
 
         def call(latents: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
@@ -159,14 +177,14 @@ def main() -> None:
     about = {**environment(), "command": "python -m benchmarks.run " + " ".join(sys.argv[1:])}
     with tempfile.TemporaryDirectory() as tmp:
         for name in args.suites:
-            folders = {c.model: model_folder(c, args.cache) for c in SUITES[name]}
+            folders = {c: quantised(c, model_folder(c, args.cache), args.cache) for c in SUITES[name]}
             for r in range(args.rounds):
                 for k, case in enumerate(SUITES[name]):
                     reference = Path(tmp) / f"{name}-{case.steps}-{case.guidance}.npy"
                     picture = Path(tmp) / f"{k}.npy"
-                    row = run_case(case, folders[case.model], picture)
+                    row = run_case(case, folders[case], picture)
                     if picture.exists():
-                        if case.engine == "sdlite-ort" or not reference.exists():
+                        if (case.engine == "sdlite-ort" and case.precision == "fp32") or not reference.exists():
                             picture.replace(reference)
                         else:
                             a, b = (np.load(p).astype(float) for p in (picture, reference))

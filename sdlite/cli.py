@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     q.add_argument("--samples", type=int, default=16, help="calibration pictures")
     q.add_argument("--steps", type=int, help="sampling steps while calibrating and comparing; default: the model's own")
     q.add_argument("--observer", default="mse", help="min-max, percentile or mse")
-    q.add_argument("--scheme", help="u8s8, u8s7 or s8s8 (TensorRT); default: by this CPU")
+    q.add_argument("--scheme", default="u8s7", help="u8s7 (exact on every x86), u8s8 (VNNI or ARM only) or s8s8 (TensorRT)")
     q.add_argument("--height", type=int)
     q.add_argument("--width", type=int)
     q.add_argument("--gate-prompts", type=int, default=16, help="prompts that are compared with the float model")

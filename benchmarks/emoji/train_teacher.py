@@ -69,6 +69,7 @@ def main() -> None:
     ap.add_argument("--resume", action="store_true")
     ap.add_argument("--max-minutes", type=float)
     ap.add_argument("--images", type=int, default=800_000)
+    ap.add_argument("--lr", type=float, default=4e-4)
     ap.add_argument("--threads", type=int, default=2)
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
@@ -86,7 +87,7 @@ def main() -> None:
         unet, text_encoder, source, parts=parts, preview={"prompts": PREVIEW}, train_text_encoder=not args.freeze_text_encoder
     )
     config = TrainConfig(
-        max_images=args.images, batch_size=32, lr=4e-4, warmup_images=10_000, decay_from=0.5, sample_every=1_000, checkpoint_minutes=8
+        max_images=args.images, batch_size=32, lr=args.lr, warmup_images=10_000, decay_from=0.5, sample_every=1_000, checkpoint_minutes=8
     )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 

@@ -10,10 +10,10 @@ import torch
 
 from sdlite.artifact import Artifact, weight_files
 from sdlite.backends import Network, NetworkReport
-from sdlite.errors import ArtifactError, UnknownNameError
+from sdlite.errors import ArtifactError, MissingExtraError, UnknownNameError
 from sdlite.spec import SPECS
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8-dynamic")
 DEVICES = ("cpu", "cuda")
 
 
@@ -24,6 +24,8 @@ def engine() -> str:
 def notes(precision: str, device: str) -> list[str]:
     if precision == "fp16" and device == "cpu":
         return ["fp16 on the CPU is storage: weights are rounded to float16, arithmetic is float32"]
+    if precision == "int8-dynamic":
+        return ["int8-dynamic: Linear layers by torchao, made while loading; convolutions stay float32"]
     return []
 
 
@@ -32,6 +34,20 @@ def _classes() -> dict[str, Any]:
     from transformers import CLIPTextModel
 
     return {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae_decoder": AutoencoderKL}
+
+
+def _quantise_linear(module: torch.nn.Module) -> int:
+    """In place: every Linear to int8 weights and int8 activations scaled per token at run time. Returns how many."""
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+        from torchao.utils import should_reduce_range
+    except ImportError as e:
+        raise MissingExtraError("int8-dynamic on the torch backend needs torchao: pip install 'sdlite[torchao]'.") from e
+    count = sum(isinstance(m, torch.nn.Linear) for m in module.modules())
+    if count:
+        narrow = should_reduce_range(torch.device("cpu"))  # no VNNI: 8-bit products would overflow
+        quantize_(module, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, reduce_range=narrow))
+    return count
 
 
 class Module:
@@ -88,6 +104,8 @@ def _load(artifact: Artifact, part: str, folder: Path, weights: list[Path], prec
         module = module.float()  # after rounding to `dtype`
     size = sum(w.stat().st_size for w in weights)
     arithmetic = str(next(module.parameters()).dtype).removeprefix("torch.")
+    if precision == "int8-dynamic":
+        arithmetic = f"int8 Linear ({_quantise_linear(module)} layers), rest float32"
     file = f"{folder.name}/{weights[0].name}" + (f" and {len(weights) - 1} more" if len(weights) > 1 else "")
     return Module(part, module.to(device), device, threads), NetworkReport(
         part, file, size, str(dtype).removeprefix("torch."), arithmetic, 0.0

@@ -42,7 +42,7 @@ KEEP_FLOAT: dict[str, tuple[str, ...]] = {
 
 
 def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, calibration: Calibration | None = None,
-             gate: Gate | None = None, scheme: str | None = None, keep_float: dict[str, Sequence[str]] | None = None,
+             gate: Gate | None = None, scheme: str = "u8s7", keep_float: dict[str, Sequence[str]] | None = None,
              threads: int | None = None, progress: bool = False) -> dict[str, Any]:  # fmt: skip
     """Quantise a pipeline to int8, compare it with the float one, and write it as an artefact.
 
@@ -53,8 +53,8 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
             not the float weights.
         calibration: what static quantisation is shown; default: the artefact's own prompts.
         gate: what must hold; default thresholds in `Gate`.
-        scheme: "u8s8" or "u8s7" for CPUs (7-bit weights are exact on x86 without VNNI), "s8s8" for TensorRT. None chooses "u8s8" where
-            the CPU multiplies u8 x s8 without saturating, else "u8s7".
+        scheme: "u8s7" (static, default) gives weights 7 bits: x86 CPUs without VNNI saturate u8 x s8 products, and a gate on the
+            machine that quantises cannot see the machine that runs. "u8s8" where every target has VNNI or is ARM; "s8s8" for TensorRT.
         keep_float: part -> regular expressions of torch module names that stay float, instead of the defaults in `KEEP_FLOAT`.
         threads: CPU threads of the sessions.
         progress: show tqdm bars.
@@ -68,7 +68,7 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
     """
     if precision not in QUANTISED:
         raise UnknownNameError(f"precision={precision!r} cannot be quantised to; choose one of {', '.join(QUANTISED)}.")
-    if scheme is not None and scheme not in insert.SCHEMES:
+    if scheme not in insert.SCHEMES:
         raise UnknownNameError(f"scheme={scheme!r} is not known; choose one of {', '.join(insert.SCHEMES)}.")
     calibration, gate = dataclasses.replace(calibration or Calibration()), dataclasses.replace(gate or Gate())
     calibration.check()
@@ -81,18 +81,8 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
 
             candidate: Callable[[Iterable[str]], dict[str, Any]] = build_dynamic(work)
         else:
-            candidate = _static(work, insert.SCHEMES[scheme or default_scheme()], keep_float or {})
+            candidate = _static(work, insert.SCHEMES[scheme], keep_float or {})
         return _until_it_holds(work, candidate, Path(out))
-
-
-def default_scheme() -> str:
-    """ "u8s8" where this CPU has VNNI (or is not x86), else "u8s7"."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "u8s7"
-    x86 = "flags" in flags
-    return "u8s8" if not x86 or "avx512_vnni" in flags or "avx_vnni" in flags else "u8s7"
 
 
 def _float_pipeline(model: Pipeline | str | Path, scratch: Path, threads: int | None) -> Pipeline:

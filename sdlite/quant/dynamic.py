@@ -20,7 +20,7 @@ def build_dynamic(work: Any) -> Callable[[Iterable[str]], dict[str, Any]]:
     """`work` is `sdlite.quant.api._Work`. The result ignores its argument: nothing goes back to float one by one."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    from sdlite.quant.api import KEEP_FLOAT, _quantisable, default_scheme
+    from sdlite.quant.api import KEEP_FLOAT, _quantisable
 
     built: dict[str, Any] = {}
     for p in PARTS:
@@ -36,7 +36,7 @@ def build_dynamic(work: Any) -> Callable[[Iterable[str]], dict[str, Any]]:
             graph.save(source)
             quantize_dynamic(
                 source, target, op_types_to_quantize=["MatMul"], nodes_to_quantize=[layer.node for layer in layers], per_channel=True,
-                reduce_range=default_scheme() == "u8s7", weight_type=QuantType.QInt8, use_external_data_format=True,
+                reduce_range=True, weight_type=QuantType.QInt8, use_external_data_format=True,
             )  # fmt: skip
             graph = Graph.load(target)
         built[p] = {

@@ -41,10 +41,10 @@ class Scheme:
         return np.array(scale), np.array(np.clip(np.round(-low / scale), 0, 255), np.uint8)
 
 
-CPU = Scheme("u8s8", "uint8", 8, True, True)
-CPU_AVX2 = Scheme("u8s7", "uint8", 7, True, True)
+CPU = Scheme("u8s7", "uint8", 7, True, True)
+CPU_VNNI = Scheme("u8s8", "uint8", 8, True, True)
 TENSORRT = Scheme("s8s8", "int8", 8, False, False)
-SCHEMES = {s.name: s for s in (CPU, CPU_AVX2, TENSORRT)}
+SCHEMES = {s.name: s for s in (CPU, CPU_VNNI, TENSORRT)}
 
 
 def _weight(graph: Graph, layer: Layer, scheme: Scheme, bias: np.ndarray | None, input_scale: np.ndarray) -> tuple[Weight, np.ndarray]:

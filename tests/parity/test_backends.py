@@ -56,6 +56,22 @@ def test_fp16_equals_fp32_and_is_reported_as_storage(want):
     assert "storage" in half.report.notes[0]
 
 
+def test_torchao_runs_linear_in_int8(want):
+    pytest.importorskip("torchao", reason="needs the torchao extra")
+    pipe = sdlite.Pipeline.from_pretrained("emoji", backend="torch", precision="int8-dynamic", threads=1)
+    assert 25 < psnr(pixels(pipe(PROMPTS, latents=LATENTS, **CALL).images), want) < 60
+    assert "int8 Linear" in pipe.report.networks[1].arithmetic
+
+
+def test_openvino_equals_onnxruntime(want):
+    pytest.importorskip("openvino", reason="needs the openvino extra")
+    pipe = sdlite.Pipeline.from_pretrained("emoji", backend="openvino", precision="fp32", threads=1)
+    assert psnr(pixels(pipe(PROMPTS, latents=LATENTS, **CALL).images), want) >= 60
+    assert "openvino" in pipe.report.engine
+    with pytest.raises(sdlite.errors.UnknownNameError, match=r"sees cpu"):
+        sdlite.Pipeline.from_pretrained("emoji", backend="openvino", device="npu")
+
+
 def test_diffusers_opens_the_artefact_and_makes_the_same_pictures(want):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(EMOJI, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

@@ -17,7 +17,6 @@ from sdlite import Pipeline
 from sdlite.cli import main
 from sdlite.errors import InputError, PrecisionError, QuantizationError, UnknownNameError
 from sdlite.quant import Calibration, Gate, insert, quantize, rewrite, table
-from sdlite.quant import api as quant_api
 from sdlite.quant.calibrate import Session, read_prompts
 from sdlite.quant.graph import Graph
 from sdlite.quant.metrics import psnr, ssim, structure_distance
@@ -258,6 +257,20 @@ def test_dynamic(tmp_path, emoji):
     assert kernels["QLinearConv"] == 0
 
 
+def test_openvino_runs_the_same_file_in_integer(static, emoji):
+    pytest.importorskip("openvino", reason="needs the openvino extra")
+    out, _ = static
+    pipe = Pipeline.from_pretrained(out, precision="int8-static", backend="openvino", threads=1)
+    a, b = (np.asarray(p("red apple", seed=3, num_inference_steps=3).images[0]) for p in (emoji, pipe))
+    assert 25 < psnr(a, b) < 100
+    kinds = [
+        (str(n.get_rt_info()["layerType"].astype(str)), str(n.get_rt_info()["runtimePrecision"].astype(str)))
+        for n in pipe.networks.unet.model.get_runtime_model().get_ops()
+        if "layerType" in n.get_rt_info()
+    ]
+    assert sum(kind == "Convolution" and precision in ("u8", "i8") for kind, precision in kinds) > 20
+
+
 def test_running_int8_needs_no_torch_and_no_onnx(static):
     import subprocess
 
@@ -370,10 +383,3 @@ def test_command_line(tmp_path, capsys):
     assert main(["generate", "red apple", "--model", str(tmp_path / "q"), "--steps", "1", "--out", str(tmp_path / "a.png"), "--quiet"]) == 0
     assert main(command) == 1  # the folder exists
     assert "not an empty folder" in capsys.readouterr().err
-
-
-def test_default_scheme_follows_the_processor(monkeypatch):
-    monkeypatch.setattr(quant_api.Path, "read_text", lambda self: "flags : avx2 avx512_vnni")
-    assert quant_api.default_scheme() == "u8s8"
-    monkeypatch.setattr(quant_api.Path, "read_text", lambda self: "flags : avx2")
-    assert quant_api.default_scheme() == "u8s7"
