@@ -69,6 +69,7 @@ def main() -> None:
     ap.add_argument("--resume", action="store_true")
     ap.add_argument("--max-minutes", type=float)
     ap.add_argument("--images", type=int, default=800_000)
+    ap.add_argument("--timestep-power", type=float, default=1.0, help="below 1 favours noisy timesteps")
     ap.add_argument("--lr", type=float, default=4e-4)
     ap.add_argument("--threads", type=int, default=2)
     args = ap.parse_args()
@@ -84,7 +85,13 @@ def main() -> None:
     text_encoder = CLIPTextModel.from_pretrained(args.text_encoder) if args.text_encoder else build_text_encoder(tokenizer)
     parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"}
     task = TeacherTask(
-        unet, text_encoder, source, parts=parts, preview={"prompts": PREVIEW}, train_text_encoder=not args.freeze_text_encoder
+        unet,
+        text_encoder,
+        source,
+        parts=parts,
+        preview={"prompts": PREVIEW},
+        train_text_encoder=not args.freeze_text_encoder,
+        timestep_power=args.timestep_power,
     )
     config = TrainConfig(
         max_images=args.images, batch_size=32, lr=args.lr, warmup_images=10_000, decay_from=0.5, sample_every=1_000, checkpoint_minutes=8

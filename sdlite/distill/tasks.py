@@ -58,13 +58,19 @@ class Forward:
         return alpha * x0 + sigma * noise, target
 
 
-def stratified_timesteps(size: int, total: int, generator: torch.Generator) -> Tensor:
-    """One timestep from each of `size` equal slices of [0, total): uniform, with less variance than independent draws."""
-    return ((torch.arange(size) + torch.rand(size, generator=generator)) * (total / size)).long().clamp(max=total - 1)
+def stratified_timesteps(size: int, total: int, generator: torch.Generator, power: float = 1.0) -> Tensor:
+    """total x u^power, with one u from each of `size` equal slices of [0, 1): less variance than independent draws.
+
+    power 1 is uniform; below 1 favours noisy timesteps (density proportional to t^(1/power - 1)), where the caption decides.
+    """
+    u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+    return (u**power * total).long().clamp(max=total - 1)
 
 
 class _Denoising:
     """What the teacher's and the student's tasks share: the batch, the noise and the preview."""
+
+    timestep_power = 1.0  # see `stratified_timesteps`
 
     def __init__(
         self, source: LatentSource, scheduler: dict[str, Any], parts: dict[str, Any], caption_dropout: float, preview: dict[str, Any]
@@ -78,7 +84,7 @@ class _Denoising:
         drop = torch.rand(size, generator=generator) < self.caption_dropout
         batch["input_ids"] = torch.where(drop[:, None], self.source.empty_ids, batch["input_ids"])
         batch["noise"] = torch.randn(batch["latents"].shape, generator=generator)
-        batch["t"] = stratified_timesteps(size, self.schedule.num_train_timesteps, generator)
+        batch["t"] = stratified_timesteps(size, self.schedule.num_train_timesteps, generator, self.timestep_power)
         return batch
 
     def save(self, modules: dict[str, nn.Module], folder: Path) -> None:
@@ -96,9 +102,10 @@ class TeacherTask(_Denoising):
     """Train a UNet, with its text encoder or on a frozen one: MSE to the schedule's target."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module, source: LatentSource, *, parts: dict[str, Any], preview: dict[str, Any],
-                 scheduler: dict[str, Any] = V_ZERO_SNR, caption_dropout: float = 0.1, train_text_encoder: bool = True):  # fmt: skip
+                 scheduler: dict[str, Any] = V_ZERO_SNR, caption_dropout: float = 0.1, train_text_encoder: bool = True, timestep_power: float = 1.0):  # fmt: skip
         super().__init__(source, scheduler, {**parts, "text_encoder": text_encoder}, caption_dropout, preview)
         self.modules: dict[str, nn.Module] = {"unet": unet}
+        self.timestep_power = timestep_power
         if train_text_encoder:
             self.modules["text_encoder"] = text_encoder
         else:

@@ -1,0 +1,187 @@
+"""Guidance, progressive, consistency and adversarial distillation: targets that can be checked exactly."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the distill extra")
+pytest.importorskip("accelerate", reason="needs the distill extra")
+pytest.importorskip("diffusers", reason="needs the distill extra")
+
+from sdlite.distill.stages import (  # noqa: E402
+    AdversarialTask,
+    ConsistencyTask,
+    GuidanceTask,
+    ProgressiveTask,
+    Solver,
+    trailing_timesteps,
+)
+from sdlite.distill.tasks import V_ZERO_SNR, Forward  # noqa: E402
+from sdlite.distill.train import TrainConfig, fit  # noqa: E402
+from sdlite.errors import InputError  # noqa: E402
+from sdlite.sampling import Schedule  # noqa: E402
+from tests.unit.test_train import Source, Text, task  # noqa: E402
+
+KINDS = ["v_prediction", "epsilon", "sample"]
+
+
+def schedule(kind="v_prediction"):
+    zero = kind == "v_prediction"  # epsilon says nothing about x_0 where there is no signal
+    return {**V_ZERO_SNR, "prediction_type": kind, "rescale_betas_zero_snr": zero}
+
+
+class Perfect(torch.nn.Module):
+    """The exact network for data that is one point."""
+
+    def __init__(self, solver, point):
+        super().__init__()
+        self.solver, self.point, self.calls = solver, point, 0
+        self.unused = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, t, embeds):
+        self.calls += 1
+        out = self.solver.target(self.point.expand_as(x), x, t) + 0 * self.unused
+        return type("Out", (), {"sample": out})
+
+
+def batch_of(stage, size=8, seed=0):
+    return stage.batch(size, torch.Generator().manual_seed(seed))
+
+
+class OnePoint(Source):
+    def draw(self, size, generator):
+        return {**super().draw(size, generator), "latents": torch.full((size, 4, 4, 4), 0.7)}
+
+
+def perfect(cls, kind="v_prediction", **kwargs):
+    solver = Solver(Schedule.from_config(schedule(kind)))
+    network = Perfect(solver, torch.full((1, 4, 4, 4), 0.7))
+    return cls(
+        network, Perfect(solver, network.point), Text(), OnePoint(), parts={}, preview={}, scheduler=schedule(kind), **kwargs
+    ), network
+
+
+def real(cls, **kwargs):
+    student, teacher = task().modules["unet"], task().modules["unet"]
+    made = cls(student, teacher, Text(), Source(), parts={}, preview={}, **kwargs)
+    made.save = lambda modules, folder: folder.mkdir(parents=True, exist_ok=True)
+    made.sample = lambda modules, path: None
+    return made
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 25, 50])
+def test_trailing_timesteps_are_those_of_diffusers(steps):
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(timestep_spacing="trailing")
+    theirs.set_timesteps(steps)
+    assert trailing_timesteps(steps, 1000).tolist() == [*theirs.timesteps.tolist(), -1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conversions_undo_each_other(kind):
+    solver = Solver(Schedule.from_config(schedule(kind)))
+    x0, noise = torch.randn(5, 4, 4, 4), torch.randn(5, 4, 4, 4)
+    t = torch.tensor([1, 200, 500, 800, 990])
+    x, target = Forward(solver_schedule := Schedule.from_config(schedule(kind)))(x0, noise, t)
+    assert solver_schedule.prediction_type == kind
+    torch.testing.assert_close(solver.target(x0, x, t), target, rtol=1e-3, atol=2e-3)
+    got, eps = solver.x0_noise(target, x, t)
+    torch.testing.assert_close(got, x0, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(eps, noise, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_to_the_halved_target_equals_two_steps(kind):
+    solver = Solver(Schedule.from_config(schedule(kind)))
+    fine = trailing_timesteps(8, 1000)
+    first = 0 if kind == "v_prediction" else 2
+    index = torch.arange(first, 8, 2)
+    t, half, end = fine[index], fine[index + 1], fine[index + 2]
+    x, one, two = (torch.randn(len(index), 4, 4, 4, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    z = solver.ddim(one, x, t, half)
+    z = solver.ddim(two, z, half, end)
+    x0 = solver.halved_target(x, z, t, end)
+    again = solver.ddim(solver.target(x0, x, t), x, t, end)
+    torch.testing.assert_close(again, z, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(x0[-1], z[-1], rtol=1e-5, atol=1e-5)  # the last step ends at x_0 itself
+
+
+@pytest.mark.parametrize("loss_type", ["v", "x0"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_progressive_loss_is_zero_for_the_exact_network(kind, loss_type):
+    stage, network = perfect(ProgressiveTask, kind, num_inference_steps=4, loss_type=loss_type)
+    batch = batch_of(stage)
+    assert set(batch["index"].tolist()) == {0, 2, 4, 6}
+    assert stage.loss(stage.modules, batch, 0)["loss"] < 1e-4
+    network.point = network.point + 0.1
+    assert stage.loss(stage.modules, batch, 0)["loss"] > 1e-4
+    with pytest.raises(InputError, match="v or x0"):
+        perfect(ProgressiveTask, num_inference_steps=4, loss_type="eps")
+
+
+def test_guidance_target():
+    stage = real(GuidanceTask, guidance_scale=1.0)
+    batch = batch_of(stage)
+    assert stage.loss(stage.modules, batch, 0)["loss"] == 0  # the student is a copy, and 1 is no guidance
+    stage = real(GuidanceTask, guidance_scale=3.0)
+    loss = stage.loss(stage.modules, batch, 0)["loss"]
+    x, _ = stage.forward(batch["latents"], batch["noise"], batch["t"])
+    with torch.no_grad():
+        c = stage.teacher(x, batch["t"], stage.embeds(batch["input_ids"])).sample
+        u = stage.teacher(x, batch["t"], stage.embeds(Source.empty_ids[None]).expand(8, -1, -1)).sample
+    torch.testing.assert_close(loss, (2 * (c - u)).pow(2).mean(), rtol=1e-4, atol=1e-7)
+
+
+def test_consistency_boundary_and_exact_network():
+    stage, network = perfect(ConsistencyTask, grid=10)
+    x = torch.randn(3, 4, 4, 4)
+    clean = torch.full((3,), -1)
+    assert torch.equal(stage.consistency(network, x, clean, torch.zeros(3, 4, 8)), x)
+    assert stage.loss(stage.modules, batch_of(stage), 0)["loss"] < 1e-3
+    stage = real(ConsistencyTask, grid=10)
+    loss = stage.loss(stage.modules, batch_of(stage), 0)["loss"]
+    loss.backward()
+    assert loss > 0
+    assert all(p.grad is None for p in stage.teacher.parameters())
+
+
+def test_adversarial_terms_reach_only_their_own_network():
+    stage = real(AdversarialTask, weight=1.0, ramp=0, reconstruction=0.0)
+    unet, judge = stage.modules["unet"], stage.modules["discriminator"]
+    batch = batch_of(stage)
+    terms = stage.loss(stage.modules, batch, 0)
+    terms["generator"].backward(retain_graph=True)
+    assert all(p.grad is None for p in judge.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in unet.parameters())
+    unet.zero_grad(set_to_none=True)
+    terms["discriminator"].backward()
+    assert all(p.grad is None for p in unet.parameters())
+    assert any(p.grad is not None for p in judge.parameters())
+    assert all(p.grad is None for p in stage.teacher.parameters())
+
+
+def test_discriminator_learns_to_tell_and_the_generator_term_rises():
+    stage = real(AdversarialTask, weight=0.0, reconstruction=0.0)
+    judge = stage.modules["discriminator"]
+    optimizer = torch.optim.Adam(judge.parameters(), 1e-2)
+    first = last = None
+    for step in range(40):
+        terms = stage.loss(stage.modules, batch_of(stage, 16, step), step)
+        optimizer.zero_grad()
+        terms["discriminator"].backward()
+        optimizer.step()
+        first, last = first or terms, terms
+    assert last["discriminator"] < 0.7 * first["discriminator"]
+    assert last["generator"] > first["generator"]
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [(GuidanceTask, {"guidance_scale": 2.0}), (ProgressiveTask, {"num_inference_steps": 4}), (ConsistencyTask, {}), (AdversarialTask, {})],
+)
+def test_every_stage_trains_in_the_loop(stage, tmp_path):
+    made = real(stage[0], **stage[1])
+    result = fit(made, TrainConfig(max_images=24, batch_size=8, lr=1e-3, sample_every=0), tmp_path / "run")
+    assert result["finished"]
+    assert torch.isfinite(torch.tensor(result["loss"]))
