@@ -1,4 +1,4 @@
-"""The command line: `sdlite generate | quantize | info | verify | models`. Each command calls one public function.
+"""The command line: `sdlite generate | quantize | distill | info | verify | models`. Each command calls one public function.
 
 Exit codes: 0 done; 1 an error, explained in one line on stderr; 2 wrong usage.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlite._version import __version__
-from sdlite.errors import InputError, SdliteError
+from sdlite.errors import InputError, MissingExtraError, SdliteError
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -68,6 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     q.add_argument("--engine", action="append", help="check on this backend; again for more; default: all installed")
     q.add_argument("--threads", type=int)
     q.add_argument("--quiet", action="store_true")
+
+    d = command("distill", _distill, "Train a student by a recipe and write it as a model.")
+    d.add_argument("recipe", type=Path, help="TOML file, see sdlite.distill.recipe")
+    d.add_argument("--teacher", type=Path, required=True, help="diffusers SD-1.x/2.x folder")
+    d.add_argument("--data", required=True, help="shards, folder of pictures with captions, or .txt of prompts")
+    d.add_argument("--out", type=Path, required=True)
+    d.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
+    d.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
+    d.add_argument("--dry-run", action="store_true", help="show what would be done")
+    d.add_argument("--no-export", action="store_true", help="leave the diffusers folder of the last stage, make no ONNX")
 
     i = command("info", _info, "Show what a model is, what it holds and what it would run on.")
     i.add_argument("model", nargs="?", default="emoji")
@@ -147,6 +157,30 @@ def _quantize(args: argparse.Namespace) -> None:
     if not args.quiet:
         print(table(report))
     print(f"wrote {args.out} ({sum(n['bytes'] for n in report['networks'].values()) / 1e6:.2f} MB of weights)")
+
+
+def _distill(args: argparse.Namespace) -> None:
+    try:
+        from sdlite.distill import recipe
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("sdlite"):
+            raise
+        raise MissingExtraError(f"distilling needs {e.name!r}: pip install 'sdlite[distill]'.") from e
+
+    read = recipe.Recipe.load(args.recipe)
+    if args.dry_run:
+        print(recipe.plan(read, recipe.Teacher(args.teacher)))
+        return
+    done = recipe.run(
+        read,
+        teacher=args.teacher,
+        data=args.data,
+        out=args.out,
+        resume=args.resume,
+        max_minutes=args.max_minutes,
+        export=not args.no_export,
+    )
+    print("finished" if done["finished"] else f"stopped after {done['seconds'] / 60:.1f} min; go on with --resume")
 
 
 def _describe(artifact: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from sdlite.distill.features import Taps, block_taps
 from sdlite.distill.losses import feature_loss, output_loss
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
-from sdlite.images import to_uint8
+from sdlite.images import grid, to_pil, to_uint8
 from sdlite.sampling import Noise, Schedule, denoise, get_sampler
 
 # Zero-terminal-SNR v-prediction with trailing spacing: stable at few steps (Salimans and Ho 2022; Lin et al. 2023, arXiv:2305.08891).
@@ -91,11 +91,11 @@ class _Denoising:
         save_pipeline(folder, {**self.parts, **modules}, self.scheduler)
 
     def sample(self, modules: dict[str, nn.Module], path: Path) -> None:
-        images = preview({**self.parts, **modules}, self.schedule, **self.preview)
-        columns = 8
-        rows = [np.concatenate(list(images[r : r + columns]), 1) for r in range(0, len(images) - columns + 1, columns)]
-        grid = Image.fromarray(np.concatenate(rows, 0))
-        grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST).save(path)
+        images = to_pil(preview({**self.parts, **modules}, self.schedule, **self.preview))
+        picture = grid(images, min(8, len(images)))
+        if picture.width < 1024:
+            picture = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
+        picture.save(path)
 
 
 class TeacherTask(_Denoising):
@@ -189,10 +189,10 @@ def tap_channels(student: Any, teacher: Any, mine: dict[str, str], theirs: dict[
 
 
 @torch.no_grad()
-def preview(parts: dict[str, Any], schedule: Schedule, *, prompts: list[str], num_inference_steps: int = 25,
-            guidance_scale: float = 4.0, seed: int = 0, sampler: str = "ddim") -> np.ndarray:  # fmt: skip
-    """uint8 (B, H, W, 3) from networks that are still in training; prompt i gets seed + i."""
-    unet, text_encoder, vae, tokenizer = parts["unet"], parts["text_encoder"], parts["vae"], parts["tokenizer"]
+def paint(parts: dict[str, Any], schedule: Schedule, *, prompts: list[str], num_inference_steps: int = 25,
+          guidance_scale: float = 4.0, seed: int = 0, sampler: str = "ddim") -> Tensor:  # fmt: skip
+    """Scaled latents (B, C, h, w) from torch networks, such as are still in training; prompt i gets seed + i."""
+    unet, text_encoder, tokenizer = parts["unet"], parts["text_encoder"], parts["tokenizer"]
     device = next(unet.parameters()).device
     config = unet.config
     ids = torch.from_numpy(tokenizer([*prompts, ""])).to(device)
@@ -210,7 +210,15 @@ def preview(parts: dict[str, Any], schedule: Schedule, *, prompts: list[str], nu
     guided: dict[str, Any] = {} if guidance_scale == 1 else {"uncond": uncond, "guidance_scale": guidance_scale}
     for latents in denoise(network, x, cond, noise, solver, **guided):
         x = latents
-    pixels = vae.decode(torch.from_numpy(x).to(device) / vae.config.scaling_factor).sample
+    return torch.from_numpy(x).to(device)
+
+
+@torch.no_grad()
+def preview(parts: dict[str, Any], schedule: Schedule, **arguments: Any) -> np.ndarray:
+    """uint8 (B, H, W, 3): `paint`, decoded."""
+    vae = parts["vae"]
+    latents = paint(parts, schedule, **arguments)
+    pixels = vae.decode(latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)).sample
     return to_uint8(pixels.cpu().numpy())
 
 
@@ -221,6 +229,6 @@ def save_pipeline(folder: Path, parts: dict[str, Any], scheduler: dict[str, Any]
 
     pipe = StableDiffusionPipeline(
         vae=parts["vae"], text_encoder=parts["text_encoder"], tokenizer=CLIPTokenizer.from_pretrained(parts["tokenizer_folder"]),
-        unet=parts["unet"], scheduler=DDIMScheduler(**scheduler), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        unet=parts["unet"], scheduler=DDIMScheduler.from_config(scheduler), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder, safe_serialization=True)

@@ -1,0 +1,327 @@
+"""A recipe is a TOML list of stages; running it makes an artefact.
+
+    name = "my-student"
+    [student]
+    preset = "bk-tiny"            # sdlite.distill.students.PRESETS; or width = 0.5, one_layer = true, ...
+    [train]                       # defaults of every stage: fields of TrainConfig
+    batch_size = 64
+    [[stage]]
+    kind = "output"               # task, output and feature distillation (tasks.StudentTask)
+    images = 200000
+    lr = 1e-4
+    feature_weight = 0.1
+    [[stage]]
+    kind = "guidance"
+    images = 50000
+    guidance_scale = 4.0
+    [[stage]]
+    kind = "progressive"
+    steps = [16, 8, 4]            # one training of `images` for each halving
+    images = 30000
+    [sampler]
+    guidance_scale = 1.0
+
+Each stage has its own folder, checkpoints and statistics, starts from the stage before it, and is skipped when it is already done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomllib
+import torch
+
+from sdlite.artifact import Artifact, sha256, weight_files
+from sdlite.distill import data, stages, tasks
+from sdlite.distill.cache import CachedLatents
+from sdlite.distill.students import PRESETS, StudentSpec, build, parameters
+from sdlite.distill.train import TrainConfig, fit
+from sdlite.errors import InputError
+from sdlite.tokenizer import ClipTokenizer
+
+KINDS: dict[str, Any] = {
+    "output": tasks.StudentTask,
+    "guidance": stages.GuidanceTask,
+    "progressive": stages.ProgressiveTask,
+    "consistency": stages.ConsistencyTask,
+    "adversarial": stages.AdversarialTask,
+}
+_TRAIN = {f.name for f in dataclasses.fields(TrainConfig)} - {"max_images"}
+_OPTIONS: dict[str, set[str]] = {  # what a stage of each kind may say besides `kind`, `images` and TrainConfig's fields
+    "output": {"task_weight", "output_weight", "feature_weight", "caption_dropout"},
+    "guidance": {"guidance_scale"},
+    "progressive": {"steps", "loss_type", "guidance_scale"},
+    "consistency": {"grid", "sigma_data", "timestep_scaling", "guidance_scale"},
+    "adversarial": {"num_inference_steps", "weight", "ramp", "reconstruction", "guidance_scale"},
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training: what `fit` is given."""
+
+    name: str
+    kind: str
+    config: TrainConfig
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    student: StudentSpec
+    stages: tuple[Stage, ...]
+    sampler: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read and check a TOML file.
+
+        Raises:
+            InputError: the file is missing, is not TOML, or says something that is not known; the message names it and what is.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            return cls.parse(tomllib.loads(text))
+        except FileNotFoundError:
+            raise InputError(f"recipe {path} does not exist; give a TOML file (see sdlite.distill.recipe).") from None
+        except tomllib.TOMLDecodeError as e:
+            raise InputError(f"recipe {path} is not TOML: {e}.") from e
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any]) -> Recipe:
+        _known("recipe", raw, {"name", "student", "train", "stage", "sampler"})
+        if not raw.get("stage"):
+            raise InputError("the recipe has no [[stage]]; give at least one, such as kind = 'output'.")
+        common = dict(raw.get("train", {}))
+        _known("[train]", common, _TRAIN)
+        out: list[Stage] = []
+        for n, given in enumerate(raw["stage"]):
+            kind = given.get("kind")
+            if kind not in KINDS:
+                raise InputError(f"[[stage]] {n}: kind={kind!r} is not known; choose one of {', '.join(KINDS)}.")
+            _known(f"[[stage]] {n} ({kind})", given, {"kind", "images"} | _TRAIN | _OPTIONS[kind])
+            if "images" not in given:
+                raise InputError(f"[[stage]] {n} ({kind}) says no images: how many to train on.")
+            settings = {**common, **{k: v for k, v in given.items() if k in _TRAIN}}
+            settings["betas"] = tuple(settings.get("betas", TrainConfig(1).betas))
+            config = TrainConfig(max_images=int(given["images"]), **settings)
+            options = {k: v for k, v in given.items() if k in _OPTIONS[kind]}
+            if kind == "progressive":
+                steps = options.pop("steps", [4])
+                if any(a != 2 * b for a, b in itertools.pairwise(steps)):
+                    raise InputError(f"[[stage]] {n}: progressive steps={steps} must halve each time, such as [16, 8, 4].")
+                out += [Stage(f"{n}-progressive-{s}", kind, config, {**options, "num_inference_steps": s}) for s in steps]
+            else:
+                out.append(Stage(f"{n}-{kind}", kind, config, options))
+        return cls(str(raw.get("name", "student")), _spec(dict(raw.get("student", {}))), tuple(out), dict(raw.get("sampler", {})))
+
+    def default_sampler(self, own: str) -> dict[str, Any]:
+        """{name, num_inference_steps, guidance_scale} for the artefact: the last stage's own, unless [sampler] says otherwise."""
+        last = self.stages[-1]
+        steps = {
+            "progressive": last.options.get("num_inference_steps"),
+            "adversarial": last.options.get("num_inference_steps", 4),
+            "consistency": 4,
+        }
+        few = any(s.kind in ("guidance", "consistency") for s in self.stages)
+        out = {
+            "name": "lcm" if last.kind == "consistency" else own,
+            "num_inference_steps": steps.get(last.kind) or 25,
+            "guidance_scale": 1.0 if few else 4.0,
+        }
+        _known("[sampler]", self.sampler, set(out))
+        return {**out, **self.sampler}
+
+
+def _known(where: str, given: dict[str, Any], known: set[str]) -> None:
+    if unknown := sorted(set(given) - known):
+        raise InputError(
+            f"{where}: {', '.join(unknown)} {'is' if len(unknown) == 1 else 'are'} not known; known: {', '.join(sorted(known))}."
+        )
+
+
+def _spec(given: dict[str, Any]) -> StudentSpec:
+    preset = given.pop("preset", None)
+    fields = {f.name for f in dataclasses.fields(StudentSpec)}
+    _known("[student]", given, fields)
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"[student] preset={preset!r} is not known; choose one of {', '.join(PRESETS)}.")
+    return dataclasses.replace(PRESETS[preset] if preset else StudentSpec(), **given)
+
+
+class Teacher:
+    """A diffusers SD-1.x/2.x folder, opened for training."""
+
+    def __init__(self, folder: str | Path):
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        self.artifact = Artifact.open(folder)
+        root = self.artifact.folder
+        for part in ("unet", "text_encoder", "vae"):
+            weight_files(root / part)  # says what is wrong before a library does
+        self.scheduler = self.artifact.config("scheduler")
+        self.unet = UNet2DConditionModel.from_pretrained(root / "unet", use_safetensors=True).float()
+        self.text_encoder = CLIPTextModel.from_pretrained(root / "text_encoder", use_safetensors=True).float()
+        self.vae = AutoencoderKL.from_pretrained(root / "vae", use_safetensors=True).float().eval().requires_grad_(False)
+        self.tokenizer = ClipTokenizer.from_pretrained(root / "tokenizer")
+        size = self.unet.config.sample_size
+        self.pixels = (size if isinstance(size, int) else size[0]) * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(self, pictures: list[Any]) -> torch.Tensor:
+        """float32 arrays (3, H, W) -> scaled posterior means (B, C, h, w)."""
+        z = self.vae.encode(torch.stack([torch.from_numpy(p) for p in pictures])).latent_dist.mean
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return (z - shift) * self.vae.config.scaling_factor
+
+    def make(self, prompts: list[str], *, num_inference_steps: int, guidance_scale: float, seed: int) -> torch.Tensor:
+        """Latents (B, C, h, w) that the teacher paints for the prompts: data when there is none."""
+        parts = {"unet": self.unet.eval(), "text_encoder": self.text_encoder.eval(), "vae": self.vae, "tokenizer": self.tokenizer}
+        return tasks.paint(
+            parts, tasks.Schedule.from_config(self.scheduler), prompts=prompts, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, seed=seed,
+        )  # fmt: skip
+
+    def source(self, path: str | Path, cache: Path, progress: bool) -> CachedLatents:
+        found = data.read(path)
+        key: dict[str, Any] = {"vae": sha256(weight_files(self.artifact.folder / "vae")[0]), "scale": self.vae.config.scaling_factor}
+        if found.prompts_only:
+            key |= {"made_by": sha256(weight_files(self.artifact.folder / "unet")[0]), "steps": 25, "guidance_scale": 4.0}
+            count = [0]
+
+            def encode(prompts: list[Any]) -> torch.Tensor:
+                count[0] += len(prompts)
+                return self.make(prompts, num_inference_steps=25, guidance_scale=4.0, seed=count[0])
+        else:
+            encode = self.encode
+        return CachedLatents.build(found, self.tokenizer, encode, cache, key=key, size=self.pixels, progress=progress)
+
+
+def plan(recipe: Recipe, teacher: Teacher) -> str:
+    """What `run` would do, in a few lines (`--dry-run`)."""
+    student = build(teacher.unet, recipe.student)
+    a, b = parameters(student), parameters(teacher.unet)
+    lines = [f"{recipe.name}: UNet {a:,} parameters, {a / b:.1%} of the teacher's {b:,}; {teacher.pixels} px"]
+    for s in recipe.stages:
+        said = "".join(f", {k}={v}" for k, v in s.options.items())
+        lines.append(f"  {s.name}: {s.config.max_images:,} images, batch {s.config.batch_size}, lr {s.config.lr:g}{said}")
+    state = a * 4 * 4 + b * 4  # student, its EMA and AdamW's two moments; the frozen teacher
+    lines.append(f"  weights and optimizer: about {state / 1e9:.2f} GB; activations come on top (gradient accumulation: micro_batch_size)")
+    return "\n".join(lines)
+
+
+def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Path, resume: bool = False, max_minutes: float | None = None,
+        preview_prompts: list[str] | None = None, export: bool = True, progress: bool = True) -> dict[str, Any]:  # fmt: skip
+    """Train every stage and write `out/artefact` (with `export`) or leave `out/<last stage>/model`.
+
+    Args:
+        teacher: diffusers folder. data: what `sdlite.distill.data.read` takes.
+        out: folder of the run; `resume` goes on from its checkpoints, and finished stages are skipped.
+        max_minutes: of the whole call; the run stops with a checkpoint and can be resumed.
+
+    Returns:
+        {"finished", "stages": {name: result}, "artefact": path or None, "seconds"}.
+
+    Raises:
+        InputError, TrainingError, ArtifactError: see `Recipe`, `fit`, `Artifact`.
+    """
+    begin, out = time.monotonic(), Path(out)
+    stamp = hashlib.sha256(repr((recipe.student, recipe.stages)).encode()).hexdigest()
+    _same_recipe(out, stamp, resume)
+    taught = Teacher(teacher)
+    source = taught.source(data, out / "latents.safetensors", progress)
+    if source.skipped:
+        (out / "skipped.json").write_text(json.dumps(source.skipped, indent=1))
+        print(f"{len(source.skipped)} samples left out, listed in {out / 'skipped.json'}; {len(source)} are used")
+    parts = {"vae": taught.vae, "tokenizer": taught.tokenizer, "tokenizer_folder": taught.artifact.folder / "tokenizer"}
+    prompts = preview_prompts or source.captions
+    student, last = build(taught.unet, recipe.student), None
+    results: dict[str, Any] = {}
+    for stage in recipe.stages:
+        folder = out / stage.name
+        if not _done(folder):
+            left = None if max_minutes is None else max(0.0, max_minutes - (time.monotonic() - begin) / 60)
+            task = _task(stage, student, taught, source, parts, prompts, last is not None and _guided(recipe, stage))
+            results[stage.name] = fit(task, stage.config, folder, resume=bool(list(folder.glob("checkpoint-*"))), max_minutes=left)
+            if not results[stage.name]["finished"]:
+                return {"finished": False, "stages": results, "artefact": None, "seconds": time.monotonic() - begin}
+            (folder / "done.json").write_text(json.dumps(results[stage.name]))
+        else:
+            results[stage.name] = json.loads((folder / "done.json").read_text())
+        student, last = _student_of(folder, student), folder
+    assert last is not None
+    artefact = None
+    if export:
+        from sdlite.exporters.onnx import convert
+
+        artefact = out / "artefact"
+        if not artefact.exists():
+            about = {
+                "teacher": taught.artifact.name, "teacher_unet_parameters": parameters(taught.unet), "recipe": [dataclasses.asdict(s) for s in recipe.stages],
+                "data": str(Path(data).name), "pictures": len(source),
+            }  # fmt: skip
+            convert(
+                last / "model", artefact, name=recipe.name, student=about, sampler=recipe.default_sampler("ddim"),
+                calibration_prompts=prompts,
+            )  # fmt: skip
+        print(f"wrote {artefact}")
+    return {"finished": True, "stages": results, "artefact": artefact, "seconds": time.monotonic() - begin}
+
+
+def _same_recipe(out: Path, stamp: str, resume: bool) -> None:
+    path = out / "recipe.sha256"
+    if path.exists():
+        if not resume:
+            raise InputError(f"{out} already holds a run; pass resume to go on with it, or choose another folder.")
+        if path.read_text() != stamp:
+            raise InputError(f"{out} was begun with another recipe; use that one, or choose another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(stamp)
+    os.replace(tmp, path)
+
+
+def _done(folder: Path) -> bool:
+    return (folder / "done.json").exists() and (folder / "model" / "unet").is_dir()
+
+
+def _guided(recipe: Recipe, stage: Stage) -> bool:
+    """Whether an earlier stage has put guidance into the student, so that it is its own teacher from here on."""
+    before = recipe.stages[: recipe.stages.index(stage)]
+    return any(s.kind in ("guidance", "progressive", "consistency") for s in before)
+
+
+def _student_of(folder: Path, like: Any) -> Any:
+    return type(like).from_pretrained(folder / "model" / "unet", use_safetensors=True)
+
+
+def _task(
+    stage: Stage, student: Any, teacher: Teacher, source: CachedLatents, parts: dict[str, Any], prompts: list[str], guided: bool
+) -> Any:
+    """The stage's `Task`. Progressive stages learn from the student as it was before them, once guidance is in it."""
+    options = dict(stage.options)
+    shown: dict[str, Any] = {"prompts": prompts[:16], "num_inference_steps": options.get("num_inference_steps", 25)}
+    if stage.kind == "output":
+        return tasks.StudentTask(
+            student, teacher.unet, teacher.text_encoder, source, parts=parts, preview=shown, scheduler=teacher.scheduler, **options
+        )
+    scheduler = {**teacher.scheduler, "timestep_spacing": "trailing"}  # few steps must begin at the last timestep (arXiv:2305.08891)
+    own = stage.kind == "progressive" and guided
+    master = type(student).from_config(student.config) if own else teacher.unet
+    if own:
+        master.load_state_dict(student.state_dict())
+    options.setdefault("guidance_scale", 1.0 if own or stage.kind == "adversarial" else 4.0)
+    shown["guidance_scale"] = 1.0
+    if stage.kind == "consistency":
+        shown |= {"sampler": "lcm", "num_inference_steps": 4}
+    return KINDS[stage.kind](student, master, teacher.text_encoder, source, parts=parts, preview=shown, scheduler=scheduler, **options)

@@ -1,0 +1,204 @@
+"""Recipes and data: what is said is checked, runs stop and go on, the result is a model."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch", reason="needs the distill extra")
+pytest.importorskip("accelerate", reason="needs the distill extra")
+pytest.importorskip("diffusers", reason="needs the distill extra")
+
+from sdlite import Pipeline  # noqa: E402
+from sdlite.cli import main  # noqa: E402
+from sdlite.distill import data  # noqa: E402
+from sdlite.distill.cache import to_square  # noqa: E402
+from sdlite.distill.recipe import Recipe, Teacher, plan, run  # noqa: E402
+from sdlite.errors import InputError  # noqa: E402
+
+RECIPE = """
+name = "small"
+[train]
+batch_size = 4
+sample_every = 0
+lr = 1e-4
+[[stage]]
+kind = "output"
+images = 8
+feature_weight = 0.1
+[[stage]]
+kind = "guidance"
+images = 8
+guidance_scale = 3.0
+[[stage]]
+kind = "progressive"
+steps = [2, 1]
+images = 4
+"""
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return folder
+
+
+def parse(text):
+    import tomllib
+
+    return Recipe.parse(tomllib.loads(text))
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_folder_with_caption_files(pictures):
+    (pictures / "0.txt").unlink()
+    (pictures / "1.txt").write_text(" ")
+    found = data.read(pictures)
+    assert [i.caption for i in found.items] == ["picture 2", "picture 3", "picture 4", "picture 5"]
+    assert set(found.skipped) == {"0.png", "1.png"}
+    assert found.items[0].open().size == (90, 70)
+
+
+def test_folder_with_metadata(pictures):
+    rows = [{"file_name": "0.png", "text": "a"}, {"file_name": "none.png", "text": "b"}, {"file_name": "1.png"}]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = data.read(pictures)
+    assert [(i.key, i.caption) for i in found.items] == [("0.png", "a")]
+    assert "missing" in found.skipped["none.png"]
+    assert "no caption" in found.skipped["1.png"]
+    (pictures / "metadata.jsonl").unlink()
+    (pictures / "metadata.csv").write_text("file_name,caption\n2.png,two\n")
+    assert [i.caption for i in data.read(pictures).items] == ["two"]
+
+
+def test_shards_and_prompts(pictures, tmp_path):
+    with tarfile.open(tmp_path / "a-0.tar", "w") as tar:
+        for i in (0, 1):
+            tar.add(pictures / f"{i}.png", f"{i}.png")
+            tar.add(pictures / f"{i}.txt", f"{i}.txt")
+        tar.add(pictures / "2.png", "2.png")
+    found = data.read(tmp_path / "a-*.tar")
+    assert [i.caption for i in found.items] == ["picture 0", "picture 1"]
+    assert list(found.skipped) == ["2"]
+    (tmp_path / "prompts.txt").write_text("# a comment\na fox\n\na house\n")
+    found = data.read(tmp_path / "prompts.txt")
+    assert [i.caption for i in found.items] == ["a fox", "a house"]
+    assert found.prompts_only
+    for bad, words in (
+        (tmp_path / "none", "does not exist"),
+        (tmp_path / "b-*.tar", "matches no file"),
+        (pictures / "0.png", "none of the accepted"),
+    ):
+        with pytest.raises(InputError, match=words):
+            data.read(bad)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(InputError, match="no usable sample"):
+        data.read(tmp_path / "empty.txt")
+
+
+def test_to_square_crops_the_middle_and_puts_transparency_on_white():
+    image = Image.new("RGB", (90, 30), "red")
+    image.paste("blue", (30, 0, 60, 30))
+    x = to_square(image, 16)
+    assert x.shape == (3, 16, 16)
+    np.testing.assert_allclose(x[:, 8, 8], [-1, -1, 1])
+    np.testing.assert_allclose(to_square(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 8), 1)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_recipe_is_read():
+    r = parse(RECIPE)
+    assert [s.name for s in r.stages] == ["0-output", "1-guidance", "2-progressive-2", "2-progressive-1"]
+    assert r.stages[0].config.max_images == 8
+    assert r.stages[0].config.batch_size == 4
+    assert r.default_sampler("ddim") == {"name": "ddim", "num_inference_steps": 1, "guidance_scale": 1.0}
+    assert parse("[[stage]]\nkind='output'\nimages=1").default_sampler("ddim")["guidance_scale"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no .*stage"),
+        ("[[stage]]\nkind='magic'\nimages=1", "'magic' is not known; choose one of output, guidance"),
+        ("[[stage]]\nkind='output'", "no images"),
+        ("[[stage]]\nkind='output'\nimages=1\nguidance_scale=3", "guidance_scale is not known"),
+        ("[[stage]]\nkind='progressive'\nimages=1\nsteps=[8,3]", "halve"),
+        ("[student]\npreset='tiny'\n[[stage]]\nkind='output'\nimages=1", "preset='tiny' is not known"),
+        ("[student]\ndepth=2\n[[stage]]\nkind='output'\nimages=1", "depth is not known"),
+        ("[train]\nlearning_rate=1\n[[stage]]\nkind='output'\nimages=1", "learning_rate is not known"),
+    ],
+)
+def test_recipe_errors(text, words):
+    with pytest.raises(InputError, match=words):
+        parse(text)
+
+
+def test_recipe_file_errors(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        Recipe.load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("stage = [")
+    with pytest.raises(InputError, match="not TOML"):
+        Recipe.load(tmp_path / "bad.toml")
+
+
+def test_run_stops_resumes_and_makes_a_model(plain, pictures, tmp_path):
+    (pictures / "5.png").write_bytes(b"not a picture")
+    r, out = parse(RECIPE), tmp_path / "run"
+    arguments = {"teacher": plain, "data": pictures, "out": out, "export": False, "progress": False}
+    assert "100.0% of the teacher" in plan(r, Teacher(plain))
+    stopped = run(r, **arguments, max_minutes=0)
+    assert not stopped["finished"]
+    assert json.loads((out / "skipped.json").read_text()).keys() == {"5.png"}
+    with pytest.raises(InputError, match="already holds a run"):
+        run(r, **arguments)
+    with pytest.raises(InputError, match="another recipe"):
+        run(parse(RECIPE.replace("images = 8", "images = 12")), **arguments, resume=True)
+    done = run(r, **arguments, resume=True)
+    assert done["finished"]
+    assert list(done["stages"]) == ["0-output", "1-guidance", "2-progressive-2", "2-progressive-1"]
+    again = run(r, **arguments, resume=True)  # finished stages are not trained again
+    assert again["seconds"] < done["seconds"]
+    pipe = Pipeline.from_pretrained(out / "2-progressive-1" / "model", backend="torch", threads=1)
+    assert pipe("picture 1", num_inference_steps=1, guidance_scale=1, seed=0).images[0].size == (64, 64)
+    assert pipe.scheduler_config["timestep_spacing"] == "trailing"
+
+
+def test_prompts_alone_are_enough(plain, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red apple\ndog face\n")
+    r = parse("[train]\nbatch_size=2\nsample_every=0\n[[stage]]\nkind='output'\nimages=2\n")
+    assert run(r, teacher=plain, data=tmp_path / "prompts.txt", out=tmp_path / "run", export=False, progress=False)["finished"]
+
+
+def test_command_line(plain, pictures, tmp_path, capsys):
+    (tmp_path / "r.toml").write_text("[train]\nbatch_size=2\nsample_every=0\n[[stage]]\nkind='output'\nimages=2\n")
+    command = [
+        "distill",
+        str(tmp_path / "r.toml"),
+        "--teacher",
+        str(plain),
+        "--data",
+        str(pictures),
+        "--out",
+        str(tmp_path / "run"),
+        "--no-export",
+    ]
+    assert main([*command, "--dry-run"]) == 0
+    assert "0-output: 2 images" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert main(command) == 0
+    assert "finished" in capsys.readouterr().out
+    assert main(command) == 1
+    assert "already holds a run" in capsys.readouterr().err
