@@ -36,6 +36,8 @@ PRESETS: dict[str, StudentSpec] = {
     "bk-base": StudentSpec(one_layer=True),
     "bk-small": StudentSpec(one_layer=True, drop_mid=True),
     "bk-tiny": StudentSpec(one_layer=True, drop_mid=True, drop_inner=True),
+    "w0.62": StudentSpec(width=0.625),  # 340M from SD-1.4
+    "extreme-120m": StudentSpec(one_layer=True, drop_mid=True, width=0.5),  # 123M from SD-1.4
     "half": StudentSpec(one_layer=True, width=0.5),  # the emoji student: BK-Base's blocks at half width
 }
 
@@ -106,7 +108,8 @@ def _from_config(like: Any, config: dict[str, Any]) -> Any:
 def slice_width(unet: Any, width: float) -> Any:
     """Keep a share of every residual stream's channels, of the attention heads and of the feed-forward units.
 
-    One index set per stage: the channels whose producing weights have the largest L1 norm, the same count in every norm group.
+    One index set per stage, by the L1 norm of the weights that produce a channel: the same count in every norm group where that divides,
+    else whole norm groups (the student then has fewer of them).
 
     Raises:
         InputError: a stage's channels, heads or norm groups do not divide at this width.
@@ -119,11 +122,14 @@ def slice_width(unet: Any, width: float) -> Any:
     groups, channels = config["norm_num_groups"], tuple(config["block_out_channels"])
     heads = config["attention_head_dim"]
     heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
+    whole_groups = any((c / groups * width) % 1 for c in channels)
     for c, h in zip(channels, heads, strict=True):
-        if (c / groups * width) % 1 or (h * width) % 1:
+        if (whole_groups and (groups * width) % 1) or (h * width) % 1:
             raise InputError(
                 f"width={width}: {c} channels in {groups} norm groups and {h} heads do not divide; choose a width that keeps them whole."
             )
+    if whole_groups:
+        config["norm_num_groups"] = int(groups * width)
     config["block_out_channels"] = tuple(int(c * width) for c in channels)
     config["attention_head_dim"] = tuple(int(h * width) for h in heads)
     student = _from_config(unet, config)
@@ -146,6 +152,9 @@ class _Plan:
 
     def _best(self, score: Tensor, groups: int) -> Tensor:
         per_group = score.view(groups, -1)
+        if (per_group.shape[1] * self.width) % 1:  # whole groups
+            kept = per_group.sum(1).topk(round(groups * self.width)).indices.sort().values
+            return (kept[:, None] * per_group.shape[1] + torch.arange(per_group.shape[1], device=score.device)).flatten()
         k = round(per_group.shape[1] * self.width)
         top = per_group.topk(k, dim=1).indices.sort(dim=1).values
         return (top + torch.arange(groups, device=score.device)[:, None] * per_group.shape[1]).flatten()

@@ -38,10 +38,7 @@ def test_nothing_removed_is_bit_equal():
 def test_bk_presets_have_the_published_parameters(preset, want):
     """From SD-1.4's own config, on the meta device: no memory, real shapes."""
     with torch.device("meta"):
-        teacher = UNet2DConditionModel(
-            sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8,
-            down_block_types=(CROSS, CROSS, CROSS, PLAIN), up_block_types=(UP, UP_CROSS, UP_CROSS, UP_CROSS),
-        )  # fmt: skip
+        teacher = sd14()
         assert parameters(teacher) == 859_520_964
         assert parameters(build(teacher, PRESETS[preset])) == want
 
@@ -54,6 +51,37 @@ def test_block_removal_copies_first_and_last_up_layer():
     assert torch.equal(a["down_blocks.1.resnets.0.conv1.weight"], b["down_blocks.1.resnets.0.conv1.weight"])
     assert student.mid_block is None
     assert run(student).isfinite().all()
+
+
+def sd14():
+    return UNet2DConditionModel(
+        sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8,
+        down_block_types=(CROSS, CROSS, CROSS, PLAIN), up_block_types=(UP, UP_CROSS, UP_CROSS, UP_CROSS),
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "want"), [("w0.62", 340_352_604), ("extreme-120m", 123_234_244)])
+def test_width_presets_from_sd14(preset, want):
+    """Real weights (random) of 860M parameters: half a minute and 6 GB."""
+    student = build(sd14(), PRESETS[preset])
+    assert parameters(student) == want
+    with torch.no_grad():
+        assert student(torch.randn(1, 4, 16, 16), 500, torch.randn(1, 77, 768)).sample.isfinite().all()
+
+
+def test_whole_norm_groups_go_where_equal_counts_do_not_divide():
+    teacher = small(block_out_channels=(40, 80, 80), norm_num_groups=8, attention_head_dim=8)
+    student = build(teacher, StudentSpec(width=0.625))
+    assert student.config.norm_num_groups == 5
+    assert student.config.block_out_channels == (25, 50, 50)
+    assert student.config.attention_head_dim == (5, 5, 5)
+    assert run(student).isfinite().all()
+    from sdlite.distill.students import _Plan
+
+    plan = _Plan(teacher, (40, 80, 80), (8, 8, 8), 8, 0.625)
+    for keep, channels in zip(plan.stream, (40, 80, 80), strict=True):
+        assert sorted(torch.bincount(keep // (channels // 8), minlength=8).tolist()) == [0, 0, 0] + [channels // 8] * 5
 
 
 def test_half_width_halves_channels_and_heads_and_runs():
