@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,11 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     q.add_argument("--threads", type=int)
     q.add_argument("--quiet", action="store_true")
 
-    d = command("distill", _distill, "Train a student by a recipe and write it as a model.")
-    d.add_argument("recipe", type=Path, help="TOML file, see sdlite.distill.recipe")
+    d = command(
+        "distill",
+        _distill,
+        "Train a student by a recipe and write it as a model; or `distill doctor RECIPE`: find out why it would not train.",
+    )
+    d.add_argument("recipe", nargs="+", metavar="[doctor] RECIPE", help="TOML file, see sdlite.distill.recipe")
     d.add_argument("--teacher", type=Path, required=True, help="diffusers SD-1.x/2.x folder")
     d.add_argument("--data", required=True, help="shards, folder of pictures with captions, or .txt of prompts")
-    d.add_argument("--out", type=Path, required=True)
+    d.add_argument("--out", type=Path, help="folder of the run")
     d.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     d.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
     d.add_argument("--dry-run", action="store_true", help="show what would be done")
@@ -167,7 +172,16 @@ def _distill(args: argparse.Namespace) -> None:
             raise
         raise MissingExtraError(f"distilling needs {e.name!r}: pip install 'sdlite[distill]'.") from e
 
-    read = recipe.Recipe.load(args.recipe)
+    read = recipe.Recipe.load(args.recipe[-1])
+    if args.recipe[0] == "doctor":
+        from sdlite.distill.doctor import examine
+
+        with tempfile.TemporaryDirectory(prefix="sdlite-doctor-") as scratch:
+            found = examine(read, args.teacher, args.data, Path(scratch) / "latents.safetensors")
+        print(*found, sep="\n")
+        if failed := sum(f.level == "fail" for f in found):
+            raise InputError(f"{failed} of {len(found)} checks failed; see above.")
+        return
     if args.dry_run:
         print(recipe.plan(read, recipe.Teacher(args.teacher)))
         return
@@ -246,7 +260,14 @@ def _models(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command == "distill":
+        doctor = len(args.recipe) == 2 and args.recipe[0] == "doctor"
+        if len(args.recipe) > 1 and not doctor:
+            parser.error(f"distill takes one recipe (or `doctor RECIPE`), not {' '.join(args.recipe)}")
+        if not doctor and not args.dry_run and args.out is None:
+            parser.error("distill needs --out")
     warnings.showwarning = lambda message, *_, **__: print(f"sdlite: warning: {message}", file=sys.stderr)
     try:
         args.run(args)

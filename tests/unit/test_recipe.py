@@ -202,3 +202,64 @@ def test_command_line(plain, pictures, tmp_path, capsys):
     assert "finished" in capsys.readouterr().out
     assert main(command) == 1
     assert "already holds a run" in capsys.readouterr().err
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def levels(found, check):
+    return [f.level for f in found if f.check == check]
+
+
+def test_doctor_finds_nothing_wrong_with_the_embedded_student(plain, pictures, tmp_path, capsys):
+    (tmp_path / "r.toml").write_text("[[stage]]\nkind='output'\nimages=2\n")
+    assert main(["distill", "doctor", str(tmp_path / "r.toml"), "--teacher", str(plain), "--data", str(pictures)]) == 0
+    out = capsys.readouterr().out
+    assert "100.0% of the teacher" in out
+    assert "gradient norm" in out
+    assert "temperature" in out
+    assert "fail" not in out
+
+
+def test_doctor_names_what_is_wrong(plain):
+    from sdlite.distill import doctor
+
+    teacher = Teacher(plain)
+    other = type(teacher.unet)(**{**teacher.unet.config, "cross_attention_dim": 32})
+    found = doctor.architecture(other, teacher.unet, teacher.text_encoder, teacher.vae)
+    assert any(f.level == "fail" and "cross_attention_dim 32" in f.text for f in found)
+    assert levels(doctor.target({**teacher.scheduler, "prediction_type": "epsilon"}, True), "target")[0] == "fail"
+    assert "warn" in levels(doctor.target({**teacher.scheduler, "timestep_spacing": "leading"}, True), "target")
+    assert levels(doctor.preprocessing(torch.randn(8, 4, 8, 8), 8, 0, 0), "preprocessing") == ["ok"]
+    assert levels(doctor.preprocessing(torch.randn(8, 4, 8, 8) * 5.5, 8, 0, 0), "preprocessing") == ["fail"]  # scaling_factor forgotten
+    assert levels(doctor.preprocessing(torch.full((1, 4, 8, 8), torch.nan), 8, 0, 0), "preprocessing") == ["fail"]
+    assert levels(doctor.preprocessing(torch.randn(8, 4, 8, 8), 8, 5, 4), "data") == ["warn", "warn"]
+    assert "warn" in levels(doctor.temperature(torch.zeros(1, 2, 8, 8)), "temperature")  # flat: no gradient
+    peak = torch.zeros(1, 1, 8, 8)
+    peak[..., 3, 3] = 1000
+    assert "warn" in levels(doctor.temperature(peak), "temperature")
+
+
+def test_doctor_measures_the_pull_of_each_term(plain, pictures, tmp_path):
+    from sdlite.distill import doctor
+    from sdlite.distill.tasks import StudentTask
+
+    teacher = Teacher(plain)
+    source = teacher.source(pictures, tmp_path / "c.safetensors", False)
+    student = type(teacher.unet).from_config(teacher.unet.config)
+    task = StudentTask(
+        student, teacher.unet, teacher.text_encoder, source, parts={}, preview={}, scheduler=teacher.scheduler, feature_weight=1e4
+    )
+    found, measured = doctor.gradients(task, 4)
+    assert set(measured) == {"task", "output", "feature"}
+    assert levels(found, "loss scales") == ["warn"]
+
+
+def test_distill_usage_errors(tmp_path):
+    for command in (
+        ["distill", "a.toml", "b.toml", "--teacher", "t", "--data", "d"],
+        ["distill", "a.toml", "--teacher", "t", "--data", "d"],
+    ):
+        with pytest.raises(SystemExit) as e:
+            main(command)
+        assert e.value.code == 2
