@@ -78,7 +78,8 @@ class CachedLatents:
                     return cls(
                         f.get_tensor("latents"), f.get_tensor("ids"), empty, json.loads(about["captions"]), json.loads(about["skipped"])
                     )
-        skipped, texts, latents, waiting = dict(captions.skipped), [], [], []
+        skipped, texts, latents = dict(captions.skipped), [], []
+        waiting: list[Any] = []
 
         def flush() -> None:
             if waiting:

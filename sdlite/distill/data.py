@@ -19,6 +19,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def _from_shards(paths: list[Path]) -> Captions:
         if data is None or not caption:
             out.skipped[stem] = f"has {sorted(files)}, needs a picture and a caption (.txt, or .json with {' or '.join(CAPTION_KEYS)})"
             continue
-        out.items.append(Item(stem, caption, lambda data=data: _open(data)))
+        out.items.append(Item(stem, caption, partial(_open, data)))
     return out
 
 
@@ -201,10 +202,15 @@ def _from_saved_dataset(folder: Path) -> Captions:
         raise InputError(f"{folder} has columns {table.column_names}; accepted: image, and {' or '.join(CAPTION_KEYS)}.")
     for i, caption in enumerate(table[column]):
         if caption:
-            out.items.append(Item(f"row {i}", str(caption), lambda i=i: table[i]["image"]))
+            out.items.append(Item(f"row {i}", str(caption), partial(_row_image, table, i)))
         else:
             out.skipped[f"row {i}"] = f"{column} is empty"
     return out
+
+
+def _row_image(table: Any, row: int) -> Image.Image:
+    image: Image.Image = table[row]["image"]
+    return image
 
 
 def _opener(path: Path) -> Callable[[], Image.Image]:

@@ -110,7 +110,7 @@ def gradients(task: StudentTask, batch_size: int, seed: int = 0) -> tuple[list[F
     """Loss and gradient norm of each term at the start, on one batch, and the weight that would make feature and output terms equal."""
     batch = task.batch(batch_size, step_generator(seed, 0))
     modules = task.modules
-    student = [p for p in modules["student"].unet.parameters() if p.requires_grad]  # type: ignore[union-attr]
+    student = [p for p in modules["student"].unet.parameters() if p.requires_grad]
     measured: dict[str, dict[str, float]] = {}
     terms = {k: v for k, v in task.loss(modules, batch, 0).items() if k != "loss"}
     for name, value in terms.items():
