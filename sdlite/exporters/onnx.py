@@ -76,7 +76,8 @@ def _networks(folder: Path) -> dict[str, tuple[nn.Module, tuple[Tensor, ...], di
         raise InputError("the UNet takes a guidance embedding (time_cond_proj_dim), which this exporter does not carry yet.")
     side = unet.config.sample_size if isinstance(unet.config.sample_size, int) else unet.config.sample_size[0]
     length = text.config.max_position_embeddings
-    b, h, w = (torch.export.Dim(n, min=lo, max=hi) for n, lo, hi in (("batch", 1, 64), ("h", 1, 256), ("w", 1, 256)))
+    # 63: with 64 the tracer refuses, refines and starts again; the graph itself takes any batch
+    b, h, w = (torch.export.Dim(n, min=lo, max=hi) for n, lo, hi in (("batch", 1, 63), ("h", 1, 256), ("w", 1, 256)))
     multiple = 2 ** (len(unet.config.block_out_channels) - 1)
     latent = {0: b, 2: multiple * h, 3: multiple * w}
     sample = torch.randn(2, unet.config.in_channels, side, side)
