@@ -30,6 +30,9 @@ def main() -> None:
     ap.add_argument("--resume", action="store_true")
     ap.add_argument("--max-minutes", type=float)
     ap.add_argument("--images", type=int, default=400_000)
+    ap.add_argument("--output-weight", type=float, default=1.0)
+    ap.add_argument("--feature-weight", type=float, default=0.1, help="both 0: the task's loss alone, which does not run the teacher")
+    ap.add_argument("--timestep-power", type=float, default=1.0, help="below 1 favours noisy timesteps")
     ap.add_argument("--lr", type=float, default=1e-3)
     ap.add_argument("--threads", type=int, default=2)
     args = ap.parse_args()
@@ -43,9 +46,12 @@ def main() -> None:
     student = UNet2DConditionModel.from_pretrained(args.init) if args.init else build(teacher, PRESETS["half"])
     parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"}
     source = EmojiLatents(vae, tokenizer, data, args.latents)
-    task = StudentTask(student, teacher, text_encoder, source, parts=parts, preview={"prompts": PREVIEW})
+    task = StudentTask(
+        student, teacher, text_encoder, source, parts=parts, preview={"prompts": PREVIEW}, output_weight=args.output_weight,
+        feature_weight=args.feature_weight, timestep_power=args.timestep_power,
+    )  # fmt: skip
     config = TrainConfig(
-        max_images=args.images, batch_size=32, lr=args.lr, warmup_images=min(5_000, args.images // 10), decay_from=0.4, sample_every=500
+        max_images=args.images, batch_size=32, lr=args.lr, warmup_images=min(5_000, args.images // 10), decay_from=0.4, sample_every=1_000
     )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 

@@ -56,7 +56,7 @@ KINDS: dict[str, Any] = {
 }
 _TRAIN = {f.name for f in dataclasses.fields(TrainConfig)} - {"max_images"}
 _OPTIONS: dict[str, set[str]] = {  # what a stage of each kind may say besides `kind`, `images` and TrainConfig's fields
-    "output": {"task_weight", "output_weight", "feature_weight", "caption_dropout"},
+    "output": {"task_weight", "output_weight", "feature_weight", "caption_dropout", "timestep_power"},
     "guidance": {"guidance_scale"},
     "progressive": {"steps", "loss_type", "guidance_scale"},
     "consistency": {"grid", "sigma_data", "timestep_scaling", "guidance_scale"},

@@ -135,13 +135,15 @@ class StudentTask(_Denoising):
     """Train a student UNet by task, output and feature distillation (BK-SDM, arXiv:2305.15798, eq. 4).
 
     The text encoder is the teacher's and stays frozen. Where widths differ, a 1x1 projector (trained, not saved) maps the student's
-    feature to the teacher's channels. Teacher and student see the same dropped captions.
+    feature to the teacher's channels. Teacher and student see the same dropped captions. A term of weight 0 is not computed; with
+    output_weight=0 and feature_weight=0 the teacher does not run at all.
     """
 
     def __init__(self, student: Any, teacher: Any, text_encoder: nn.Module, source: LatentSource, *, parts: dict[str, Any], preview: dict[str, Any],
                  task_weight: float = 1.0, output_weight: float = 1.0, feature_weight: float = 0.1,
-                 scheduler: dict[str, Any] = V_ZERO_SNR, caption_dropout: float = 0.1):  # fmt: skip
+                 scheduler: dict[str, Any] = V_ZERO_SNR, caption_dropout: float = 0.1, timestep_power: float = 1.0):  # fmt: skip
         super().__init__(source, scheduler, {**parts, "text_encoder": text_encoder}, caption_dropout, preview)
+        self.timestep_power = timestep_power
         self.teacher, self.text_encoder = teacher.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False)
         self.task_weight, self.output_weight, self.feature_weight = task_weight, output_weight, feature_weight
         mine, theirs = block_taps(student), block_taps(teacher)
@@ -158,10 +160,14 @@ class StudentTask(_Denoising):
         x, target = self.forward(batch["latents"], batch["noise"], batch["t"])
         with torch.no_grad(), Taps(self.teacher, self.teacher_taps) as tapped:
             embeds = self.text_encoder(batch["input_ids"])[0]
-            wanted = self.teacher(x, batch["t"], embeds).sample
+            if self.output_weight or self.feature_weight:
+                wanted = self.teacher(x, batch["t"], embeds).sample
         out, features = modules["student"](x, batch["t"], embeds)
-        terms = {"task": output_loss(out, target), "output": output_loss(out, wanted)}
-        loss = self.task_weight * terms["task"] + self.output_weight * terms["output"]
+        terms = {"task": output_loss(out, target)}
+        loss = self.task_weight * terms["task"]
+        if self.output_weight:
+            terms["output"] = output_loss(out, wanted)
+            loss = loss + self.output_weight * terms["output"]
         if self.feature_weight:
             terms["feature"] = feature_loss(features, tapped.features, self.tap_weights)
             loss = loss + self.feature_weight * terms["feature"]
