@@ -1,0 +1,109 @@
+"""Time, peak memory and closeness of quantising, one process a row.
+
+    python -m benchmarks.quantise emoji --samples 16
+    python -m benchmarks.quantise shape:bk-tiny shape:sd14 --samples 2 8 --size 512
+
+Shapes have random weights: their pictures mean nothing, so the gate measures and lets everything pass; time, memory and bytes are real.
+Rows go to benchmarks/results/quantise.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import Case
+from benchmarks.env import environment
+from benchmarks.run import model_folder
+
+RESULTS = Path(__file__).parent / "results" / "quantise.jsonl"
+PROMPTS = Path(__file__).parents[1] / "export" / "calibration"
+
+
+def worker(job: dict[str, Any]) -> dict[str, Any]:
+    from sdlite.quant import Calibration, Gate, quantize, read_prompts
+
+    emoji = job["model"] == "emoji"
+    prompts = read_prompts(PROMPTS / ("emoji.txt" if emoji else "sd.txt"))
+    size = None if emoji else (job["size"], job["size"])
+    steps = None if emoji else 4
+    with tempfile.TemporaryDirectory() as tmp:
+        before = set(Path(tempfile.gettempdir()).iterdir())
+        begin = time.perf_counter()
+        report = quantize(
+            job["folder"], job["precision"], out=Path(tmp) / "out", threads=job["threads"], scheme=job["scheme"],
+            calibration=Calibration(prompts=prompts[: len(prompts) - 64] if emoji else prompts, samples=job["samples"], size=size,
+                                    num_inference_steps=steps, observer=job["observer"]),
+            gate=Gate(psnr_mean=0, psnr_worst=0, ssim_mean=-1, prompts=prompts[-64:] if emoji else prompts[-1:], num_prompts=64,
+                      seeds=(0, 1) if emoji else (0,), num_inference_steps=steps, size=size, max_float=0),
+        )  # fmt: skip
+        seconds = time.perf_counter() - begin
+        stray = sorted(p.name for p in set(Path(tempfile.gettempdir()).iterdir()) - before - {Path(tmp)})
+    networks = {p: {k: n[k] for k in ("bytes", "float_bytes", "float_share")} for p, n in report["networks"].items()}
+    return {
+        "seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "stray_files": stray, "networks": networks,
+        "engines": report["engines"], "gate_prompts": len(report["gate"]["prompts"]), "gate_seeds": len(report["gate"]["seeds"]),
+    }  # fmt: skip
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap.add_argument("models", nargs="*", help="embedded names, folders or shape:NAME")
+    ap.add_argument("--precision", nargs="+", default=["int8-static"])
+    ap.add_argument("--scheme", nargs="+", default=["u8s7"])
+    ap.add_argument("--observer", nargs="+", default=["mse"])
+    ap.add_argument("--samples", nargs="+", type=int, default=[16])
+    ap.add_argument("--size", type=int, default=512, help="pixels, for shapes")
+    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sdlite-bench")
+    ap.add_argument("--out", type=Path, default=RESULTS)
+    ap.add_argument("--worker", help=argparse.SUPPRESS)
+    args = ap.parse_args()
+    if args.worker:
+        print(json.dumps(worker(json.loads(args.worker))))
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    about = {**environment(), "command": "python -m benchmarks.quantise " + " ".join(sys.argv[1:])}
+    for model in args.models:
+        folder = model_folder(Case(model, "sdlite-ort", 4, args.size), args.cache)
+        jobs = [
+            {"precision": p, "scheme": s, "observer": o, "samples": n}
+            for p in args.precision for s in args.scheme for o in args.observer for n in args.samples
+        ]  # fmt: skip
+        for job in jobs:
+            job |= {"model": model, "folder": str(folder), "size": args.size, "threads": args.threads}
+            out = subprocess.run(
+                [sys.executable, "-W", "ignore", "-m", "benchmarks.quantise", "--worker", json.dumps(job)], capture_output=True, text=True
+            )
+            lines = [line for line in out.stdout.splitlines() if line.startswith("{")]
+            row = (
+                json.loads(lines[-1])
+                if lines and not out.returncode
+                else {"error": (out.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+            )
+            job.pop("folder")
+            with open(args.out, "a") as f:
+                f.write(json.dumps({**job, **row, **about}) + "\n")
+            print(
+                model,
+                job["precision"],
+                job["scheme"],
+                job["observer"],
+                job["samples"],
+                row.get("error") or f"{row['seconds']:.0f} s, peak {row['peak_mib']:.0f} MiB",
+            )
+            for e in row.get("engines", []):
+                print(
+                    f"  {e['engine']}: PSNR mean {e['psnr_mean']:.1f} worst {e['psnr_worst']:.1f} dB, SSIM {e['ssim_mean']:.4f}, {e['networks']}"
+                )
+
+
+if __name__ == "__main__":
+    main()
