@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("numpy", "onnxruntime", "torch", "diffusers", "transformers", "optimum-onnx", "onnx", "tokenizers", "sdlite")
+PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "diffusers", "transformers", "optimum-onnx", "onnx", "tokenizers", "sdlite")
 
 
 def _cpu() -> str:

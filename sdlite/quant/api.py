@@ -18,6 +18,7 @@ import numpy as np
 from sdlite import hub
 from sdlite._version import __version__
 from sdlite.artifact import PARTS, Artifact, Manifest, write_manifest, writing
+from sdlite.backends import Network, Networks, Report, get_backend
 from sdlite.errors import InputError, PrecisionError, QuantizationError, UnknownNameError
 from sdlite.pipeline import Pipeline
 from sdlite.quant import gate as gates
@@ -92,7 +93,7 @@ def _float_pipeline(model: Pipeline | str | Path, scratch: Path, threads: int | 
                 f"the pipeline is {model.report.precision} on {model.report.backend}; quantising starts from fp32 (or fp16) on onnxruntime: "
                 "Pipeline.from_pretrained(model, precision='fp32', backend='onnxruntime')."
             )
-        return model
+        return _on_demand(model.artifact, threads)
     artifact = Artifact.open(hub.resolve(model, None))
     if artifact.manifest is None:
         from sdlite.exporters.onnx import convert
@@ -102,7 +103,31 @@ def _float_pipeline(model: Pipeline | str | Path, scratch: Path, threads: int | 
     if not artifact.has_onnx("fp32"):
         held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
         raise PrecisionError(f"{artifact.name} holds no float ONNX graphs (it holds: {held}); quantise the float model that it came from.")
-    return Pipeline.from_pretrained(artifact.folder, precision="fp32", backend="onnxruntime", threads=threads)
+    return _on_demand(artifact, threads)
+
+
+class _OnDemand:
+    """A float network that is opened when it is called and can be let go: a second copy of a UNet in memory is one too many."""
+
+    def __init__(self, artifact: Artifact, part: str, threads: int | None):
+        self.artifact, self.part, self.threads = artifact, part, threads
+        self._network: Network | None = None
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        if self._network is None:
+            self._network, _ = get_backend("onnxruntime").load_part(self.artifact, self.part, "fp32", "cpu", self.threads)
+        out: np.ndarray = self._network(**inputs)
+        return out
+
+    def close(self) -> None:
+        self._network = None
+
+
+def _on_demand(artifact: Artifact, threads: int | None) -> Pipeline:
+    report = Report(artifact.name, "onnxruntime", "cpu", "fp32", "the float reference", get_backend("onnxruntime").engine())
+    networks = {p: _OnDemand(artifact, p, threads) for p in PARTS}
+    assert artifact.manifest is not None
+    return Pipeline(artifact, Networks(**networks, report=report, size_multiple=artifact.manifest.size_multiple))
 
 
 def _prompts(pipe: Pipeline, calibration: Calibration, gate: Gate) -> None:
@@ -133,6 +158,13 @@ class _Work:
     threads: int | None
     progress: bool
 
+    def let_go(self) -> None:
+        """Close the float networks and remove the graphs of finished passes."""
+        for p in PARTS:
+            getattr(self.pipe.networks, p).close()
+        for path in self.scratch.glob("*.onnx*"):
+            path.unlink()
+
     def graph(self, part: str) -> Graph:
         assert self.pipe.artifact.manifest is not None
         entry = self.pipe.artifact.manifest.variants["fp32"][part]
@@ -153,9 +185,10 @@ def _static(work: _Work, scheme: insert.Scheme, keep_float: dict[str, Sequence[s
     graphs = {p: work.graph(p) for p in PARTS}
     floats = {p: g.total_bytes() for p, g in graphs.items()}
     total = {p: sum(w.size for w in g.weights.values() if w.dtype == np.float32) for p, g in graphs.items()}
-    rewrites = {p: _rewrite(work, p, g) for p, g in graphs.items()}
+    rewrites = _rewrite(work, graphs)
     layers = {p: _quantisable(g, keep_float.get(p, KEEP_FLOAT[p])) for p, g in graphs.items()}
     histograms = _histograms(work, graphs, layers)
+    work.let_go()
     ranges = {
         p: {
             t: choose_range(h, work.calibration.observer, work.calibration.percentile, scheme.activation == "int8")
@@ -164,6 +197,7 @@ def _static(work: _Work, scheme: insert.Scheme, keep_float: dict[str, Sequence[s
         for p in PARTS
     }
     ratios = _layer_sqnr(work, graphs, layers, ranges, scheme)
+    work.let_go()
     for p in PARTS:
         rewrites[p]["embeddings"] = rewrite.integer_embeddings(graphs[p])
 
@@ -214,45 +248,40 @@ def _row(layer: Layer, ranges: dict[str, Any], histograms: dict[str, Histogram],
     return row
 
 
-def _rewrite(work: _Work, part: str, graph: Graph) -> dict[str, Any]:
+def _rewrite(work: _Work, graphs: dict[str, Graph]) -> dict[str, dict[str, Any]]:
     """Split and smooth in place, from one look at a few samples."""
-    producers = graph.producers()
-    layers = graph.layers()
-    halves = {
-        x
-        for layer in layers
-        if layer.op == "Conv" and layer.input in producers and producers[layer.input].op_type == "Concat"
-        for x in producers[layer.input].input
-    }
-    linear = {layer.input for layer in layers if layer.op != "Conv"}
-    if not halves | linear:
-        return {"split_concat": [], "split_first_token": [], "smooth": {}}
-    seen: dict[str, ChannelMax] = {x: ChannelMax() for x in halves | linear}
+    linear: dict[str, set[str]] = {}
+    seen: dict[str, dict[str, ChannelMax]] = {}
+    sessions: dict[str, Session] = {}
+    for p, graph in graphs.items():
+        producers, layers = graph.producers(), graph.layers()
+        concats = [producers[layer.input] for layer in layers if layer.op == "Conv" and layer.input in producers]
+        linear[p] = {layer.input for layer in layers if layer.op != "Conv"}
+        seen[p] = {x: ChannelMax() for x in linear[p] | {x for n in concats if n.op_type == "Concat" for x in n.input}}
+        inputs = {i.name for i in graph.proto.graph.input}
+        watched = graph.outputs(sorted(set(seen[p]) - inputs))
+        sessions[p] = _EchoSession(watched, work.scratch / f"{p}-rewrite.onnx", work.threads, linear[p] & inputs)
 
-    def visit(_: str, __: int, name: str, x: np.ndarray) -> None:
-        if name in seen:
-            seen[name].shape = x.shape
-            if name in linear:
-                seen[name].add(x)
+    def visit(part: str, _: int, name: str, x: np.ndarray) -> None:
+        if name in seen[part]:
+            seen[part][name].shape = x.shape
+            if name in linear[part]:
+                seen[part][name].add(x)
 
-    inputs = [i.name for i in graph.proto.graph.input]
-
-    def visit_inputs(part_: str, step: int, name: str, x: np.ndarray) -> None:
-        visit(part_, step, name, x)
-
-    session = _EchoSession(
-        graph.outputs(sorted((halves | linear) - set(inputs))), work.scratch / f"{part}-rewrite.onnx", work.threads, linear & set(inputs)
-    )
     samples = min(4, work.calibration.samples)
-    for _ in work.bar(walk(work.pipe, work.calibration, {part: session}, visit_inputs, samples), samples, f"{part}: outliers"):
+    for _ in work.bar(walk(work.pipe, work.calibration, sessions, visit, samples), samples, "outliers"):
         pass
-    done: dict[str, Any] = {"split_concat": rewrite.split_concat(graph, {x: s.shape for x, s in seen.items() if s.shape})}
-    text = seen.get("encoder_hidden_states")
-    outlier = text is not None and text.first_token > 2 * text.other_tokens
-    done["split_first_token"] = rewrite.split_first_token(graph, "encoder_hidden_states") if outlier else []
-    alpha = work.calibration.smooth_alpha
-    done["smooth"] = rewrite.smooth(graph, seen, alpha) if alpha is not None else {}
-    return done
+    sessions.clear()
+    work.let_go()
+    alpha, out = work.calibration.smooth_alpha, {}
+    for p, graph in graphs.items():
+        done: dict[str, Any] = {"split_concat": rewrite.split_concat(graph, {x: s.shape for x, s in seen[p].items() if s.shape})}
+        text = seen[p].get("encoder_hidden_states")
+        outlier = text is not None and text.first_token > 2 * text.other_tokens
+        done["split_first_token"] = rewrite.split_first_token(graph, "encoder_hidden_states") if outlier else []
+        done["smooth"] = rewrite.smooth(graph, seen[p], alpha) if alpha is not None else {}
+        out[p] = done
+    return out
 
 
 class _EchoSession(Session):
@@ -320,6 +349,8 @@ def _until_it_holds(work: _Work, build: Callable[[Iterable[str]], dict[str, Any]
     budget = work.gate.max_float * sum(sizes.values())
     assert work.gate.prompts is not None
     reference = gates.pictures(work.pipe, work.gate.prompts, work.gate)
+    for p in PARTS:
+        getattr(work.pipe.networks, p).close()
     back: list[str] = []
     history: list[dict[str, Any]] = []
     with writing(out) as tmp:
