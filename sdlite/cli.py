@@ -1,4 +1,4 @@
-"""The command line: `sdlite generate | quantize | distill | info | verify | models`. Each command calls one public function.
+"""The command line: `sdlite generate | quantize | export | distill | info | verify | models`. Each command calls one public function.
 
 Exit codes: 0 done; 1 an error, explained in one line on stderr; 2 wrong usage.
 """
@@ -69,6 +69,15 @@ def _parser() -> argparse.ArgumentParser:
     q.add_argument("--engine", action="append", help="check on this backend; again for more; default: all installed")
     q.add_argument("--threads", type=int)
     q.add_argument("--quiet", action="store_true")
+
+    e = command("export", _export, "Export a model to a device's runtime and check it against the original.")
+    e.add_argument("model", nargs="?", help="embedded name, folder, or hub id org/name")
+    e.add_argument("--target", help="built-in profile (--list) or a profile.toml")
+    e.add_argument("--out", type=Path, help="new folder")
+    e.add_argument("--prompts", type=Path, help="pictures that are compared, one prompt a line; default: two of the model's own")
+    e.add_argument("--steps", type=int, help="sampling steps of those pictures; default: the model's own")
+    e.add_argument("--threads", type=int)
+    e.add_argument("--list", action="store_true", help="show the built-in profiles")
 
     d = command(
         "distill",
@@ -162,6 +171,28 @@ def _quantize(args: argparse.Namespace) -> None:
     if not args.quiet:
         print(table(report))
     print(f"wrote {args.out} ({sum(n['bytes'] for n in report['networks'].values()) / 1e6:.2f} MB of weights)")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from sdlite.exporters import profile as profiles
+
+    if args.list:
+        for name, p in profiles.builtin().items():
+            shape = "any shape" if p.dynamic else f"batch {p.batch}, fixed"
+            print(f"{name:<16} {p.precision:<12} {shape:<15} {p.about}")
+        return
+    try:
+        from sdlite.exporters.export import export, table
+        from sdlite.quant.calibrate import read_prompts
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("sdlite"):
+            raise
+        raise MissingExtraError(f"exporting needs {e.name!r}: pip install 'sdlite[quantize]'.") from e
+
+    prompts = read_prompts(args.prompts) if args.prompts else None
+    report = export(args.model, args.out, target=args.target, prompts=prompts, num_inference_steps=args.steps, threads=args.threads)
+    print(table(report))
+    print(f"wrote {args.out} ({sum(f['bytes'] for f in report['files'].values()) / 1e6:.2f} MB of networks)")
 
 
 def _distill(args: argparse.Namespace) -> None:
@@ -262,6 +293,8 @@ def _models(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.command == "export" and not args.list and not (args.model and args.target and args.out):
+        parser.error("export needs MODEL, --target and --out (or --list)")
     if args.command == "distill":
         doctor = len(args.recipe) == 2 and args.recipe[0] == "doctor"
         if len(args.recipe) > 1 and not doctor:

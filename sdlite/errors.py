@@ -35,6 +35,10 @@ class QuantizationError(SdliteError):
     """The quantised model is too far from the float one; nothing was written."""
 
 
+class ExportError(SdliteError):
+    """A converter refuses a graph, or the exported model is too far from the original; nothing was written."""
+
+
 class HubError(SdliteError):
     """A model could not be fetched from the hub or found in its cache."""
 

@@ -222,7 +222,10 @@ def _write_safetensors(path: Path, tensors: dict[str, tuple[Weight, np.dtype[Any
         f.write(text)
         base = f.tell()
         for name, (w, dtype) in tensors.items():
-            f.write(np.ascontiguousarray(w.read(), dtype=dtype).tobytes())
+            values = w.read()
+            if dtype == np.float16:
+                values = np.clip(values, -65504, 65504)  # attention masks hold the least float32
+            f.write(np.ascontiguousarray(values, dtype=dtype).tobytes())
             begin, end = header[name]["data_offsets"]
             tensor = TensorProto(
                 name=name, dims=w.shape, data_type=helper.np_dtype_to_tensor_dtype(dtype), data_location=TensorProto.EXTERNAL

@@ -1,0 +1,172 @@
+"""`export`: an artefact to a device's runtime, compared with the original before it may call itself done."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdlite import hub
+from sdlite._version import __version__
+from sdlite.artifact import PARTS, Artifact, sha256, writing
+from sdlite.errors import ExportError, InputError, MissingExtraError, PrecisionError
+from sdlite.exporters import profile as profiles
+from sdlite.exporters.parity import Recording, RowByRow, measure, record
+from sdlite.exporters.profile import Profile
+from sdlite.exporters.static import fix
+from sdlite.exporters.targets import NotRunnable
+from sdlite.pipeline import Pipeline
+from sdlite.quant.graph import Graph
+from sdlite.spec import SPECS
+
+REPORT = "export-report.json"
+
+
+def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: Sequence[str] | None = None, num_inference_steps: int | None = None,
+           threads: int | None = None) -> dict[str, Any]:  # fmt: skip
+    """Export the three networks to a runtime, check them, and write them with tokenizer, scheduler and configs.
+
+    Args:
+        model: embedded name, folder or hub id. For an int8 profile: a model that `sdlite.quantize` made.
+        out: new or empty folder; written beside and renamed when the gate holds.
+        target: name of a built-in profile (`sdlite export --list`) or the path of a profile.toml.
+        prompts: pictures that are compared, seed i for prompt i; default: two of the model's calibration prompts, or two of ours.
+        num_inference_steps: of those pictures; default: the model's own.
+
+    Returns:
+        The report, as written to `export-report.json`.
+
+    Raises:
+        UnknownNameError, InputError, PrecisionError, MissingExtraError: an argument is not accepted, or a tool is missing.
+        ExportError: the converter refuses the graph, or the gate does not hold; nothing is written.
+    """
+    begin = time.perf_counter()
+    profile = profiles.load(target)
+    module = _module(profile)
+    artifact = Artifact.open(hub.resolve(model, None))
+    if artifact.manifest is None:
+        raise InputError(
+            f"{artifact.folder} has no {profile.precision} ONNX graphs; make an artefact of it first: sdlite.exporters.onnx.convert."
+        )
+    if not artifact.has_onnx(profile.precision):
+        held = ", ".join(artifact.manifest.variants)
+        how = "quantise it first (sdlite quantize)" if profile.precision.startswith("int8") else "export the float model"
+        raise PrecisionError(f"{artifact.name} holds {held}, the profile {profile.name} wants {profile.precision}: {how}.")
+    pipe = Pipeline.from_pretrained(artifact.folder, precision=profile.precision, backend="onnxruntime", threads=threads)
+    own = (artifact.manifest.calibration or {}).get("prompts")
+    shown = list(prompts or (own[:2] if isinstance(own, list) else ["a red apple", "a house with a garden"]))
+    size = {"height": profile.height or None, "width": profile.width or None}
+    with tempfile.TemporaryDirectory(prefix="sdlite-export-") as scratch, writing(Path(out)) as tmp:
+        recording = record(pipe, shown, num_inference_steps=num_inference_steps, **size)
+        made: dict[str, list[Path]] = {}
+        calls: dict[str, Callable[..., np.ndarray]] = {}
+        not_run: dict[str, str] = {}
+        for p in PARTS:
+            graph = _graph(artifact, p, profile, recording, Path(scratch))
+            (tmp / p).mkdir()
+            made[p] = module.convert(p, graph, tmp / p, profile)
+            try:
+                network = module.run(p, made[p], profile, threads)
+                calls[p] = network if profile.dynamic else RowByRow(network)
+            except NotRunnable as e:
+                not_run[p] = str(e)
+                calls[p] = _handed_over(graph, profile, threads)
+        parity = measure(pipe, recording, calls, not_run)
+        if failures := parity.fails(profile.gate):
+            raise ExportError(
+                f"the gate of {profile.name} does not hold: {'; '.join(failures)}; worst network {parity.worst()}. Nothing was written."
+            )
+        _companions(artifact, tmp)
+        report = {
+            "sdlite": __version__, "model": artifact.name, "profile": dataclasses.asdict(profile), "tools": _versions(module.PACKAGES),
+            "opset": artifact.manifest.variants[profile.precision]["unet"]["opset"],
+            "files": {f.relative_to(tmp).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for fs in made.values() for f in fs},
+            "checked_by": "the graph that was handed to the converter, on onnxruntime" if not_run else "the runtime itself",
+            "not_run": not_run, "parity": {"networks": parity.networks, "psnr": parity.psnr, "pictures": len(shown)},
+            "seconds": time.perf_counter() - begin, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }  # fmt: skip
+        (tmp / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _module(profile: Profile) -> Any:
+    path, extra = profiles.TARGETS[profile.target]
+    module = importlib.import_module(path)
+    missing = [p for p in module.PACKAGES if _version(p) is None]
+    if missing:
+        raise MissingExtraError(f"target {profile.name} needs {', '.join(missing)}: pip install 'sdlite[{extra}]'.")
+    if profile.precision not in module.PRECISIONS:
+        raise PrecisionError(f"target {profile.target} makes {', '.join(module.PRECISIONS)}, not {profile.precision}.")
+    if profile.dynamic and not module.DYNAMIC:
+        raise InputError(f"target {profile.target} has fixed shapes only; set dynamic = false and a batch.")
+    return module
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    return {p: v for p in packages if (v := _version(p)) is not None}
+
+
+def _graph(artifact: Artifact, part: str, profile: Profile, recording: Recording, scratch: Path) -> Path:
+    """The artefact's graph with the profile's shapes and plain weights."""
+    assert artifact.manifest is not None
+    graph = Graph.load(artifact.folder / artifact.manifest.variants[profile.precision][part]["file"])
+    out = scratch / f"{part}.onnx"
+    if profile.dynamic:
+        graph.save(out)
+        return out
+    seen = recording.calls[part][0][0]
+    batch = profile.batch or 1
+    return fix(graph, {k: (batch, *v.shape[1:]) if v.ndim else () for k, v in seen.items()}, out)
+
+
+def _handed_over(graph: Path, profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
+    from sdlite.backends.ort import Session
+
+    session = Session(str(graph), "cpu", threads)
+    return session if profile.dynamic else RowByRow(session)
+
+
+def _companions(artifact: Artifact, out: Path) -> None:
+    """Tokenizer, scheduler and configs, which the device's code reads."""
+    for part in ("tokenizer", "scheduler"):
+        shutil.copytree(artifact.folder / part, out / part)
+    for part in {SPECS[p].source for p in PARTS}:
+        (out / part).mkdir(exist_ok=True)
+        shutil.copy(artifact.folder / part / "config.json", out / part / "config.json")
+    manifest = artifact.manifest
+    assert manifest is not None
+    (out / "student.json").write_text(
+        json.dumps({"name": manifest.name, "student": manifest.student, "sampler": manifest.sampler}, indent=1) + "\n", encoding="utf-8"
+    )
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report in a few lines."""
+    lines = [
+        f"{report['model']} -> {report['profile']['name']} ({', '.join(f'{k} {v}' for k, v in report['tools'].items())}), checked by {report['checked_by']}"
+    ]
+    lines += [
+        f"  {p:<13} SQNR {n['sqnr']:.1f} dB, largest error {n['max_error']:.3g}, {n['calls']} calls"
+        for p, n in report["parity"]["networks"].items()
+    ]
+    if report["parity"]["psnr"]:
+        lines.append(f"  pictures      PSNR {min(report['parity']['psnr']):.1f} dB at worst of {report['parity']['pictures']}")
+    lines += [f"  not run       {p}: {why}" for p, why in report["not_run"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""A target profile is data: which runtime, which precision, which shapes, and what must hold. Built-in ones are in `export/profiles/`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomllib
+
+from sdlite.errors import InputError, UnknownNameError
+
+TARGETS = {  # runtime -> (module, the extra that installs it)
+    "onnx": ("sdlite.exporters.targets.onnx", "export"),
+    "openvino": ("sdlite.exporters.targets.openvino", "openvino"),
+    "mnn": ("sdlite.exporters.targets.mnn", "mnn"),
+    "tensorrt-rtx": ("sdlite.exporters.targets.tensorrt_rtx", "tensorrt-rtx"),
+}
+PRECISIONS = ("fp32", "fp16", "int8-static")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What an export makes.
+
+    Attributes:
+        target: runtime, a key of `TARGETS`.
+        precision: "fp32", "fp16" or "int8-static". int8 takes the graphs of a quantised artefact.
+        batch: rows of a network call, or 0 for any. Phones: 1, with guidance as two calls.
+        height, width: pixels, or 0: the student's own when `dynamic` is false, any when it is true.
+        dynamic: keep free shapes; only some runtimes can.
+        gate: {"psnr": dB of the final picture, "text_encoder" | "unet" | "vae_decoder": SQNR in dB}.
+        options: what the target's module takes besides.
+    """
+
+    name: str
+    target: str
+    precision: str = "fp32"
+    batch: int = 1
+    height: int = 0
+    width: int = 0
+    dynamic: bool = False
+    gate: dict[str, float] = field(default_factory=lambda: {"psnr": 40.0})
+    options: dict[str, Any] = field(default_factory=dict)
+    about: str = ""
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any], name: str) -> Profile:
+        """Raises InputError or UnknownNameError for what is not known."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(raw) - known):
+            raise InputError(f"profile {name}: {', '.join(unknown)} not known; known: {', '.join(sorted(known))}.")
+        out = cls(**{"name": name, **raw})
+        if out.target not in TARGETS:
+            raise UnknownNameError(f"profile {name}: target={out.target!r} is not known; choose one of {', '.join(TARGETS)}.")
+        if out.precision not in PRECISIONS:
+            raise UnknownNameError(f"profile {name}: precision={out.precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+        parts = {"psnr", "text_encoder", "unet", "vae_decoder"}
+        if unknown := sorted(set(out.gate) - parts):
+            raise InputError(f"profile {name}: gate names {', '.join(unknown)}; known: {', '.join(sorted(parts))}.")
+        if out.batch < 0 or out.height < 0 or out.width < 0:
+            raise InputError(f"profile {name}: batch={out.batch}, height={out.height}, width={out.width} must not be negative.")
+        return out
+
+
+def folder() -> Path:
+    """Where the built-in profiles are: in the installed package, or in a checkout's `export/profiles`."""
+    inside = Path(__file__).parent / "profiles"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "export" / "profiles"
+
+
+def builtin() -> dict[str, Profile]:
+    """Name -> profile."""
+    return {p.stem: Profile.parse(tomllib.loads(p.read_text(encoding="utf-8")), p.stem) for p in sorted(folder().glob("*.toml"))}
+
+
+def load(target: str | Path) -> Profile:
+    """A built-in name, or the path of a TOML file.
+
+    Raises:
+        UnknownNameError: neither. InputError: a file that is not TOML or says something unknown.
+    """
+    path = Path(target)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise InputError(f"profile {path} does not exist; give a TOML file or one of {', '.join(builtin())}.")
+        try:
+            return Profile.parse(tomllib.loads(path.read_text(encoding="utf-8")), path.stem)
+        except tomllib.TOMLDecodeError as e:
+            raise InputError(f"profile {path} is not TOML: {e}.") from e
+    known = builtin()
+    if str(target) not in known:
+        raise UnknownNameError(f"target {str(target)!r} is not known; choose one of {', '.join(known)}, or a profile.toml.")
+    return known[str(target)]

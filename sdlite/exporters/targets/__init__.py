@@ -1,0 +1,14 @@
+"""One module for each runtime. A module has:
+
+PACKAGES: names whose versions go into the report
+PRECISIONS: what it can make
+DYNAMIC: whether free shapes are possible
+convert(part, graph, out, profile) -> files      from an ONNX file with the profile's shapes (weights beside it)
+run(part, files, profile, threads) -> callable   like a backend's network; raises NotRunnable with the reason
+"""
+
+from __future__ import annotations
+
+
+class NotRunnable(Exception):
+    """The runtime of this export does not exist on this machine; the message says why. The report says `not run`."""

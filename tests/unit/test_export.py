@@ -1,0 +1,113 @@
+"""Exports: every runtime that runs here gives the same pictures, gates can fail, nothing half-written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="needs the quantize extra")
+pytest.importorskip("onnxruntime", reason="needs the cpu extra")
+
+from sdlite.cli import main
+from sdlite.errors import ExportError, InputError, PrecisionError, UnknownNameError
+from sdlite.exporters import parity, profile
+from sdlite.exporters.export import export, table
+from sdlite.quant.graph import Graph
+from tests.conftest import EMOJI
+
+PROMPTS = ["red apple", "dog face on a blue background"]
+NEEDS = {"openvino": "openvino", "openvino-fp16": "openvino", "mnn": "MNN", "mnn-fp16": "MNN"}
+
+
+@pytest.mark.parametrize("target", ["onnx", "onnx-fp16", "onnx-fixed", "openvino", "openvino-fp16", "mnn", "mnn-fp16"])
+def test_export_runs_on_its_runtime_and_holds_its_gate(target, tmp_path):
+    if target in NEEDS:
+        pytest.importorskip(NEEDS[target], reason=f"needs {NEEDS[target]}")
+    report = export(EMOJI, tmp_path / "out", target=target, prompts=PROMPTS, num_inference_steps=3, threads=1)
+    assert report["checked_by"] == "the runtime itself"
+    assert min(report["parity"]["psnr"]) >= profile.load(target).gate["psnr"]
+    assert report["parity"]["networks"]["unet"]["calls"] == 6
+    on_disk = json.loads((tmp_path / "out/export-report.json").read_text())
+    assert on_disk["files"].keys() == report["files"].keys()
+    for name, about in on_disk["files"].items():
+        assert (tmp_path / "out" / name).stat().st_size == about["bytes"]
+    assert (tmp_path / "out/tokenizer/vocab.json").exists()
+    assert "SQNR" in table(report)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_fixed_shapes_have_numbers_only(tmp_path):
+    from sdlite.exporters.static import input_shapes
+
+    export(EMOJI, tmp_path / "out", target="onnx-fixed", prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
+    shapes = input_shapes(tmp_path / "out/unet/model.onnx")
+    assert shapes["sample"] == (1, 8, 8, 8)
+    assert shapes["timestep"] == ()
+    kinds = {n.op_type for n in Graph.load(tmp_path / "out/unet/model.onnx").nodes}
+    assert "Shape" not in kinds
+
+
+def test_a_broken_graph_fails_the_gate_and_nothing_is_written(tmp_path, monkeypatch):
+    from sdlite.exporters.targets import onnx as target
+
+    right = target.convert
+
+    def wrong(part, graph, out, settings):
+        files = right(part, graph, out, settings)
+        if part == "unet":
+            broken = Graph.load(files[0])
+            name = next(k for k, w in broken.weights.items() if "conv_out" in w.origin and len(w.shape) == 4)
+            weight = broken.weights[name].array()
+            broken.weights[name] = type(broken.weights[name])(weight.shape, weight.dtype, lambda: weight * 1.1)
+            broken.save(files[0])
+        return files
+
+    monkeypatch.setattr(target, "convert", wrong)
+    with pytest.raises(ExportError, match=r"gate of onnx does not hold.*worst network unet.*Nothing was written"):
+        export(EMOJI, tmp_path / "out", target="onnx", prompts=PROMPTS[:1], num_inference_steps=2, threads=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors(tmp_path, plain):
+    with pytest.raises(UnknownNameError, match=r"choose one of .*onnx"):
+        export(EMOJI, tmp_path / "x", target="gameboy")
+    with pytest.raises(PrecisionError, match="sdlite quantize"):
+        export(EMOJI, tmp_path / "x", target="onnx-int8")
+    with pytest.raises(InputError, match="no fp32 ONNX graphs"):
+        export(plain, tmp_path / "x", target="onnx")
+    with pytest.raises(InputError, match="does not exist"):
+        export(EMOJI, tmp_path / "x", target=tmp_path / "none.toml")
+    bad = (("target = 'onnx'\nspeed = 1", "speed not known"), ("target = 'onnx'\n[gate]\nvae = 1", "gate names vae"), ("x = [", "not TOML"))
+    for text, words in bad:
+        (tmp_path / "p.toml").write_text(text)
+        with pytest.raises(InputError, match=words):
+            profile.load(tmp_path / "p.toml")
+    (tmp_path / "p.toml").write_text("target = 'mnn'\ndynamic = true")
+    if importlib.util.find_spec("MNN"):
+        with pytest.raises(InputError, match="fixed shapes only"):
+            export(EMOJI, tmp_path / "x", target=tmp_path / "p.toml")
+
+
+def test_rows_are_called_one_by_one():
+    seen = []
+
+    def network(**inputs):
+        seen.append({k: v.shape for k, v in inputs.items()})
+        return inputs["sample"] * 2
+
+    out = parity.RowByRow(network)(sample=np.ones((3, 4)), timestep=np.array(1.0))
+    assert out.shape == (3, 4)
+    assert seen == [{"sample": (1, 4), "timestep": ()}] * 3
+
+
+def test_command_line(tmp_path, capsys):
+    assert main(["export", "--list"]) == 0
+    assert "onnx-fixed" in capsys.readouterr().out
+    assert main(["export", str(EMOJI), "--target", "onnx", "--steps", "1", "--out", str(tmp_path / "out"), "--threads", "1"]) == 0
+    assert "SQNR" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        main(["export", str(EMOJI)])
+    assert e.value.code == 2
