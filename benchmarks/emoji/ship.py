@@ -33,13 +33,14 @@ def main() -> None:
     ap.add_argument("--name", default="emoji")
     ap.add_argument("--steps", type=int, default=25)
     ap.add_argument("--guidance", type=float, default=3.0)
+    ap.add_argument("--recipe", default="task + output + feature distillation (benchmarks/emoji/train_student.py)", help="what the manifest says")
     ap.add_argument("--images", type=int, help="training images the student has seen, for the manifest")
     args = ap.parse_args()
 
     student = {
         "architecture": "UNet2DConditionModel, BK-Base blocks at half width of the emoji teacher",
         "teacher": "emoji teacher, 31.1M UNet (benchmarks/emoji/train_teacher.py)",
-        "recipe": "task + output + feature distillation (benchmarks/emoji/train_student.py)",
+        "recipe": args.recipe,
         "training_images": args.images,
         "data": "Noto Emoji 64 px, CLDR names and tags; 5% of skin-tone pictures held out (benchmarks/emoji)",
         "licence": "Apache-2.0",

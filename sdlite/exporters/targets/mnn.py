@@ -55,7 +55,7 @@ class _Network:
         np_of = self.mnn.numpy
         given = []
         for name in self.inputs:
-            x = np.ascontiguousarray(inputs[name], np.int32 if self.types[name] == "int64" else np.float32)
+            x = np.array(inputs[name], np.int32 if self.types[name] == "int64" else np.float32)
             given.append(np_of.array(x.tolist(), dtype=np_of.int32) if x.dtype == np.int32 else np_of.array(x))
         out = self.module.forward(given)
         return np.array((out[0] if isinstance(out, (list, tuple)) else out).read())
