@@ -33,7 +33,9 @@ def main() -> None:
     ap.add_argument("--name", default="emoji")
     ap.add_argument("--steps", type=int, default=25)
     ap.add_argument("--guidance", type=float, default=3.0)
-    ap.add_argument("--recipe", default="task + output + feature distillation (benchmarks/emoji/train_student.py)", help="what the manifest says")
+    ap.add_argument(
+        "--recipe", default="task + output + feature distillation (benchmarks/emoji/train_student.py)", help="what the manifest says"
+    )
     ap.add_argument("--images", type=int, help="training images the student has seen, for the manifest")
     args = ap.parse_args()
 
