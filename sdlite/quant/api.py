@@ -312,6 +312,11 @@ def _histograms(work: _Work, graphs: dict[str, Graph], layers: dict[str, list[La
 
     for _ in work.bar(walk(work.pipe, work.calibration, sessions, visit), work.calibration.samples, "ranges"):
         pass
+    # the text encoder is cheap and its words are many: it sees every calibration prompt, not only those that were painted
+    judged = set(work.gate.prompts or ())
+    for prompt in [p for p in work.calibration.prompts or () if p not in judged][:512]:
+        for name, x in sessions["text_encoder"](input_ids=work.pipe.tokenize([prompt])).items():
+            visit("text_encoder", 0, name, x)
     return out
 
 
