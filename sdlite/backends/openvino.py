@@ -1,4 +1,4 @@
-"""OpenVINO: the artefact's ONNX graphs on Intel's runtime. On x86 CPUs it is the fastest int8 engine that we measured.
+"""OpenVINO: the artefact's ONNX graphs on Intel's runtime.
 
 GPU and NPU are the same calls with another device name and have not been run by us.
 """

@@ -66,8 +66,10 @@ class Profile:
 
 def folder() -> Path:
     """Where the built-in profiles are: in the installed package, or in a checkout's `export/profiles`."""
-    inside = Path(__file__).parent / "profiles"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "export" / "profiles"
+    for place in (Path(__file__).parent / "profiles", Path(__file__).parents[2] / "export" / "profiles"):
+        if place.is_dir():
+            return place
+    raise InputError("this installation holds no built-in profiles; run from a checkout (pip install -e .), or give a profile.toml.")
 
 
 def builtin() -> dict[str, Profile]:
