@@ -34,6 +34,7 @@ def main() -> None:
     ap.add_argument("--feature-weight", type=float, default=0.1, help="both 0: the task's loss alone, which does not run the teacher")
     ap.add_argument("--timestep-power", type=float, default=1.0, help="below 1 favours noisy timesteps")
     ap.add_argument("--lr", type=float, default=1e-3)
+    ap.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then 1.5x as fast")
     ap.add_argument("--threads", type=int, default=2)
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
@@ -51,7 +52,7 @@ def main() -> None:
         feature_weight=args.feature_weight, timestep_power=args.timestep_power,
     )  # fmt: skip
     config = TrainConfig(
-        max_images=args.images, batch_size=32, lr=args.lr, warmup_images=min(5_000, args.images // 10), decay_from=0.4, sample_every=1_000
+        max_images=args.images, batch_size=32, lr=args.lr, warmup_images=min(5_000, args.images // 10), decay_from=0.4, sample_every=2_000, compile=args.compile
     )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 

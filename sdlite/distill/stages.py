@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdlite.distill.features import Taps
 from sdlite.distill.losses import huber_loss, output_loss
-from sdlite.distill.tasks import V_ZERO_SNR, Forward, LatentSource, _Denoising
+from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder, Forward, LatentSource, _Denoising
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
 
@@ -75,13 +75,13 @@ class _FromTeacher(_Denoising):
                  preview: dict[str, Any], guidance_scale: float = 1.0, scheduler: dict[str, Any] = V_ZERO_SNR,
                  caption_dropout: float = 0.0):  # fmt: skip
         super().__init__(source, scheduler, {**parts, "text_encoder": text_encoder}, caption_dropout, preview)
-        self.teacher, self.text_encoder = teacher.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False)
+        self.teacher, self.encode = teacher.eval().requires_grad_(False), CachedEncoder(text_encoder)
         self.guidance_scale, self.solver = guidance_scale, Solver(self.schedule)
         self.modules: dict[str, nn.Module] = {"unet": student}
 
     @torch.no_grad()
     def embeds(self, ids: Tensor) -> Tensor:
-        out: Tensor = self.text_encoder(ids)[0]
+        out: Tensor = self.encode(ids)
         return out
 
     @torch.no_grad()

@@ -74,12 +74,12 @@ def remove_blocks(teacher: Any, spec: StudentSpec) -> Any:
             config["attention_head_dim"] = tuple(heads[:-1])
     student = _from_config(teacher, config)
     weights = teacher.state_dict()
-    source = _block_names(spec)
+    source = block_names(spec)
     student.load_state_dict({k: weights[source(k)] for k in student.state_dict()})
     return student
 
 
-def _block_names(spec: StudentSpec) -> Callable[[str], str]:
+def block_names(spec: StudentSpec) -> Callable[[str], str]:
     """student parameter name -> teacher parameter name."""
 
     def rename(name: str) -> str:

@@ -67,6 +67,34 @@ def stratified_timesteps(size: int, total: int, generator: torch.Generator, powe
     return (u**power * total).long().clamp(max=total - 1)
 
 
+class CachedEncoder:
+    """A frozen text encoder that remembers what it said: (B, L) token ids -> (B, L, D).
+
+    New captions are encoded `GROUP` at a time, filled up to that number: a matrix product may round differently in another batch size, and
+    a resumed run must see the same numbers. At most `capacity` captions are kept (L D floats each); later ones are encoded every time.
+    """
+
+    GROUP = 8
+
+    def __init__(self, text_encoder: nn.Module, capacity: int = 100_000):
+        self.text_encoder, self.capacity = text_encoder.eval().requires_grad_(False), capacity
+        self._seen: dict[bytes, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        keys = [row.numpy().tobytes() for row in input_ids.cpu()]
+        rows = dict(zip(keys, input_ids, strict=True))
+        known = {k: self._seen[k] for k in rows if k in self._seen}
+        new = [k for k in rows if k not in known]
+        for start in range(0, len(new), self.GROUP):
+            part = new[start : start + self.GROUP]
+            full = part + part[:1] * (self.GROUP - len(part))
+            known |= zip(part, self.text_encoder(torch.stack([rows[k] for k in full]))[0].detach(), strict=False)
+        for k in new[: self.capacity - len(self._seen)]:
+            self._seen[k] = known[k].clone()
+        return torch.stack([known[k] for k in keys])
+
+
 class _Denoising:
     """What the teacher's and the student's tasks share: the batch, the noise and the preview."""
 
@@ -109,11 +137,11 @@ class TeacherTask(_Denoising):
         if train_text_encoder:
             self.modules["text_encoder"] = text_encoder
         else:
-            text_encoder.eval().requires_grad_(False)
+            self.encode = CachedEncoder(text_encoder)
 
     def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
         x, target = self.forward(batch["latents"], batch["noise"], batch["t"])
-        embeds = modules.get("text_encoder", self.parts["text_encoder"])(batch["input_ids"])[0]
+        embeds = modules["text_encoder"](batch["input_ids"])[0] if "text_encoder" in modules else self.encode(batch["input_ids"])
         out = modules["unet"](x, batch["t"], embeds).sample
         return {"loss": F.mse_loss(out.float(), target)}
 
@@ -126,6 +154,8 @@ class StudentForward(nn.Module):
         self.unet, self.projectors, self.taps = unet, projectors, taps
 
     def forward(self, x: Tensor, t: Tensor, embeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.taps:
+            return self.unet(x, t, embeds).sample, {}
         with Taps(self.unet, self.taps) as tapped:
             out = self.unet(x, t, embeds).sample
         return out, {k: self.projectors[k](f) if k in self.projectors else f for k, f in tapped.features.items()}
@@ -144,7 +174,7 @@ class StudentTask(_Denoising):
                  scheduler: dict[str, Any] = V_ZERO_SNR, caption_dropout: float = 0.1, timestep_power: float = 1.0):  # fmt: skip
         super().__init__(source, scheduler, {**parts, "text_encoder": text_encoder}, caption_dropout, preview)
         self.timestep_power = timestep_power
-        self.teacher, self.text_encoder = teacher.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False)
+        self.teacher, self.encode = teacher.eval().requires_grad_(False), CachedEncoder(text_encoder)
         self.task_weight, self.output_weight, self.feature_weight = task_weight, output_weight, feature_weight
         mine, theirs = block_taps(student), block_taps(teacher)
         taps = {k: v for k, v in mine.items() if k in theirs} if feature_weight else {}
@@ -159,7 +189,7 @@ class StudentTask(_Denoising):
     def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
         x, target = self.forward(batch["latents"], batch["noise"], batch["t"])
         with torch.no_grad(), Taps(self.teacher, self.teacher_taps) as tapped:
-            embeds = self.text_encoder(batch["input_ids"])[0]
+            embeds = self.encode(batch["input_ids"])
             if self.output_weight or self.feature_weight:
                 wanted = self.teacher(x, batch["t"], embeds).sample
         out, features = modules["student"](x, batch["t"], embeds)

@@ -64,6 +64,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema_decay: float = 0.999
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
+    compile: bool = False  # torch.compile the networks: minutes at the start, then 1.5x as many images a second on a small UNet
     seed: int = 0
     log_every: int = 20  # steps
     sample_every: int = 2_000  # steps; 0 = never
@@ -219,6 +220,9 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
                 )
         state.restore(done[-1] / "state.safetensors")
         step, images = meta["step"], meta["images"]
+    if config.compile:
+        for m in task.modules.values():
+            m.compile()  # in place, and after the EMA copies were made: names in checkpoints stay, samples run eagerly
     prepared = {k: accelerator.prepare_model(m.train()) for k, m in task.modules.items()}
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     parameters = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]

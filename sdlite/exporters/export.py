@@ -68,25 +68,24 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
     size = {"height": profile.height or None, "width": profile.width or None}
     with tempfile.TemporaryDirectory(prefix="sdlite-export-") as scratch, writing(Path(out)) as tmp:
         recording = record(pipe, shown, num_inference_steps=num_inference_steps, **size)
+        graphs = {p: _graph(artifact, p, profile, recording, Path(scratch)) for p in PARTS}
         made: dict[str, list[Path]] = {}
-        calls: dict[str, Callable[..., np.ndarray]] = {}
-        not_run: dict[str, str] = {}
         for p in PARTS:
-            graph = _graph(artifact, p, profile, recording, Path(scratch))
             (tmp / p).mkdir()
-            made[p] = module.convert(p, graph, tmp / p, profile)
-            try:
-                network = module.run(p, made[p], profile, threads)
-                calls[p] = network if profile.dynamic else RowByRow(network)
-            except NotRunnable as e:
-                not_run[p] = str(e)
-                calls[p] = _handed_over(graph, profile, threads)
-        parity = measure(pipe, recording, calls, not_run)
+            made[p] = module.convert(p, graphs[p], tmp / p, profile)
+        _companions(artifact, tmp)
+        if hasattr(module, "finish"):
+            shape = recording.calls["unet"][0][0]["sample"].shape
+            made["page"] = module.finish(tmp, artifact, profile, (profile.batch or 1, *shape[1:]))
+        calls, not_run, close = _networks(module, profile, tmp, made, graphs, threads)
+        try:
+            parity = measure(pipe, recording, calls, not_run)
+        finally:
+            close()
         if failures := parity.fails(profile.gate):
             raise ExportError(
                 f"the gate of {profile.name} does not hold: {'; '.join(failures)}; worst network {parity.worst()}. Nothing was written."
             )
-        _companions(artifact, tmp)
         report = {
             "sdlite": __version__, "model": artifact.name, "profile": dataclasses.asdict(profile), "tools": _versions(module.PACKAGES),
             "opset": artifact.manifest.variants[profile.precision]["unet"]["opset"],
@@ -134,6 +133,32 @@ def _graph(artifact: Artifact, part: str, profile: Profile, recording: Recording
     seen = recording.calls[part][0][0]
     batch = profile.batch or 1
     return fix(graph, {k: (batch, *v.shape[1:]) if v.ndim else () for k, v in seen.items()}, out)
+
+
+def _networks(module: Any, profile: Profile, folder: Path, made: dict[str, list[Path]], graphs: dict[str, Path],
+              threads: int | None) -> tuple[dict[str, Callable[..., np.ndarray]], dict[str, str], Callable[[], None]]:  # fmt: skip
+    """What the gate calls for each part, why the runtime itself is not called where it is not, and how to let go of it."""
+
+    def rowwise(network: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        return network if profile.dynamic else RowByRow(network)
+
+    calls: dict[str, Callable[..., np.ndarray]] = {}
+    not_run: dict[str, str] = {}
+    if hasattr(module, "run_all"):
+        try:
+            networks, close = module.run_all(folder, profile, threads)
+            return {p: rowwise(n) for p, n in networks.items()}, not_run, close
+        except NotRunnable as e:
+            not_run = dict.fromkeys(PARTS, str(e))
+    for p in PARTS:
+        try:
+            if p not in not_run:
+                calls[p] = rowwise(module.run(p, made[p], profile, threads))
+        except NotRunnable as e:
+            not_run[p] = str(e)
+        if p not in calls:
+            calls[p] = _handed_over(graphs[p], profile, threads)
+    return calls, not_run, lambda: None
 
 
 def _handed_over(graph: Path, profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:

@@ -14,6 +14,7 @@ from sdlite.errors import InputError, UnknownNameError
 TARGETS = {  # runtime -> (module, the extra that installs it)
     "onnx": ("sdlite.exporters.targets.onnx", "export"),
     "openvino": ("sdlite.exporters.targets.openvino", "openvino"),
+    "web": ("sdlite.exporters.targets.web", "quantize"),
     "mnn": ("sdlite.exporters.targets.mnn", "mnn"),
     "tensorrt-rtx": ("sdlite.exporters.targets.tensorrt_rtx", "tensorrt-rtx"),
 }
@@ -64,17 +65,17 @@ class Profile:
         return out
 
 
-def folder() -> Path:
-    """Where the built-in profiles are: in the installed package, or in a checkout's `export/profiles`."""
-    for place in (Path(__file__).parent / "profiles", Path(__file__).parents[2] / "export" / "profiles"):
-        if place.is_dir():
+def assets() -> Path:
+    """The `export/` folder: profiles, calibration prompts, pages. In the installed package, or beside it in a checkout."""
+    for place in (Path(__file__).parent / "assets", Path(__file__).parents[2] / "export"):
+        if (place / "profiles").is_dir():
             return place
-    raise InputError("this installation holds no built-in profiles; run from a checkout (pip install -e .), or give a profile.toml.")
+    raise InputError("this installation holds no built-in profiles; install it again, or give a profile.toml.")
 
 
 def builtin() -> dict[str, Profile]:
     """Name -> profile."""
-    return {p.stem: Profile.parse(tomllib.loads(p.read_text(encoding="utf-8")), p.stem) for p in sorted(folder().glob("*.toml"))}
+    return {p.stem: Profile.parse(tomllib.loads(p.read_text(encoding="utf-8")), p.stem) for p in sorted((assets() / "profiles").glob("*.toml"))}
 
 
 def load(target: str | Path) -> Profile:

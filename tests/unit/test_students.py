@@ -7,6 +7,7 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from diffusers import UNet2DConditionModel  # noqa: E402
 
+from sdlite.distill.grow import grow  # noqa: E402
 from sdlite.distill.students import PRESETS, StudentSpec, build, parameters, slice_width  # noqa: E402
 from sdlite.errors import InputError  # noqa: E402
 
@@ -129,3 +130,27 @@ def test_kept_channels_are_equal_in_every_norm_group():
 def test_students_that_cannot_be_built_say_why(teacher, spec, text):
     with pytest.raises(InputError, match=text):
         build(small(**teacher), spec)
+
+
+@pytest.mark.parametrize("one_layer", [False, True])
+def test_grown_network_computes_the_same(one_layer):
+    large = small(block_out_channels=(32, 64, 64), attention_head_dim=8)
+    spec = StudentSpec(one_layer=one_layer, width=0.5)
+    student = build(large, spec).eval()
+    grown = grow(student, dict(large.config), one_layer=one_layer).eval()
+    assert parameters(grown) == parameters(large)
+    assert (run(grown) - run(student)).abs().max() < 1e-5
+    copies = grown.state_dict()["down_blocks.0.resnets.0.conv1.weight"]
+    assert not torch.equal(copies[:, 0::2], copies[:, 1::2])  # unequal halves learn different things
+
+
+def test_grown_network_with_a_wrong_split_differs(monkeypatch):
+    large = small(block_out_channels=(32, 64, 64), attention_head_dim=8)
+    student = build(large, StudentSpec(width=0.5)).eval()
+    monkeypatch.setattr("sdlite.distill.grow._Spread._head", lambda self, name: 1)  # heads torn apart
+    assert (run(grow(student, dict(large.config)).eval()) - run(student)).abs().max() > 1e-3
+
+
+def test_grow_refuses_widths_that_are_not_one_multiple():
+    with pytest.raises(InputError, match=r"same whole multiple"):
+        grow(small(), {**small().config, "block_out_channels": (32, 64, 80)})

@@ -17,7 +17,7 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from sdlite.distill.tasks import V_ZERO_SNR, Forward, TeacherTask, stratified_timesteps  # noqa: E402
+from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder, Forward, TeacherTask, stratified_timesteps  # noqa: E402
 from sdlite.distill.train import TrainConfig, fit  # noqa: E402
 from sdlite.errors import TrainingError  # noqa: E402
 from sdlite.sampling import Schedule  # noqa: E402
@@ -230,3 +230,22 @@ def test_forward_at_zero_snr_is_pure_noise_and_v_is_minus_x0():
 def test_timesteps_are_one_from_each_slice():
     t = stratified_timesteps(10, 1000, torch.Generator().manual_seed(0))
     assert [int(i) // 100 for i in t] == list(range(10))
+
+
+class Counted(Text):
+    rows = 0
+
+    def forward(self, ids):
+        self.rows += len(ids)
+        return super().forward(ids)
+
+
+def test_cached_encoder_equals_the_encoder_and_asks_once():
+    text = Counted()
+    encode, ids = CachedEncoder(text, capacity=3), torch.tensor([[1, 2], [3, 4], [1, 2], [5, 6], [7, 8]])
+    assert torch.equal(encode(ids), text.table(ids))
+    assert text.rows == CachedEncoder.GROUP  # four different captions, filled up to one group
+    assert torch.equal(encode(ids[:4].flip(0)), text.table(ids[:4].flip(0)))
+    assert text.rows == CachedEncoder.GROUP  # the first three were kept
+    assert torch.equal(encode(ids[4:]), text.table(ids[4:]))
+    assert text.rows == 2 * CachedEncoder.GROUP  # the fourth was one too many

@@ -5,6 +5,8 @@ PRECISIONS: what it can make
 DYNAMIC: whether free shapes are possible
 convert(part, graph, out, profile) -> files      from an ONNX file with the profile's shapes (weights beside it)
 run(part, files, profile, threads) -> callable   like a backend's network; raises NotRunnable with the reason
+finish(out, artifact, profile, latent_shape) -> files              (optional) what the folder holds besides the networks
+run_all(out, profile, threads) -> ({part: callable}, close)        (optional) instead of `run`, when one process runs all three
 """
 
 from __future__ import annotations

@@ -1,0 +1,208 @@
+// sdlite in a browser: tokenizer, seeded noise, DDIM with guidance, and three ONNX networks on onnxruntime-web (wasm or WebGPU).
+// The same seed gives the picture that Python's sdlite.Pipeline gives. Names follow diffusers.
+
+import * as ort from "./ort/ort.webgpu.bundle.min.mjs";
+
+// --- tokenizer: CLIP's byte-pair encoding, as sdlite/tokenizer.py ------------------------------------------------------
+
+const WORDS = /'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+/gu;
+
+function byteLetters() {
+  const printable = [];
+  for (const [from, to] of [[33, 126], [161, 172], [174, 255]]) for (let b = from; b <= to; b++) printable.push(b);
+  const table = [];
+  let next = 256;
+  for (let b = 0; b < 256; b++) table[b] = String.fromCharCode(printable.includes(b) ? b : next++);
+  return table;
+}
+
+export class ClipTokenizer {
+  constructor(vocab, merges, maxLength) {
+    this.vocab = vocab;
+    this.maxLength = maxLength;
+    this.rank = new Map(merges.map((line, i) => [line, i]));
+    this.letters = byteLetters();
+  }
+
+  static async fromPretrained(base) {
+    const get = async (name) => {
+      const answer = await fetch(`${base}/${name}`);
+      if (!answer.ok) throw new Error(`${base}/${name}: HTTP ${answer.status}; export the folder again`);
+      return answer.text();
+    };
+    const vocab = JSON.parse(await get("vocab.json"));
+    const merges = (await get("merges.txt")).split("\n").filter((line) => line && !line.startsWith("#version"));
+    return new ClipTokenizer(vocab, merges, JSON.parse(await get("tokenizer_config.json")).model_max_length);
+  }
+
+  word(text) {
+    let parts = Array.from(new TextEncoder().encode(text), (b) => this.letters[b]);
+    parts[parts.length - 1] += "</w>";
+    while (parts.length > 1) {
+      let best = Infinity, at = -1;
+      for (let i = 0; i + 1 < parts.length; i++) {
+        const rank = this.rank.get(`${parts[i]} ${parts[i + 1]}`) ?? Infinity;
+        if (rank < best) [best, at] = [rank, i];
+      }
+      if (at < 0) break;
+      parts.splice(at, 2, parts[at] + parts[at + 1]);
+    }
+    return parts.map((p) => this.vocab[p] ?? this.vocab["<|endoftext|>"]);
+  }
+
+  // prompt -> {ids: BigInt64Array of maxLength, truncated: boolean}
+  encode(prompt) {
+    const all = prompt.split(/(<\|startoftext\|>|<\|endoftext\|>)/).flatMap((text, i) => {
+      if (i % 2) return [this.vocab[text]];
+      return (text.normalize("NFC").replace(/\s+/gu, " ").toLowerCase().match(WORDS) ?? []).flatMap((w) => this.word(w));
+    });
+    const kept = all.slice(0, this.maxLength - 2);
+    const [start, end] = [this.vocab["<|startoftext|>"], this.vocab["<|endoftext|>"]];
+    const ids = new BigInt64Array(this.maxLength).fill(BigInt(end));
+    [start, ...kept, end].forEach((id, i) => (ids[i] = BigInt(id)));
+    return { ids, truncated: kept.length < all.length };
+  }
+}
+
+// --- noise: torch.randn on the CPU, as sdlite/sampling.py --------------------------------------------------------------
+
+class MersenneTwister {
+  constructor(seed) {
+    this.state = new Uint32Array(624);
+    this.state[0] = seed;
+    for (let i = 1; i < 624; i++) {
+      const x = this.state[i - 1] ^ (this.state[i - 1] >>> 30);
+      this.state[i] = Math.imul(1812433253, x) + i;
+    }
+    this.at = 624;
+  }
+
+  next() {
+    if (this.at === 624) {
+      for (let i = 0; i < 624; i++) {
+        const y = (this.state[i] & 0x80000000) | (this.state[(i + 1) % 624] & 0x7fffffff);
+        this.state[i] = this.state[(i + 397) % 624] ^ (y >>> 1) ^ (y & 1 ? 0x9908b0df : 0);
+      }
+      this.at = 0;
+    }
+    let y = this.state[this.at++];
+    y ^= y >>> 11;
+    y ^= (y << 7) & 0x9d2c5680;
+    y ^= (y << 15) & 0xefc60000;
+    return (y ^ (y >>> 18)) >>> 0;
+  }
+}
+
+// n standard normal numbers, n a multiple of 16
+export function noise(seed, n) {
+  if (n % 16) throw new Error(`${n} noise values; a multiple of 16 is needed`);
+  const bits = new MersenneTwister(Number(BigInt(seed) % 4294967296n));
+  const out = new Float32Array(n);
+  for (let i = 0; i < n; i++) out[i] = (bits.next() & 0xffffff) * 2 ** -24;
+  for (let i = 0; i < n; i += 16) {
+    for (let k = i; k < i + 8; k++) {
+      const radius = Math.sqrt(-2 * Math.log(Math.fround(1 - out[k])));
+      const theta = Math.fround(2 * Math.PI) * out[k + 8];
+      out[k] = radius * Math.cos(theta);
+      out[k + 8] = radius * Math.sin(theta);
+    }
+  }
+  return out;
+}
+
+// --- DDIM, eta 0: Song et al. 2020, eq. 12 -----------------------------------------------------------------------------
+
+function rint(x) {  // halves to even, as numpy rounds
+  const down = Math.floor(x);
+  return x - down === 0.5 ? down + (down % 2) : Math.round(x);
+}
+
+export function timesteps({ timestep_spacing: spacing, num_train_timesteps: total, steps_offset: offset }, n) {
+  if (!(Number.isInteger(n) && n >= 1 && n <= total)) throw new Error(`${n} steps; accepted: 1 to ${total}`);
+  return Array.from({ length: n }, (_, i) => {
+    if (spacing === "trailing") return rint(total - (i * total) / n) - 1;
+    if (spacing === "linspace") return n === 1 ? 0 : rint(((n - 1 - i) * (total - 1)) / (n - 1));
+    return (n - 1 - i) * Math.floor(total / n) + offset;
+  });
+}
+
+function step(schedule, t, n, output, x) {
+  const bar = schedule.alphas_cumprod, before = t - Math.floor(schedule.num_train_timesteps / n);
+  const [alpha, sigma] = [Math.sqrt(bar[t]), Math.sqrt(1 - bar[t])];
+  const to = before >= 0 ? bar[before] : schedule.final_alpha;
+  const next = new Float32Array(x.length);
+  for (let i = 0; i < x.length; i++) {
+    let x0, eps;
+    if (schedule.prediction_type === "epsilon") [x0, eps] = [(x[i] - sigma * output[i]) / alpha, output[i]];
+    else if (schedule.prediction_type === "sample") [x0, eps] = [output[i], (x[i] - alpha * output[i]) / sigma];
+    else [x0, eps] = [alpha * x[i] - sigma * output[i], alpha * output[i] + sigma * x[i]];
+    if (schedule.clip_sample) x0 = Math.min(Math.max(x0, -schedule.clip_sample_range), schedule.clip_sample_range);
+    next[i] = Math.sqrt(to) * x0 + Math.sqrt(1 - to) * eps;
+  }
+  return next;
+}
+
+// --- pipeline ----------------------------------------------------------------------------------------------------------
+
+export class Pipeline {
+  // base: URL of the exported folder; provider: "wasm" or "webgpu"; onProgress(text) while files arrive
+  static async load(base = ".", { provider = "wasm", threads, onProgress = () => {} } = {}) {
+    ort.env.wasm.wasmPaths = { wasm: new URL(`${base}/ort/ort-wasm-simd-threaded.asyncify.wasm`, document.baseURI).href };
+    ort.env.wasm.numThreads = threads ?? (self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1);
+    if (provider === "webgpu" && !navigator.gpu) throw new Error("this browser has no WebGPU; choose wasm");
+    const pipe = new Pipeline();
+    pipe.settings = await (await fetch(`${base}/sdlite-web.json`)).json();
+    pipe.tokenizer = await ClipTokenizer.fromPretrained(`${base}/tokenizer`);
+    pipe.sessions = {};
+    for (const part of ["text_encoder", "unet", "vae_decoder"]) {
+      onProgress(`loading ${part}`);
+      pipe.sessions[part] = await ort.InferenceSession.create(`${base}/${part}/model.onnx`, { executionProviders: [provider] });
+    }
+    return pipe;
+  }
+
+  // feeds: name -> {type, data, dims}; -> {data: Float32Array, dims}
+  async run(part, feeds) {
+    const tensors = Object.fromEntries(Object.entries(feeds).map(([k, v]) => [k, new ort.Tensor(v.type, v.data, v.dims)]));
+    const session = this.sessions[part];
+    const out = (await session.run(tensors))[session.outputNames[0]];
+    return { data: out.data, dims: out.dims };
+  }
+
+  async encode(prompt) {
+    const { ids, truncated } = this.tokenizer.encode(prompt);
+    if (truncated) console.warn(`the text encoder reads ${ids.length - 2} tokens; the rest of the prompt was dropped`);
+    return this.run("text_encoder", { input_ids: { type: "int64", data: ids, dims: [1, ids.length] } });
+  }
+
+  // -> {pixels: Uint8ClampedArray RGBA, width, height, seconds}
+  async generate({ prompt, negative_prompt = "", seed = 0, num_inference_steps, guidance_scale, latents, onStep = () => true }) {
+    const begin = performance.now(), { schedule, latent_shape: shape, scaling_factor: scaling, shift_factor: shift, sampler } = this.settings;
+    const n = num_inference_steps ?? sampler.num_inference_steps, scale = guidance_scale ?? sampler.guidance_scale;
+    const cond = await this.encode(prompt), uncond = scale === 1 ? null : await this.encode(negative_prompt);
+    const size = shape.reduce((a, b) => a * b);
+    let x = latents ? Float32Array.from(latents) : noise(seed, size);
+    if (x.length !== size) throw new Error(`${x.length} latents; ${size} are needed, shape ${shape}`);
+    const unet = (embeds, t) => this.run("unet", {
+      sample: { type: "float32", data: x, dims: shape },
+      timestep: { type: "float32", data: Float32Array.of(t), dims: [] },
+      encoder_hidden_states: { type: "float32", data: embeds.data, dims: embeds.dims },
+    });
+    const times = timesteps(schedule, n);
+    for (const [i, t] of times.entries()) {
+      let out = (await unet(cond, t)).data;
+      if (uncond) {
+        const u = (await unet(uncond, t)).data;
+        out = out.map((c, k) => u[k] + scale * (c - u[k]));
+      }
+      x = step(schedule, t, n, out, x);
+      if (onStep(i + 1, n) === false) throw new Error(`cancelled after step ${i + 1} of ${n}`);
+    }
+    const z = x.map((v) => v / scaling + shift);
+    const image = await this.run("vae_decoder", { latent_sample: { type: "float32", data: z, dims: shape } });
+    const [height, width] = image.dims.slice(2), plane = width * height;
+    const pixels = new Uint8ClampedArray(4 * plane).fill(255);
+    for (let c = 0; c < 3; c++) for (let i = 0; i < plane; i++) pixels[4 * i + c] = (image.data[c * plane + i] / 2 + 0.5) * 255;
+    return { pixels, width, height, seconds: (performance.now() - begin) / 1000 };
+  }
+}

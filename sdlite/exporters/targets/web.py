@@ -1,0 +1,154 @@
+"""A static folder for browsers: the networks as ONNX, onnxruntime-web (wasm and WebGPU), tokenizer and sampler in JavaScript, a page.
+
+onnxruntime-web comes from npm (`npm pack`, checked by hash) or from the profile's option `onnxruntime_web`, a folder with its dist files.
+Checked in a headless Chromium, network by network and by the picture.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from sdlite.artifact import Artifact
+from sdlite.errors import ExportError, MissingExtraError
+from sdlite.exporters import browser
+from sdlite.exporters.profile import Profile, assets
+from sdlite.exporters.targets import NotRunnable
+from sdlite.exporters.targets import onnx as onnx_target
+from sdlite.sampling import Schedule
+from sdlite.spec import SPECS
+
+PACKAGES = ("onnx", "onnxruntime")
+PRECISIONS = ("fp32", "fp16", "int8-static")
+DYNAMIC = False
+
+VERSION = "1.30.0"
+SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
+FILES = ("ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm")
+
+
+def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
+    """One file each: a browser fetches it in one request."""
+    files = onnx_target.convert(part, graph, out, profile)
+    model = onnx.load(str(files[0]))
+    for path in files:
+        path.unlink()
+    onnx.save_model(model, str(files[0]), save_as_external_data=False)
+    return files[:1]
+
+
+def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[int, ...]) -> list[Path]:
+    """The page, the runtime and `sdlite-web.json`: what the JavaScript reads instead of the configs."""
+    made = [Path(shutil.copy(f, out / f.name)) for f in sorted((assets() / "web").iterdir())]
+    (out / "ort").mkdir()
+    for name, data in runtime(profile).items():
+        (out / "ort" / name).write_bytes(data)
+        made.append(out / "ort" / name)
+    assert artifact.manifest is not None
+    config = json.loads((artifact.folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    vae = json.loads((artifact.folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    schedule = Schedule.from_config(config)
+    bar = schedule.alphas_cumprod()
+    settings = {
+        "name": artifact.manifest.name, "sampler": artifact.manifest.sampler, "latent_shape": latent_shape,
+        "scaling_factor": vae["scaling_factor"], "shift_factor": vae.get("shift_factor") or 0.0,
+        "schedule": {
+            "num_train_timesteps": schedule.num_train_timesteps, "timestep_spacing": schedule.timestep_spacing or "leading",
+            "steps_offset": schedule.steps_offset, "prediction_type": schedule.prediction_type,
+            "clip_sample": schedule.clip_sample in (None, True), "clip_sample_range": schedule.clip_sample_range,
+            "final_alpha": 1.0 if schedule.set_alpha_to_one in (None, True) else float(bar[0]), "alphas_cumprod": bar.tolist(),
+        },
+    }  # fmt: skip
+    (out / "sdlite-web.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    return [*made, out / "sdlite-web.json"]
+
+
+def runtime(profile: Profile) -> dict[str, bytes]:
+    """onnxruntime-web's files by name.
+
+    Raises:
+        MissingExtraError: no npm and no folder given. ExportError: npm failed, or what it gave has another hash.
+    """
+    given = profile.options.get("onnxruntime_web")
+    if given is not None:
+        missing = [n for n in FILES if not (Path(given) / n).is_file()]
+        if missing:
+            raise ExportError(f"onnxruntime_web={given} lacks {', '.join(missing)}; give the dist folder of onnxruntime-web {VERSION}.")
+        return {n: (Path(given) / n).read_bytes() for n in FILES}
+    kept = Path(os.environ.get("SDLITE_CACHE", Path.home() / ".cache" / "sdlite")) / f"onnxruntime-web-{VERSION}.tgz"
+    if not kept.exists() or hashlib.sha256(kept.read_bytes()).hexdigest() != SHA256:
+        _download(kept)
+    with tarfile.open(kept) as tar:
+        return {n: tar.extractfile(f"package/dist/{n}").read() for n in FILES}  # type: ignore[union-attr]
+
+
+def _download(kept: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise MissingExtraError(
+            f"target web needs onnxruntime-web {VERSION}: install npm (Node.js), or set the profile's option onnxruntime_web to its dist folder."
+        )
+    with tempfile.TemporaryDirectory() as tmp:
+        done = subprocess.run([npm, "pack", f"onnxruntime-web@{VERSION}"], cwd=tmp, capture_output=True, text=True)
+        found = list(Path(tmp).glob("*.tgz"))
+        if done.returncode or not found:
+            raise ExportError(f"npm could not fetch onnxruntime-web {VERSION}: {done.stderr.strip()[-300:]}")
+        data = found[0].read_bytes()
+    if (got := hashlib.sha256(data).hexdigest()) != SHA256:
+        raise ExportError(f"onnxruntime-web {VERSION} has sha256 {got}, not {SHA256}; it was changed on its way. Nothing was written.")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(".part")
+    part.write_bytes(data)
+    part.replace(kept)
+
+
+class _Networks:
+    """The exported folder in one browser, for all three networks; `run` hands out its parts."""
+
+    def __init__(self, folder: Path, provider: str):
+        self.browser = browser.Browser(folder)
+        self.browser.wait("document.body?.dataset.ready === 'yes'")
+        self.browser.evaluate(f"sdlite.Pipeline.load('.', {{provider: '{provider}'}}).then((p) => (sdlite.pipe = p, true))")
+        self.browser.evaluate(_BRIDGE)
+
+    def call(self, part: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        feeds = {k: {"type": v.dtype.name, "dims": v.shape, "data": base64.b64encode(v.tobytes()).decode()} for k, v in inputs.items()}
+        answer = self.browser.evaluate(f"bridge({json.dumps(part)}, {json.dumps(feeds)})")
+        return np.frombuffer(base64.b64decode(answer["data"]), np.float32).reshape(answer["dims"])
+
+
+_BRIDGE = """
+globalThis.bridge = async (part, feeds) => {
+  const kinds = {float32: Float32Array, int64: BigInt64Array};
+  for (const f of Object.values(feeds)) f.data = new kinds[f.type](Uint8Array.from(atob(f.data), (c) => c.charCodeAt(0)).buffer);
+  const out = await sdlite.pipe.run(part, feeds);
+  let text = "";
+  const bytes = new Uint8Array(out.data.buffer, out.data.byteOffset, out.data.byteLength);
+  for (let i = 0; i < bytes.length; i += 32768) text += String.fromCharCode(...bytes.subarray(i, i + 32768));
+  return {data: btoa(text), dims: out.dims};
+}, true
+"""
+
+
+def run_all(folder: Path, profile: Profile, threads: int | None) -> tuple[dict[str, Callable[..., np.ndarray]], Callable[[], None]]:
+    """The three networks in one browser, and how to close it."""
+    if browser.find() is None:
+        raise NotRunnable(f"no browser here; install one of {', '.join(browser.NAMES)}, or name it in SDLITE_CHROMIUM")
+    networks = _Networks(folder, profile.options.get("provider", "wasm"))
+
+    def of(part: str) -> Callable[..., np.ndarray]:
+        types = {t.name: np.dtype(t.dtype) for t in SPECS[part].inputs}
+        return lambda **inputs: networks.call(part, {k: np.asarray(v, types[k]) for k, v in inputs.items()})
+
+    return {p: of(p) for p in SPECS}, networks.browser.close
