@@ -15,6 +15,7 @@ TARGETS = {  # runtime -> (module, the extra that installs it)
     "onnx": ("sdlite.exporters.targets.onnx", "export"),
     "openvino": ("sdlite.exporters.targets.openvino", "openvino"),
     "web": ("sdlite.exporters.targets.web", "quantize"),
+    "ncnn": ("sdlite.exporters.targets.ncnn", "ncnn"),
     "mnn": ("sdlite.exporters.targets.mnn", "mnn"),
     "tensorrt-rtx": ("sdlite.exporters.targets.tensorrt_rtx", "tensorrt-rtx"),
 }
