@@ -157,6 +157,14 @@ class Artifact:
     def name(self) -> str:
         return self.manifest.name if self.manifest and self.manifest.name else self.folder.name
 
+    @property
+    def sampler(self) -> dict[str, Any]:
+        """Name, steps and guidance that the model is made for; {} for a plain diffusers folder."""
+        if self.manifest:
+            return self.manifest.sampler
+        exported = self.folder / "student.json"
+        return dict(read_json(exported).get("sampler", {})) if exported.exists() else {}
+
     def has_onnx(self, precision: str) -> bool:
         return bool(self.manifest and set(PARTS) <= set(self.manifest.variants.get(precision, {})))
 

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument("--out", type=Path, help="new folder")
     e.add_argument("--prompts", type=Path, help="pictures that are compared, one prompt a line; default: two of the model's own")
     e.add_argument("--steps", type=int, help="sampling steps of those pictures; default: the model's own")
+    e.add_argument("--fuse-schedule", action="store_true", help="onnx, fixed shapes: compute what depends on step or prompt alone once")
     e.add_argument("--threads", type=int)
     e.add_argument("--list", action="store_true", help="show the built-in profiles")
 
@@ -190,7 +191,15 @@ def _export(args: argparse.Namespace) -> None:
         raise MissingExtraError(f"exporting needs {e.name!r}: pip install 'sdlite[quantize]'.") from e
 
     prompts = read_prompts(args.prompts) if args.prompts else None
-    report = export(args.model, args.out, target=args.target, prompts=prompts, num_inference_steps=args.steps, threads=args.threads)
+    report = export(
+        args.model,
+        args.out,
+        target=args.target,
+        prompts=prompts,
+        num_inference_steps=args.steps,
+        fuse_schedule=args.fuse_schedule,
+        threads=args.threads,
+    )
     print(table(report))
     print(f"wrote {args.out} ({sum(f['bytes'] for f in report['files'].values()) / 1e6:.2f} MB of networks)")
 

@@ -60,7 +60,7 @@ class Pipeline:
         self.schedule = Schedule.from_config(self.scheduler_config)
         self.unet_config, self.vae_config = artifact.config("unet"), artifact.config("vae")
         self.stride = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-        own = artifact.manifest.sampler if artifact.manifest else {}
+        own = artifact.sampler
         self.defaults = SamplerDefaults(own.get("num_inference_steps", 50), own.get("guidance_scale", 7.5))  # diffusers' for a plain folder
 
     @classmethod
@@ -196,7 +196,7 @@ class Pipeline:
     @property
     def default_sampler(self) -> str:
         """The artefact's own sampler."""
-        own = self.artifact.manifest.sampler.get("name") if self.artifact.manifest else None
+        own = self.artifact.sampler.get("name")
         return own or sampler_of(self.scheduler_config)
 
     @staticmethod

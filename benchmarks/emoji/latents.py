@@ -60,4 +60,9 @@ class EmojiLatents:
         colours[torch.rand(size, generator=generator) < 0.2] = 0
         u = torch.rand(size, 4, generator=generator).tolist()
         prompts = [self.data.prompt(i, c, v) for i, c, v in zip(ids.tolist(), colours.tolist(), u, strict=True)]
-        return {"ids": ids, "colours": colours, "latents": self.latents[colours, ids], "input_ids": torch.from_numpy(self.tokenizer(prompts))}
+        return {
+            "ids": ids,
+            "colours": colours,
+            "latents": self.latents[colours, ids],
+            "input_ids": torch.from_numpy(self.tokenizer(prompts)),
+        }

@@ -52,7 +52,13 @@ def main() -> None:
         feature_weight=args.feature_weight, timestep_power=args.timestep_power,
     )  # fmt: skip
     config = TrainConfig(
-        max_images=args.images, batch_size=32, lr=args.lr, warmup_images=min(5_000, args.images // 10), decay_from=0.4, sample_every=2_000, compile=args.compile
+        max_images=args.images,
+        batch_size=32,
+        lr=args.lr,
+        warmup_images=min(5_000, args.images // 10),
+        decay_from=0.4,
+        sample_every=2_000,
+        compile=args.compile,
     )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 

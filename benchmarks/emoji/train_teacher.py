@@ -95,7 +95,14 @@ def main() -> None:
         timestep_power=args.timestep_power,
     )
     config = TrainConfig(
-        max_images=args.images, batch_size=32, lr=args.lr, warmup_images=10_000, decay_from=0.5, sample_every=2_000, checkpoint_minutes=8, compile=args.compile
+        max_images=args.images,
+        batch_size=32,
+        lr=args.lr,
+        warmup_images=10_000,
+        decay_from=0.5,
+        sample_every=2_000,
+        checkpoint_minutes=8,
+        compile=args.compile,
     )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 

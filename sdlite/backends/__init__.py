@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +20,23 @@ from sdlite.errors import MissingExtraError, PrecisionError, UnknownNameError
 
 class Network(Protocol):
     def __call__(self, **inputs: np.ndarray) -> np.ndarray: ...
+
+
+class RowByRow:
+    """A network of batch 1 called once for each row: guidance as two calls. `seconds` is the time of one row."""
+
+    def __init__(self, network: Callable[..., np.ndarray]):
+        self.network = network
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        return np.concatenate([self.network(**row) for row in rows(inputs)])
+
+
+def rows(inputs: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """Inputs with a batch -> inputs of one row each; scalars go along."""
+    count = max(v.shape[0] for v in inputs.values() if v.ndim)
+    for i in range(count):
+        yield {k: np.ascontiguousarray(v[i : i + 1]) if v.ndim else v for k, v in inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,7 @@ class Backend(Protocol):
 _BACKENDS = {
     "onnxruntime": ("sdlite.backends.ort", "onnxruntime", "cpu"),
     "openvino": ("sdlite.backends.openvino", "openvino", "openvino"),
+    "tensorrt": ("sdlite.backends.tensorrt", "tensorrt", "tensorrt"),
     "torch": ("sdlite.backends.torch", "torch", "torch"),
 }
 
@@ -107,7 +126,7 @@ def _installed(name: str) -> bool:
 
 def installed_with(precision: str) -> list[str]:
     """Installed backends that run ONNX graphs of this precision, in the order that "auto" prefers."""
-    return [n for n in _BACKENDS if n != "torch" and _installed(n) and precision in get_backend(n).PRECISIONS]
+    return [n for n in _BACKENDS if n not in ("torch", "tensorrt") and _installed(n) and precision in get_backend(n).PRECISIONS]
 
 
 def choose(artifact: Artifact, precision: str) -> tuple[str, str]:

@@ -32,11 +32,11 @@ import itertools
 import json
 import os
 import time
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tomllib
 import torch
 
 from sdlite.artifact import Artifact, sha256, weight_files

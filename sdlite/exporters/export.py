@@ -10,7 +10,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import numpy as np
 from sdlite import hub
 from sdlite._version import __version__
 from sdlite.artifact import PARTS, Artifact, sha256, writing
+from sdlite.backends import RowByRow
 from sdlite.errors import ExportError, InputError, MissingExtraError, PrecisionError
 from sdlite.exporters import profile as profiles
-from sdlite.exporters.parity import Recording, RowByRow, measure, record
+from sdlite.exporters.parity import Recording, measure, record
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import fix
 from sdlite.exporters.targets import NotRunnable
@@ -33,7 +34,7 @@ REPORT = "export-report.json"
 
 
 def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: Sequence[str] | None = None, num_inference_steps: int | None = None,
-           threads: int | None = None) -> dict[str, Any]:  # fmt: skip
+           fuse_schedule: bool = False, threads: int | None = None) -> dict[str, Any]:  # fmt: skip
     """Export the three networks to a runtime, check them, and write them with tokenizer, scheduler and configs.
 
     Args:
@@ -42,6 +43,7 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         target: name of a built-in profile (`sdlite export --list`) or the path of a profile.toml.
         prompts: pictures that are compared, seed i for prompt i; default: two of the model's calibration prompts, or two of ours.
         num_inference_steps: of those pictures; default: the model's own.
+        fuse_schedule: the UNet as three graphs, see `sdlite.exporters.hoist`; onnx profiles of fixed shapes.
 
     Returns:
         The report, as written to `export-report.json`.
@@ -52,6 +54,10 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
     """
     begin = time.perf_counter()
     profile = profiles.load(target)
+    if fuse_schedule:
+        if profile.target != "onnx":
+            raise InputError(f"fuse_schedule is for onnx profiles; {profile.name} is for {profile.target}.")
+        profile = dataclasses.replace(profile, options={**profile.options, "fuse_schedule": True})
     module = _module(profile)
     artifact = Artifact.open(hub.resolve(model, None))
     if artifact.manifest is None:
@@ -68,11 +74,16 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
     size = {"height": profile.height or None, "width": profile.width or None}
     with tempfile.TemporaryDirectory(prefix="sdlite-export-") as scratch, writing(Path(out)) as tmp:
         recording = record(pipe, shown, num_inference_steps=num_inference_steps, **size)
-        graphs = {p: _graph(artifact, p, profile, recording, Path(scratch)) for p in PARTS}
+        graphs = {p: _graph(artifact, p, profile, recording, Path(scratch), getattr(module, "FREE_SIZE", True)) for p in PARTS}
+        if hasattr(module, "prepare"):
+            graphs = {p: module.prepare(p, g, profile) for p, g in graphs.items()}
         made: dict[str, list[Path]] = {}
         for p in PARTS:
             (tmp / p).mkdir()
-            made[p] = module.convert(p, graphs[p], tmp / p, profile)
+            made[p] = [] if hasattr(module, "convert_torch") else module.convert(p, graphs[p], tmp / p, profile)
+        if hasattr(module, "convert_torch"):
+            for p, network, example in _torch_networks(artifact, profile, recording):
+                made[p] = module.convert_torch(p, network, example, tmp / p, profile)
         _companions(artifact, tmp)
         if hasattr(module, "finish"):
             shape = recording.calls["unet"][0][0]["sample"].shape
@@ -122,17 +133,34 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
     return {p: v for p in packages if (v := _version(p)) is not None}
 
 
-def _graph(artifact: Artifact, part: str, profile: Profile, recording: Recording, scratch: Path) -> Path:
+def _graph(artifact: Artifact, part: str, profile: Profile, recording: Recording, scratch: Path, free_size: bool = True) -> Path:
     """The artefact's graph with the profile's shapes and plain weights."""
     assert artifact.manifest is not None
     graph = Graph.load(artifact.folder / artifact.manifest.variants[profile.precision][part]["file"])
     out = scratch / f"{part}.onnx"
-    if profile.dynamic:
+    if profile.dynamic and free_size:
         graph.save(out)
         return out
     seen = recording.calls[part][0][0]
-    batch = profile.batch or 1
+    batch: int | str = "batch" if profile.dynamic else profile.batch or 1
     return fix(graph, {k: (batch, *v.shape[1:]) if v.ndim else () for k, v in seen.items()}, out)
+
+
+def _torch_networks(artifact: Artifact, profile: Profile, recording: Recording) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """part, wrapped torch network and example inputs (one recorded row for each row of the profile's batch)."""
+    import torch
+
+    from sdlite.exporters.onnx import networks
+
+    for p, (network, _, _) in networks(artifact.folder).items():
+        seen = recording.calls[p][0][0]
+        batch = profile.batch or 1
+        rows = [np.repeat(seen[t.name][:1], batch, axis=0) if seen[t.name].ndim else seen[t.name] for t in SPECS[p].inputs]
+        yield (
+            p,
+            network.eval().requires_grad_(False),
+            tuple(torch.from_numpy(np.array(r, t.dtype)) for r, t in zip(rows, SPECS[p].inputs, strict=True)),
+        )
 
 
 def _networks(module: Any, profile: Profile, folder: Path, made: dict[str, list[Path]], graphs: dict[str, Path],
@@ -175,6 +203,7 @@ def _companions(artifact: Artifact, out: Path) -> None:
     for part in {SPECS[p].source for p in PARTS}:
         (out / part).mkdir(exist_ok=True)
         shutil.copy(artifact.folder / part / "config.json", out / part / "config.json")
+    shutil.copy(artifact.folder / "model_index.json", out / "model_index.json")
     manifest = artifact.manifest
     assert manifest is not None
     (out / "student.json").write_text(

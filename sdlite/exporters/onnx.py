@@ -64,7 +64,7 @@ class _VaeDecoder(nn.Module):
         return out
 
 
-def _networks(folder: Path) -> dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]]:
+def networks(folder: Path) -> dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]]:
     """part -> (wrapped network in float32, example inputs, dynamic shapes)."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -233,18 +233,18 @@ def convert(
         for path in tmp.rglob("*.json"):
             _drop_paths(path)
         entries: dict[str, dict[str, Any]] = {}
-        networks = _networks(source.folder)
-        for part, (wrapped, inputs, shapes) in networks.items():
+        parts = networks(source.folder)
+        for part, (wrapped, inputs, shapes) in parts.items():
             entries[part] = _write_part(tmp, part, SPECS[part], wrapped, inputs, shapes)
-        unet: Any = networks["unet"][0].module
-        counts = {f"{p}_parameters": sum(q.numel() for q in w.parameters()) for p, (w, _, _) in networks.items()}
+        unet: Any = parts["unet"][0].module
+        counts = {f"{p}_parameters": sum(q.numel() for q in w.parameters()) for p, (w, _, _) in parts.items()}
         counts["vae_parameters"] = counts.pop("vae_decoder_parameters")
         manifest = Manifest(name=name or source.folder.name, student={**counts, **(student or {})}, sampler=sampler or {})
         if calibration_prompts:
             manifest.calibration = {"prompts": list(calibration_prompts)}
         # float16 storage is exact in float32: one set of files is both variants.
         manifest.variants = dict.fromkeys(("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",), entries)
-        vae_stride = 2 ** (len(networks["vae_decoder"][0].module.config.block_out_channels) - 1)
+        vae_stride = 2 ** (len(parts["vae_decoder"][0].module.config.block_out_channels) - 1)
         manifest.size_multiple = vae_stride * 2 ** (len(unet.config.block_out_channels) - 1)
         write_manifest(tmp, manifest)
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,23 +34,6 @@ class _Tape:
         out: np.ndarray = self.network(**inputs)
         self.calls.append(({k: v.copy() for k, v in inputs.items()}, out.copy()))
         return out
-
-
-class RowByRow:
-    """A network of batch 1 called once for each row: guidance as two calls. `seconds` is the time of one row."""
-
-    def __init__(self, network: Callable[..., np.ndarray]):
-        self.network = network
-
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        return np.concatenate([self.network(**row) for row in rows(inputs)])
-
-
-def rows(inputs: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """Inputs with a batch -> inputs of one row each; scalars go along."""
-    count = max(v.shape[0] for v in inputs.values() if v.ndim)
-    for i in range(count):
-        yield {k: np.ascontiguousarray(v[i : i + 1]) if v.ndim else v for k, v in inputs.items()}
 
 
 def record(pipe: Pipeline, prompts: Sequence[str], **arguments: Any) -> Recording:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import tomllib
 
 from sdlite.errors import InputError, UnknownNameError
 
@@ -16,7 +15,10 @@ TARGETS = {  # runtime -> (module, the extra that installs it)
     "openvino": ("sdlite.exporters.targets.openvino", "openvino"),
     "web": ("sdlite.exporters.targets.web", "quantize"),
     "ncnn": ("sdlite.exporters.targets.ncnn", "ncnn"),
+    "executorch": ("sdlite.exporters.targets.executorch", "executorch"),
+    "coreml": ("sdlite.exporters.targets.coreml", "coreml"),
     "mnn": ("sdlite.exporters.targets.mnn", "mnn"),
+    "tensorrt": ("sdlite.exporters.targets.tensorrt", "tensorrt"),
     "tensorrt-rtx": ("sdlite.exporters.targets.tensorrt_rtx", "tensorrt-rtx"),
 }
 PRECISIONS = ("fp32", "fp16", "int8-static")
@@ -76,7 +78,9 @@ def assets() -> Path:
 
 def builtin() -> dict[str, Profile]:
     """Name -> profile."""
-    return {p.stem: Profile.parse(tomllib.loads(p.read_text(encoding="utf-8")), p.stem) for p in sorted((assets() / "profiles").glob("*.toml"))}
+    return {
+        p.stem: Profile.parse(tomllib.loads(p.read_text(encoding="utf-8")), p.stem) for p in sorted((assets() / "profiles").glob("*.toml"))
+    }
 
 
 def load(target: str | Path) -> Profile:

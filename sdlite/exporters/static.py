@@ -10,8 +10,8 @@ from sdlite.errors import InputError
 from sdlite.quant.graph import Graph
 
 
-def fix(graph: Graph, shapes: dict[str, tuple[int, ...]], out: Path) -> Path:
-    """Write `graph` with these input shapes to `out` (weights beside it), shape arithmetic folded by onnxruntime's basic optimisation.
+def fix(graph: Graph, shapes: dict[str, tuple[int | str, ...]], out: Path) -> Path:
+    """Write `graph` with these input shapes (numbers, or names that stay free) to `out` (weights beside it), shape arithmetic folded by onnxruntime's basic optimisation.
 
     Raises:
         InputError: an input has another rank.
@@ -25,7 +25,10 @@ def fix(graph: Graph, shapes: dict[str, tuple[int, ...]], out: Path) -> Path:
             raise InputError(f"input {value.name} has {len(dims)} dimensions, the shape {wanted} has {len(wanted)}.")
         for dim, n in zip(dims, wanted, strict=True):
             dim.Clear()
-            dim.dim_value = n
+            if isinstance(n, str):
+                dim.dim_param = n
+            else:
+                dim.dim_value = n
     for value in fixed.proto.graph.output:
         value.type.tensor_type.ClearField("shape")
     raw = out.with_name(out.stem + ".raw.onnx")

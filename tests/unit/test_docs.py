@@ -38,3 +38,7 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     assert (tmp_path / "apple.png").stat().st_size > 500
+
+
+def test_export_matrix_is_generated_from_the_committed_results():
+    assert (ROOT / "export" / "README.md").read_text() == report.export_md(), "run python -m benchmarks.report"

@@ -19,10 +19,20 @@ from sdlite.quant.graph import Graph
 from tests.conftest import EMOJI
 
 PROMPTS = ["red apple", "dog face on a blue background"]
-NEEDS = {"openvino": "openvino", "openvino-fp16": "openvino", "mnn": "MNN", "mnn-fp16": "MNN"}
+NEEDS = {
+    "openvino": "openvino",
+    "openvino-fp16": "openvino",
+    "mnn": "MNN",
+    "mnn-fp16": "MNN",
+    "ncnn": "ncnn",
+    "ncnn-fp16": "ncnn",
+    "executorch": "executorch",
+}
 
 
-@pytest.mark.parametrize("target", ["onnx", "onnx-fp16", "onnx-fixed", "openvino", "openvino-fp16", "mnn", "mnn-fp16"])
+@pytest.mark.parametrize(
+    "target", ["onnx", "onnx-fp16", "onnx-fixed", "openvino", "openvino-fp16", "mnn", "mnn-fp16", "ncnn", "ncnn-fp16", "executorch"]
+)
 def test_export_runs_on_its_runtime_and_holds_its_gate(target, tmp_path):
     if target in NEEDS:
         pytest.importorskip(NEEDS[target], reason=f"needs {NEEDS[target]}")
@@ -111,3 +121,39 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         main(["export", str(EMOJI)])
     assert e.value.code == 2
+
+
+def test_fused_schedule_computes_time_and_prompt_once(tmp_path):
+    report = export(EMOJI, tmp_path / "out", target="onnx-fixed", fuse_schedule=True, prompts=PROMPTS[:1], num_inference_steps=3, threads=1)
+    assert min(report["parity"]["psnr"]) >= 60
+    assert {f"unet/{n}.onnx" for n in ("time", "prompt", "step")} <= set(report["files"])
+    whole = Graph.load(EMOJI / "unet/model.onnx")
+    parts = {n: Graph.load(tmp_path / f"out/unet/{n}.onnx") for n in ("time", "prompt", "step")}
+    layers = {n: {x.name for x in g.layers()} for n, g in parts.items()}
+    assert set.union(*layers.values()) == {x.name for x in whole.layers()}
+    assert any("time_emb_proj" in n for n in layers["time"])
+    assert not any("time_emb" in n for n in layers["step"])
+    assert all("attn2.to_k" in n or "attn2.to_v" in n for n in layers["prompt"])
+    assert {i.name for i in parts["step"].proto.graph.input} & {"timestep", "encoder_hidden_states"} == set()
+    with pytest.raises(InputError, match="needs fixed shapes"):
+        export(EMOJI, tmp_path / "x", target="onnx", fuse_schedule=True, prompts=PROMPTS[:1], num_inference_steps=1)
+    with pytest.raises(InputError, match="for onnx profiles"):
+        export(EMOJI, tmp_path / "x", target="mnn", fuse_schedule=True)
+
+
+def test_hoisted_asks_again_for_another_prompt_or_step():
+    from sdlite.exporters.hoist import Hoisted
+
+    asked = []
+
+    def part(name):
+        return lambda given: asked.append(name) or {name: next(iter(given.values()))}
+
+    def step(given):
+        return {"out": given["sample"] + given["time"] + given["prompt"]}
+
+    network = Hoisted(part("time"), part("prompt"), step, ["sample", "time", "prompt"], "out", keep=1)
+    for t, e in ((1.0, 5.0), (1.0, 5.0), (2.0, 5.0), (1.0, 6.0), (1.0, 5.0)):
+        out = network(sample=np.ones(1), timestep=np.array(t), encoder_hidden_states=np.array([e]))
+        assert out == 1 + t + e
+    assert asked == ["time", "prompt", "time", "prompt", "prompt"]

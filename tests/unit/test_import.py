@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +27,12 @@ def test_generating_on_onnxruntime_loads_no_torch():
     loaded = modules_after(code)
     assert "onnxruntime" in loaded
     assert not set(HEAVY) & loaded
+
+
+def test_every_package_and_asset_is_in_the_wheel():
+    """pyproject.toml lists packages by hand, because export/ is mapped into one of them."""
+    root = Path(__file__).parents[2]
+    config = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {".".join(p.parent.relative_to(root).parts) for p in (root / "sdlite").rglob("__init__.py")}
+    assert set(config["packages"]) == found | {"sdlite.exporters.assets"}
+    assert config["package-dir"] == {"sdlite.exporters.assets": "export"}

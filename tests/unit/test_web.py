@@ -94,7 +94,7 @@ def test_a_broken_sampler_is_seen_by_the_click_and_errors_are_shown(page):
 
 def test_runtime_from_a_folder_and_by_hash(tmp_path, monkeypatch):
     lacking = profile.Profile("w", "web", options={"onnxruntime_web": str(tmp_path)})
-    with pytest.raises(ExportError, match="lacks ort.webgpu"):
+    with pytest.raises(ExportError, match=r"lacks ort\.webgpu"):
         web.runtime(lacking)
     for name in web.FILES:
         (tmp_path / name).write_bytes(b"x")
@@ -107,7 +107,7 @@ def test_runtime_from_a_folder_and_by_hash(tmp_path, monkeypatch):
 
 def test_no_browser_means_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(browser, "find", lambda: None)
-    monkeypatch.setattr(web, "runtime", lambda settings: {n: b"" for n in web.FILES})
+    monkeypatch.setattr(web, "runtime", lambda settings: dict.fromkeys(web.FILES, b""))
     report = export(EMOJI, tmp_path / "out", target="web", prompts=["red apple"], num_inference_steps=1, threads=1)
     assert "no browser here" in report["not_run"]["unet"]
     assert "handed to the converter" in report["checked_by"]

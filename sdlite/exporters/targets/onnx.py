@@ -1,17 +1,25 @@
-"""ONNX for onnxruntime (CPU, CUDA, mobile): fixed or free shapes; float32, float16 weights with float32 arithmetic, or QDQ int8."""
+"""ONNX for onnxruntime (CPU, CUDA, mobile): fixed or free shapes; float32, float16 weights with float32 arithmetic, or QDQ int8.
+
+With the option `fuse_schedule` the UNet comes as three graphs, see `sdlite.exporters.hoist`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 
+from sdlite.errors import InputError
+from sdlite.exporters.hoist import Hoisted, hoist, session
 from sdlite.exporters.profile import Profile
+from sdlite.exporters.static import input_shapes
 from sdlite.exporters.targets import NotRunnable
 from sdlite.quant.graph import Graph
+from sdlite.spec import SPECS
 
 PACKAGES = ("onnx", "onnxruntime")
 PRECISIONS = ("fp32", "fp16", "int8-static")
@@ -22,8 +30,28 @@ def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
     source = Graph.load(graph)
     if profile.precision == "fp16":
         source.weights = {k: dataclasses.replace(w, half=w.dtype == np.float32) for k, w in source.weights.items()}
+    if part == "unet" and profile.options.get("fuse_schedule"):
+        return _hoisted(source, graph, out)
     files = source.save(out / "model.onnx")
     onnx.checker.check_model(str(files[0]))
+    return files
+
+
+def _hoisted(source: Graph, graph: Path, out: Path) -> list[Path]:
+    shapes = input_shapes(graph)
+    if any(isinstance(d, str) for s in shapes.values() for d in s):
+        raise InputError("fuse_schedule needs fixed shapes; choose a profile with dynamic = false, such as onnx-fixed.")
+    inputs = {t.name: np.zeros(shapes[t.name], t.dtype) for t in SPECS["unet"].inputs}
+
+    def once(cut: Graph, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with tempfile.TemporaryDirectory() as tmp:
+            cut.save(Path(tmp) / "m.onnx")
+            return session(Path(tmp) / "m.onnx", None)[0](given)
+
+    files = []
+    for name, cut in hoist(source, inputs, once).items():
+        files += cut.save(out / f"{name}.onnx")
+        onnx.checker.check_model(str(out / f"{name}.onnx"))
     return files
 
 
@@ -32,4 +60,8 @@ def run(part: str, files: list[Path], profile: Profile, threads: int | None) -> 
         from sdlite.backends.ort import Session
     except ModuleNotFoundError as e:
         raise NotRunnable(f"{e.name} is not installed") from e
+    if part == "unet" and profile.options.get("fuse_schedule"):
+        cuts = {f.stem: session(f, threads) for f in files if f.suffix == ".onnx"}
+        runs = {k: run for k, (run, _) in cuts.items()}
+        return Hoisted(runs["time"], runs["prompt"], runs["step"], cuts["step"][1], SPECS["unet"].output.name)
     return Session(str(files[0]), "cpu", threads)

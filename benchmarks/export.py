@@ -1,0 +1,80 @@
+"""Every export profile on one model: what it gives, how it was checked, how long it took. One process a row.
+
+    python -m benchmarks.export emoji                      # all built-in profiles
+    python -m benchmarks.export shape:bk-tiny --profiles onnx ncnn-fp16
+
+int8 profiles take a model that `sdlite quantize` made: give its folder. A profile that fails is a row with its error.
+Rows go to benchmarks/results/exports.jsonl; `python -m benchmarks.report` makes the matrix in export/README.md of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import Case
+from benchmarks.env import environment
+from benchmarks.run import model_folder
+
+RESULTS = Path(__file__).parent / "results" / "exports.jsonl"
+
+
+def worker(job: dict[str, Any]) -> dict[str, Any]:
+    from sdlite.errors import SdliteError
+    from sdlite.exporters.export import export
+
+    with tempfile.TemporaryDirectory() as tmp:
+        try:
+            r = export(job["folder"], Path(tmp) / "out", target=job["profile"], num_inference_steps=job["steps"], threads=job["threads"])
+        except SdliteError as e:
+            return {"error": f"{type(e).__name__}: {e}"}
+    return {
+        "target": r["profile"]["target"], "precision": r["profile"]["precision"], "dynamic": r["profile"]["dynamic"], "tools": r["tools"], "opset": r["opset"],
+        "bytes": sum(f["bytes"] for name, f in r["files"].items() if name.split("/")[0] in ("text_encoder", "unet", "vae_decoder")),
+        "checked_by": r["checked_by"], "not_run": next(iter(r["not_run"].values()), None), "parity": r["parity"], "gate": r["profile"]["gate"],
+        "options": r["profile"]["options"], "seconds": r["seconds"], "peak_mib": r["peak_mib"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    from sdlite.exporters import profile
+
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap.add_argument("model", nargs="?", default="emoji", help="embedded name, folder or shape:NAME")
+    ap.add_argument("--profiles", nargs="+", help="default: all that suit the model's precisions")
+    ap.add_argument("--label", help="name of the model in the row; default: as given")
+    ap.add_argument("--steps", type=int, default=4)
+    ap.add_argument("--size", type=int, default=512, help="pixels, for shapes")
+    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sdlite-bench")
+    ap.add_argument("--out", type=Path, default=RESULTS)
+    ap.add_argument("--worker", help=argparse.SUPPRESS)
+    args = ap.parse_args()
+    if args.worker:
+        print(json.dumps(worker(json.loads(args.worker))))
+        return
+    folder = model_folder(Case(args.model, "sdlite-ort", args.steps, args.size), args.cache)
+    held = json.loads((folder / "sdlite.json").read_text())["variants"]
+    names = args.profiles or [n for n, p in profile.builtin().items() if p.precision in held]
+    about = {**environment(), "command": "python -m benchmarks.export " + " ".join(sys.argv[1:])}
+    for name in names:
+        job = {"folder": str(folder), "profile": name, "steps": args.steps, "threads": args.threads}
+        done = subprocess.run([sys.executable, "-m", "benchmarks.export", "--worker", json.dumps(job)], capture_output=True, text=True)
+        lines = done.stdout.strip().splitlines()
+        row = (
+            json.loads(lines[-1]) if done.returncode == 0 and lines else {"error": f"exit {done.returncode}: {done.stderr.strip()[-300:]}"}
+        )
+        row = {"model": args.label or args.model, "profile": name, "steps": args.steps, **row, **about}
+        with open(args.out, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        what = row.get("error") or f"{row['checked_by']}, PSNR {min(row['parity']['psnr'] or [0]):.1f} dB, {row['seconds']:.0f} s"
+        print(f"{name}: {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""TensorRT: engines of `sdlite export --target tensorrt`, with device buffers that stay and a CUDA graph for each set of shapes.
+
+Written for TensorRT 10 and 11 and cuda-python 12 and 13 from their documentation; no NVIDIA GPU was at hand, so it HAS NOT BEEN RUN.
+Everything that does not touch the device is tested.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdlite.artifact import Artifact, sha256
+from sdlite.backends import Network, NetworkReport, RowByRow
+from sdlite.errors import ArtifactError, MissingExtraError, PrecisionError, UnknownNameError
+from sdlite.spec import SPECS
+
+PRECISIONS = ("fp32", "fp16", "int8-static")
+DEVICES = ("cuda",)
+
+
+def engine() -> str:
+    import tensorrt
+
+    return f"tensorrt {tensorrt.__version__}"
+
+
+def notes(precision: str, device: str) -> list[str]:
+    return []
+
+
+def _cudart() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ModuleNotFoundError as e:
+        raise MissingExtraError("TensorRT engines need cuda-python: pip install 'sdlite[tensorrt]'.") from e
+    return runtime
+
+
+def _ok(result: tuple[Any, ...]) -> Any:
+    """cuda-python returns (error, values...). The values, or an error that says which call failed."""
+    error, *values = result
+    if int(error):
+        raise RuntimeError(f"CUDA: {error.name if hasattr(error, 'name') else error}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def no_gpu() -> str | None:
+    """Why an engine cannot run here, or None."""
+    for package, name in (("tensorrt", "tensorrt"), ("cuda", "cuda-python")):
+        if importlib.util.find_spec(package) is None:
+            return f"{name} is not installed: pip install 'sdlite[tensorrt]'"
+    try:
+        count = _ok(_cudart().cudaGetDeviceCount())
+    except (RuntimeError, MissingExtraError) as e:
+        return f"no CUDA device: {e}"
+    return None if count else "no CUDA device"
+
+
+class Buffers:
+    """Device memory by tensor name; grows, never shrinks, so that addresses in a captured graph stay right while shapes stay."""
+
+    def __init__(self, cuda: Any):
+        self.cuda = cuda
+        self.address: dict[str, int] = {}
+        self.size: dict[str, int] = {}
+
+    def ensure(self, name: str, size: int) -> bool:
+        """At least `size` bytes for `name`. Returns whether the address changed."""
+        if size <= self.size.get(name, 0):
+            return False
+        if name in self.address:
+            _ok(self.cuda.cudaFree(self.address[name]))
+        self.address[name], self.size[name] = int(_ok(self.cuda.cudaMalloc(size))), size
+        return True
+
+    def close(self) -> None:
+        for address in self.address.values():
+            self.cuda.cudaFree(address)
+        self.address, self.size = {}, {}
+
+
+class Engine:
+    """One engine: named arrays -> the network's output. The first call with new shapes runs plainly, the second is captured, later ones replay."""
+
+    def __init__(self, path: Path, part: str, trt: Any = None, cuda: Any = None):
+        if trt is None:
+            import tensorrt as trt
+        self.trt, self.cuda, self.spec = trt, cuda or _cudart(), SPECS[part]
+        self.logger = trt.Logger(trt.Logger.ERROR)
+        self.engine = trt.Runtime(self.logger).deserialize_cuda_engine(path.read_bytes())
+        if self.engine is None:
+            raise ArtifactError(
+                f"{path} is not an engine of TensorRT {trt.__version__} for this GPU; build it here: sdlite export --target tensorrt."
+            )
+        self.context = self.engine.create_execution_context()
+        self.stream = _ok(self.cuda.cudaStreamCreate())
+        self.buffers = Buffers(self.cuda)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.graph: Any = None
+        self.calls = 0  # since the shapes or an address changed
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        arrays = {
+            t.name: np.array(inputs[t.name], np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(t.name)))) for t in self.spec.inputs
+        }
+        shapes = {k: a.shape for k, a in arrays.items()}
+        if shapes != self.shapes:
+            self._forget()
+            for name, shape in shapes.items():
+                if not self.context.set_input_shape(name, shape):
+                    raise UnknownNameError(
+                        f"{self.spec.part}: the engine was not built for {name} of shape {shape}; export it with that range."
+                    )
+            self.shapes = shapes
+        result = self.spec.output.name
+        out = np.empty(tuple(self.context.get_tensor_shape(result)), np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(result))))
+        for name, array in [*arrays.items(), (result, out)]:
+            if self.buffers.ensure(name, array.nbytes):
+                self._forget()
+                self.context.set_tensor_address(name, self.buffers.address[name])
+        kind = self.cuda.cudaMemcpyKind
+        for name, array in arrays.items():
+            _ok(
+                self.cuda.cudaMemcpyAsync(
+                    self.buffers.address[name], array.ctypes.data, array.nbytes, kind.cudaMemcpyHostToDevice, self.stream
+                )
+            )
+        self._enqueue()
+        _ok(self.cuda.cudaMemcpyAsync(out.ctypes.data, self.buffers.address[result], out.nbytes, kind.cudaMemcpyDeviceToHost, self.stream))
+        _ok(self.cuda.cudaStreamSynchronize(self.stream))
+        return out.astype(np.float32, copy=False)
+
+    def _enqueue(self) -> None:
+        """Plain once (it sets the context up), then capture, then replay."""
+        self.calls += 1
+        if self.graph is not None:
+            _ok(self.cuda.cudaGraphLaunch(self.graph, self.stream))
+            return
+        if self.calls == 2:
+            _ok(self.cuda.cudaStreamBeginCapture(self.stream, self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+            done = self.context.execute_async_v3(int(self.stream))
+            captured = _ok(self.cuda.cudaStreamEndCapture(self.stream))
+            if done:
+                self.graph = _ok(self.cuda.cudaGraphInstantiate(captured, 0))
+                _ok(self.cuda.cudaGraphLaunch(self.graph, self.stream))
+                return
+        if not self.context.execute_async_v3(int(self.stream)):
+            raise RuntimeError(f"TensorRT could not run {self.spec.part}; its log has the reason.")
+
+    def _forget(self) -> None:
+        if self.graph is not None:
+            _ok(self.cuda.cudaGraphExecDestroy(self.graph))
+        self.graph, self.calls = None, 0
+
+    def close(self) -> None:
+        self._forget()
+        self.buffers.close()
+        _ok(self.cuda.cudaStreamDestroy(self.stream))
+
+
+def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]:
+    """From a folder that `sdlite export --target tensorrt` wrote.
+
+    Raises:
+        ArtifactError: the folder holds no engines, or one was changed. PrecisionError: they have another precision.
+        UnknownNameError: no CUDA device.
+    """
+    path, about = artifact.folder / part / "model.engine", artifact.folder / "export-report.json"
+    if not path.is_file() or not about.is_file():
+        raise ArtifactError(
+            f"{artifact.folder} holds no TensorRT engine of {part}; make them on this GPU: sdlite export MODEL --target tensorrt."
+        )
+    report = json.loads(about.read_text(encoding="utf-8"))
+    if (held := report["profile"]["precision"]) != precision:
+        raise PrecisionError(f"the engines in {artifact.folder} are {held}, not {precision}; pass precision={held!r} or export again.")
+    if sha256(path) != report["files"][f"{part}/model.engine"]["sha256"]:
+        raise ArtifactError(f"{path} is not what the export wrote; export again.")
+    if why := no_gpu():
+        raise UnknownNameError(f"device='cuda': {why}; use backend='onnxruntime' on the CPU.")
+    network = Engine(path, part)
+    fixed = next(iter(network.engine.get_tensor_shape(SPECS[part].inputs[0].name))) == 1
+    row = NetworkReport(part, f"{part}/model.engine", path.stat().st_size, precision, precision, 0.0)
+    return (RowByRow(network) if fixed else network), row

@@ -1,0 +1,106 @@
+"""Fixed-schedule graphs: what depends on the timestep alone, on the prompt alone, and the rest, as three graphs.
+
+Over a sampling loop the time embedding and its projections are the same for every picture, and the cross-attention keys and values of a
+prompt are the same in every step. `hoist` cuts a UNet where such values meet the latents; `Hoisted` computes each of them once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from onnx import helper
+
+from sdlite.errors import ExportError
+from sdlite.quant.graph import Graph
+
+Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+PARTS = {"time": "timestep", "prompt": "encoder_hidden_states"}  # graph -> the one input it depends on
+
+
+def hoist(
+    graph: Graph, inputs: dict[str, np.ndarray], run: Callable[[Graph, dict[str, np.ndarray]], dict[str, np.ndarray]]
+) -> dict[str, Graph]:
+    """{"time", "prompt", "step"}: together equal to `graph`.
+
+    Args:
+        graph: a UNet of fixed shapes (a free batch ties the time embedding to the latents).
+        inputs: one set of its inputs, to learn the shapes of what passes from graph to graph.
+        run: runs a graph and returns its outputs by name.
+
+    Raises:
+        ExportError: nothing depends on the timestep alone or on the prompt alone.
+    """
+    seen: dict[str, frozenset[str]] = {i.name: frozenset([i.name]) for i in graph.proto.graph.input}
+    for node in graph.nodes:
+        needs = frozenset().union(*(seen.get(x, frozenset()) for x in node.input))
+        seen |= dict.fromkeys(node.output, needs)
+    results = {o.name for o in graph.proto.graph.output}
+    meet: dict[str, list[str]] = {}
+    for part, name in PARTS.items():
+        alone = frozenset([name])
+        crossing = {x for n in graph.nodes for x in n.input if seen.get(x) == alone and x != name and seen[n.output[0]] != alone}
+        meet[part] = [o for n in graph.nodes for o in n.output if o in crossing]
+        if not meet[part] or crossing & results:
+            raise ExportError(f"no value of this network depends on {name} alone; are its shapes fixed?")
+    names = [x for part in PARTS for x in meet[part]]
+    values = run(graph.outputs(names), inputs)
+    out = {}
+    for part, name in PARTS.items():
+        out[part] = _cut(graph, [name], meet[part], seen, {}, lambda needs, name=name: needs <= {name})
+    given = {x: values[x] for x in names}
+    hoisted = {frozenset([n]) for n in PARTS.values()}
+    kept = [i.name for i in graph.proto.graph.input if i.name not in PARTS.values()]
+    direct = [i for i in PARTS.values() if any(i in n.input and seen[n.output[0]] not in hoisted for n in graph.nodes)]
+    out["step"] = _cut(graph, kept + direct, [o.name for o in graph.proto.graph.output], seen, given, lambda needs: needs not in hoisted)
+    return out
+
+
+def _cut(graph: Graph, inputs: list[str], outputs: list[str], seen: dict[str, frozenset[str]], given: dict[str, np.ndarray],
+         belongs: Callable[[frozenset[str]], bool]) -> Graph:  # fmt: skip
+    part = graph.copy()
+    part.replace([n for n in graph.nodes if belongs(seen[n.output[0]])])
+    old = {v.name: v for v in (*graph.proto.graph.input, *graph.proto.graph.output)}
+    proto = part.proto.graph
+    del proto.input[:], proto.output[:], proto.value_info[:]
+    proto.input.extend(old[x] for x in inputs)
+    proto.input.extend(helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in given.items())
+    proto.output.extend(old.get(x) or helper.make_tensor_value_info(x, 1, None) for x in outputs)
+    part.prune()
+    return part
+
+
+class Hoisted:
+    """The three graphs as one network. Prompts and timesteps are remembered: `keep` of the first, all of the second."""
+
+    def __init__(self, time: Run, prompt: Run, step: Run, step_inputs: list[str], output: str, keep: int = 8):
+        self.time, self.prompt, self.step, self.output, self.keep = time, prompt, step, output, keep
+        self.direct = [n for n in ("timestep", "encoder_hidden_states") if n in step_inputs]
+        self._times: dict[float, dict[str, np.ndarray]] = {}
+        self._prompts: dict[bytes, dict[str, np.ndarray]] = {}
+
+    def __call__(self, *, sample: np.ndarray, timestep: np.ndarray, encoder_hidden_states: np.ndarray) -> np.ndarray:
+        t, key = float(timestep), encoder_hidden_states.tobytes()
+        if t not in self._times:
+            self._times[t] = self.time({"timestep": timestep})
+        if key not in self._prompts:
+            while len(self._prompts) >= self.keep:
+                del self._prompts[next(iter(self._prompts))]
+            self._prompts[key] = self.prompt({"encoder_hidden_states": encoder_hidden_states})
+        given = {"timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
+        inputs = {"sample": sample, **{n: given[n] for n in self.direct}, **self._times[t], **self._prompts[key]}
+        return self.step(inputs)[self.output]
+
+
+def session(path: str | Path, threads: int | None) -> tuple[Run, list[str]]:
+    """A graph file on onnxruntime's CPU, and the names of its inputs."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    held = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in held.get_outputs()]
+    return lambda inputs: dict(zip(names, held.run(names, inputs), strict=True)), [i.name for i in held.get_inputs()]

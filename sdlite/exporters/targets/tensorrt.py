@@ -1,0 +1,147 @@
+"""TensorRT engines: strongly typed float32, float16 or explicit-QDQ int8. One process for each build.
+
+Two members of one family, one builder. `tensorrt-rtx` builds without a GPU, for Ampere to Blackwell. `tensorrt` (10 and 11) builds on the GPU
+that it builds for; no such machine was at hand, so its build and its engines have not been run by us: the gate checks the graph that the
+builder was given. The parser's own verdict (`supports_model_v2` in effect: a parse without errors) is checked by every build.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdlite.errors import ExportError, InputError
+from sdlite.exporters.half import to_half
+from sdlite.exporters.profile import Profile
+from sdlite.exporters.static import input_shapes
+from sdlite.exporters.targets import NotRunnable
+
+PACKAGES = ("tensorrt",)
+PRECISIONS = ("fp32", "fp16", "int8-static")
+DYNAMIC = True
+FREE_SIZE = False  # any batch in the profile's range, one picture size
+LIBRARY = "tensorrt"
+# What a profile's options may say; `compute_capabilities` is TensorRT-RTX's, the flags from `version_compatible` on are TensorRT's.
+OPTIONS = {
+    "min", "opt", "max", "compute_capabilities", "workspace_mib", "optimization_level", "timing_cache",
+    "version_compatible", "hardware_compatible", "strip_weights",
+}  # fmt: skip
+
+
+def prepare(part: str, graph: Path, profile: Profile) -> Path:
+    """float16 arithmetic, where the artefact's graph has float16 weights and float32 arithmetic."""
+    return to_half(graph, graph.with_name(f"{part}.half.onnx")) if profile.precision == "fp16" else graph
+
+
+def build(job: dict[str, Any]) -> None:
+    """In a process of its own: parse, check and build `job["graph"]` into `job["engine"]`.
+
+    Raises:
+        ExportError: the parser or the builder refuses; the message carries their words.
+    """
+    trt = importlib.import_module(job["library"])
+
+    class Log(trt.ILogger):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.words: list[str] = []
+
+        def log(self, severity: object, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR, trt.ILogger.WARNING):
+                self.words.append(message)
+
+    log = Log()
+    builder = trt.Builder(log)
+    if builder is None:
+        raise ExportError(f"{job['library']} makes no builder here: {' '.join(log.words[-3:])[:400]}")
+    # TensorRT 11 knows strongly typed networks only and has no flag for it
+    strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if strong is None else 1 << int(strong))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(job["graph"]):
+        errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise ExportError(f"{job['library']}'s parser refuses {job['part']}: {errors[:400]}")
+    config = builder.create_builder_config()
+    _configure(trt, builder, config, job)
+    blob = builder.build_serialized_network(network, config)
+    if blob is None:
+        raise ExportError(f"{job['library']} could not build {job['part']}: {' '.join(log.words[-3:])[:400]}")
+    Path(job["engine"]).write_bytes(bytes(blob))
+    if job["options"].get("timing_cache"):
+        cache = Path(job["options"]["timing_cache"])
+        cache.with_suffix(".part").write_bytes(bytes(config.get_timing_cache().serialize()))
+        cache.with_suffix(".part").replace(cache)
+
+
+def _configure(trt: Any, builder: Any, config: Any, job: dict[str, Any]) -> None:
+    """Shapes and options of a job onto a builder config."""
+    options = job["options"]
+    if job["ranges"]:
+        shapes = builder.create_optimization_profile()
+        for name, (low, best, high) in job["ranges"].items():
+            shapes.set_shape(name, tuple(low), tuple(best), tuple(high))
+        config.add_optimization_profile(shapes)
+    if capabilities := options.get("compute_capabilities"):
+        config.num_compute_capabilities = len(capabilities)
+        for i, c in enumerate(capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, c), i)
+    if "workspace_mib" in options:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options["workspace_mib"] << 20)
+    if "optimization_level" in options:
+        config.builder_optimization_level = options["optimization_level"]
+    if options.get("timing_cache"):
+        path = Path(options["timing_cache"])
+        config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.exists() else b""), ignore_mismatch=False)
+    if options.get("version_compatible"):
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.get("strip_weights"):
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if options.get("hardware_compatible"):
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+
+
+def job_of(part: str, graph: Path, engine: Path, profile: Profile, library: str = LIBRARY) -> dict[str, Any]:
+    """What `build` is told. Raises InputError for an option that is not known."""
+    if unknown := sorted(set(profile.options) - OPTIONS):
+        raise InputError(f"profile {profile.name}: options {', '.join(unknown)} not known; known: {', '.join(sorted(OPTIONS))}.")
+    free = {k: s for k, s in input_shapes(graph).items() if any(isinstance(d, str) for d in s)}
+    ranges = {
+        k: [[d if isinstance(d, int) else profile.options.get(b, 1) for d in s] for b in ("min", "opt", "max")] for k, s in free.items()
+    }
+    return {
+        "library": library,
+        "part": part,
+        "graph": str(graph),
+        "engine": str(engine),
+        "ranges": ranges,
+        "options": dict(profile.options),
+    }
+
+
+def convert(part: str, graph: Path, out: Path, profile: Profile, library: str = LIBRARY) -> list[Path]:
+    engine = out / "model.engine"
+    job = job_of(part, graph, engine, profile, library)
+    done = subprocess.run([sys.executable, "-m", __name__, json.dumps(job)], capture_output=True, text=True)
+    if done.returncode or not engine.exists():
+        words = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ExportError(words.split("ExportError: ")[-1][:500])
+    return [engine]
+
+
+def run(part: str, files: list[Path], profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
+    from sdlite.backends.tensorrt import Engine, no_gpu
+
+    if why := no_gpu():
+        raise NotRunnable(why)
+    return Engine(files[0], part)
+
+
+if __name__ == "__main__":
+    build(json.loads(sys.argv[1]))

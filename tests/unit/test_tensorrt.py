@@ -1,0 +1,195 @@
+"""What of TensorRT can be tested without a GPU: jobs, refusals, the engine's use of CUDA on a recorded device."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="needs the quantize extra")
+
+from sdlite.artifact import Artifact
+from sdlite.backends import tensorrt
+from sdlite.errors import ArtifactError, InputError, PrecisionError, UnknownNameError
+from sdlite.exporters.profile import Profile
+from sdlite.exporters.targets import tensorrt as target
+
+
+class Cuda:
+    """A device whose memory is the host's: copies and launches really happen, and are written down."""
+
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="in", cudaMemcpyDeviceToHost="out")
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+
+    def __init__(self):
+        self.log, self.memory, self.capturing, self.work = [], {}, False, None
+
+    def cudaStreamCreate(self):
+        return 0, 7
+
+    def cudaMalloc(self, size):
+        block = ctypes.create_string_buffer(size)
+        self.memory[ctypes.addressof(block)] = block
+        self.log.append("malloc")
+        return 0, ctypes.addressof(block)
+
+    def cudaFree(self, address):
+        del self.memory[address]
+        return (0,)
+
+    def cudaMemcpyAsync(self, to, source, size, kind, stream):
+        ctypes.memmove(to, source, size)
+        return (0,)
+
+    def cudaStreamSynchronize(self, stream):
+        return (0,)
+
+    def cudaStreamDestroy(self, stream):
+        return (0,)
+
+    def cudaStreamBeginCapture(self, stream, mode):
+        self.capturing = True
+        return (0,)
+
+    def cudaStreamEndCapture(self, stream):
+        self.capturing = False
+        return 0, "captured"
+
+    def cudaGraphInstantiate(self, graph, flags):
+        return 0, "graph"
+
+    def cudaGraphLaunch(self, graph, stream):
+        self.log.append("replay")
+        self.work()
+        return (0,)
+
+    def cudaGraphExecDestroy(self, graph):
+        self.log.append("destroy")
+        return (0,)
+
+
+class Context:
+    def __init__(self, cuda):
+        self.cuda, self.shapes, self.addresses = cuda, {}, {}
+        cuda.work = self.compute
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+        return not shape or shape[0] <= 4
+
+    def get_tensor_shape(self, name):
+        return self.shapes["latent_sample"]
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+
+    def compute(self):
+        n = int(np.prod(self.shapes["latent_sample"]))
+        read, write = (np.ctypeslib.as_array((ctypes.c_float * n).from_address(self.addresses[k])) for k in ("latent_sample", "sample"))
+        write[:] = read * 2
+
+    def execute_async_v3(self, stream):
+        self.cuda.log.append("capture" if self.cuda.capturing else "plain")
+        if not self.cuda.capturing:
+            self.compute()
+        return True
+
+
+def library(cuda, readable=True):
+    held = SimpleNamespace(get_tensor_dtype=lambda name: "f32", create_execution_context=lambda: Context(cuda))
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: held if readable else None)
+    logger = type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None})
+    return SimpleNamespace(Logger=logger, Runtime=lambda log: runtime, nptype=lambda kind: np.float32, __version__="0")
+
+
+@pytest.fixture
+def engine(tmp_path):
+    cuda = Cuda()
+    (tmp_path / "model.engine").write_bytes(b"x")
+    return tensorrt.Engine(tmp_path / "model.engine", "vae_decoder", library(cuda), cuda), cuda
+
+
+def test_plain_then_captured_then_replayed(engine):
+    network, cuda = engine
+    for i in range(4):
+        x = np.full((1, 2, 3, 3), i, np.float32)
+        np.testing.assert_array_equal(network(latent_sample=x), 2 * x)
+    assert [w for w in cuda.log if w != "malloc"] == ["plain", "capture", "replay", "replay", "replay"]
+    assert cuda.log.count("malloc") == 2
+
+
+def test_new_shapes_begin_again_and_buffers_grow_only(engine):
+    network, cuda = engine
+    for batch in (2, 2, 1, 1, 3):
+        x = np.random.default_rng(batch).normal(size=(batch, 2, 3, 3)).astype(np.float32)
+        np.testing.assert_array_equal(network(latent_sample=x), 2 * x)
+    assert cuda.log.count("malloc") == 4  # two tensors for 2 rows, again for 3; none for 1
+    assert [w for w in cuda.log if w != "malloc"] == [
+        "plain",
+        "capture",
+        "replay",
+        "destroy",
+        "plain",
+        "capture",
+        "replay",
+        "destroy",
+        "plain",
+    ]
+    network.close()
+    assert not cuda.memory
+
+
+def test_shape_outside_the_engine_and_unreadable_engine(engine, tmp_path):
+    network, cuda = engine
+    with pytest.raises(UnknownNameError, match="not built for latent_sample of shape"):
+        network(latent_sample=np.zeros((5, 2, 3, 3), np.float32))
+    with pytest.raises(ArtifactError, match="build it here"):
+        tensorrt.Engine(tmp_path / "model.engine", "vae_decoder", library(cuda, readable=False), cuda)
+
+
+def test_cuda_errors_are_raised():
+    with pytest.raises(RuntimeError, match="CUDA: 2"):
+        tensorrt._ok((2, None))
+
+
+def test_jobs_name_shapes_and_refuse_unknown_options(tmp_path):
+    from tests.conftest import EMOJI
+
+    graph = EMOJI / "text_encoder" / "model.onnx"
+    job = target.job_of("text_encoder", graph, tmp_path / "e", Profile("t", "tensorrt", options={"min": 1, "opt": 2, "max": 8}))
+    assert job["ranges"] == {"input_ids": [[1, 28], [2, 28], [8, 28]]}
+    with pytest.raises(InputError, match="options speed not known"):
+        target.job_of("text_encoder", graph, tmp_path / "e", Profile("t", "tensorrt", options={"speed": 1}))
+
+
+def test_options_reach_the_builder(tmp_path):
+    """On the family's own library where it is installed: every option is one that a builder config takes."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra")
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    config = builder.create_builder_config()
+    options = {"workspace_mib": 64, "optimization_level": 2, "strip_weights": True, "compute_capabilities": ["SM89", "SM120"]}
+    target._configure(trt, builder, config, {"ranges": {"x": [[1, 2], [2, 2], [4, 2]]}, "options": options})
+    assert config.get_flag(trt.BuilderFlag.STRIP_PLAN)
+    assert config.builder_optimization_level == 2
+    assert config.num_compute_capabilities == 2
+    assert config.num_optimization_profiles == 1
+
+
+def test_backend_refuses_what_it_cannot_load(tmp_path):
+    from tests.conftest import EMOJI
+
+    with pytest.raises(ArtifactError, match="sdlite export MODEL --target tensorrt"):
+        tensorrt.load_part(Artifact.open(EMOJI), "unet", "fp16", "cuda", None)
+    for part in ("unet",):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "model.engine").write_bytes(b"x")
+    (tmp_path / "model_index.json").write_text("{}")
+    report = {"profile": {"precision": "fp16"}, "files": {"unet/model.engine": {"sha256": "0"}}}
+    (tmp_path / "export-report.json").write_text(json.dumps(report))
+    with pytest.raises(PrecisionError, match="are fp16, not fp32"):
+        tensorrt.load_part(Artifact.open(tmp_path), "unet", "fp32", "cuda", None)
+    with pytest.raises(ArtifactError, match="not what the export wrote"):
+        tensorrt.load_part(Artifact.open(tmp_path), "unet", "fp16", "cuda", None)
