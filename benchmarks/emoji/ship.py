@@ -29,6 +29,7 @@ def halve(folder: Path) -> None:
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     ap.add_argument("--model", type=Path, required=True, help="diffusers folder of a training")
+    ap.add_argument("--vae", type=Path, help="vae folder to take instead of the model's (train_decoder.py)")
     ap.add_argument("--out", type=Path, required=True, help="artefact folder; replaced")
     ap.add_argument("--name", default="emoji")
     ap.add_argument("--steps", type=int, default=25)
@@ -50,6 +51,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         plain, art = Path(tmp) / "plain", Path(tmp) / "artefact"
         shutil.copytree(args.model, plain)
+        if args.vae:
+            shutil.rmtree(plain / "vae")
+            shutil.copytree(args.vae, plain / "vae")
         halve(plain)
         convert(
             plain,

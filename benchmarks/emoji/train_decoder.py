@@ -99,7 +99,8 @@ def main() -> None:
     ap.add_argument("--latents", type=Path, required=True, help="latent cache of the teacher's run")
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--guidance", type=float, default=2.0)
-    ap.add_argument("--images", type=int, default=80_000)
+    ap.add_argument("--images", type=int, default=20_000)
+    ap.add_argument("--batch-size", type=int, default=16)
     ap.add_argument("--lr", type=float, default=5e-4)
     ap.add_argument("--resume", action="store_true")
     ap.add_argument("--max-minutes", type=float)
@@ -110,7 +111,13 @@ def main() -> None:
     data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(HERE / "tokenizer")
     source = EmojiLatents(AutoencoderKL.from_pretrained(args.model / "vae").eval(), tokenizer, data, args.latents)
     config = TrainConfig(
-        max_images=args.images, batch_size=32, lr=args.lr, warmup_images=3_000, decay_from=0.3, ema_decay=0.998, sample_every=500
+        max_images=args.images,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        warmup_images=1_000,
+        decay_from=0.3,
+        ema_decay=0.998,
+        sample_every=500,
     )
     fit(DecoderTask(args.model, source, args.guidance), config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 

@@ -19,10 +19,13 @@ def to_half(graph: Path, out: Path) -> Path:
         ExportError: the result is not a valid graph.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
-    model = convert_float_to_float16(
-        onnx.load(str(graph)), keep_io_types=True, disable_shape_infer=True, op_block_list=[*FLOAT32], min_positive_val=1e-7
-    )
+    # types of inner values are needed, and inferring them must not carry the weights along (2 GB limit)
+    typed = onnx.shape_inference.infer_shapes(onnx.load(str(graph), load_external_data=False))
+    onnx.load_external_data_for_model(typed, str(graph.parent))
+    model = convert_float_to_float16(typed, keep_io_types=True, disable_shape_infer=True, op_block_list=[*FLOAT32], min_positive_val=1e-7)
+    OnnxModel(model).topological_sort()
     large = model.ByteSize() > 1 << 30
     onnx.save_model(model, str(out), save_as_external_data=large, location=out.name + ".data", all_tensors_to_one_file=True)
     try:

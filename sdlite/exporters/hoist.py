@@ -48,25 +48,28 @@ def hoist(
     values = run(graph.outputs(names), inputs)
     out = {}
     for part, name in PARTS.items():
-        out[part] = _cut(graph, [name], meet[part], seen, {}, lambda needs, name=name: needs <= {name})
-    given = {x: values[x] for x in names}
+        out[part] = _cut(graph, [name], meet[part], seen, values, lambda needs, name=name: needs <= {name})
     hoisted = {frozenset([n]) for n in PARTS.values()}
     kept = [i.name for i in graph.proto.graph.input if i.name not in PARTS.values()]
     direct = [i for i in PARTS.values() if any(i in n.input and seen[n.output[0]] not in hoisted for n in graph.nodes)]
-    out["step"] = _cut(graph, kept + direct, [o.name for o in graph.proto.graph.output], seen, given, lambda needs: needs not in hoisted)
+    out["step"] = _cut(
+        graph, [*kept, *direct, *names], [o.name for o in graph.proto.graph.output], seen, values, lambda n: n not in hoisted
+    )
     return out
 
 
-def _cut(graph: Graph, inputs: list[str], outputs: list[str], seen: dict[str, frozenset[str]], given: dict[str, np.ndarray],
+def _cut(graph: Graph, inputs: list[str], outputs: list[str], seen: dict[str, frozenset[str]], values: dict[str, np.ndarray],
          belongs: Callable[[frozenset[str]], bool]) -> Graph:  # fmt: skip
     part = graph.copy()
     part.replace([n for n in graph.nodes if belongs(seen[n.output[0]])])
-    old = {v.name: v for v in (*graph.proto.graph.input, *graph.proto.graph.output)}
     proto = part.proto.graph
+    known = {v.name: v for v in (*graph.proto.graph.input, *graph.proto.graph.output)}
+    known |= {
+        k: helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in values.items() if k not in known
+    }
     del proto.input[:], proto.output[:], proto.value_info[:]
-    proto.input.extend(old[x] for x in inputs)
-    proto.input.extend(helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in given.items())
-    proto.output.extend(old.get(x) or helper.make_tensor_value_info(x, 1, None) for x in outputs)
+    proto.input.extend(known[x] for x in inputs)
+    proto.output.extend(known[x] for x in outputs)
     part.prune()
     return part
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
-from sdlite import Pipeline
+
 from sdlite.cli import main
 from sdlite.errors import InputError, PrecisionError, QuantizationError, UnknownNameError
 from sdlite.quant import Calibration, Gate, insert, quantize, rewrite, table
@@ -359,6 +360,37 @@ def test_errors(tmp_path, emoji, plain):
 def test_quantised_model_cannot_be_quantised_again(static, tmp_path):
     with pytest.raises(PrecisionError, match="no float ONNX graphs"):
         quantize(static[0], "int8-static", out=tmp_path / "x", **QUICK)
+
+
+_PEAK = """
+import resource, sys
+from sdlite.quant import Calibration
+
+from sdlite.quant.calibrate import read_prompts
+import sdlite.quant.api as api
+
+keep = sys.argv[2] == "keep"  # a broken observer that keeps what it sees
+if keep:
+    from sdlite.quant.observe import Histogram
+    kept, right = [], Histogram.add
+    Histogram.add = lambda self, x, *rest, **more: (kept.append(x.copy()), right(self, x, *rest, **more))[1]
+prompts = read_prompts(sys.argv[3])
+api.quantize(sys.argv[4], "int8-static", out=sys.argv[5], threads=1, calibration=Calibration(prompts=prompts, samples=int(sys.argv[1]), num_inference_steps=2),
+             gate=api.Gate(prompts=prompts[-1:], seeds=(0,), num_inference_steps=1, psnr_mean=0, psnr_worst=0, ssim_mean=-1, engines=["onnxruntime"], max_float=0))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_peak_memory_does_not_grow_with_samples(tmp_path):
+    """Resident set of whole runs, in processes of their own; the last one keeps its samples, to show that the measure sees it."""
+
+    def peak(samples, mode):
+        command = [sys.executable, "-c", _PEAK, str(samples), mode, str(CALIBRATION), str(EMOJI), str(tmp_path / f"{mode}{samples}")]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+    few, many, leaking = peak(2, "stream"), peak(10, "stream"), peak(10, "keep")
+    assert many < few + 40, (few, many)
+    assert leaking > many + 40, (many, leaking)
 
 
 def test_disk_full_half_way_loses_nothing(tmp_path, monkeypatch):

@@ -130,8 +130,7 @@ def convert(part: str, graph: Path, out: Path, profile: Profile, library: str = 
     job = job_of(part, graph, engine, profile, library)
     done = subprocess.run([sys.executable, "-m", __name__, json.dumps(job)], capture_output=True, text=True)
     if done.returncode or not engine.exists():
-        words = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ExportError(words.split("ExportError: ")[-1][:500])
+        raise ExportError((done.stderr.strip() or f"no output, exit {done.returncode}").split("ExportError: ")[-1][:500])
     return [engine]
 
 
