@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
-
+from sdlite import Pipeline
 from sdlite.cli import main
 from sdlite.errors import InputError, PrecisionError, QuantizationError, UnknownNameError
 from sdlite.quant import Calibration, Gate, insert, quantize, rewrite, table
@@ -365,7 +365,6 @@ def test_quantised_model_cannot_be_quantised_again(static, tmp_path):
 _PEAK = """
 import resource, sys
 from sdlite.quant import Calibration
-
 from sdlite.quant.calibrate import read_prompts
 import sdlite.quant.api as api
 

@@ -27,6 +27,12 @@ def convert_torch(part: str, network: Any, example: tuple[Any, ...], out: Path, 
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     import coremltools as ct
 
+    from coremltools.converters.mil.frontend.torch.ops import noop
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY as known
+
+    if "alias" not in known:  # torch 2.9 and later write it; coremltools 9.0 does not know that it does nothing
+        known.set_func_by_name(noop, "alias")
+
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(network.eval(), example, strict=False).run_decompositions({})
