@@ -204,6 +204,7 @@ def convert(
     student: dict[str, Any] | None = None,
     sampler: dict[str, Any] | None = None,
     calibration_prompts: Sequence[str] | None = None,
+    keep_float: dict[str, Sequence[str]] | None = None,
 ) -> Path:
     """Make an artefact: the diffusers folder, ONNX graphs for its three networks, and the manifest.
 
@@ -214,6 +215,7 @@ def convert(
         student: what the manifest says of its making (teacher, recipe, data, licence); `unet_parameters` is counted here.
         sampler: {name, num_inference_steps, guidance_scale} defaults for a call.
         calibration_prompts: what `sdlite.quantize` shows the student when its caller gives no prompts.
+        keep_float: what `sdlite.quantize` leaves in float when its caller does not say.
 
     Returns:
         `out`.
@@ -242,6 +244,8 @@ def convert(
         manifest = Manifest(name=name or source.folder.name, student={**counts, **(student or {})}, sampler=sampler or {})
         if calibration_prompts:
             manifest.calibration = {"prompts": list(calibration_prompts)}
+        if keep_float:
+            manifest.calibration = {**(manifest.calibration or {}), "keep_float": {k: list(v) for k, v in keep_float.items()}}
         # float16 storage is exact in float32: one set of files is both variants.
         manifest.variants = dict.fromkeys(("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",), entries)
         vae_stride = 2 ** (len(parts["vae_decoder"][0].module.config.block_out_channels) - 1)

@@ -56,7 +56,8 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
         gate: what must hold; default thresholds in `Gate`.
         scheme: "u8s7" (static, default) gives weights 7 bits: x86 CPUs without VNNI saturate u8 x s8 products, and a gate on the
             machine that quantises cannot see the machine that runs. "u8s8" where every target has VNNI or is ARM; "s8s8" for TensorRT.
-        keep_float: part -> regular expressions of torch module names that stay float, instead of the defaults in `KEEP_FLOAT`.
+        keep_float: part -> regular expressions of torch module names that stay float; default: the artefact's own (`calibration.keep_float`
+            in its manifest), else `KEEP_FLOAT`.
         threads: CPU threads of the sessions.
         progress: show tqdm bars.
 
@@ -82,7 +83,8 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
 
             candidate: Callable[[Iterable[str]], dict[str, Any]] = build_dynamic(work)
         else:
-            candidate = _static(work, insert.SCHEMES[scheme], keep_float or {})
+            own = (pipe.artifact.manifest.calibration or {}) if pipe.artifact.manifest else {}
+            candidate = _static(work, insert.SCHEMES[scheme], own.get("keep_float", {}) if keep_float is None else keep_float)
         return _until_it_holds(work, candidate, Path(out))
 
 

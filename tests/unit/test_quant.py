@@ -362,6 +362,16 @@ def test_quantised_model_cannot_be_quantised_again(static, tmp_path):
         quantize(static[0], "int8-static", out=tmp_path / "x", **QUICK)
 
 
+def test_artefacts_own_float_layers_are_kept_unless_the_caller_says(static, tmp_path):
+    def floats(report, part):
+        return {r["name"] for r in report["networks"][part]["layers"] if r["scheme"] == "float"}
+
+    kept = {n for n in floats(static[1], "vae_decoder") if n.startswith("decoder.up_blocks.3.")}
+    assert kept  # sdlite/models/emoji/sdlite.json asks for it
+    report = quantize(EMOJI, "int8-static", out=tmp_path / "all", keep_float={"vae_decoder": []}, **QUICK)
+    assert not kept & floats(report, "vae_decoder")
+
+
 _PEAK = """
 import resource, sys
 from sdlite.quant import Calibration
