@@ -71,7 +71,7 @@ def main() -> None:
     ap.add_argument("--images", type=int, default=800_000)
     ap.add_argument("--timestep-power", type=float, default=1.0, help="below 1 favours noisy timesteps")
     ap.add_argument("--lr", type=float, default=4e-4)
-    ap.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then 1.5x as fast")
+    ap.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
     ap.add_argument("--threads", type=int, default=2)
     args = ap.parse_args()
     torch.set_num_threads(args.threads)

@@ -64,7 +64,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema_decay: float = 0.999
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
-    compile: bool = False  # torch.compile the networks: minutes at the start, then 1.5x as many images a second on a small UNet
+    compile: bool = False  # torch.compile the networks: minutes at the start, then faster steps
     seed: int = 0
     log_every: int = 20  # steps
     sample_every: int = 2_000  # steps; 0 = never
