@@ -6,6 +6,7 @@ Everything that does not touch the device is tested.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -87,8 +88,7 @@ class Engine:
     """One engine: named arrays -> the network's output. The first call with new shapes runs plainly, the second is captured, later ones replay."""
 
     def __init__(self, path: Path, part: str, trt: Any = None, cuda: Any = None):
-        if trt is None:
-            import tensorrt as trt
+        trt = trt or importlib.import_module("tensorrt")
         self.trt, self.cuda, self.spec = trt, cuda or _cudart(), SPECS[part]
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.engine = trt.Runtime(self.logger).deserialize_cuda_engine(path.read_bytes())

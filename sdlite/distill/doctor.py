@@ -190,5 +190,5 @@ def _one_feature(task: StudentTask, teacher: nn.Module) -> Tensor:
     name, module = next(iter(task.teacher_taps.items()))
     batch = task.batch(2, step_generator(0, 1))
     with Taps(teacher, {name: module}) as tapped:
-        teacher(batch["latents"], batch["t"], task.text_encoder(batch["input_ids"])[0])
+        teacher(batch["latents"], batch["t"], task.encode(batch["input_ids"]))
     return tapped.features[name]

@@ -48,7 +48,7 @@ def hoist(
     values = run(graph.outputs(names), inputs)
     out = {}
     for part, name in PARTS.items():
-        out[part] = _cut(graph, [name], meet[part], seen, values, lambda needs, name=name: needs <= {name})
+        out[part] = _cut(graph, [name], meet[part], seen, values, frozenset([name]).issuperset)
     hoisted = {frozenset([n]) for n in PARTS.values()}
     kept = [i.name for i in graph.proto.graph.input if i.name not in PARTS.values()]
     direct = [i for i in PARTS.values() if any(i in n.input and seen[n.output[0]] not in hoisted for n in graph.nodes)]

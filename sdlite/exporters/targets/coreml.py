@@ -26,7 +26,6 @@ def convert_torch(part: str, network: Any, example: tuple[Any, ...], out: Path, 
 
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     import coremltools as ct
-
     from coremltools.converters.mil.frontend.torch.ops import noop
     from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY as known
 

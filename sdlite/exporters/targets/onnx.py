@@ -41,7 +41,7 @@ def _hoisted(source: Graph, graph: Path, out: Path) -> list[Path]:
     shapes = input_shapes(graph)
     if any(isinstance(d, str) for s in shapes.values() for d in s):
         raise InputError("fuse_schedule needs fixed shapes; choose a profile with dynamic = false, such as onnx-fixed.")
-    inputs = {t.name: np.zeros(shapes[t.name], t.dtype) for t in SPECS["unet"].inputs}
+    inputs = {t.name: np.zeros([int(d) for d in shapes[t.name]], t.dtype) for t in SPECS["unet"].inputs}
 
     def once(cut: Graph, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with tempfile.TemporaryDirectory() as tmp:
