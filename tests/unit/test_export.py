@@ -11,9 +11,10 @@ import pytest
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
+from sdlite.backends import RowByRow
 from sdlite.cli import main
 from sdlite.errors import ExportError, InputError, PrecisionError, UnknownNameError
-from sdlite.exporters import parity, profile
+from sdlite.exporters import profile
 from sdlite.exporters.export import export, table
 from sdlite.quant.graph import Graph
 from tests.conftest import EMOJI
@@ -108,7 +109,7 @@ def test_rows_are_called_one_by_one():
         seen.append({k: v.shape for k, v in inputs.items()})
         return inputs["sample"] * 2
 
-    out = parity.RowByRow(network)(sample=np.ones((3, 4)), timestep=np.array(1.0))
+    out = RowByRow(network)(sample=np.ones((3, 4)), timestep=np.array(1.0))
     assert out.shape == (3, 4)
     assert seen == [{"sample": (1, 4), "timestep": ()}] * 3
 
