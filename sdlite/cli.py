@@ -180,7 +180,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.list:
         for name, p in profiles.builtin().items():
             shape = "any shape" if p.dynamic else f"batch {p.batch}, fixed"
-            print(f"{name:<16} {p.precision:<12} {shape:<15} {p.about}")
+            print(f"{name:<18} {p.precision:<12} {shape:<15} {p.about}")
         return
     try:
         from sdlite.exporters.export import export, table
