@@ -18,29 +18,44 @@ def block_taps(unet: Any) -> dict[str, str]:
     return taps | {f"up{up - 1 - i}": f"up_blocks.{i}" for i in range(up)}
 
 
+class _Keep:
+    """Forward hook that keeps a module's output. An object, not a closure: a deep copy of the network keeps features of its own."""
+
+    def __init__(self, features: dict[str, Tensor], tap: str):
+        self.features, self.tap = features, tap
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.features[self.tap] = output[0] if isinstance(output, tuple) else output
+
+
 class Taps:
-    """Hooks on `modules` (tap name -> module name) of a network; `features` holds the last forward's outputs, (B, C, h, w) each."""
+    """Hooks on `modules` (tap name -> module name) of a network; `features` holds the last forward's outputs, (B, C, h, w) each.
+
+    They last as long as the block `with Taps(...)`, or, after `attach`, as this object. A network that is to be compiled needs
+    `attach` before its first forward: hooks that come and go would make every step compile again.
+    """
 
     def __init__(self, network: nn.Module, modules: dict[str, str]):
+        self._handles: list[Any] = []
         known = dict(network.named_modules())
         if missing := [m for m in modules.values() if m not in known]:
             raise InputError(f"no module {missing} to tap; taps must name modules of the network.")
         self.modules = {tap: known[name] for tap, name in modules.items()}
         self.features: dict[str, Tensor] = {}
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> Taps:
-        for tap, module in self.modules.items():
-            self._handles.append(module.register_forward_hook(self._keep(tap)))
+    def attach(self) -> Taps:
+        self._handles += [module.register_forward_hook(_Keep(self.features, tap)) for tap, module in self.modules.items()]
         return self
 
-    def _keep(self, tap: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.features[tap] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def __exit__(self, *exc: object) -> None:
+    def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    __enter__ = attach
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def __del__(self) -> None:
+        self.detach()

@@ -3,13 +3,14 @@
     name = "my-student"
     [student]
     preset = "bk-tiny"            # sdlite.distill.students.PRESETS; or width = 0.5, one_layer = true, ...
+    weights = "teacher"           # what stays of the teacher's; or "random"
     [train]                       # defaults of every stage: fields of TrainConfig
     batch_size = 64
     [[stage]]
     kind = "output"               # task, output and feature distillation (tasks.StudentTask)
     images = 200000
     lr = 1e-4
-    feature_weight = 0.1
+    feature_weight = 0.1          # also: multi_scale_weight, channel_weight and temperature, mask, tap_weights
     [[stage]]
     kind = "guidance"
     images = 50000
@@ -56,7 +57,10 @@ KINDS: dict[str, Any] = {
 }
 _TRAIN = {f.name for f in dataclasses.fields(TrainConfig)} - {"max_images"}
 _OPTIONS: dict[str, set[str]] = {  # what a stage of each kind may say besides `kind`, `images` and TrainConfig's fields
-    "output": {"task_weight", "output_weight", "feature_weight", "caption_dropout", "timestep_power"},
+    "output": {
+        "task_weight", "output_weight", "feature_weight", "multi_scale_weight", "channel_weight", "temperature", "temperature_steps", "mask",
+        "article", "tap_weights", "caption_dropout", "timestep_power",
+    },
     "guidance": {"guidance_scale"},
     "progressive": {"steps", "loss_type", "guidance_scale"},
     "consistency": {"grid", "sigma_data", "timestep_scaling", "guidance_scale"},

@@ -23,13 +23,19 @@ class StudentSpec:
     """What is taken away from a teacher.
 
     `one_layer`: one resnet (and attention) per down stage, two per up stage. `drop_mid`: no middle block. `drop_inner`: the innermost
-    stage goes too. `width`: share of channels and attention heads that stays.
+    stage goes too. `width`: share of channels and attention heads that stays. `weights`: "teacher" keeps what stays of its weights,
+    "random" starts anew in that shape.
     """
 
     one_layer: bool = False
     drop_mid: bool = False
     drop_inner: bool = False
     width: float = 1.0
+    weights: str = "teacher"
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("teacher", "random"):
+            raise InputError(f"weights={self.weights!r}; choose teacher or random.")
 
 
 PRESETS: dict[str, StudentSpec] = {
@@ -43,8 +49,11 @@ PRESETS: dict[str, StudentSpec] = {
 
 
 def build(teacher: Any, spec: StudentSpec) -> Any:
-    """A student UNet2DConditionModel with the teacher's weights; the teacher is not changed. `StudentSpec()` gives an equal copy."""
-    return slice_width(remove_blocks(teacher, spec), spec.width)
+    """A student UNet2DConditionModel with the teacher's weights (or `spec.weights`); the teacher is not changed. `StudentSpec()` gives an
+    equal copy.
+    """
+    student = slice_width(remove_blocks(teacher, spec), spec.width)
+    return student if spec.weights == "teacher" else _from_config(student, dict(student.config))
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------

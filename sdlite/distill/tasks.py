@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from sdlite.distill import losses
 from sdlite.distill.features import Taps, block_taps
 from sdlite.distill.losses import feature_loss, output_loss
 from sdlite.distill.train import Batch
@@ -151,57 +152,95 @@ class StudentForward(nn.Module):
 
     def __init__(self, unet: nn.Module, projectors: nn.ModuleDict, taps: dict[str, str]):
         super().__init__()
-        self.unet, self.projectors, self.taps = unet, projectors, taps
+        self.unet, self.projectors = unet, projectors
+        self.tapped = Taps(unet, taps).attach()
 
     def forward(self, x: Tensor, t: Tensor, embeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        if not self.taps:
-            return self.unet(x, t, embeds).sample, {}
-        with Taps(self.unet, self.taps) as tapped:
-            out = self.unet(x, t, embeds).sample
-        return out, {k: self.projectors[k](f) if k in self.projectors else f for k, f in tapped.features.items()}
+        out = self.unet(x, t, embeds).sample
+        return out, {k: self.projectors[k](f) if k in self.projectors else f for k, f in self.tapped.features.items()}
 
 
 class StudentTask(_Denoising):
-    """Train a student UNet by task, output and feature distillation (BK-SDM, arXiv:2305.15798, eq. 4).
+    """Train a student UNet by task, output and feature distillation (BK-SDM, arXiv:2305.15798, eq. 4), and what may be added to them.
 
     The text encoder is the teacher's and stays frozen. Where widths differ, a 1x1 projector (trained, not saved) maps the student's
-    feature to the teacher's channels. Teacher and student see the same dropped captions. A term of weight 0 is not computed; with
-    output_weight=0 and feature_weight=0 the teacher does not run at all.
+    feature to the teacher's channels. Teacher and student see the same dropped captions. A term of weight 0 is not computed; when no
+    term needs the teacher it does not run at all.
+
+    Args:
+        task_weight, output_weight, feature_weight: of the MSE to the schedule's target, to the teacher's output, to its block outputs.
+        multi_scale_weight: of `losses.multi_scale_loss` over the tapped features.
+        channel_weight, temperature, temperature_steps: of `losses.channel_loss` over the tapped features, whose temperature goes from
+            the first value to the second within that many steps.
+        mask: the output term believes the teacher where it is near the target (`losses.masked_loss` with `losses.confidence`).
+        article: the literal loss of the article (`losses.article.total`) instead of the task and output terms, for comparison.
+        tap_weights: tap name -> its share of the feature terms; default equal shares. A name that is no tap is an error.
     """
 
     def __init__(self, student: Any, teacher: Any, text_encoder: nn.Module, source: LatentSource, *, parts: dict[str, Any], preview: dict[str, Any],
-                 task_weight: float = 1.0, output_weight: float = 1.0, feature_weight: float = 0.1,
-                 scheduler: dict[str, Any] = V_ZERO_SNR, caption_dropout: float = 0.1, timestep_power: float = 1.0):  # fmt: skip
+                 task_weight: float = 1.0, output_weight: float = 1.0, feature_weight: float = 0.1, multi_scale_weight: float = 0.0,
+                 channel_weight: float = 0.0, temperature: tuple[float, float] = (4.0, 1.0), temperature_steps: int = 1000, mask: bool = False,
+                 article: bool = False, tap_weights: dict[str, float] | None = None, scheduler: dict[str, Any] = V_ZERO_SNR,
+                 caption_dropout: float = 0.1, timestep_power: float = 1.0):  # fmt: skip
         super().__init__(source, scheduler, {**parts, "text_encoder": text_encoder}, caption_dropout, preview)
         self.timestep_power = timestep_power
         self.teacher, self.encode = teacher.eval().requires_grad_(False), CachedEncoder(text_encoder)
         self.task_weight, self.output_weight, self.feature_weight = task_weight, output_weight, feature_weight
+        self.multi_scale_weight, self.channel_weight = multi_scale_weight, channel_weight
+        self.temperature, self.temperature_steps, self.mask, self.article = temperature, temperature_steps, mask, article
+        self.needs_features = bool(feature_weight or multi_scale_weight or channel_weight)
         mine, theirs = block_taps(student), block_taps(teacher)
-        taps = {k: v for k, v in mine.items() if k in theirs} if feature_weight else {}
+        taps = {k: v for k, v in mine.items() if k in theirs} if self.needs_features else {}
+        if tap_weights is not None and set(tap_weights) - set(taps):
+            raise InputError(f"tap_weights: {sorted(set(tap_weights) - set(taps))} are no taps; known: {sorted(taps)}.")
+        self.tap_weights = dict(tap_weights) if tap_weights is not None else {k: 1.0 / max(len(taps), 1) for k in taps}
+        taps = {k: v for k, v in taps.items() if k in self.tap_weights}
         self.teacher_taps = {k: theirs[k] for k in taps}
-        self.tap_weights = {k: 1.0 / max(len(taps), 1) for k in taps}
         projectors = nn.ModuleDict()
         for k, (c, d) in tap_channels(student, teacher, taps, self.teacher_taps).items():
             if c != d:
                 projectors[k] = nn.Conv2d(c, d, 1)
         self.modules: dict[str, nn.Module] = {"student": StudentForward(student, projectors, taps)}
+        self.tapped = Taps(self.teacher, self.teacher_taps).attach()
+        self.frozen: dict[str, nn.Module] = {"teacher": self.teacher} if self.needs_teacher else {}
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.output_weight or self.article or self.needs_features)
 
     def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
         x, target = self.forward(batch["latents"], batch["noise"], batch["t"])
-        with torch.no_grad(), Taps(self.teacher, self.teacher_taps) as tapped:
+        with torch.no_grad():
             embeds = self.encode(batch["input_ids"])
-            if self.output_weight or self.feature_weight:
-                wanted = self.teacher(x, batch["t"], embeds).sample
-        out, features = modules["student"](x, batch["t"], embeds)
+            wanted = self.teacher(x, batch["t"], embeds).sample if self.needs_teacher else None
+        theirs = dict(self.tapped.features)
+        out, mine = modules["student"](x, batch["t"], embeds)
         terms = {"task": output_loss(out, target)}
-        loss = self.task_weight * terms["task"]
-        if self.output_weight:
-            terms["output"] = output_loss(out, wanted)
-            loss = loss + self.output_weight * terms["output"]
+        weighted = [] if self.article else [(self.task_weight, terms["task"])]
+        if self.article:
+            assert wanted is not None
+            terms["article"] = losses.article.total(out, wanted, target)
+            weighted.append((1.0, terms["article"]))
+        elif self.output_weight:
+            assert wanted is not None
+            total = self.schedule.num_train_timesteps
+            terms["output"] = (
+                losses.masked_loss(out, wanted, losses.confidence(wanted, target, batch["t"], num_train_timesteps=total))
+                if self.mask
+                else output_loss(out, wanted)
+            )
+            weighted.append((self.output_weight, terms["output"]))
         if self.feature_weight:
-            terms["feature"] = feature_loss(features, tapped.features, self.tap_weights)
-            loss = loss + self.feature_weight * terms["feature"]
-        return {"loss": loss, **terms}
+            terms["feature"] = feature_loss(mine, theirs, self.tap_weights)
+            weighted.append((self.feature_weight, terms["feature"]))
+        if self.multi_scale_weight:
+            terms["multi_scale"] = sum((w * losses.multi_scale_loss(mine[k], theirs[k]) for k, w in self.tap_weights.items()), x.new_zeros(()))
+            weighted.append((self.multi_scale_weight, terms["multi_scale"]))
+        if self.channel_weight:
+            at = losses.temperature_at(step, self.temperature_steps, *self.temperature)
+            terms["channel"] = sum((w * losses.channel_loss(mine[k], theirs[k], at) for k, w in self.tap_weights.items()), x.new_zeros(()))
+            weighted.append((self.channel_weight, terms["channel"]))
+        return {"loss": sum((w * term for w, term in weighted), x.new_zeros(())), **terms}
 
     def save(self, modules: dict[str, nn.Module], folder: Path) -> None:
         super().save({"unet": modules["student"].unet}, folder)

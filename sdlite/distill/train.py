@@ -34,6 +34,7 @@ class Task(Protocol):
     """What is trained. `modules` are the trained networks by name; `fit` prepares them and hands them back to `loss`."""
 
     modules: dict[str, nn.Module]
+    # frozen: dict[str, nn.Module]  (optional) networks that only run, such as a teacher: compiled with the others
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         """Draw `size` samples and all the noise they need; values are tensors (B, ...) or lists of length B."""
@@ -223,6 +224,8 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
     if config.compile:
         for m in task.modules.values():
             m.compile()  # in place, and after the EMA copies were made: names in checkpoints stay, samples run eagerly
+        for m in getattr(task, "frozen", {}).values():
+            m.compile()
     prepared = {k: accelerator.prepare_model(m.train()) for k, m in task.modules.items()}
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     parameters = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]

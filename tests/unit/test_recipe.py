@@ -137,6 +137,7 @@ def test_recipe_is_read():
         ("[[stage]]\nkind='output'\nimages=1\nguidance_scale=3", "guidance_scale is not known"),
         ("[[stage]]\nkind='progressive'\nimages=1\nsteps=[8,3]", "halve"),
         ("[student]\npreset='tiny'\n[[stage]]\nkind='output'\nimages=1", "preset='tiny' is not known"),
+        ("[student]\nweights='old'\n[[stage]]\nkind='output'\nimages=1", "weights='old'; choose teacher or random"),
         ("[student]\ndepth=2\n[[stage]]\nkind='output'\nimages=1", "depth is not known"),
         ("[train]\nlearning_rate=1\n[[stage]]\nkind='output'\nimages=1", "learning_rate is not known"),
     ],

@@ -16,7 +16,8 @@ from sdlite.distill.stages import (  # noqa: E402
     Solver,
     trailing_timesteps,
 )
-from sdlite.distill.tasks import V_ZERO_SNR, Forward  # noqa: E402
+from sdlite.distill.features import Taps  # noqa: E402
+from sdlite.distill.tasks import V_ZERO_SNR, Forward, StudentTask  # noqa: E402
 from sdlite.distill.train import TrainConfig, fit  # noqa: E402
 from sdlite.errors import InputError  # noqa: E402
 from sdlite.sampling import Schedule  # noqa: E402
@@ -185,3 +186,98 @@ def test_every_stage_trains_in_the_loop(stage, tmp_path):
     result = fit(made, TrainConfig(max_images=24, batch_size=8, lr=1e-3, sample_every=0), tmp_path / "run")
     assert result["finished"]
     assert torch.isfinite(torch.tensor(result["loss"]))
+
+
+# --- the output stage and what may be added to it -------------------------------------------------------------------
+
+
+def student_task(**kwargs):
+    made = real(StudentTask, **kwargs)
+    return made, made.loss(made.modules, batch_of(made), 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "terms"),
+    [
+        ({"output_weight": 0, "feature_weight": 0}, {"task"}),
+        ({}, {"task", "output", "feature"}),
+        ({"mask": True}, {"task", "output", "feature"}),
+        ({"multi_scale_weight": 0.1, "feature_weight": 0}, {"task", "output", "multi_scale"}),
+        ({"channel_weight": 0.1}, {"task", "output", "feature", "channel"}),
+        ({"article": True, "feature_weight": 0}, {"task", "article"}),
+    ],
+)
+def test_terms_of_the_output_stage(options, terms):
+    made, losses = student_task(**options)
+    assert set(losses) == {"loss", *terms}
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in made.modules["student"].parameters())
+    assert all(p.grad is None for p in made.teacher.parameters())
+
+
+def test_task_loss_alone_does_not_run_the_teacher():
+    made = real(StudentTask, output_weight=0, feature_weight=0)
+    made.teacher = None
+    made.loss(made.modules, batch_of(made), 0)
+
+
+def test_each_term_counts_with_its_weight():
+    _, one = student_task(feature_weight=0.5, multi_scale_weight=2.0, channel_weight=3.0)
+    wanted = one["task"] + one["output"] + 0.5 * one["feature"] + 2 * one["multi_scale"] + 3 * one["channel"]
+    torch.testing.assert_close(one["loss"], wanted)
+
+
+def test_temperature_falls_with_the_step():
+    made = real(StudentTask, channel_weight=1.0, temperature=(4.0, 1.0), temperature_steps=10)
+    torch.manual_seed(0)
+    for p in made.modules["student"].parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    batch = batch_of(made)
+    early, late, after = (made.loss(made.modules, batch, k)["channel"].item() for k in (0, 10, 99))
+    assert early != late == after
+
+
+def test_tap_weights_choose_the_taps():
+    made, losses = student_task(tap_weights={"mid": 1.0})
+    assert set(made.teacher_taps) == {"mid"}
+    with pytest.raises(InputError, match="'middle'.*known:.*mid"):
+        real(StudentTask, tap_weights={"middle": 1.0})
+
+
+def test_a_copy_of_the_student_keeps_features_of_its_own_and_the_teacher_is_left_without_hooks():
+    import copy
+
+    made = real(StudentTask)
+    student, twin = made.modules["student"], copy.deepcopy(made.modules["student"])
+    x, t, embeds = torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), torch.randn(2, 4, 8)
+    _, mine = student(x, t, embeds)
+    before = {k: v.clone() for k, v in mine.items()}
+    twin(-x, t, embeds)
+    assert all(torch.equal(v, before[k]) for k, v in student.tapped.features.items() if k not in student.projectors)
+    teacher = made.teacher
+    assert any(m._forward_hooks for m in teacher.modules())
+    del made
+    assert not any(m._forward_hooks for m in teacher.modules())
+
+
+def test_attached_taps_go_with_their_owner():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    taps = Taps(net, {"first": "0"}).attach()
+    net(torch.ones(1, 2))
+    assert taps.features["first"].shape == (1, 3)
+    del taps
+    assert not net[0]._forward_hooks
+
+
+@pytest.mark.slow
+def test_compiled_distillation_compiles_once():
+    made = real(StudentTask)
+    for m in (made.modules["student"], made.teacher):
+        m.compile()
+    torch._dynamo.reset()
+    plain, _ = student_task()
+    for k in range(4):
+        batch = batch_of(made, seed=k)
+        wanted = plain.loss(plain.modules, batch, 0)["loss"]
+        torch.testing.assert_close(made.loss(made.modules, batch, 0)["loss"], wanted, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["frames"]["ok"] <= 4

@@ -154,3 +154,10 @@ def test_grown_network_with_a_wrong_split_differs(monkeypatch):
 def test_grow_refuses_widths_that_are_not_one_multiple():
     with pytest.raises(InputError, match=r"same whole multiple"):
         grow(small(), {**small().config, "block_out_channels": (32, 64, 80)})
+
+
+def test_random_weights_keep_the_shape_alone():
+    teacher = small()
+    kept, new = build(teacher, StudentSpec(one_layer=True)), build(teacher, StudentSpec(one_layer=True, weights="random"))
+    assert dict(kept.config) == dict(new.config)
+    assert not torch.equal(kept.conv_in.weight, new.conv_in.weight)
