@@ -71,6 +71,7 @@ def main() -> None:
     ap.add_argument("--images", type=int, default=800_000)
     ap.add_argument("--timestep-power", type=float, default=1.0, help="below 1 favours noisy timesteps")
     ap.add_argument("--lr", type=float, default=4e-4)
+    ap.add_argument("--decay-from", type=float, default=0.5, help="share of the run after which the learning rate falls")
     ap.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
     ap.add_argument("--threads", type=int, default=2)
     args = ap.parse_args()
@@ -99,7 +100,7 @@ def main() -> None:
         batch_size=32,
         lr=args.lr,
         warmup_images=10_000,
-        decay_from=0.5,
+        decay_from=args.decay_from,
         sample_every=2_000,
         checkpoint_minutes=8,
         compile=args.compile,

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 from sdlite.artifact import Artifact, sha256, weight_files
-from sdlite.distill import data, stages, tasks
+from sdlite.distill import data, report, stages, tasks
 from sdlite.distill.cache import CachedLatents
 from sdlite.distill.students import PRESETS, StudentSpec, build, parameters
 from sdlite.distill.train import TrainConfig, fit
@@ -58,8 +58,18 @@ KINDS: dict[str, Any] = {
 _TRAIN = {f.name for f in dataclasses.fields(TrainConfig)} - {"max_images"}
 _OPTIONS: dict[str, set[str]] = {  # what a stage of each kind may say besides `kind`, `images` and TrainConfig's fields
     "output": {
-        "task_weight", "output_weight", "feature_weight", "multi_scale_weight", "channel_weight", "temperature", "temperature_steps", "mask",
-        "article", "tap_weights", "caption_dropout", "timestep_power",
+        "task_weight",
+        "output_weight",
+        "feature_weight",
+        "multi_scale_weight",
+        "channel_weight",
+        "temperature",
+        "temperature_steps",
+        "mask",
+        "article",
+        "tap_weights",
+        "caption_dropout",
+        "timestep_power",
     },
     "guidance": {"guidance_scale"},
     "progressive": {"steps", "loss_type", "guidance_scale"},
@@ -226,7 +236,7 @@ def plan(recipe: Recipe, teacher: Teacher) -> str:
 
 def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Path, resume: bool = False, max_minutes: float | None = None,
         preview_prompts: list[str] | None = None, export: bool = True, progress: bool = True) -> dict[str, Any]:  # fmt: skip
-    """Train every stage and write `out/artefact` (with `export`) or leave `out/<last stage>/model`.
+    """Train every stage and write `out/artefact` (with `export`) or leave `out/<last stage>/model`; and `out/report.md`.
 
     Args:
         teacher: diffusers folder. data: what `sdlite.distill.data.read` takes.
@@ -250,6 +260,7 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
     parts = {"vae": taught.vae, "tokenizer": taught.tokenizer, "tokenizer_folder": taught.artifact.folder / "tokenizer"}
     prompts = preview_prompts or source.captions
     student, last = build(taught.unet, recipe.student), None
+    about, folders = report.about_run(recipe, taught, student, source, Path(data)), [out / s.name for s in recipe.stages]
     results: dict[str, Any] = {}
     for stage in recipe.stages:
         folder = out / stage.name
@@ -258,6 +269,7 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
             task = _task(stage, student, taught, source, parts, prompts, last is not None and _guided(recipe, stage))
             results[stage.name] = fit(task, stage.config, folder, resume=bool(list(folder.glob("checkpoint-*"))), max_minutes=left)
             if not results[stage.name]["finished"]:
+                report.write(out, recipe.name, about, folders, finished=False)
                 return {"finished": False, "stages": results, "artefact": None, "seconds": time.monotonic() - begin}
             (folder / "done.json").write_text(json.dumps(results[stage.name]))
         else:
@@ -270,15 +282,16 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
 
         artefact = out / "artefact"
         if not artefact.exists():
-            about = {
+            made_of = {
                 "teacher": taught.artifact.name, "teacher_unet_parameters": parameters(taught.unet), "recipe": [dataclasses.asdict(s) for s in recipe.stages],
                 "data": str(Path(data).name), "pictures": len(source),
             }  # fmt: skip
             convert(
-                last / "model", artefact, name=recipe.name, student=about, sampler=recipe.default_sampler("ddim"),
+                last / "model", artefact, name=recipe.name, student=made_of, sampler=recipe.default_sampler("ddim"),
                 calibration_prompts=prompts,
             )  # fmt: skip
         print(f"wrote {artefact}")
+    print(f"wrote {report.write(out, recipe.name, about, folders, finished=True)}")
     return {"finished": True, "stages": results, "artefact": artefact, "seconds": time.monotonic() - begin}
 
 

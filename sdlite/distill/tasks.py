@@ -234,7 +234,9 @@ class StudentTask(_Denoising):
             terms["feature"] = feature_loss(mine, theirs, self.tap_weights)
             weighted.append((self.feature_weight, terms["feature"]))
         if self.multi_scale_weight:
-            terms["multi_scale"] = sum((w * losses.multi_scale_loss(mine[k], theirs[k]) for k, w in self.tap_weights.items()), x.new_zeros(()))
+            terms["multi_scale"] = sum(
+                (w * losses.multi_scale_loss(mine[k], theirs[k]) for k, w in self.tap_weights.items()), x.new_zeros(())
+            )
             weighted.append((self.multi_scale_weight, terms["multi_scale"]))
         if self.channel_weight:
             at = losses.temperature_at(step, self.temperature_steps, *self.temperature)

@@ -25,6 +25,7 @@ name = "small"
 [train]
 batch_size = 4
 sample_every = 0
+log_every = 1
 lr = 1e-4
 [[stage]]
 kind = "output"
@@ -162,6 +163,9 @@ def test_run_stops_resumes_and_makes_a_model(plain, pictures, tmp_path):
     assert "100.0% of the teacher" in plan(r, Teacher(plain))
     stopped = run(r, **arguments, max_minutes=0)
     assert not stopped["finished"]
+    said = (out / "report.md").read_text()
+    assert "Stopped" in said
+    assert said.count("not begun") == 4
     assert json.loads((out / "skipped.json").read_text()).keys() == {"5.png"}
     with pytest.raises(InputError, match="already holds a run"):
         run(r, **arguments)
@@ -170,11 +174,25 @@ def test_run_stops_resumes_and_makes_a_model(plain, pictures, tmp_path):
     done = run(r, **arguments, resume=True)
     assert done["finished"]
     assert list(done["stages"]) == ["0-output", "1-guidance", "2-progressive-2", "2-progressive-1"]
+    said = (out / "report.md").read_text()
+    assert "Finished." in said
+    assert "| 0-output | 8 |" in said
+    assert "(2-progressive-1/sample-last.png)" in said
+    assert Image.open(out / "curves.png").height > 1000
     again = run(r, **arguments, resume=True)  # finished stages are not trained again
     assert again["seconds"] < done["seconds"]
     pipe = Pipeline.from_pretrained(out / "2-progressive-1" / "model", backend="torch", threads=1)
     assert pipe("picture 1", num_inference_steps=1, guidance_scale=1, seed=0).images[0].size == (64, 64)
     assert pipe.scheduler_config["timestep_spacing"] == "trailing"
+
+
+def test_statistics_of_a_resumed_run_say_each_step_once(tmp_path):
+    from sdlite.distill.report import statistics
+
+    rows = [{"step": k, "loss": x} for k, x in ((1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5), (3, 3.5))]
+    (tmp_path / "stats.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 4, "lo')
+    assert [(r["step"], r["loss"]) for r in statistics(tmp_path)] == [(1, 5.0), (2, 4.5), (3, 3.5)]
+    assert statistics(tmp_path / "nowhere") == []
 
 
 def test_prompts_alone_are_enough(plain, tmp_path):

@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch", reason="needs the distill extra")
 pytest.importorskip("accelerate", reason="needs the distill extra")
 pytest.importorskip("diffusers", reason="needs the distill extra")
 
+from sdlite.distill.features import Taps  # noqa: E402
 from sdlite.distill.stages import (  # noqa: E402
     AdversarialTask,
     ConsistencyTask,
@@ -16,7 +17,6 @@ from sdlite.distill.stages import (  # noqa: E402
     Solver,
     trailing_timesteps,
 )
-from sdlite.distill.features import Taps  # noqa: E402
 from sdlite.distill.tasks import V_ZERO_SNR, Forward, StudentTask  # noqa: E402
 from sdlite.distill.train import TrainConfig, fit  # noqa: E402
 from sdlite.errors import InputError  # noqa: E402
@@ -238,9 +238,9 @@ def test_temperature_falls_with_the_step():
 
 
 def test_tap_weights_choose_the_taps():
-    made, losses = student_task(tap_weights={"mid": 1.0})
+    made, _ = student_task(tap_weights={"mid": 1.0})
     assert set(made.teacher_taps) == {"mid"}
-    with pytest.raises(InputError, match="'middle'.*known:.*mid"):
+    with pytest.raises(InputError, match=r"'middle'.*known:.*mid"):
         real(StudentTask, tap_weights={"middle": 1.0})
 
 
