@@ -1,4 +1,4 @@
-"""The command line: `sdlite generate | quantize | export | distill | info | verify | models`. Each command calls one public function.
+"""The command line: `sdlite generate | quantize | export | distill | bench | info | verify | models`. Each command calls one public function.
 
 Exit codes: 0 done; 1 an error, explained in one line on stderr; 2 wrong usage.
 """
@@ -93,6 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     d.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
     d.add_argument("--dry-run", action="store_true", help="show what would be done")
     d.add_argument("--no-export", action="store_true", help="leave the diffusers folder of the last stage, make no ONNX")
+
+    b = command("bench", _bench, "Measure seconds and memory of a model on this machine, each precision and backend in its own process.")
+    b.add_argument("model", nargs="?", default="emoji", help="embedded name, folder, or hub id org/name")
+    b.add_argument("--precisions", nargs="+", help="default: those that the model holds")
+    b.add_argument("--backends", nargs="+", help="default: the installed ones that have the precision; torch only for plain folders")
+    b.add_argument("--steps", type=int, help="default: the model's own")
+    b.add_argument("--guidance", type=float, help="default: the model's own; 1 is none")
+    b.add_argument("--height", type=int)
+    b.add_argument("--width", type=int)
+    b.add_argument("--batch", type=int, default=1, help="pictures of one call")
+    b.add_argument("--threads", type=int, help="CPU threads; default: the engine's choice")
+    b.add_argument("--seconds", type=float, default=10.0, help="how long each row is repeated")
+    b.add_argument("--out", type=Path, help="JSONL file that the rows are added to, with all samples")
 
     i = command("info", _info, "Show what a model is, what it holds and what it would run on.")
     i.add_argument("model", nargs="?", default="emoji")
@@ -235,6 +248,27 @@ def _distill(args: argparse.Namespace) -> None:
         export=not args.no_export,
     )
     print("finished" if done["finished"] else f"stopped after {done['seconds'] / 60:.1f} min; go on with --resume")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from sdlite import bench
+
+    if args.batch < 1 or args.seconds < 0:
+        raise InputError(f"--batch {args.batch} --seconds {args.seconds}: at least 1, and not negative.")
+    todo = bench.jobs(
+        args.model, args.precisions, args.backends, steps=args.steps, guidance=args.guidance, height=args.height, width=args.width,
+        batch=args.batch, threads=args.threads, seconds=args.seconds,
+    )  # fmt: skip
+    print(bench.HEADER, flush=True)
+    rows = bench.bench(todo, lambda row: print(bench.line(row), flush=True))
+    ran = [r for r in rows if "error" not in r]
+    if not ran:
+        raise InputError("every row failed; see above.")
+    sizes = ", ".join(sorted({f"{r['size'][0]}x{r['size'][1]} px, {r['steps']} steps, guidance {r['guidance']:g}" for r in ran}))
+    print(f"{args.model}: {sizes}, batch {args.batch}; image s is the median of N calls after the first")
+    if args.out:
+        bench.save(rows, args.out)
+        print(f"wrote {args.out}")
 
 
 def _describe(artifact: Any) -> dict[str, Any]:

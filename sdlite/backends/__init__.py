@@ -120,20 +120,21 @@ def get_backend(name: str) -> Any:
         raise MissingExtraError(f"backend {name!r} needs {e.name!r}: pip install 'sdlite[{extra}]'{gpu}.") from e
 
 
-def _installed(name: str) -> bool:
+def installed(name: str) -> bool:
+    """Whether the package of a known backend can be found."""
     return importlib.util.find_spec(_BACKENDS[name][1]) is not None
 
 
 def installed_with(precision: str) -> list[str]:
     """Installed backends that run ONNX graphs of this precision, in the order that "auto" prefers."""
-    return [n for n in _BACKENDS if n not in ("torch", "tensorrt") and _installed(n) and precision in get_backend(n).PRECISIONS]
+    return [n for n in _BACKENDS if n not in ("torch", "tensorrt") and installed(n) and precision in get_backend(n).PRECISIONS]
 
 
 def choose(artifact: Artifact, precision: str) -> tuple[str, str]:
     """`backend="auto"`: onnxruntime when it is installed and the artefact holds the precision, else torch. Returns (name, reason)."""
-    if artifact.has_onnx(precision) and _installed("onnxruntime"):
+    if artifact.has_onnx(precision) and installed("onnxruntime"):
         return "onnxruntime", f"auto: installed, and the artefact holds {precision} ONNX graphs"
-    if _installed("torch"):
+    if installed("torch"):
         why = "onnxruntime is not installed" if artifact.has_onnx(precision) else f"the artefact holds no {precision} ONNX graphs"
         return "torch", f"auto: {why}"
     if artifact.has_onnx(precision):
@@ -159,7 +160,7 @@ def load(artifact: Artifact, precision: str, backend: str = "auto", device: str 
     if device not in module.DEVICES:
         raise UnknownNameError(f"device={device!r} is not known to backend {name!r}; choose one of {', '.join(module.DEVICES)}.")
     if precision not in module.PRECISIONS:
-        others = [n for n in _BACKENDS if n != name and _installed(n) and precision in get_backend(n).PRECISIONS]
+        others = [n for n in _BACKENDS if n != name and installed(n) and precision in get_backend(n).PRECISIONS]
         raise PrecisionError(
             f"backend {name!r} has no {precision}; it has {', '.join(module.PRECISIONS)}"
             + (f", and {', '.join(others)} has it." if others else ".")

@@ -70,3 +70,42 @@ def test_verify_and_models(capsys):
     assert main(["verify", "emoji"]) == 0
     assert main(["models"]) == 0
     assert "emoji" in capsys.readouterr().out
+
+
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+
+def test_bench_measures_each_precision_in_its_own_process(capsys, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs the cpu extra")
+    arguments = ["bench", "emoji", "--backends", "onnxruntime", "--steps", "2", "--guidance", "1", "--seconds", "0", "--threads", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "rows.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [r["precision"] for r in rows] == ["fp16", "fp32"]
+    for r in rows:
+        assert len(r["samples_seconds"]) == 2
+        assert (r["steps"], r["guidance"], r["size"]) == (2, 1.0, [64, 64])
+        assert r["stage_seconds"]["total"] >= r["stage_seconds"]["unet"] > 0
+    assert "64x64 px, 2 steps, guidance 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--precisions", "fp8"], "fp8"),
+        (["--backends", "tflite"], "tflite"),
+        (["--batch", "0"], "at least 1"),
+        (["--precisions", "int8-static"], "no installed engine runs int8-static of emoji"),
+    ],
+)
+def test_bench_refuses_what_cannot_run(arguments, words, capsys):
+    assert main(["bench", "emoji", *arguments]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_bench_row_that_fails_says_why(capsys):
+    pytest.importorskip("onnxruntime", reason="needs the cpu extra")
+    assert main(["bench", "emoji", "--precisions", "fp32", "--backends", "onnxruntime", "--height", "60"]) == 1
+    out = capsys.readouterr()
+    assert "failed: " in out.out
+    assert "height=60" in out.out
+    assert "every row failed" in out.err

@@ -1,0 +1,242 @@
+"""Every distillation strategy under one protocol: one teacher, one student shape, one budget, several seeds.
+
+    python -m benchmarks.distil size --teacher runs/teacher/model --latents runs/teacher/latents.safetensors --out runs/distil
+    python -m benchmarks.distil steps --student runs/student/model ...
+
+`size`: students of 5.4M parameters (`half`: BK-Base's blocks at half width) from the teacher, by different losses, sampled in 25 guided
+steps. `steps`: the student given by `--student` made to need fewer steps and no guidance pass; without it only the teacher's table row.
+A row has parameters, MACs of one UNet call (batch 1), network calls of a picture, quality by `benchmarks.quality`'s definitions, PSNR to
+the teacher's 50-step guided picture from the same noise, seconds of one picture (torch, batch 1) and training minutes. Rows that are
+already in the results file (same strategy, seed and budget) are not measured again, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "emoji"))
+RESULTS = HERE / "results" / "distil.jsonl"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    kind: str  # a stage of sdlite.distill.recipe
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: str = "teacher"  # of the student at the start
+    lr: float = 1e-3
+    sampler: str = "ddim"
+    steps: int = 25
+    guidance: float = 2.0
+    after: str | None = None  # the strategy whose result it starts from
+
+
+NONE = {"output_weight": 0.0, "feature_weight": 0.0}
+BOTH = {"output_weight": 1.0, "feature_weight": 0.1}
+SIZE = {
+    "from scratch": Strategy("output", NONE, weights="random"),
+    "task": Strategy("output", NONE),
+    "output": Strategy("output", {**NONE, "output_weight": 1.0}),
+    "feature": Strategy("output", {**NONE, "feature_weight": 0.1}),
+    "feature + output": Strategy("output", BOTH),
+    "feature + output + multi-scale": Strategy("output", {**BOTH, "multi_scale_weight": 0.1}),
+    "feature + output + mask": Strategy("output", {**BOTH, "mask": True}),
+    "feature + output + channel, temperature 4 to 1": Strategy("output", {**BOTH, "channel_weight": 0.01}),
+    "article's literal loss": Strategy("output", {**NONE, "article": True}),
+}
+FEW: dict[str, Any] = {"lr": 2e-4, "guidance": 1.0}
+STEPS = {
+    "guidance": Strategy("guidance", {"guidance_scale": 2.0}, **FEW),
+    "progressive 8": Strategy("progressive", {"num_inference_steps": 8}, steps=8, after="guidance", **FEW),
+    "progressive 4": Strategy("progressive", {"num_inference_steps": 4}, steps=4, after="progressive 8", **FEW),
+    "progressive 2": Strategy("progressive", {"num_inference_steps": 2}, steps=2, after="progressive 4", **FEW),
+    "progressive 1": Strategy("progressive", {"num_inference_steps": 1}, steps=1, after="progressive 2", **FEW),
+    "consistency 4": Strategy("consistency", {"guidance_scale": 2.0}, sampler="lcm", steps=4, **FEW),
+    "adversarial 4": Strategy("adversarial", {"num_inference_steps": 4}, steps=4, after="progressive 4", **FEW),
+    "adversarial 2": Strategy("adversarial", {"num_inference_steps": 2}, steps=2, after="progressive 2", **FEW),
+    "adversarial 1": Strategy("adversarial", {"num_inference_steps": 1}, steps=1, after="progressive 1", **FEW),
+}
+
+
+def macs(unet: Any) -> int:
+    """Multiply-accumulates of one UNet call, batch 1, from torch's own counter."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    c = unet.config
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet(torch.zeros(1, c.in_channels, c.sample_size, c.sample_size), 0, torch.zeros(1, 32, c.cross_attention_dim))
+    return int(counter.get_total_flops() // 2)
+
+
+class Bench:
+    """The teacher, its pictures and the data: made once."""
+
+    def __init__(self, args: argparse.Namespace):
+        import emoji
+        import torch
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from latents import EmojiLatents
+        from train_teacher import PREVIEW
+        from transformers import CLIPTextModel
+
+        from benchmarks.quality import Protocol
+        from sdlite.tokenizer import ClipTokenizer
+
+        torch.set_num_threads(args.threads)
+        self.args, self.torch = args, torch
+        self.vae = AutoencoderKL.from_pretrained(args.teacher / "vae").eval().requires_grad_(False)
+        self.text_encoder = CLIPTextModel.from_pretrained(args.teacher / "text_encoder").eval()
+        self.load = UNet2DConditionModel.from_pretrained
+        self.teacher = self.load(args.teacher / "unet").eval()
+        tokenizer = ClipTokenizer.from_pretrained(HERE / "emoji" / "tokenizer")
+        self.source = EmojiLatents(self.vae, tokenizer, emoji.load(), args.latents)
+        self.parts = {"vae": self.vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "emoji" / "tokenizer"}
+        self.preview = {"prompts": PREVIEW}
+        self.protocol = Protocol(args.prompts, args.heldout)
+        self.paired: dict[int, np.ndarray] = {}
+
+    def pipeline(self, folder: Path) -> Any:
+        import sdlite
+
+        return sdlite.Pipeline.from_pretrained(folder, precision="fp32", backend="torch", threads=self.args.threads)
+
+    def taught(self, seed: int) -> np.ndarray:
+        """The teacher's guided 50-step pictures of the protocol's prompts."""
+        from benchmarks.quality import generate
+
+        if seed not in self.paired:
+            self.paired[seed] = generate(self.pipeline(self.args.teacher), self.protocol, self.protocol.prompts, seed, 50, 2.0)
+        return self.paired[seed]
+
+    def train(self, name: str, s: Strategy, seed: int, folder: Path) -> dict[str, Any]:
+        from sdlite.distill.recipe import KINDS
+        from sdlite.distill.students import PRESETS, build
+        from sdlite.distill.train import TrainConfig, fit
+
+        self.torch.manual_seed(seed)
+        options = dict(s.options)
+        if s.kind == "output":
+            from dataclasses import replace
+
+            student, master = build(self.teacher, replace(PRESETS["half"], weights=s.weights)), self.teacher
+            if options.get("channel_weight"):
+                options["temperature_steps"] = self.args.images // 64
+            options["timestep_power"] = 0.6
+        else:
+            start = self.run_folder(s.after, seed) / "model" if s.after else self.args.student
+            student, master = self.load(start / "unet"), self.load(start / "unet")
+        task = KINDS[s.kind](student, master, self.text_encoder, self.source, parts=self.parts, preview=self.preview, **options)
+        config = TrainConfig(max_images=self.args.images, batch_size=32, lr=s.lr, warmup_images=1_000, decay_from=0.3, seed=seed,
+                             sample_every=0, checkpoint_minutes=30)  # fmt: skip
+        return fit(task, config, folder, resume=folder.exists())
+
+    def run_folder(self, name: str, seed: int) -> Path:
+        return Path(self.args.out) / f"{name.replace(' ', '-').replace(chr(39), '')}-{seed}-{self.args.images}"
+
+    def measure(self, folder: Path, s: Strategy, seed: int) -> dict[str, Any]:
+        from benchmarks.quality import generate, kid
+        from sdlite.distill.students import parameters
+        from sdlite.quant.metrics import psnr
+
+        pipe, p = self.pipeline(folder), self.protocol
+        made = {
+            which: generate(_With(pipe, s.sampler), p, indices, seed, s.steps, s.guidance)
+            for which, indices in (("prompts", p.prompts), ("heldout", p.heldout))
+        }
+        scored = p.score(p.prompts, made["prompts"])
+        held = p.score(p.heldout, made["heldout"])
+        paired = [min(psnr(a, b), 100.0) for a, b in zip(self.taught(seed), made["prompts"], strict=True)]
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            pipe("red apple", seed=0, num_inference_steps=s.steps, guidance_scale=s.guidance, sampler=s.sampler)
+            times.append(time.perf_counter() - begin)
+        unet = self.load(folder / "unet")
+        return {
+            "parameters": parameters(unet), "macs": macs(unet), "calls": s.steps * (1 if s.guidance == 1 else 2), "steps": s.steps,
+            "guidance": s.guidance, "sampler": s.sampler, "identity@1": float(scored["identity@1"]), "exact@1": float(scored["exact@1"]),
+            "colour": float(scored["colour"]), "heldout@1": float(held["exact@1"]),
+            "kid": kid(scored["features"], p.real(p.prompts)), "paired_psnr": float(np.mean(paired)), "seconds_per_image": float(np.median(times)),
+        }  # fmt: skip
+
+
+class _With:
+    """A pipeline with its sampler chosen."""
+
+    def __init__(self, pipe: Any, sampler: str):
+        self.pipe, self.sampler = pipe, sampler
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pipe(*args, sampler=self.sampler, **kwargs)
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap.add_argument("table", choices=("size", "steps"))
+    ap.add_argument("--teacher", type=Path, required=True, help="diffusers folder")
+    ap.add_argument("--latents", type=Path, required=True, help="latent cache of the teacher's training")
+    ap.add_argument("--student", type=Path, help="diffusers folder that `steps` starts from")
+    ap.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    ap.add_argument("--only", nargs="+", help="strategies; default: all of the table")
+    ap.add_argument("--images", type=int, default=12_800, help="training images of each strategy (of each halving)")
+    ap.add_argument("--seeds", type=int, default=3)
+    ap.add_argument("--prompts", type=int, default=128)
+    ap.add_argument("--heldout", type=int, default=64)
+    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--results", type=Path, default=RESULTS)
+    args = ap.parse_args()
+    strategies = SIZE if args.table == "size" else STEPS
+    if unknown := set(args.only or []) - set(strategies):
+        ap.error(f"{sorted(unknown)} are not in {args.table}; choose of {', '.join(strategies)}")
+    if args.table == "steps" and args.student is None:
+        ap.error("steps needs --student")
+
+    from benchmarks.env import environment
+
+    about = {**environment(), "command": "python -m benchmarks.distil " + " ".join(sys.argv[1:])}
+    done = {(r["table"], r["strategy"], r["seed"], r["images"]) for r in _rows(args.results)}
+    bench = Bench(args)
+    reference = {
+        "teacher": (args.teacher, Strategy("", steps=50)),
+        "teacher, 4 steps": (args.teacher, Strategy("", steps=4)),
+    }
+    if args.student is not None:
+        reference |= {
+            "start": (args.student, Strategy("", steps=25)),
+            "start, 4 steps": (args.student, Strategy("", steps=4)),
+        }
+
+    def write(name: str, seed: int, images: int, row: dict[str, Any]) -> None:
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        with open(args.results, "a") as f:
+            f.write(json.dumps({"table": args.table, "strategy": name, "seed": seed, "images": images, **row, **about}) + "\n")
+        print(f"{name} (seed {seed}): identity {row['identity@1']:.1%}, KID {row['kid']:.1f}, PSNR to teacher {row['paired_psnr']:.2f} dB")
+
+    for seed in range(args.seeds):
+        for name, (folder, s) in reference.items():
+            if (args.table, name, seed, 0) not in done:
+                write(name, seed, 0, {"minutes": 0.0, "loss": None, **bench.measure(folder, s, seed)})
+        for name, s in strategies.items():
+            if (args.table, name, seed, args.images) in done or (args.only and name not in args.only):
+                continue
+            folder = bench.run_folder(name, seed)
+            trained = bench.train(name, s, seed, folder)
+            row = bench.measure(folder / "model", s, seed)
+            write(name, seed, args.images, {"minutes": trained["seconds"] / 60, "loss": trained["loss"], **row})
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""`sdlite bench`: seconds and memory of one model on this machine, for each precision and backend, one process each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdlite import backends, hub
+from sdlite.artifact import PRECISIONS, Artifact
+from sdlite.errors import InputError, UnknownNameError
+
+PROMPT = "a red apple on a blue background"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row: what is run, and for how long at most."""
+
+    model: str
+    precision: str
+    backend: str
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    threads: int | None = None
+    seconds: float = 10.0
+
+
+def jobs(model: str, precisions: Sequence[str] | None = None, backend_names: Sequence[str] | None = None, **settings: Any) -> list[Job]:
+    """Every precision that the model holds on every installed backend that has it, or what is asked for.
+
+    Raises:
+        UnknownNameError: a precision or backend does not exist. InputError: nothing is left that could run.
+    """
+    artifact = Artifact.open(hub.resolve(model, None))
+    held = list(artifact.manifest.variants) if artifact.manifest else ["fp32"]
+    for p in precisions or ():
+        if p not in PRECISIONS:
+            raise UnknownNameError(f"precision={p!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+    for b in backend_names or ():
+        backends.get_backend(b)  # says which name is wrong or which extra is missing
+    out = []
+    for p in precisions or held:
+        able = backends.installed_with(p) if artifact.has_onnx(p) else []
+        if not able and artifact.manifest is None and backends.installed("torch"):
+            able = ["torch"]
+        out += [Job(model, p, b, **settings) for b in (backend_names or able)]
+    if not out:
+        raise InputError(
+            f"no installed engine runs {', '.join(precisions or held)} of {artifact.name}: pip install 'sdlite[cpu]', or name --backends."
+        )
+    return out
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Run one job in this process: {load_seconds, first_seconds, samples_seconds, stage_seconds, peak_mib, engine, steps, size}.
+
+    Pictures are made until `job.seconds` have passed, at least two and at most fifty, after a first one that is reported alone.
+    """
+    from sdlite.pipeline import Pipeline
+
+    def picture(pipe: Pipeline) -> Any:
+        return pipe(
+            [PROMPT] * job.batch, seed=0, num_inference_steps=job.steps, guidance_scale=job.guidance, height=job.height, width=job.width
+        )  # fmt: skip
+
+    begin = time.perf_counter()
+    pipe = Pipeline.from_pretrained(job.model, precision=job.precision, backend=job.backend, threads=job.threads)
+    loaded = time.perf_counter()
+    out = picture(pipe)
+    first = time.perf_counter()
+    samples: list[float] = []
+    stages: list[dict[str, float]] = []
+    while len(samples) < 2 or (time.perf_counter() - first < job.seconds and len(samples) < 50):
+        start = time.perf_counter()
+        out = picture(pipe)
+        samples.append(time.perf_counter() - start)
+        stages.append(out.timings)
+    image = out.images[0]
+    return {
+        "engine": pipe.report.engine, "steps": job.steps or pipe.defaults.num_inference_steps,
+        "guidance": pipe.defaults.guidance_scale if job.guidance is None else job.guidance, "size": list(image.size),
+        "load_seconds": loaded - begin, "first_seconds": first - loaded, "samples_seconds": samples,
+        "stage_seconds": {k: sorted(s[k] for s in stages)[len(stages) // 2] for k in stages[0]}, "peak_mib": _peak_mib(),
+        "bytes": sum(n.bytes for n in pipe.report.networks),
+    }  # fmt: skip
+
+
+def _peak_mib() -> float | None:
+    """Largest resident set of this process, where the system tells."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def bench(todo: Sequence[Job], done: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
+    """Rows of all jobs, each from a new process; a job that fails is a row with `error`. `done` is called after each."""
+    rows = []
+    for job in todo:
+        command = [sys.executable, "-W", "ignore", "-m", "sdlite.bench", json.dumps(dataclasses.asdict(job))]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
+        if ran.returncode or not lines:
+            row = {"error": (ran.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+        else:
+            row = json.loads(lines[-1])
+        rows.append({**dataclasses.asdict(job), **row})
+        done(rows[-1])
+    return rows
+
+
+HEADER = f"{'precision':<13}{'backend':<13}{'MB':>8}{'load s':>8}{'first s':>9}{'image s':>9}{'p90':>8}{'text':>8}{'unet':>8}{'vae':>8}{'peak MiB':>10}{'N':>4}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row as text, under `HEADER`; the image time is the median over N pictures."""
+    head = f"{row['precision']:<13}{row['backend']:<13}"
+    if "error" in row:
+        return f"{head}  failed: {row['error']}"
+    s = sorted(row["samples_seconds"])
+    stage = row["stage_seconds"]
+    peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+    return (
+        f"{head}{row['bytes'] / 1e6:>8.1f}{row['load_seconds']:>8.2f}{row['first_seconds']:>9.3f}{s[len(s) // 2]:>9.3f}"
+        f"{s[min(len(s) - 1, int(0.9 * len(s)))]:>8.3f}{stage['text_encoder']:>8.3f}{stage['unet']:>8.3f}{stage['vae_decoder']:>8.3f}{peak:>10}{len(s):>4}"
+    )
+
+
+def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Append to a JSONL file, with what it was measured on."""
+    import platform
+
+    from sdlite._version import __version__
+
+    about = {
+        "sdlite": __version__,
+        "machine": platform.machine(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+    }
+    with open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps({**r, **about}) + "\n" for r in rows)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Job(**json.loads(sys.argv[1])))))
