@@ -73,6 +73,8 @@ def main() -> None:
     ap.add_argument("--lr", type=float, default=4e-4)
     ap.add_argument("--decay-from", type=float, default=0.5, help="share of the run after which the learning rate falls")
     ap.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
+    ap.add_argument("--batch-size", type=int, default=32)
+    ap.add_argument("--mixed-precision", default="no", choices=["no", "bf16"], help="bf16 pays where the CPU has AMX or AVX512-BF16")
     ap.add_argument("--threads", type=int, default=2)
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
@@ -97,13 +99,15 @@ def main() -> None:
     )
     config = TrainConfig(
         max_images=args.images,
-        batch_size=32,
+        batch_size=args.batch_size,
         lr=args.lr,
         warmup_images=10_000,
         decay_from=args.decay_from,
         sample_every=2_000,
         checkpoint_minutes=8,
         compile=args.compile,
+        mixed_precision=args.mixed_precision,
+        plain_attention=args.mixed_precision != "no",
     )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 

@@ -15,6 +15,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +67,7 @@ class TrainConfig:
     ema_decay: float = 0.999
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
     compile: bool = False  # torch.compile the networks: minutes at the start, then faster steps
+    plain_attention: bool = False  # matrix products and softmax instead of torch's fused kernel, whose bfloat16 backward is slow on CPUs
     seed: int = 0
     log_every: int = 20  # steps
     sample_every: int = 2_000  # steps; 0 = never
@@ -173,6 +175,16 @@ def _write_checkpoint(out: Path, state: _State, meta: dict[str, Any], keep: int)
         shutil.rmtree(old)
 
 
+def use_plain_attention(networks: Iterable[nn.Module]) -> None:
+    """In place: every diffusers network among `networks` and inside them computes attention as two matrix products and a softmax."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    for m in networks:
+        for part in m.modules():
+            if hasattr(part, "set_attn_processor"):
+                part.set_attn_processor(AttnProcessor())  # type: ignore[operator]
+
+
 def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = False, max_minutes: float | None = None) -> dict[str, Any]:
     """Train `task` until `max_images`, an interrupt, or `max_minutes`; always leaves a checkpoint and the EMA networks.
 
@@ -221,6 +233,8 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
                 )
         state.restore(done[-1] / "state.safetensors")
         step, images = meta["step"], meta["images"]
+    if config.plain_attention:
+        use_plain_attention([*task.modules.values(), *getattr(task, "frozen", {}).values()])
     if config.compile:
         for m in task.modules.values():
             m.compile()  # in place, and after the EMA copies were made: names in checkpoints stay, samples run eagerly
