@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdlite import backends, hub, images
+from sdlite import backends, hub, images, tiling
 from sdlite.artifact import Artifact, SamplerDefaults, writing
 from sdlite.errors import InputError, MissingExtraError, SdliteError, ShapeError
 from sdlite.sampling import Noise, Sampler, Schedule, denoise, get_sampler, sampler_of
@@ -62,6 +62,7 @@ class Pipeline:
         self.stride = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         own = artifact.sampler
         self.defaults = SamplerDefaults(own.get("num_inference_steps", 50), own.get("guidance_scale", 7.5))  # diffusers' for a plain folder
+        self.tiling: tiling.Tiling | None = None
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, precision: str | None = None, backend: str = "auto", device: str = "cpu",
@@ -100,6 +101,27 @@ class Pipeline:
             )
         return out
 
+    def enable_vae_tiling(self, size_px: int | None = None, overlap: float = 0.25) -> None:
+        """Decode pictures larger than a tile in overlapping, blended tiles: the decoder's memory no longer grows with the picture.
+
+        Args:
+            size_px: side of a tile; default as in diffusers: the size that the autoencoder was made for.
+            overlap: share of a tile that its neighbour has too.
+
+        Raises:
+            InputError: not a multiple of the VAE's stride, or an overlap outside 0 to 1.
+        """
+        chosen = tiling.Tiling(size_px or self.vae_config.get("sample_size") or 512, overlap)
+        chosen.check(self.stride)
+        self.disable_vae_tiling()
+        self.tiling = chosen
+        self.report.notes.append(str(chosen))
+
+    def disable_vae_tiling(self) -> None:
+        if self.tiling is not None:
+            self.report.notes.remove(str(self.tiling))
+        self.tiling = None
+
     # --- the five stages ---------------------------------------------------------------------------------------------
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
@@ -128,7 +150,9 @@ class Pipeline:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """latents (B, C, h, w) -> images uint8 (B, H, W, 3)."""
         z = latents / np.float32(self.vae_config.get("scaling_factor", 0.18215)) + np.float32(self.vae_config.get("shift_factor") or 0.0)
-        return images.to_uint8(self.networks.vae_decoder(latent_sample=z))
+        if self.tiling is None:
+            return images.to_uint8(self.networks.vae_decoder(latent_sample=z))
+        return images.to_uint8(tiling.decode(lambda tile: self.networks.vae_decoder(latent_sample=tile), z, self.tiling, self.stride))
 
     # --- the call ----------------------------------------------------------------------------------------------------
 

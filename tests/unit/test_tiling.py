@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sdlite.errors import InputError
+from sdlite.tiling import Tiling, decode
+
+FAST = {"num_inference_steps": 1, "guidance_scale": 1.0, "seed": 0}
+
+
+def upscale(latents):
+    """A decoder with no context: each latent is one block of pixels, so tiles must not be seen at all."""
+    return np.repeat(np.repeat(latents[:, :3], 8, axis=2), 8, axis=3)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (2, 4, 20, 13), (1, 4, 9, 8), (1, 4, 33, 40)])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
+def test_tiles_of_a_decoder_without_context_are_not_seen(shape, overlap):
+    z = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    np.testing.assert_allclose(decode(upscale, z, Tiling(64, overlap), 8), upscale(z), rtol=1e-6, atol=1e-6)
+
+
+def test_no_call_sees_more_than_a_tile():
+    sizes = []
+    decode(lambda z: sizes.append(z.shape[2:]) or upscale(z), np.zeros((1, 4, 40, 24), np.float32), Tiling(64), 8)
+    assert max(max(s) for s in sizes) == 8
+
+
+def test_tiled_decode_equals_diffusers():
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    AutoencoderKL = pytest.importorskip("diffusers", reason="needs the torch extra").AutoencoderKL
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4, sample_size=32, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    z = torch.randn(2, 4, 19, 26)
+
+    def network(tile):
+        with torch.no_grad():
+            return vae.decode(torch.from_numpy(tile), return_dict=False)[0].numpy()
+
+    got = decode(network, z.numpy(), Tiling(32, 0.25), 4)
+    whole = network(z.numpy())
+    vae.enable_tiling()
+    np.testing.assert_allclose(got, network(z.numpy()), rtol=1e-5, atol=1e-6)
+    assert np.abs(got - whole).max() > 1e-3, "the comparison must see a difference between tiled and whole"
+
+
+def test_pipeline_tiles_only_larger_pictures_and_says_so(emoji):
+    plain = np.asarray(emoji("pizza", height=128, width=64, **FAST).images[0])
+    small = np.asarray(emoji("pizza", **FAST).images[0])
+    try:
+        emoji.enable_vae_tiling()
+        assert any("tiles of 64 px" in n for n in emoji.report.notes)
+        assert (np.asarray(emoji("pizza", **FAST).images[0]) == small).all()
+        tiled = np.asarray(emoji("pizza", height=128, width=64, **FAST).images[0])
+        assert tiled.shape == plain.shape
+        assert 0 < np.abs(tiled.astype(int) - plain).mean() < 25
+        emoji.enable_vae_tiling(32, overlap=0.5)
+        assert sum("tiles of" in n for n in emoji.report.notes) == 1
+    finally:
+        emoji.disable_vae_tiling()
+    assert not any("tiles of" in n for n in emoji.report.notes)
+    assert (np.asarray(emoji("pizza", height=128, width=64, **FAST).images[0]) == plain).all()
+
+
+@pytest.mark.parametrize(("size", "overlap"), [(60, 0.25), (-8, 0.25), (64, 1.0), (64, -0.1)])
+def test_tile_that_cannot_be_is_refused(emoji, size, overlap):
+    with pytest.raises(InputError, match="tile"):
+        emoji.enable_vae_tiling(size, overlap)
