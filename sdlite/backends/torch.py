@@ -29,11 +29,27 @@ def notes(precision: str, device: str) -> list[str]:
     return []
 
 
-def _classes() -> dict[str, Any]:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+def vae_class(config: dict[str, Any]) -> Any:
+    """diffusers' class of a vae/config.json: `AutoencoderKL`, or `AutoencoderTiny` (TAESD and our tiny decoders).
+
+    Raises:
+        ArtifactError: another class. diffusers would load it all the same, with random weights.
+    """
+    import diffusers
+
+    name = config.get("_class_name", "AutoencoderKL")
+    if name not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise ArtifactError(f"the vae is a {name}; accepted: AutoencoderKL and AutoencoderTiny. Save the pipeline with one of these.")
+    return getattr(diffusers, name)
+
+
+def _class(artifact: Artifact, part: str) -> Any:
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    return {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae_decoder": AutoencoderKL}
+    if part == "vae_decoder":
+        return vae_class(artifact.config("vae"))
+    return {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}[part]
 
 
 def _quantise_linear(module: torch.nn.Module) -> int:
@@ -88,8 +104,9 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
 def _load(artifact: Artifact, part: str, folder: Path, weights: list[Path], precision: str, device: str,
           threads: int | None) -> tuple[Network, NetworkReport]:  # fmt: skip
     dtype = torch.float16 if precision == "fp16" else torch.float32
+    network = _class(artifact, part)
     try:
-        loaded, info = _classes()[part].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        loaded, info = network.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except Exception as e:  # safetensors, diffusers and transformers each raise their own
         raise ArtifactError(
             f"{folder} cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:200]}); fetch or save the model again."

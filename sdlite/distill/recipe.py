@@ -19,10 +19,17 @@
     kind = "progressive"
     steps = [16, 8, 4]            # one training of `images` for each halving
     images = 30000
+    [[stage]]
+    kind = "text-encoder"         # fewer layers; reads as the teacher's for this UNet (parts.TextEncoderTask)
+    layers = 6
+    images = 50000
+    [[stage]]
+    kind = "tiny-decoder"         # TAESD's shape instead of the VAE decoder (parts.TinyDecoderTask); width = 64, blocks = 3
+    images = 50000
     [sampler]
     guidance_scale = 1.0
 
-Each stage has its own folder, checkpoints and statistics, starts from the stage before it, and is skipped when it is already done.
+`text-encoder` and `tiny-decoder` come last, each at most once; alone they make parts for a UNet that stays. Each stage has its own folder, checkpoints and statistics, starts from the stage before it, and is skipped when it is already done.
 """
 
 from __future__ import annotations
@@ -40,9 +47,11 @@ from typing import Any
 
 import torch
 
-from sdlite.artifact import Artifact, sha256, weight_files
+from sdlite.artifact import Artifact, read_json, sha256, weight_files
+from sdlite.backends.torch import vae_class
 from sdlite.distill import data, report, stages, tasks
 from sdlite.distill.cache import CachedLatents
+from sdlite.distill.parts import TextEncoderTask, TinyDecoderTask, smaller_text_encoder, tiny_vae
 from sdlite.distill.students import PRESETS, StudentSpec, build, parameters
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.errors import InputError
@@ -54,7 +63,13 @@ KINDS: dict[str, Any] = {
     "progressive": stages.ProgressiveTask,
     "consistency": stages.ConsistencyTask,
     "adversarial": stages.AdversarialTask,
+    "text-encoder": TextEncoderTask,
+    "tiny-decoder": TinyDecoderTask,
 }
+MAKES = {
+    "text-encoder": "text_encoder",
+    "tiny-decoder": "vae",
+}  # stage kind -> part of the pipeline that it makes; the others make the UNet
 _TRAIN = {f.name for f in dataclasses.fields(TrainConfig)} - {"max_images"}
 _OPTIONS: dict[str, set[str]] = {  # what a stage of each kind may say besides `kind`, `images` and TrainConfig's fields
     "output": {
@@ -75,7 +90,10 @@ _OPTIONS: dict[str, set[str]] = {  # what a stage of each kind may say besides `
     "progressive": {"steps", "loss_type", "guidance_scale"},
     "consistency": {"grid", "sigma_data", "timestep_scaling", "guidance_scale"},
     "adversarial": {"num_inference_steps", "weight", "ramp", "reconstruction", "guidance_scale"},
+    "text-encoder": {"layers", "output_weight", "caption_dropout"},
+    "tiny-decoder": {"width", "blocks", "latent_noise", "multi_scale_weight"},
 }
+_NEEDED = {"text-encoder": "layers: how many of the teacher's text encoder stay"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,17 @@ class Stage:
     kind: str
     config: TrainConfig
     options: dict[str, Any]
+
+    @property
+    def makes(self) -> str:
+        """Part of the pipeline that this stage trains: unet, text_encoder or vae."""
+        return MAKES.get(self.kind, "unet")
+
+    @property
+    def guidance(self) -> float:
+        """The guidance that this stage puts into the student when it learns from the teacher; 1 is none."""
+        default = 4.0 if self.kind in ("guidance", "progressive", "consistency") else 1.0
+        return float(self.options.get("guidance_scale", default))
 
 
 @dataclass(frozen=True)
@@ -125,6 +154,8 @@ class Recipe:
             _known(f"[[stage]] {n} ({kind})", given, {"kind", "images"} | _TRAIN | _OPTIONS[kind])
             if "images" not in given:
                 raise InputError(f"[[stage]] {n} ({kind}) says no images: how many to train on.")
+            if kind in _NEEDED and (name := _NEEDED[kind].split(":")[0]) not in given:
+                raise InputError(f"[[stage]] {n} ({kind}) does not say {name}{_NEEDED[kind].removeprefix(name)}.")
             settings = {**common, **{k: v for k, v in given.items() if k in _TRAIN}}
             settings["betas"] = tuple(settings.get("betas", TrainConfig(1).betas))
             config = TrainConfig(max_images=int(given["images"]), **settings)
@@ -136,24 +167,53 @@ class Recipe:
                 out += [Stage(f"{n}-progressive-{s}", kind, config, {**options, "num_inference_steps": s}) for s in steps]
             else:
                 out.append(Stage(f"{n}-{kind}", kind, config, options))
+        _ordered(out)
         return cls(str(raw.get("name", "student")), _spec(dict(raw.get("student", {}))), tuple(out), dict(raw.get("sampler", {})))
 
-    def default_sampler(self, own: str) -> dict[str, Any]:
-        """{name, num_inference_steps, guidance_scale} for the artefact: the last stage's own, unless [sampler] says otherwise."""
-        last = self.stages[-1]
-        steps = {
-            "progressive": last.options.get("num_inference_steps"),
-            "adversarial": last.options.get("num_inference_steps", 4),
-            "consistency": 4,
-        }
-        few = any(s.kind in ("guidance", "consistency") for s in self.stages)
-        out = {
-            "name": "lcm" if last.kind == "consistency" else own,
-            "num_inference_steps": steps.get(last.kind) or 25,
-            "guidance_scale": 1.0 if few else 4.0,
-        }
+    def default_sampler(self, own: str, teachers: dict[str, Any] | None = None) -> dict[str, Any]:
+        """{name, num_inference_steps, guidance_scale} for the artefact: the last UNet stage's own, unless [sampler] says otherwise.
+
+        Args:
+            own: sampler of many-step students. teachers: the teacher's defaults, for recipes that leave the UNet as it is.
+        """
+        unet = [s for s in self.stages if s.makes == "unet"]
+        out: dict[str, Any] = {"name": own, "num_inference_steps": 25, "guidance_scale": 4.0}
         _known("[sampler]", self.sampler, set(out))
+        if unet:
+            out["guidance_scale"] = 1.0 if any(s.guidance != 1 for s in unet) else 4.0
+            if unet[-1].kind == "consistency":
+                out |= {"name": "lcm", "num_inference_steps": 4}
+            elif (steps := _steps(unet[-1])) is not None:
+                out["num_inference_steps"] = steps
+        else:
+            out |= {k: v for k, v in (teachers or {}).items() if k in out}
         return {**out, **self.sampler}
+
+
+def _steps(stage: Stage) -> int | None:
+    """Sampling steps that a progressive or adversarial stage makes its student for."""
+    if stage.kind == "adversarial":
+        return int(stage.options.get("num_inference_steps", 4))
+    return stage.options.get("num_inference_steps")
+
+
+def _ordered(made: list[Stage]) -> None:
+    """Refuse UNet stages after the other parts' stages, and guidance on top of guidance."""
+    guided: Stage | None = None
+    for before, stage in itertools.pairwise([None, *made]):
+        assert stage is not None
+        if before is not None and before.makes != "unet" and (stage.makes == "unet" or stage.kind == before.kind):
+            raise InputError(
+                f"stage {stage.name} comes after {before.name}; put text-encoder and tiny-decoder last, each at most once: "
+                "they are made for the UNet that is shipped."
+            )
+        asked = stage.options.get("guidance_scale", 1.0) if stage.kind in ("progressive", "adversarial") else 1.0
+        if guided is not None and asked != 1 and guided.name.split("-")[0] != stage.name.split("-")[0]:
+            raise InputError(
+                f"stage {stage.name} asks for guidance_scale={asked:g}, but {guided.name} has put guidance into the student "
+                "already; say guidance_scale = 1.0, or leave it out."
+            )
+        guided = stage if stage.guidance != 1 else guided
 
 
 def _known(where: str, given: dict[str, Any], known: set[str]) -> None:
@@ -176,7 +236,7 @@ class Teacher:
     """A diffusers SD-1.x/2.x folder, opened for training."""
 
     def __init__(self, folder: str | Path):
-        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from diffusers import UNet2DConditionModel
         from transformers import CLIPTextModel
 
         self.artifact = Artifact.open(folder)
@@ -186,7 +246,7 @@ class Teacher:
         self.scheduler = self.artifact.config("scheduler")
         self.unet = UNet2DConditionModel.from_pretrained(root / "unet", use_safetensors=True).float()
         self.text_encoder = CLIPTextModel.from_pretrained(root / "text_encoder", use_safetensors=True).float()
-        self.vae = AutoencoderKL.from_pretrained(root / "vae", use_safetensors=True).float().eval().requires_grad_(False)
+        self.vae = _load(root / "vae").float().eval().requires_grad_(False)
         self.tokenizer = ClipTokenizer.from_pretrained(root / "tokenizer")
         size = self.unet.config.sample_size
         self.pixels = (size if isinstance(size, int) else size[0]) * 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -209,6 +269,9 @@ class Teacher:
     def source(self, path: str | Path, cache: Path, progress: bool) -> CachedLatents:
         found = data.read(path)
         key: dict[str, Any] = {"vae": sha256(weight_files(self.artifact.folder / "vae")[0]), "scale": self.vae.config.scaling_factor}
+        if not found.prompts_only and not hasattr(self.vae, "quant_conv"):
+            raise InputError(f"{self.artifact.folder} has a {type(self.vae).__name__}, whose encoder need not be trained; give a teacher with an "
+                             "AutoencoderKL to train on pictures, or prompts alone.")  # fmt: skip
         if found.prompts_only:
             key |= {"made_by": sha256(weight_files(self.artifact.folder / "unet")[0]), "steps": 25, "guidance_scale": 4.0}
             count = [0]
@@ -229,8 +292,15 @@ def plan(recipe: Recipe, teacher: Teacher) -> str:
     for s in recipe.stages:
         said = "".join(f", {k}={v}" for k, v in s.options.items())
         lines.append(f"  {s.name}: {s.config.max_images:,} images, batch {s.config.batch_size}, lr {s.config.lr:g}{said}")
+        if s.makes == "text_encoder":
+            text = smaller_text_encoder(teacher.text_encoder, s.options["layers"])
+            lines.append(f"    text encoder {parameters(text):,} parameters of the teacher's {parameters(teacher.text_encoder):,}")
+        if s.makes == "vae":
+            tiny = tiny_vae(teacher.vae, s.options.get("width", 64), s.options.get("blocks", 3))
+            lines.append(f"    decoder {parameters(tiny.decoder):,} parameters of the teacher's {parameters(teacher.vae.decoder):,}")
     state = a * 4 * 4 + b * 4  # student, its EMA and AdamW's two moments; the frozen teacher
-    lines.append(f"  weights and optimizer: about {state / 1e9:.2f} GB; activations come on top (gradient accumulation: micro_batch_size)")
+    lines.append(f"  weights and optimizer: about {state / 1e9:.2f} GB; activations come on top (gradient accumulation: micro_batch_size; "
+                 "gradient_checkpointing)")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -259,14 +329,18 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
         print(f"{len(source.skipped)} samples left out, listed in {out / 'skipped.json'}; {len(source)} are used")
     parts = {"vae": taught.vae, "tokenizer": taught.tokenizer, "tokenizer_folder": taught.artifact.folder / "tokenizer"}
     prompts = preview_prompts or source.captions
-    student, last = build(taught.unet, recipe.student), None
-    about, folders = report.about_run(recipe, taught, student, source, Path(data)), [out / s.name for s in recipe.stages]
+    made: dict[str, Any] = {"unet": build(taught.unet, recipe.student), "text_encoder": taught.text_encoder, "vae": taught.vae}
+    last, sampler = None, recipe.default_sampler("ddim", taught.artifact.sampler)
+    about, folders = report.about_run(recipe, taught, made["unet"], source, Path(data)), [out / s.name for s in recipe.stages]
     results: dict[str, Any] = {}
     for stage in recipe.stages:
         folder = out / stage.name
         if not _done(folder):
             left = None if max_minutes is None else max(0.0, max_minutes - (time.monotonic() - begin) / 60)
-            task = _task(stage, student, taught, source, parts, prompts, last is not None and _guided(recipe, stage))
+            if stage.makes == "unet":
+                task = _task(stage, made["unet"], taught, source, parts, prompts, last is not None and _guided(recipe, stage))
+            else:
+                task = _part_task(recipe, stage, made, taught, source, parts, {"prompts": prompts[:16], **_painted(sampler)}, last)
             results[stage.name] = fit(task, stage.config, folder, resume=bool(list(folder.glob("checkpoint-*"))), max_minutes=left)
             if not results[stage.name]["finished"]:
                 report.write(out, recipe.name, about, folders, finished=False)
@@ -274,7 +348,7 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
             (folder / "done.json").write_text(json.dumps(results[stage.name]))
         else:
             results[stage.name] = json.loads((folder / "done.json").read_text())
-        student, last = _student_of(folder, student), folder
+        made[stage.makes], last = _load(folder / "model" / stage.makes, made[stage.makes]), folder
     assert last is not None
     artefact = None
     if export:
@@ -287,7 +361,7 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
                 "data": str(Path(data).name), "pictures": len(source),
             }  # fmt: skip
             convert(
-                last / "model", artefact, name=recipe.name, student=made_of, sampler=recipe.default_sampler("ddim"),
+                last / "model", artefact, name=recipe.name, student=made_of, sampler=sampler,
                 calibration_prompts=prompts,
             )  # fmt: skip
         print(f"wrote {artefact}")
@@ -318,14 +392,27 @@ def _guided(recipe: Recipe, stage: Stage) -> bool:
     return any(s.kind in ("guidance", "progressive", "consistency") for s in before)
 
 
-def _student_of(folder: Path, like: Any) -> Any:
-    return type(like).from_pretrained(folder / "model" / "unet", use_safetensors=True)
+def _load(folder: Path, like: Any = None) -> Any:
+    """A network of a diffusers folder: the class of `like`, or, for a vae, what its config says."""
+    cls = vae_class(read_json(folder / "config.json")) if folder.name == "vae" else type(like)
+    return cls.from_pretrained(folder, use_safetensors=True)
+
+
+def _copy(student: Any) -> Any:
+    out = type(student).from_config(student.config)
+    out.load_state_dict(student.state_dict())
+    return out
+
+
+def _painted(sampler: dict[str, Any]) -> dict[str, Any]:
+    """An artefact's sampler as `tasks.paint` takes it."""
+    return {"sampler": sampler["name"], **{k: v for k, v in sampler.items() if k != "name"}}
 
 
 def _task(
     stage: Stage, student: Any, teacher: Teacher, source: CachedLatents, parts: dict[str, Any], prompts: list[str], guided: bool
 ) -> Any:
-    """The stage's `Task`. Progressive stages learn from the student as it was before them, once guidance is in it."""
+    """The UNet stage's `Task`. Progressive and adversarial stages keep to the student as it was before them, once guidance is in it."""
     options = dict(stage.options)
     shown: dict[str, Any] = {"prompts": prompts[:16], "num_inference_steps": options.get("num_inference_steps", 25)}
     if stage.kind == "output":
@@ -333,12 +420,26 @@ def _task(
             student, teacher.unet, teacher.text_encoder, source, parts=parts, preview=shown, scheduler=teacher.scheduler, **options
         )
     scheduler = {**teacher.scheduler, "timestep_spacing": "trailing"}  # few steps must begin at the last timestep (arXiv:2305.08891)
-    own = stage.kind == "progressive" and guided
-    master = type(student).from_config(student.config) if own else teacher.unet
-    if own:
-        master.load_state_dict(student.state_dict())
-    options.setdefault("guidance_scale", 1.0 if own or stage.kind == "adversarial" else 4.0)
+    own = stage.kind in ("progressive", "adversarial") and guided
+    options["guidance_scale"] = 1.0 if own else stage.guidance
     shown["guidance_scale"] = 1.0
     if stage.kind == "consistency":
         shown |= {"sampler": "lcm", "num_inference_steps": 4}
+    if stage.kind == "adversarial" and own:
+        options["start"] = _copy(student)
+    master = _copy(student) if stage.kind == "progressive" and own else teacher.unet
     return KINDS[stage.kind](student, master, teacher.text_encoder, source, parts=parts, preview=shown, scheduler=scheduler, **options)
+
+
+def _part_task(recipe: Recipe, stage: Stage, made: dict[str, Any], teacher: Teacher, source: CachedLatents, parts: dict[str, Any],
+               shown: dict[str, Any], last: Path | None) -> Any:  # fmt: skip
+    """The `Task` of a text-encoder or tiny-decoder stage, on the schedule that the UNet before it was saved with."""
+    scheduler = read_json(last / "model" / "scheduler" / "scheduler_config.json") if last else teacher.scheduler
+    given: dict[str, Any] = {"parts": parts, "preview": shown, "scheduler": scheduler, **stage.options}
+    if stage.kind == "tiny-decoder":
+        return TinyDecoderTask(made["unet"], made["text_encoder"], source, **given)
+    unet = [s for s in recipe.stages if s.makes == "unet"]
+    if unet and (steps := _steps(unet[-1])) is not None:
+        given["timesteps"] = stages.trailing_timesteps(steps, scheduler.get("num_train_timesteps", 1000))[:-1]
+    given["parts"] = {**parts, "vae": made["vae"]}
+    return TextEncoderTask(made["unet"], teacher.text_encoder, source, **given)

@@ -237,11 +237,15 @@ class AdversarialTask(_FromTeacher):
         num_inference_steps: N.
         taps: tap name -> teacher module whose output is judged; default: its down blocks.
         weight, ramp: adversarial weight, and the steps over which it rises to it.
+        start: what the reconstruction term keeps to, when that is not the (guided) teacher: a frozen copy of a few-step student, whose
+            guess is sharper than the one-step guess of a teacher that was made for many.
     """
 
     def __init__(self, *args: Any, num_inference_steps: int = 4, taps: dict[str, str] | None = None, weight: float = 0.1, ramp: int = 500,
-                 reconstruction: float = 1.0, discriminator_timesteps: tuple[int, ...] = (10, 250, 500, 750), **kwargs: Any):  # fmt: skip
+                 reconstruction: float = 1.0, discriminator_timesteps: tuple[int, ...] = (10, 250, 500, 750), start: Any = None,
+                 **kwargs: Any):  # fmt: skip
         super().__init__(*args, **kwargs)
+        self.start = None if start is None else start.eval().requires_grad_(False)
         self.points = trailing_timesteps(num_inference_steps, self.schedule.num_train_timesteps)
         self.weight, self.ramp, self.reconstruction = weight, ramp, reconstruction
         self.judged_at = torch.tensor(discriminator_timesteps)
@@ -276,7 +280,8 @@ class AdversarialTask(_FromTeacher):
         embeds = self.embeds(batch["input_ids"])
         made, _ = self.solver.x0_noise(modules["unet"](x, t, embeds).sample, x, t)
         with torch.no_grad():
-            wanted, _ = self.solver.x0_noise(self.teach(x, t, embeds), x, t)
+            kept = self.teach(x, t, embeds) if self.start is None else self.start(x, t, embeds).sample
+            wanted, _ = self.solver.x0_noise(kept, x, t)
             real = self.features(batch["latents"], batch, embeds)
         judge = modules["discriminator"]
         fake = self.features(made, batch, embeds)

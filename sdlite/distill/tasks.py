@@ -293,10 +293,13 @@ def paint(parts: dict[str, Any], schedule: Schedule, *, prompts: list[str], num_
 @torch.no_grad()
 def preview(parts: dict[str, Any], schedule: Schedule, **arguments: Any) -> np.ndarray:
     """uint8 (B, H, W, 3): `paint`, decoded."""
-    vae = parts["vae"]
-    latents = paint(parts, schedule, **arguments)
-    pixels = vae.decode(latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)).sample
-    return to_uint8(pixels.cpu().numpy())
+    return to_uint8(decode_scaled(parts["vae"], paint(parts, schedule, **arguments)).cpu().numpy())
+
+
+def decode_scaled(vae: Any, z: Tensor) -> Tensor:
+    """Latents (B, C, h, w) scaled as the UNet sees them -> pixels (B, 3, H, W), about -1 to 1, by any of diffusers' autoencoders."""
+    out: Tensor = vae.decode(z / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)).sample
+    return out
 
 
 def save_pipeline(folder: Path, parts: dict[str, Any], scheduler: dict[str, Any]) -> None:

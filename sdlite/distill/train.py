@@ -182,7 +182,7 @@ def use_plain_attention(networks: Iterable[nn.Module]) -> None:
     for m in networks:
         for part in m.modules():
             if hasattr(part, "set_attn_processor"):
-                part.set_attn_processor(AttnProcessor())  # type: ignore[operator]
+                part.set_attn_processor(AttnProcessor())
 
 
 def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = False, max_minutes: float | None = None) -> dict[str, Any]:

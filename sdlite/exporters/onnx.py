@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from sdlite._version import __version__
-from sdlite.artifact import Artifact, Manifest, weight_files, write_manifest, writing
+from sdlite.artifact import Artifact, Manifest, read_json, weight_files, write_manifest, writing
+from sdlite.backends.torch import vae_class
 from sdlite.errors import ArtifactError, InputError
 from sdlite.spec import SPECS, IOSpec
 
@@ -66,12 +67,12 @@ class _VaeDecoder(nn.Module):
 
 def networks(folder: Path) -> dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]]:
     """part -> (wrapped network in float32, example inputs, dynamic shapes)."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
     text = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, attn_implementation="eager").float()
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).float()
-    vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True).float()
+    vae = vae_class(read_json(folder / "vae" / "config.json")).from_pretrained(folder / "vae", use_safetensors=True).float()
     if unet.config.time_cond_proj_dim is not None:
         raise InputError("the UNet takes a guidance embedding (time_cond_proj_dim), which this exporter does not carry yet.")
     side = unet.config.sample_size if isinstance(unet.config.sample_size, int) else unet.config.sample_size[0]

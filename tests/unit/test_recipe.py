@@ -148,6 +148,36 @@ def test_recipe_errors(text, words):
         parse(text)
 
 
+def test_sampler_knows_which_stages_put_guidance_into_the_student():
+    """A progressive stage without a guidance stage before it learns the guided teacher: sampling it with guidance again would be twice."""
+    few = "[[stage]]\nkind='progressive'\nsteps=[4, 2]\nimages=1\n"
+    assert parse(few).default_sampler("ddim")["guidance_scale"] == 1.0
+    assert parse(few + "guidance_scale=1.0").default_sampler("ddim")["guidance_scale"] == 4.0
+    assert parse("[[stage]]\nkind='guidance'\nimages=1").default_sampler("ddim")["guidance_scale"] == 1.0
+    guided = "[[stage]]\nkind='guidance'\nimages=1\nguidance_scale=3.0\n"
+    assert len(parse(guided + few + "guidance_scale=1.0").stages) == 3
+    for kind in ("progressive", "adversarial"):
+        with pytest.raises(InputError, match="0-guidance has put guidance into the student already"):
+            parse(guided + f"[[stage]]\nkind='{kind}'\nimages=1\nguidance_scale=3.0")
+
+
+def test_halvings_after_the_first_do_not_guide_again(plain, pictures, tmp_path):
+    from sdlite.distill.recipe import _task
+
+    teacher = Teacher(plain)
+    source = teacher.source(pictures, tmp_path / "c.safetensors", False)
+    first, second = parse("[[stage]]\nkind='progressive'\nsteps=[4, 2]\nimages=1\nguidance_scale=3.0").stages
+    made = [_task(s, teacher.unet, teacher, source, {}, ["a"], guided) for s, guided in ((first, False), (second, True))]
+    assert [m.guidance_scale for m in made] == [3.0, 1.0]
+    assert made[0].teacher is teacher.unet
+    assert made[1].teacher is not teacher.unet
+    judged = parse("[[stage]]\nkind='adversarial'\nimages=1").stages[0]
+    stage = _task(judged, teacher.unet, teacher, source, {}, ["a"], True)
+    assert stage.teacher is teacher.unet  # features of the real teacher
+    assert stage.start is not None  # and the student as it was
+    assert stage.start is not teacher.unet
+
+
 def test_recipe_file_errors(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         Recipe.load(tmp_path / "none.toml")
