@@ -35,6 +35,8 @@ def main() -> None:
     ap.add_argument("--timestep-power", type=float, default=1.0, help="below 1 favours noisy timesteps")
     ap.add_argument("--lr", type=float, default=1e-3)
     ap.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
+    ap.add_argument("--batch-size", type=int, default=32)
+    ap.add_argument("--mixed-precision", default="no", choices=["no", "bf16"], help="bf16 pays where the CPU has AMX or AVX512-BF16")
     ap.add_argument("--threads", type=int, default=2)
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
@@ -53,12 +55,14 @@ def main() -> None:
     )  # fmt: skip
     config = TrainConfig(
         max_images=args.images,
-        batch_size=32,
+        batch_size=args.batch_size,
         lr=args.lr,
         warmup_images=min(5_000, args.images // 10),
         decay_from=0.4,
         sample_every=2_000,
         compile=args.compile,
+        mixed_precision=args.mixed_precision,
+        plain_attention=args.mixed_precision != "no",
     )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 
