@@ -174,7 +174,14 @@ def examine(
     if first is not None:
         parts = {"vae": taught.vae, "tokenizer": taught.tokenizer}
         task = StudentTask(
-            student, taught.unet, taught.text_encoder, source, parts=parts, preview={}, scheduler=taught.scheduler, **first.options
+            student,
+            taught.unet,
+            taught.text_encoder,
+            source,
+            parts=parts,
+            preview={},
+            scheduler=taught.scheduler,
+            **{k: v for k, v in first.options.items() if k != "cache_targets"},
         )
         found, _ = gradients(task, batch_size)
         out += found

@@ -15,6 +15,7 @@
     kind = "guidance"
     images = 50000
     guidance_scale = 4.0
+    cache_targets = 50000         # teacher runs once over so many draws (targets.py); output without features, guidance, progressive, consistency
     [[stage]]
     kind = "progressive"
     steps = [16, 8, 4]            # one training of `images` for each halving
@@ -53,6 +54,7 @@ from sdlite.distill import data, report, stages, tasks
 from sdlite.distill.cache import CachedLatents
 from sdlite.distill.parts import TextEncoderTask, TinyDecoderTask, smaller_text_encoder, tiny_vae
 from sdlite.distill.students import PRESETS, StudentSpec, build, parameters
+from sdlite.distill.targets import cache_targets
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.errors import InputError
 from sdlite.tokenizer import ClipTokenizer
@@ -85,10 +87,11 @@ _OPTIONS: dict[str, set[str]] = {  # what a stage of each kind may say besides `
         "tap_weights",
         "caption_dropout",
         "timestep_power",
+        "cache_targets",
     },
-    "guidance": {"guidance_scale"},
-    "progressive": {"steps", "loss_type", "guidance_scale"},
-    "consistency": {"grid", "sigma_data", "timestep_scaling", "guidance_scale"},
+    "guidance": {"guidance_scale", "cache_targets"},
+    "progressive": {"steps", "loss_type", "guidance_scale", "cache_targets"},
+    "consistency": {"grid", "sigma_data", "timestep_scaling", "guidance_scale", "cache_targets"},
     "adversarial": {"num_inference_steps", "weight", "ramp", "reconstruction", "guidance_scale"},
     "text-encoder": {"layers", "output_weight", "caption_dropout"},
     "tiny-decoder": {"width", "blocks", "latent_noise", "multi_scale_weight"},
@@ -156,6 +159,13 @@ class Recipe:
                 raise InputError(f"[[stage]] {n} ({kind}) says no images: how many to train on.")
             if kind in _NEEDED and (name := _NEEDED[kind].split(":")[0]) not in given:
                 raise InputError(f"[[stage]] {n} ({kind}) does not say {name}{_NEEDED[kind].removeprefix(name)}.")
+            features = {
+                "feature_weight": given.get("feature_weight", 0.1),
+                **{k: given.get(k, 0) for k in ("multi_scale_weight", "channel_weight")},
+            }
+            if kind == "output" and given.get("cache_targets") and (used := [k for k, v in features.items() if v]):
+                raise InputError(f"[[stage]] {n} (output): cache_targets keeps the teacher's output, not its features; set {', '.join(used)} = 0, or "
+                                 "leave cache_targets out.")  # fmt: skip
             settings = {**common, **{k: v for k, v in given.items() if k in _TRAIN}}
             settings["betas"] = tuple(settings.get("betas", TrainConfig(1).betas))
             config = TrainConfig(max_images=int(given["images"]), **settings)
@@ -341,6 +351,8 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
                 task = _task(stage, made["unet"], taught, source, parts, prompts, last is not None and _guided(recipe, stage))
             else:
                 task = _part_task(recipe, stage, made, taught, source, parts, {"prompts": prompts[:16], **_painted(sampler)}, last)
+            if draws := stage.options.get("cache_targets"):
+                _teach_once(task, draws, folder / "targets.safetensors", progress)
             results[stage.name] = fit(task, stage.config, folder, resume=bool(list(folder.glob("checkpoint-*"))), max_minutes=left)
             if not results[stage.name]["finished"]:
                 report.write(out, recipe.name, about, folders, finished=False)
@@ -386,6 +398,16 @@ def _done(folder: Path) -> bool:
     return (folder / "done.json").exists() and (folder / "model" / "unet").is_dir()
 
 
+def _teach_once(task: Any, draws: int, path: Path, progress: bool) -> None:
+    """`cache_targets`, on the device of the training, by one process while the others wait."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    task.to(state.device)
+    with state.main_process_first():
+        cache_targets(task, draws, path, progress=progress and state.is_main_process)
+
+
 def _guided(recipe: Recipe, stage: Stage) -> bool:
     """Whether an earlier stage has put guidance into the student, so that it is its own teacher from here on."""
     before = recipe.stages[: recipe.stages.index(stage)]
@@ -413,7 +435,7 @@ def _task(
     stage: Stage, student: Any, teacher: Teacher, source: CachedLatents, parts: dict[str, Any], prompts: list[str], guided: bool
 ) -> Any:
     """The UNet stage's `Task`. Progressive and adversarial stages keep to the student as it was before them, once guidance is in it."""
-    options = dict(stage.options)
+    options = {k: v for k, v in stage.options.items() if k != "cache_targets"}
     shown: dict[str, Any] = {"prompts": prompts[:16], "num_inference_steps": options.get("num_inference_steps", 25)}
     if stage.kind == "output":
         return tasks.StudentTask(

@@ -78,6 +78,13 @@ class _FromTeacher(_Denoising):
         self.teacher, self.encode = teacher.eval().requires_grad_(False), CachedEncoder(text_encoder)
         self.guidance_scale, self.solver = guidance_scale, Solver(self.schedule)
         self.modules: dict[str, nn.Module] = {"unet": student}
+        self.frozen: dict[str, nn.Module] = {"teacher": self.teacher}
+
+    def not_cacheable(self) -> str | None:
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "guidance_scale": self.guidance_scale, "empty": self.source.empty_ids.tolist()}
 
     @torch.no_grad()
     def embeds(self, ids: Tensor) -> Tensor:
@@ -109,11 +116,16 @@ class GuidanceTask(_FromTeacher):
     SD interface and runs at guidance_scale=1.
     """
 
+    def targets(self, batch: Batch) -> Tensor:
+        """The teacher's guided output."""
+        x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
+        return self.teach(x, batch["t"], self.embeds(batch["input_ids"]))
+
     def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
         x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
-        embeds = self.embeds(batch["input_ids"])
-        out = modules["unet"](x, batch["t"], embeds).sample
-        return {"loss": output_loss(out, self.teach(x, batch["t"], embeds))}
+        wanted = batch["wanted"] if "wanted" in batch else self.targets(batch)
+        out = modules["unet"](x, batch["t"], self.embeds(batch["input_ids"])).sample
+        return {"loss": output_loss(out, wanted)}
 
 
 class ProgressiveTask(_FromTeacher):
@@ -142,16 +154,28 @@ class ProgressiveTask(_FromTeacher):
         out["index"] = step.clamp(max=self.num_inference_steps - 1)[order] * 2
         return out
 
-    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "num_inference_steps": self.num_inference_steps}
+
+    def _point(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, and the timesteps (B,) of the student's step: its begin, middle and end."""
         fine = self.fine.to(batch["index"].device)
         t, half, end = (fine[batch["index"] + k] for k in range(3))
-        x, _ = self.forward(batch["latents"], batch["noise"], t)
+        return self.forward(batch["latents"], batch["noise"], t)[0], t, half, end
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> Tensor:
+        """The x_0 that leads where the teacher's two steps lead."""
+        x, t, half, end = self._point(batch)
         embeds = self.embeds(batch["input_ids"])
-        with torch.no_grad():
-            z = self.solver.ddim(self.teach(x, t, embeds), x, t, half)
-            z = self.solver.ddim(self.teach(z, half, embeds), z, half, end)
-            x0 = self.solver.halved_target(x, z, t, end)
-        out = modules["unet"](x, t, embeds).sample
+        z = self.solver.ddim(self.teach(x, t, embeds), x, t, half)
+        z = self.solver.ddim(self.teach(z, half, embeds), z, half, end)
+        return self.solver.halved_target(x, z, t, end)
+
+    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+        x, t, _, _ = self._point(batch)
+        x0 = batch["wanted"] if "wanted" in batch else self.targets(batch)
+        out = modules["unet"](x, t, self.embeds(batch["input_ids"])).sample
         if self.loss_type == "x0":
             return {"loss": output_loss(self.solver.x0_noise(out, x, t)[0], x0)}
         if self.solver.kind == "v_prediction":
@@ -192,13 +216,26 @@ class ConsistencyTask(_FromTeacher):
         clean = (t < 0).view(-1, 1, 1, 1)
         return torch.where(clean, x, skip * x + out * x0)
 
-    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "points": self.points.tolist()}
+
+    def _point(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """x, and the timesteps (B,) at the begin and the end of the solver's step."""
         points = self.points.to(batch["index"].device)
         t, end = points[batch["index"]], points[batch["index"] + 1]
-        x, _ = self.forward(batch["latents"], batch["noise"], t)
+        return self.forward(batch["latents"], batch["noise"], t)[0], t, end
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> Tensor:
+        """x after the teacher's step."""
+        x, t, end = self._point(batch)
+        return self.solver.ddim(self.teach(x, t, self.embeds(batch["input_ids"])), x, t, end)
+
+    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+        x, t, end = self._point(batch)
         embeds = self.embeds(batch["input_ids"])
         with torch.no_grad():
-            lower = self.solver.ddim(self.teach(x, t, embeds), x, t, end)
+            lower = batch["wanted"] if "wanted" in batch else self.targets(batch)
             wanted = self.consistency(modules["unet"], lower, end, embeds)
         return {"loss": huber_loss(self.consistency(modules["unet"], x, t, embeds), wanted)}
 
@@ -246,11 +283,15 @@ class AdversarialTask(_FromTeacher):
                  **kwargs: Any):  # fmt: skip
         super().__init__(*args, **kwargs)
         self.start = None if start is None else start.eval().requires_grad_(False)
+        self.frozen = {}  # its hooks come and go: not for torch.compile
         self.points = trailing_timesteps(num_inference_steps, self.schedule.num_train_timesteps)
         self.weight, self.ramp, self.reconstruction = weight, ramp, reconstruction
         self.judged_at = torch.tensor(discriminator_timesteps)
         self.taps = taps or {f"down{i}": f"down_blocks.{i}" for i in range(len(self.teacher.down_blocks))}
         self.modules["discriminator"] = Discriminator(self._channels())
+
+    def not_cacheable(self) -> str | None:
+        return "the adversarial stage shows the teacher what the student makes"
 
     @torch.no_grad()
     def _channels(self) -> dict[str, int]:

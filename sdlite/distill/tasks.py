@@ -81,6 +81,11 @@ class CachedEncoder:
         self.text_encoder, self.capacity = text_encoder.eval().requires_grad_(False), capacity
         self._seen: dict[bytes, Tensor] = {}
 
+    def to(self, device: torch.device) -> None:
+        """In place: the encoder and what it said go to `device`."""
+        self.text_encoder.to(device)
+        self._seen = {k: v.to(device) for k, v in self._seen.items()}
+
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
         keys = [row.numpy().tobytes() for row in input_ids.cpu()]
@@ -115,6 +120,24 @@ class _Denoising:
         batch["noise"] = torch.randn(batch["latents"].shape, generator=generator)
         batch["t"] = stratified_timesteps(size, self.schedule.num_train_timesteps, generator, self.timestep_power)
         return batch
+
+    def to(self, device: torch.device) -> None:
+        """In place: the frozen networks, those of the preview among them, go to `device`; `fit` moves what it trains."""
+        for network in (*vars(self).values(), *self.parts.values()):
+            if isinstance(network, (nn.Module, CachedEncoder)):
+                network.to(device)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """What the frozen networks say about a batch, (B, C, h, w); what `targets.cache_targets` keeps."""
+        raise NotImplementedError
+
+    def not_cacheable(self) -> str | None:
+        """Why `targets` is not all that the loss needs of the frozen networks; None when it is."""
+        return f"a {type(self).__name__} has no target that could be kept"
+
+    def settings(self) -> dict[str, Any]:
+        """What `targets` depends on, besides weights and batch."""
+        return {"scheduler": self.scheduler}
 
     def save(self, modules: dict[str, nn.Module], folder: Path) -> None:
         save_pipeline(folder, {**self.parts, **modules}, self.scheduler)
@@ -208,11 +231,23 @@ class StudentTask(_Denoising):
     def needs_teacher(self) -> bool:
         return bool(self.output_weight or self.article or self.needs_features)
 
+    def not_cacheable(self) -> str | None:
+        if self.needs_features:
+            return "feature terms need the teacher's features, which are too large to keep; set feature_weight = 0"
+        return None if self.needs_teacher else "no term needs the teacher"
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> Tensor:
+        """The teacher's output."""
+        x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
+        out: Tensor = self.teacher(x, batch["t"], self.encode(batch["input_ids"])).sample
+        return out
+
     def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
         x, target = self.forward(batch["latents"], batch["noise"], batch["t"])
         with torch.no_grad():
             embeds = self.encode(batch["input_ids"])
-            wanted = self.teacher(x, batch["t"], embeds).sample if self.needs_teacher else None
+            wanted = batch["wanted"] if "wanted" in batch else self.targets(batch) if self.needs_teacher else None
         theirs = dict(self.tapped.features)
         out, mine = modules["student"](x, batch["t"], embeds)
         terms = {"task": output_loss(out, target)}

@@ -35,6 +35,7 @@ feature_weight = 0.1
 kind = "guidance"
 images = 8
 guidance_scale = 3.0
+cache_targets = 12
 [[stage]]
 kind = "progressive"
 steps = [2, 1]
@@ -137,6 +138,7 @@ def test_recipe_is_read():
         ("[[stage]]\nkind='output'", "no images"),
         ("[[stage]]\nkind='output'\nimages=1\nguidance_scale=3", "guidance_scale is not known"),
         ("[[stage]]\nkind='progressive'\nimages=1\nsteps=[8,3]", "halve"),
+        ("[[stage]]\nkind='output'\nimages=1\ncache_targets=9", "set feature_weight = 0"),
         ("[student]\npreset='tiny'\n[[stage]]\nkind='output'\nimages=1", "preset='tiny' is not known"),
         ("[student]\nweights='old'\n[[stage]]\nkind='output'\nimages=1", "weights='old'; choose teacher or random"),
         ("[student]\ndepth=2\n[[stage]]\nkind='output'\nimages=1", "depth is not known"),
@@ -208,6 +210,7 @@ def test_run_stops_resumes_and_makes_a_model(plain, pictures, tmp_path):
     assert "Finished." in said
     assert "| 0-output | 8 |" in said
     assert "(2-progressive-1/sample-last.png)" in said
+    assert (out / "1-guidance" / "targets.safetensors").exists()
     assert Image.open(out / "curves.png").height > 1000
     again = run(r, **arguments, resume=True)  # finished stages are not trained again
     assert again["seconds"] < done["seconds"]
