@@ -66,7 +66,7 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, precision: str | None = None, backend: str = "auto", device: str = "cpu",
-                        revision: str | None = None, threads: int | None = None) -> Pipeline:  # fmt: skip
+                        revision: str | None = None, threads: int | None = None, arithmetic: str | None = None) -> Pipeline:  # fmt: skip
         """Load a model.
 
         Args:
@@ -76,6 +76,8 @@ class Pipeline:
             device: "cpu" or "cuda".
             revision: branch, tag or commit, for hub ids.
             threads: CPU threads per network call; None is the engine's own choice.
+            arithmetic: what float layers are computed in: "float32", "bfloat16" or "float16", on "openvino". None: float32 for fp32; for fp16
+                and what int8 leaves in float, the CPU's half precision where it has one. The report says which it is.
 
         Raises:
             UnknownNameError, PrecisionError, MissingExtraError, ArtifactError, HubError: see `sdlite.errors`; each names the next step.
@@ -86,7 +88,7 @@ class Pipeline:
         note = None
         if backend == "onnxruntime" and artifact.manifest is None and precision in ("fp32", "fp16"):
             artifact, note = _convert(artifact), f"converted to ONNX from {artifact.folder}, once, into the cache"
-        pipe = cls(artifact, backends.load(artifact, precision, backend, device, threads))
+        pipe = cls(artifact, backends.load(artifact, precision, backend, device, threads, arithmetic))
         pipe.report.notes += [note] if note else []
         return pipe
 
@@ -111,7 +113,7 @@ class Pipeline:
         Raises:
             InputError: not a multiple of the VAE's stride, or an overlap outside 0 to 1.
         """
-        chosen = tiling.Tiling(size_px or self.vae_config.get("sample_size") or 512, overlap)
+        chosen = tiling.Tiling(self.vae_config.get("sample_size") or 512 if size_px is None else size_px, overlap)
         chosen.check(self.stride)
         self.disable_vae_tiling()
         self.tiling = chosen

@@ -146,8 +146,9 @@ def choose(artifact: Artifact, precision: str) -> tuple[str, str]:
     )
 
 
-def load(artifact: Artifact, precision: str, backend: str = "auto", device: str = "cpu", threads: int | None = None) -> Networks:
-    """Load the three networks of an artefact.
+def load(artifact: Artifact, precision: str, backend: str = "auto", device: str = "cpu", threads: int | None = None,
+         arithmetic: str | None = None) -> Networks:  # fmt: skip
+    """Load the three networks of an artefact. `arithmetic` is what float layers are computed in; None is the backend's choice.
 
     Raises:
         UnknownNameError: precision, backend or device is not one that exists. PrecisionError: it exists, but not here.
@@ -165,11 +166,17 @@ def load(artifact: Artifact, precision: str, backend: str = "auto", device: str 
             f"backend {name!r} has no {precision}; it has {', '.join(module.PRECISIONS)}"
             + (f", and {', '.join(others)} has it." if others else ".")
         )
-    report = Report(artifact.name, name, device, precision, reason, module.engine(), notes=module.notes(precision, device))
+    more = {} if arithmetic is None else {"arithmetic": arithmetic}
+    if arithmetic is not None and arithmetic not in (able := getattr(module, "ARITHMETIC", ())):
+        raise PrecisionError(
+            f"backend {name!r} cannot be told to compute in {arithmetic!r}; "
+            + (f"choose one of {', '.join(able)}." if able else "leave arithmetic out, or use backend='openvino'.")
+        )
+    report = Report(artifact.name, name, device, precision, reason, module.engine(), notes=module.notes(precision, device, **more))
     loaded = {}
     for part in PARTS:
         start = time.perf_counter()
-        loaded[part], row = module.load_part(artifact, part, precision, device, threads)
+        loaded[part], row = module.load_part(artifact, part, precision, device, threads, **more)
         report.networks.append(NetworkReport(**{**asdict(row), "load_seconds": time.perf_counter() - start}))
     multiple = artifact.manifest.size_multiple if artifact.manifest and name != "torch" else 8
     return Networks(**loaded, report=report, size_multiple=multiple)

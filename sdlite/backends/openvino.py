@@ -15,47 +15,98 @@ from sdlite.spec import SPECS
 
 PRECISIONS = ("fp32", "fp16", "int8-static")
 DEVICES = ("cpu", "gpu", "npu")
+HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+ARITHMETIC = tuple(HINTS)
 
 
 def engine() -> str:
     return f"openvino {ov.__version__}"
 
 
-def notes(precision: str, device: str) -> list[str]:
-    if precision == "fp16" and device == "cpu":
-        return ["fp16 on the CPU is storage: weights are float16 on disk, arithmetic is float32"]
-    return []
+def half() -> str:
+    """What this CPU computes half-precision graphs in: bfloat16 where it has instructions for it (AMX, AVX512_BF16), else float32."""
+    return "bfloat16" if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
+
+
+def arithmetic_of(precision: str, device: str, asked: str | None = None) -> str:
+    """What float layers are computed in. fp32 is float32; fp16, and what int8 leaves in float, is the device's half precision."""
+    if asked is not None or precision == "fp32":
+        return asked or "float32"
+    return half() if device == "cpu" else "float16"
+
+
+def notes(precision: str, device: str, arithmetic: str | None = None) -> list[str]:
+    chosen = arithmetic_of(precision, device, arithmetic)
+    once = "for its shapes; other shapes compile once more, for any" if chosen == "float32" else "for any shape"
+    out = [f"compiled at the first call, {once}"]
+    if device != "cpu" or arithmetic is not None:
+        return out
+    if precision == "fp16" and chosen == "float32":
+        out.append("fp16 on this CPU is storage: weights are float16 on disk, arithmetic is float32")
+    elif chosen != "float32":
+        out.append(f"float layers are computed in {chosen}, which this CPU has instructions for; arithmetic='float32' is exact and slower")
+    return out
 
 
 class CompiledNetwork:
-    """One graph, compiled. float32 where the graph is float: OpenVINO's own choice of bf16 would be another precision than asked."""
+    """One graph, compiled at its first call. float32 where the graph is float unless `arithmetic` says otherwise: OpenVINO's own choice of
+    bf16 would be another precision than asked.
 
-    def __init__(self, path: str, part: str, device: str, threads: int | None, precision: str):
-        core = ov.Core()
-        name = device.upper()
-        if not any(d.split(".")[0] == name for d in core.available_devices):
+    float32 is compiled for the shapes of the first call, which is about a tenth faster, and once more for any shape when others come.
+    Half precision is compiled for any shape at once: with fixed shapes OpenVINO 2026.4's fused bf16 subgraphs lose half of the bits (the
+    embedded UNet is 27 dB from float32, for any shape 52 dB; `tests/parity/test_openvino.py`).
+    """
+
+    def __init__(self, path: str, part: str, device: str, threads: int | None, precision: str, arithmetic: str | None = None):
+        self.core, self.path, self.name = ov.Core(), path, device.upper()
+        if not any(d.split(".")[0] == self.name for d in self.core.available_devices):
             raise UnknownNameError(
-                f"device={device!r} is not seen by {engine()}; it sees {', '.join(core.available_devices).lower()}. Choose one of those or install the driver."
+                f"device={device!r} is not seen by {engine()}; it sees {', '.join(self.core.available_devices).lower()}. Choose one of those or install the driver."
             )
-        half = precision == "fp16" and device != "cpu"
-        options: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f16" if half else "f32"}
+        arithmetic = arithmetic or ("float16" if precision == "fp16" and device != "cpu" else "float32")
+        self.options: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[arithmetic]}
         if threads is not None and device == "cpu":
-            options["INFERENCE_NUM_THREADS"] = threads
+            self.options["INFERENCE_NUM_THREADS"] = threads
+        self.output = SPECS[part].output.name
+        self.request: ov.InferRequest | None = None
+        self.shapes: dict[str, list[int]] | None = {} if arithmetic == "float32" else None  # {} before the first call, None: any
+        self._graph: ov.Model | None = self._read()
+
+    def _read(self) -> ov.Model:
         try:
-            self.model = core.compile_model(core.read_model(path), name, options)
+            return self.core.read_model(self.path)
         except Exception as e:  # openvino raises RuntimeError and its own types
-            raise ArtifactError(
-                f"{path} cannot be loaded by openvino ({str(e).splitlines()[0][:200]}); run `sdlite verify` on the model."
-            ) from e
-        self.request, self.output = self.model.create_infer_request(), SPECS[part].output.name
+            raise self._damaged(e) from e
+
+    def _damaged(self, e: Exception) -> ArtifactError:
+        return ArtifactError(
+            f"{self.path} cannot be loaded by openvino ({str(e).splitlines()[0][:200]}); run `sdlite verify` on the model."
+        )
+
+    def _compile(self, shapes: dict[str, list[int]]) -> None:
+        graph, self._graph = self._graph or self._read(), None  # not kept: with the compiled copy it would be two sets of weights
+        self.request = None
+        self.shapes = shapes if self.shapes == {} else None  # fixed the first time, any shape from then on
+        try:
+            if self.shapes is not None and graph.is_dynamic():
+                graph.reshape(shapes)
+            self.model = self.core.compile_model(graph, self.name, self.options)
+        except Exception as e:
+            raise self._damaged(e) from e
+        self.request = self.model.create_infer_request()
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        shapes = {k: list(v.shape) for k, v in inputs.items()}
+        if self.request is None or (self.shapes is not None and shapes != self.shapes):
+            self._compile(shapes)
+        assert self.request is not None
         self.request.infer(inputs)
         out: np.ndarray = self.request.get_tensor(self.output).data.copy()
         return out
 
 
-def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]:
+def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None,
+              arithmetic: str | None = None) -> tuple[Network, NetworkReport]:  # fmt: skip
     if not artifact.has_onnx(precision):
         held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
         raise PrecisionError(f"{artifact.name} holds no {precision} ONNX graphs (it holds: {held}); choose a precision that it holds.")
@@ -63,6 +114,8 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
     entry = artifact.manifest.variants[precision][part]
     files = [entry["file"], *entry["weights"]]
     artifact.verify(files)
-    network = CompiledNetwork(str(artifact.folder / entry["file"]), part, device, threads, precision)
+    chosen = arithmetic_of(precision, device, arithmetic)
+    network = CompiledNetwork(str(artifact.folder / entry["file"]), part, device, threads, precision, chosen)
     size = sum(artifact.manifest.files[f]["bytes"] for f in files)
-    return network, NetworkReport(part, entry["file"], size, entry["storage"], entry["arithmetic"], 0.0)
+    said = chosen if entry["arithmetic"] == "float32" else entry["arithmetic"].replace("float32", chosen)
+    return network, NetworkReport(part, entry["file"], size, entry["storage"], said, 0.0)

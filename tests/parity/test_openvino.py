@@ -1,0 +1,87 @@
+"""OpenVINO: arithmetic as asked and reported, and the same picture from the graph of one shape and of any."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import sdlite
+from sdlite.errors import ArtifactError, PrecisionError
+from tests.helpers import psnr
+
+pytest.importorskip("onnxruntime", reason="needs the cpu extra")
+pytest.importorskip("openvino", reason="needs the openvino extra")
+pytestmark = pytest.mark.parity
+
+CALL = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 0}
+NATIVE = pytest.mark.skipif("__import__('sdlite.backends.openvino').backends.openvino.half() != 'bfloat16'", reason="CPU without bfloat16")
+
+
+def load(**arguments):
+    return sdlite.Pipeline.from_pretrained("emoji", backend="openvino", threads=1, **arguments)
+
+
+def pixels(out):
+    return np.stack([np.asarray(i) for i in out.images])
+
+
+def float_types(network):
+    """Types that the compiled graph computes convolutions in."""
+    nodes = (n.get_rt_info() for n in network.model.get_runtime_model().get_ops())
+    return {str(i["runtimePrecision"].astype(str)) for i in nodes if i["layerType"].astype(str) == "Convolution"}
+
+
+def test_other_shapes_after_the_first_give_the_same_pictures(emoji):
+    pipe = load(precision="fp32")
+    one = pixels(pipe("pizza", **CALL))
+    assert pipe.networks.unet.shapes is not None
+    two = pixels(pipe(["pizza", "ghost"], **CALL))
+    assert pipe.networks.unet.shapes is None, "compiled for any shape now"
+    assert psnr(two[:1], one) > 55
+    assert psnr(pixels(pipe("pizza", **CALL)), one) > 55
+    assert psnr(two, pixels(emoji(["pizza", "ghost"], **CALL))) > 55
+    assert any("first call" in n for n in pipe.report.notes)
+
+
+def test_fp32_stays_float32_on_every_cpu():
+    pipe = load(precision="fp32")
+    pipe("pizza", **CALL)
+    assert float_types(pipe.networks.unet) == {"f32"}
+    assert {n.arithmetic for n in pipe.report.networks} == {"float32"}
+    assert not any("bfloat16" in n for n in pipe.report.notes)
+
+
+@NATIVE
+def test_fp16_is_bfloat16_where_the_cpu_has_it_and_says_so():
+    pipe, exact = load(precision="fp16"), load(precision="fp16", arithmetic="float32")
+    a, b = pixels(pipe("pizza", **CALL)), pixels(exact("pizza", **CALL))
+    assert float_types(pipe.networks.unet) == {"bf16"}
+    assert float_types(exact.networks.unet) == {"f32"}
+    assert {n.arithmetic for n in pipe.report.networks} == {"bfloat16"}
+    assert {n.arithmetic for n in exact.report.networks} == {"float32"}
+    assert any("bfloat16" in n for n in pipe.report.notes)
+    assert pipe.networks.unet.shapes is None, "fixed shapes lose precision in bf16"
+    assert 45 < psnr(a, b) < 90  # measured 52 to 54 dB over 16 prompts, 4 and 25 steps
+
+
+def test_fp16_without_half_instructions_is_said_to_be_storage(monkeypatch):
+    from sdlite.backends import openvino
+
+    monkeypatch.setattr(openvino, "half", lambda: "float32")
+    assert openvino.arithmetic_of("fp16", "cpu") == "float32"
+    assert any("storage" in n for n in openvino.notes("fp16", "cpu"))
+
+
+def test_arithmetic_that_a_backend_has_not_is_refused():
+    with pytest.raises(PrecisionError, match="float32, bfloat16, float16"):
+        load(arithmetic="int4")
+    with pytest.raises(PrecisionError, match="openvino"):
+        sdlite.Pipeline.from_pretrained("emoji", backend="onnxruntime", arithmetic="bfloat16")
+
+
+def test_graph_that_cannot_be_read_fails_while_loading(tmp_path):
+    from sdlite.backends.openvino import CompiledNetwork
+
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(ArtifactError, match="sdlite verify"):
+        CompiledNetwork(str(tmp_path / "model.onnx"), "unet", "cpu", 1, "fp32")
