@@ -9,7 +9,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "diffusers", "transformers", "optimum-onnx", "onnx", "tokenizers", "sdlite")
+PACKAGES = (
+    "numpy", "onnxruntime", "openvino", "torch", "diffusers", "transformers", "optimum-onnx", "torchao", "openvino-genai", "nncf",
+    "stable-diffusion-cpp-python", "onnx", "tokenizers", "sdlite",
+)  # fmt: skip
 
 
 def _cpu() -> str:

@@ -1,10 +1,11 @@
 """Speed and memory, sdlite against its peers on the same weights.
 
-    python -m benchmarks.run emoji bk-tiny-256 [--rounds 2] [--out benchmarks/results/speed.jsonl]
+    python -m benchmarks.run peers-512 zoo-512 scaling [--rounds 2] [--out benchmarks/results/speed.jsonl]
+    python -m benchmarks.run peers-512 --prepare            # only make what the cases open: conversion, int8, IR, gguf
 
 Every case is its own process (so peak memory and cold start are its own) and rounds interleave the cases. A row has load seconds, first
-call, all raw samples of the steady state, seconds per stage, peak memory, and a hash-free check: PSNR of its picture to the first
-engine's at equal latents. A case that fails is a row with `error`.
+call, all raw samples of the steady state, seconds per stage, peak memory, bytes and parameters, the engine's setting, and a hash-free check:
+PSNR of its picture to the first engine's at equal latents. A case that fails, or whose model cannot be made, is a row with `error`.
 """
 
 from __future__ import annotations
@@ -17,113 +18,49 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import SUITES, Case
+from benchmarks.cases import SETTINGS, SUITES, Case
 from benchmarks.env import environment
-from sdlite.artifact import sha256
+from benchmarks.peers import load, model_folder, plain_folder, prepare, weight_bytes
 
+__all__ = ["main", "model_folder"]
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
-PROMPT = "red apple on a blue background"
+PARTS = ("text_encoder", "unet", "vae")
 
 
-def model_folder(case: Case, cache: Path) -> Path:
-    """The case's artefact; random-weight shapes are written and converted once into `cache`."""
-    if not case.model.startswith("shape:"):
-        from sdlite.hub import resolve
+def parameters(folder: Path) -> dict[str, int]:
+    """Parameters of each network of a diffusers folder, by its safetensors' headers."""
+    from math import prod
 
-        return resolve(case.model)
-    shape = case.model.removeprefix("shape:")
-    out = cache / f"{shape}-onnx"
-    if not (out / "sdlite.json").exists():
-        from benchmarks.shapes import write_sd_folder
-        from sdlite.exporters.onnx import convert
+    from safetensors import safe_open
 
-        plain = cache / shape
-        if not (plain / "model_index.json").exists():
-            write_sd_folder(shape, plain)
-        convert(plain, out, sampler={"name": "ddim", "num_inference_steps": 4, "guidance_scale": 1.0})
+    from sdlite.artifact import weight_files
+
+    out = {}
+    for part in PARTS:
+        out[part] = 0
+        for file in weight_files(folder / part):
+            with safe_open(file, "np") as f:
+                out[part] += sum(prod(f.get_slice(k).get_shape()) for k in f.keys() if "position_ids" not in k)  # noqa: SIM118
     return out
 
 
-Call = Callable[[np.ndarray], tuple[np.ndarray, dict[str, float]]]
-
-
-def quantised(case: Case, folder: Path, cache: Path) -> Path:
-    """The case's folder in its precision; int8 is made once into `cache`, with a gate that measures and lets everything pass."""
-    if not case.precision.startswith("int8"):
-        return folder
-    out = cache / f"{case.model.removeprefix('shape:')}-{case.precision}-{sha256(folder / 'sdlite.json')[:8]}"
-    if not out.exists():
-        from sdlite.quant import Calibration, Gate, quantize, read_prompts
-
-        prompts = read_prompts(Path(__file__).parents[1] / "export" / "calibration" / ("emoji.txt" if case.model == "emoji" else "sd.txt"))
-        quantize(
-            folder, case.precision, out=out, threads=case.threads,
-            calibration=Calibration(prompts=prompts, samples=8 if case.model == "emoji" else 2),
-            gate=Gate(psnr_mean=0, psnr_worst=0, ssim_mean=-1, num_prompts=8 if case.model == "emoji" else 1, seeds=(0,), engines=["onnxruntime"]),
-        )  # fmt: skip
-    return out
-
-
-def load(case: Case, folder: Path) -> Call:
-    """The engine's pipeline as latents -> (picture uint8 (B, H, W, 3), seconds per stage)."""
-    arguments: dict[str, Any] = {"num_inference_steps": case.steps, "guidance_scale": case.guidance}
-    prompts = [PROMPT] * case.batch
-    if case.engine.startswith("sdlite"):
-        import sdlite
-
-        backend = {"sdlite-ort": "onnxruntime", "sdlite-openvino": "openvino", "sdlite-torch": "torch"}[case.engine]
-        pipe = sdlite.Pipeline.from_pretrained(folder, precision=case.precision, backend=backend, threads=case.threads)
-
-        def call(latents: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-            out = pipe(prompts, latents=latents, seed=0, sampler="ddim", **arguments)
-            return np.stack([np.asarray(i) for i in out.images]), out.timings
-
-        return call
-
-    import torch
-    from diffusers import DDIMScheduler
-
-    torch.set_num_threads(case.threads)
-    if case.engine == "optimum-ort":
-        import onnxruntime
-        from optimum.onnxruntime import ORTStableDiffusionPipeline
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = case.threads
-        peer: Any = ORTStableDiffusionPipeline.from_pretrained(folder, session_options=options)
-    else:
-        from diffusers import StableDiffusionPipeline
-
-        peer = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-        if case.engine == "diffusers-compile":
-            peer.unet = torch.compile(peer.unet)
-            peer.vae.decode = torch.compile(peer.vae.decode)
-    peer.scheduler = DDIMScheduler.from_config(peer.scheduler.config)
-    peer.set_progress_bar_config(disable=True)
-
-    def call_peer(latents: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-        out = peer(prompts, latents=torch.from_numpy(latents), **arguments)
-        return np.stack([np.asarray(i) for i in out.images]), {}
-
-    return call_peer
-
-
-def worker(case: Case, folder: Path, picture: Path) -> dict[str, Any]:
-    start = time.perf_counter()
-    call = load(case, folder)
-    load_seconds = time.perf_counter() - start
+def worker(case: Case, path: Path, plain: Path, picture: Path) -> dict[str, Any]:
+    """Load, one first picture, `case.repeats` more; seconds, MiB and bytes."""
     from sdlite.artifact import read_json
     from sdlite.sampling import Noise
 
-    channels = read_json(folder / "unet" / "config.json")["in_channels"]
+    channels = read_json(plain / "unet" / "config.json")["in_channels"]
     latents = np.stack([Noise(s).normal((channels, case.size_px // 8, case.size_px // 8)) for s in range(case.batch)])
+    start = time.perf_counter()
+    call = load(case, path)
+    load_seconds = time.perf_counter() - start
     start = time.perf_counter()
     image, _ = call(latents)
     first = time.perf_counter() - start
@@ -143,61 +80,119 @@ def worker(case: Case, folder: Path, picture: Path) -> dict[str, Any]:
     if stages[0]:
         row["stage_seconds"] = {k: float(np.median([s[k] for s in stages])) for k in stages[0]}
     row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return row
+    return row | {"bytes": weight_bytes(case, path), "parameters": parameters(plain)}
 
 
-def run_case(case: Case, folder: Path, picture: Path) -> dict[str, Any]:
-    """One process; its wall time is the cold start to `repeats + 1` pictures."""
-    job = json.dumps({"case": asdict(case), "folder": str(folder), "picture": str(picture)})
-    env = {**os.environ, "OMP_NUM_THREADS": str(case.threads), "HF_HUB_OFFLINE": "1"}
-    out = subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmarks.run", "--worker", job], capture_output=True, text=True, env=env)
-    lines = [line for line in out.stdout.splitlines() if line.startswith("{")]
+def child(case: Case, **job: Any) -> dict[str, Any]:
+    """One process for one job; its last JSON line, or its error."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(case.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    text = json.dumps({"case": asdict(case), **job})
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.run", "--worker", text], capture_output=True, text=True, env=env
+    )
+    lines = [line for line in out.stdout.splitlines() if line.startswith('{"')]
     if out.returncode or not lines:
-        return {"error": (out.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+        return {"error": _reason(out.stderr) if out.returncode >= 0 else f"ended by signal {-out.returncode}"}
     result: dict[str, Any] = json.loads(lines[-1])
     return result
+
+
+def _reason(stderr: str) -> str:
+    """The exception of a traceback (its last unindented `Name: text` line), without file names of this machine."""
+    lines = [line for line in stderr.strip().splitlines() if line.strip()]
+    named = [line for line in lines if not line.startswith((" ", "W", "I")) and ": " in line and line.split(":")[0].isidentifier()]
+    named += [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Unsupported"))]
+    text = (named or lines or ["no output"])[-1]
+    return text.replace(str(Path.home()), "~").replace(tempfile.gettempdir(), "TMP")[:300]
+
+
+def made(cases: Sequence[Case], cache: Path) -> dict[Case, dict[str, Any]]:
+    """What each case opens: {"path", "plain"}, or {"error"}; made in processes of their own, once."""
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+    out = {}
+    for c in cases:
+        key = (c.model, c.precision, c.engine)
+        if key not in known:
+            known[key] = child(c, cache=str(cache))
+            if "error" in known[key]:
+                print(f"{c.key}: cannot be made: {known[key]['error']}", flush=True)
+        out[c] = known[key]
+    return out
+
+
+def compare(case: Case, picture: Path, reference: Path) -> dict[str, Any]:
+    """PSNR to the reference picture; the first picture, or our own float32, becomes it. stable-diffusion.cpp draws another noise."""
+    if not picture.exists():
+        return {}
+    if (case.engine == "sdlite-ort" and case.precision == "fp32") or (not reference.exists() and case.engine != "stable-diffusion.cpp"):
+        picture.replace(reference)
+        return {}
+    a = np.load(picture).astype(float)
+    picture.unlink()
+    if case.engine == "stable-diffusion.cpp" or not reference.exists():
+        return {}
+    b = np.load(reference).astype(float)
+    if a.shape != b.shape:
+        return {"error": f"the picture is {a.shape}, not {b.shape}"}
+    mse = float(((a - b) ** 2).mean())
+    return {"psnr_to_sdlite_ort": None if mse == 0 else 10 * float(np.log10(255**2 / mse))}
+
+
+def line(case: Case, row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{case.key} failed: {row['error']}"
+    return f"{case.key}: {row['median_seconds']:.4f} s, peak {row['peak_mib']:.0f} MiB, load {row['load_seconds']:.2f} s, first {row['first_call_seconds']:.2f} s"
+
+
+def run_suite(name: str, rounds: int, cache: Path, out: Path, about: dict[str, Any], only: str = "") -> None:
+    cases = [c for c in SUITES[name] if only in c.key]
+    jobs = made(cases, cache)
+    with tempfile.TemporaryDirectory() as tmp:
+        for r in range(rounds):
+            for case in cases:
+                picture, job = Path(tmp) / "picture.npy", jobs[case]
+                row = job if "error" in job else child(case, picture=str(picture), **job)
+                same = f"{case.model.replace(':', '-')}-{case.size_px}-{case.steps}-{case.guidance}-{case.batch}"
+                row = {**row, **compare(case, picture, Path(tmp) / f"{same}.npy")}
+                with open(out, "a") as f:
+                    f.write(
+                        json.dumps({"suite": name, "round": r, "case": asdict(case), "setting": SETTINGS[case.engine], **row, **about})
+                        + "\n"
+                    )
+                print(line(case, row), flush=True)
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """In the child: make what a case opens (`cache`), or measure it."""
+    case = Case(**job["case"])
+    if "cache" in job:
+        return {"path": str(prepare(case, Path(job["cache"]))), "plain": str(plain_folder(case, Path(job["cache"])))}
+    return worker(case, Path(job["path"]), Path(job["plain"]), Path(job["picture"]))
 
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     ap.add_argument("suites", nargs="*", help=", ".join(SUITES))
     ap.add_argument("--rounds", type=int, default=2, help="how often every case is started anew, interleaved")
+    ap.add_argument("--only", default="", help="cases whose line contains this")
+    ap.add_argument("--prepare", action="store_true", help="make the models of the suites and stop")
     ap.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sdlite-bench", help="where random-weight models are kept")
     ap.add_argument("--out", type=Path, default=RESULTS)
     ap.add_argument("--worker", help=argparse.SUPPRESS)
     args = ap.parse_args()
     if args.worker:
-        job = json.loads(args.worker)
-        print(json.dumps(worker(Case(**job["case"]), Path(job["folder"]), Path(job["picture"]))))
+        print(json.dumps(work(json.loads(args.worker))))
         return
-
     if not args.suites or (unknown := set(args.suites) - set(SUITES)):
         ap.error(f"name one or more suites of {', '.join(SUITES)}" + (f", not {sorted(unknown)}" if args.suites else ""))
+    args.cache.mkdir(parents=True, exist_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {**environment(), "command": "python -m benchmarks.run " + " ".join(sys.argv[1:])}
-    with tempfile.TemporaryDirectory() as tmp:
-        for name in args.suites:
-            folders = {c: quantised(c, model_folder(c, args.cache), args.cache) for c in SUITES[name]}
-            for r in range(args.rounds):
-                for k, case in enumerate(SUITES[name]):
-                    reference = Path(tmp) / f"{name}-{case.steps}-{case.guidance}.npy"
-                    picture = Path(tmp) / f"{k}.npy"
-                    row = run_case(case, folders[case], picture)
-                    if picture.exists():
-                        if (case.engine == "sdlite-ort" and case.precision == "fp32") or not reference.exists():
-                            picture.replace(reference)
-                        else:
-                            a, b = (np.load(p).astype(float) for p in (picture, reference))
-                            mse = float(((a - b) ** 2).mean())
-                            row["psnr_to_sdlite_ort"] = None if mse == 0 else 10 * np.log10(255**2 / mse)
-                            picture.unlink()
-                    with open(args.out, "a") as f:
-                        f.write(json.dumps({"suite": name, "round": r, "case": asdict(case), **row, **about}) + "\n")
-                    print(
-                        case.key,
-                        row.get("error")
-                        or f"{row['median_seconds']:.4f} s, peak {row['peak_mib']:.0f} MiB, load {row['load_seconds']:.2f} s",
-                    )
+    for name in args.suites:
+        if args.prepare:
+            made([c for c in SUITES[name] if args.only in c.key], args.cache)
+        else:
+            run_suite(name, args.rounds, args.cache, args.out, about, args.only)
 
 
 if __name__ == "__main__":
