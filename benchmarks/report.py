@@ -1,6 +1,7 @@
-"""Write models.md and the matrix of export/README.md from manifests and committed results: `python -m benchmarks.report [--check]`.
+"""Write models.md, README.md's marked tables, the matrix of export/README.md and the plots: `python -m benchmarks.report [--check]`.
 
-`--check` writes nothing and exits 1 when a file differs: the test suite runs it, so a figure there cannot drift.
+All from manifests and committed results. `--check` writes nothing and exits 1 when a file differs: the test suite runs it, so a figure
+there cannot drift. In README.md, what stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->` is written here.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+from benchmarks import speed_tables as speed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -113,8 +117,47 @@ def models_md() -> str:
         "## Embedded", "", *embedded(), "",
         "Data, teacher, recipe and licences: the manifest (`sdlite info emoji`), `benchmarks/emoji/README.md`, `NOTICE`.", "",
         "## Quality", "", *quality(), "", "Definitions: `benchmarks/quality.py`, which is also the command. FID is biased at this N; compare rows only with each other.", *notes(), "",
+        "## The article's ladder", "",
+        "Random weights in SD-1.x shape, 512 px, 4 steps, no guidance. The article does not say its hardware, size or steps: compare ratios, not seconds.", "",
+        *speed.article(), "", "Every rung, and the published students:", "", *speed.zoo(), "", *speed.footnotes("zoo-512"), "",
+        "## The article's strategies", "", *speed.strategies(), "",
+        "## Against other tools", "", "The same BK-Tiny-shaped weights, 512 px, 4 steps, no guidance; each peer as its own documentation says it is fastest (last column).", "",
+        *speed.verdict(), *([""] if speed.verdict() else []), *speed.peers(), "", *speed.footnotes("peers-512"), "",
+        "The embedded student, 64 px, 4 steps:", "", *speed.peers("int8-emoji"), "", *speed.footnotes("int8-emoji"), "",
+        "## Scaling", "", *speed.scaling(), "", *speed.footnotes("scaling"), "",
+        "## The limit of this CPU", "", *speed.roofline(), "",
+        "## Where the time goes", "", *speed.profiles(), "",
+        *pictures(),
     ]  # fmt: skip
-    return "\n".join(lines)
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip("\n") + "\n"
+
+
+def pictures() -> list[str]:
+    drawn = speed.plots()
+    return ["## Plots", "", *(f"![{n}](benchmarks/plots/{n}.svg)" for n in drawn), ""] if drawn else []
+
+
+SECTIONS = {  # README.md: mark -> lines
+    "speed": lambda: [*speed.verdict(), *([""] if speed.verdict() else []), *speed.peers(full=False), "", *speed.footnotes("peers-512")],
+    "zoo": lambda: [*speed.zoo(full=False), "", *speed.footnotes("zoo-512")],
+    "article": speed.article,
+}
+
+
+def readme_md() -> str:
+    """README.md with its marked tables written anew; the rest is by hand."""
+    text = (ROOT / "README.md").read_text()
+    for name, lines in SECTIONS.items():
+        start, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
+        if start in text:
+            head, rest = text.split(start, 1)
+            text = head + start + "\n\n" + "\n".join(lines()).strip("\n") + "\n\n" + end + rest.split(end, 1)[1]
+    return text
+
+
+def files() -> dict[Path, str]:
+    """Every generated text."""
+    return {ROOT / "models.md": models_md(), ROOT / "export" / "README.md": export_md(), ROOT / "README.md": readme_md()}
 
 
 def main() -> int:
@@ -122,7 +165,7 @@ def main() -> int:
     ap.add_argument("--check", action="store_true")
     args = ap.parse_args()
     stale = False
-    for path, text in ((ROOT / "models.md", models_md()), (ROOT / "export" / "README.md", export_md())):
+    for path, text in files().items():
         name = path.relative_to(ROOT)
         if not args.check:
             path.write_text(text)
@@ -132,6 +175,11 @@ def main() -> int:
             print(f"{name} is stale: run python -m benchmarks.report")
         else:
             print(f"{name} is up to date")
+    if not args.check:
+        print(*(p.relative_to(ROOT) for p in (speed.draw() if speed.plots() else [])), sep="\n")
+    elif old := speed.stale_plots():
+        stale = True
+        print(f"plots {', '.join(old)} are stale: run python -m benchmarks.report")
     return int(stale)
 
 

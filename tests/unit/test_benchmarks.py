@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from benchmarks.cases import ENGINES, SUITES
+from benchmarks import speed_tables as speed
+from benchmarks.cases import FLOAT_ENGINES, PEERS, SETTINGS, SUITES, Case
 from benchmarks.quality import fid, kid
 
 
@@ -24,13 +27,153 @@ def test_kid_is_unbiased_and_sees_a_shift():
     assert kid(rng.standard_normal((200, 8)), rng.standard_normal((200, 8)) + 1) > 10 * np.std(same)
 
 
-def test_every_suite_compares_every_engine_on_equal_terms():
+def test_suites_compare_engines_on_equal_terms():
     for name, cases in SUITES.items():
-        groups = {}
-        if name.startswith("int8"):  # precisions against each other, with the float peer among them
-            assert len({(c.model, c.steps, c.size_px, c.guidance, c.batch, c.threads, c.repeats) for c in cases}) == 1
-            assert {("diffusers", "fp32"), ("sdlite-ort", "int8-static")} <= {(c.engine, c.precision) for c in cases}
+        assert len(set(cases)) == len(cases), name
+        assert {c.engine for c in cases} <= set(SETTINGS), name
+        if name == "scaling":  # one thing at a time
             continue
-        for c in cases:
-            groups.setdefault((c.model, c.steps, c.size_px, c.guidance, c.batch, c.threads, c.precision, c.repeats), set()).add(c.engine)
-        assert all(engines == set(ENGINES) for engines in groups.values())
+        terms = {(c.steps, c.size_px, c.guidance, c.threads, c.repeats) for c in cases}
+        assert len(terms) == (2 if name in ("emoji", "plumbing") else 1), name
+    assert {(c.engine, c.precision) for c in SUITES["peers-512"]} == set(PEERS)
+    assert {c.engine for c in SUITES["bk-tiny-512"]} == set(FLOAT_ENGINES)
+
+
+def test_zoo_has_the_articles_ladder_and_scaling_changes_one_thing_a_row():
+    zoo = {(c.model, c.precision) for c in SUITES["zoo-512"]}
+    assert set(speed.TWIN) <= zoo
+    base = Case("shape:bk-tiny", "sdlite-openvino", 4, 512, precision="int8-static")
+    for c in SUITES["scaling"]:
+        changed = {k for k in ("steps", "batch", "threads", "size_px", "tile_px", "pipelines") if getattr(c, k) != getattr(base, k)}
+        assert len(changed - ({"size_px"} if "tile_px" in changed or "pipelines" in changed else set())) <= 1, c
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def row(engine, precision, samples, round=0, suite="peers-512", **more):
+    case = {**vars(Case("shape:bk-tiny", engine, 4, 512, precision=precision)), **more.pop("case", {})}
+    measured = {"samples_seconds": samples, "peak_mib": 100.0 * sum(samples), "load_seconds": 1.0, "first_call_seconds": 2.0, "bytes": 5e6,
+                "parameters": {"unet": 3e8, "text_encoder": 1e8, "vae": 5e7}, "stage_seconds": {"text_encoder": 0.1, "unet": 2.0, "vae_decoder": 1.0}}  # fmt: skip
+    about = {"date": "2026-01-01", "commit": "abc", "dirty": False, "command": "run", "versions": {"numpy": "2"}, "cpu": "x", "cores": 2}
+    return {"suite": suite, "round": round, "case": case, "setting": "as it is", **({} if "error" in more else measured), **about, **more}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(name, rows):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return tmp_path
+
+    return write
+
+
+def test_rounds_are_one_row_and_failures_and_losses_are_shown(folder):
+    rows = [row("sdlite-ort", "fp32", [4.0, 5.0]), row("diffusers", "fp32", [2.0]), row("sdlite-ort", "fp32", [6.0], round=1)]
+    rows.append(row("openvino-genai", "int8", [], error="RuntimeError: no | kernel"))
+    there = folder("speed", [row("sdlite-ort", "fp32", [99.0], date="2020-01-01"), *rows])
+    lines = speed.peers(folder=there)
+    assert [line.split(" | ")[0].strip("| *") for line in lines[2:]] == ["diffusers", "sdlite-ort", "openvino-genai"], "fastest first"
+    assert "5.00 (4.00 to 6.00)" in lines[3]
+    assert "0.40" in lines[3], "slower than diffusers is a ratio below 1"
+    assert "failed: RuntimeError: no / kernel" in lines[4]
+    assert len({line.count("|") for line in lines}) == 1
+    assert "Fastest: ours sdlite-ort fp32 5.00 s, best peer diffusers fp32 2.00 s: 0.40x" in "".join(speed.verdict(folder=there))
+    assert "N = 1 to 3" in speed.footnotes("peers-512", there)[0]
+
+
+def test_limit_divides_each_kind_of_operation_by_its_own_peak(folder):
+    about = {"date": "d", "commit": "c", "command": "x", "cpu": "x"}
+    peaks = [
+        {"kind": "peak", "dtype": "int8", "op": op, "threads": 2, "gops": g, **about}
+        for op, g in (("conv", 5), ("conv", 10), ("matmul", 20))
+    ]
+    parts = [
+        {"kind": "demand", "shape": "bk-tiny", "size_px": 512, "part": p, "conv": c * 10**9, "matmul": m * 10**9, **about}
+        for p, c, m in (("text_encoder", 0, 20), ("unet", 10, 20), ("vae_decoder", 30, 0))
+    ]
+    there = folder("roofline", [*parts, *peaks])
+    case = vars(Case("shape:bk-tiny", "sdlite-openvino", 4, 512, precision="int8-static"))
+    assert speed.limit_seconds(case, there) == pytest.approx(1 + 4 * (1 + 1) + 3)
+    assert speed.limit_seconds({**case, "guidance": 2.0}, there) == pytest.approx(2 * (1 + 8) + 3)
+    assert speed.limit_seconds({**case, "precision": "fp32"}, there) is None
+    assert speed.limit_seconds({**case, "size_px": 256}, there) is None
+
+
+def test_scaling_reports_the_line_through_its_steps(folder):
+    rows = [row("sdlite-openvino", "int8-static", [1.5 + 0.5 * n], suite="scaling", case={"steps": n}) for n in (1, 2, 4, 8)]
+    rows.append(row("sdlite-openvino", "int8-static", [2.0], suite="scaling", case={"size_px": 1024, "tile_px": 256}))
+    lines = speed.scaling(folder("speed", rows))
+    assert "0.500 s a step + 1.500 s" in lines[0]
+    assert any("size 1024, tile 256" in line for line in lines)
+
+
+def test_articles_ratios_stand_beside_ours(folder):
+    made = [("shape:sd14", "fp32", 10.0), ("shape:w0.62", "fp32", 5.0), ("shape:extreme-120m", "int8-static", 1.0)]
+    rows = [row("sdlite-openvino", p, [s], suite="zoo-512", case={"model": m}) for m, p, s in made]
+    there = folder("speed", rows)
+    lines = speed.article(there)
+    assert "| 2.6x |" in lines[3]
+    assert "| 2.0x | 2.0x |" in lines[3]
+    assert "| 13.7x |" in lines[5]
+    assert "| 10.0x |" in lines[5]
+    assert lines[4].endswith("|  |  |  |  |  |"), "a rung that was not measured is empty"
+    assert len({line.count("|") for line in speed.zoo(there)}) == 1
+
+
+def test_plots_are_equal_for_equal_results_and_stale_for_others(folder, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the distill or bench extra")
+    there = folder("speed", [row("sdlite-ort", "fp32", [4.0]), row("diffusers", "fp32", [2.0])])
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert [p.name for p in speed.draw(there, a)] == ["memory.svg"]
+    speed.draw(there, b)
+    assert (a / "memory.svg").read_bytes() == (b / "memory.svg").read_bytes()
+    assert speed.stale_plots(there, a) == []
+    folder("speed", [row("sdlite-ort", "fp32", [3.0])])
+    assert speed.stale_plots(there, a) == ["memory"]
+    assert speed.stale_plots(there, tmp_path / "none") == ["memory"]
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def test_stages_come_from_the_times_at_which_steps_end():
+    from benchmarks.peers import stages
+
+    got = stages(10.0, [11.5, 12.5, 13.5, 14.5], 16.0)
+    assert got == pytest.approx({"text_encoder": 0.5, "unet": 4.0, "vae_decoder": 1.5, "total": 6.0})
+    assert stages(0.0, [1.0], 2.0) == {}, "one step does not tell itself from the text encoder"
+
+
+def test_error_of_a_child_is_its_exception():
+    from benchmarks.run import _reason
+
+    assert (
+        _reason("W0 x.py:3] note\nTraceback (most recent call last):\n  File 'x'\nRuntimeError: no kernel\n[W] bye")
+        == "RuntimeError: no kernel"
+    )
+    assert _reason("") == "no output"
+
+
+def test_a_case_that_cannot_be_made_is_a_row(tmp_path, monkeypatch):
+    from benchmarks import run
+
+    cases = [Case("shape:mini", "openvino-genai", 2, 64, precision="int8", repeats=1)]
+    monkeypatch.setitem(run.SUITES, "broken", cases)
+    monkeypatch.setattr(run, "child", lambda case, **job: {"error": "ModuleNotFoundError: No module named 'openvino_genai'"})
+    run.run_suite("broken", 2, tmp_path, tmp_path / "rows.jsonl", {"commit": "x"})
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(r["round"], r["error"][:19]) for r in rows] == [(0, "ModuleNotFoundError"), (1, "ModuleNotFoundError")]
+
+
+@pytest.mark.parity
+def test_demand_counts_two_operations_a_multiplication():
+    pytest.importorskip("diffusers", reason="needs the torch extra")
+    from benchmarks.roofline import demand
+
+    small, large = (demand("mini", px) for px in (64, 128))
+    by_part = {r["part"]: r for r in small}
+    conv_in = 2 * 9 * 4 * 32 * 8 * 8
+    assert by_part["unet"]["conv"] > conv_in
+    assert by_part["text_encoder"]["conv"] == 0 < by_part["text_encoder"]["matmul"]
+    assert {r["part"]: r for r in large}["vae_decoder"]["conv"] == 4 * by_part["vae_decoder"]["conv"]

@@ -42,3 +42,13 @@ def test_readme_example_runs(tmp_path, monkeypatch):
 
 def test_export_matrix_is_generated_from_the_committed_results():
     assert (ROOT / "export" / "README.md").read_text() == report.export_md(), "run python -m benchmarks.report"
+
+
+def test_readme_tables_are_generated_from_the_committed_results():
+    text = (ROOT / "README.md").read_text()
+    assert text == report.readme_md(), "run python -m benchmarks.report"
+    assert text.count("<!-- generated: ") == text.count("<!-- end: ") >= 2
+
+
+def test_plots_are_drawn_from_the_committed_results():
+    assert report.speed.stale_plots() == [], "run python -m benchmarks.report"
