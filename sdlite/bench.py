@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sdlite.artifact import PRECISIONS, Artifact
 from sdlite.errors import InputError, UnknownNameError
 
 PROMPT = "a red apple on a blue background"
+BUDGET = 100.0  # seconds for all rows together, loading and first pictures included, when nobody says how long to repeat
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Job:
     width: int | None = None
     batch: int = 1
     threads: int | None = None
-    seconds: float = 10.0
+    seconds: float | None = None  # of repeating; None: a share of what is left of BUDGET
+    least: int = 2  # pictures after the first
 
 
 def jobs(model: str, precisions: Sequence[str] | None = None, backend_names: Sequence[str] | None = None, **settings: Any) -> list[Job]:
@@ -64,7 +68,7 @@ def jobs(model: str, precisions: Sequence[str] | None = None, backend_names: Seq
 def measure(job: Job) -> dict[str, Any]:
     """Run one job in this process: {load_seconds, first_seconds, samples_seconds, stage_seconds, peak_mib, engine, steps, size}.
 
-    Pictures are made until `job.seconds` have passed, at least two and at most fifty, after a first one that is reported alone.
+    Pictures are made until `job.seconds` have passed, at least `job.least` and at most fifty, after a first one that is reported alone.
     """
     from sdlite.pipeline import Pipeline
 
@@ -80,7 +84,7 @@ def measure(job: Job) -> dict[str, Any]:
     first = time.perf_counter()
     samples: list[float] = []
     stages: list[dict[str, float]] = []
-    while len(samples) < 2 or (time.perf_counter() - first < job.seconds and len(samples) < 50):
+    while len(samples) < job.least or (time.perf_counter() - first < (job.seconds or 0.0) and len(samples) < 50):
         start = time.perf_counter()
         out = picture(pipe)
         samples.append(time.perf_counter() - start)
@@ -91,7 +95,7 @@ def measure(job: Job) -> dict[str, Any]:
         "guidance": pipe.defaults.guidance_scale if job.guidance is None else job.guidance, "size": list(image.size),
         "load_seconds": loaded - begin, "first_seconds": first - loaded, "samples_seconds": samples,
         "stage_seconds": {k: sorted(s[k] for s in stages)[len(stages) // 2] for k in stages[0]}, "peak_mib": _peak_mib(),
-        "bytes": sum(n.bytes for n in pipe.report.networks),
+        "bytes": sum(n.bytes for n in pipe.report.networks), "arithmetic": {n.part: n.arithmetic for n in pipe.report.networks},
     }  # fmt: skip
 
 
@@ -106,9 +110,17 @@ def _peak_mib() -> float | None:
 
 
 def bench(todo: Sequence[Job], done: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
-    """Rows of all jobs, each from a new process; a job that fails is a row with `error`. `done` is called after each."""
+    """Rows of all jobs, each from a new process; a job that fails is a row with `error`. `done` is called after each.
+
+    Jobs without `seconds` share BUDGET: what loading and the first pictures leave of a row's share is spent on repeating, once at least, so that
+    a model whose pictures take seconds is still measured in every row within about two minutes.
+    """
     rows = []
-    for job in todo:
+    begin = time.perf_counter()
+    for i, job in enumerate(todo):
+        if job.seconds is None:
+            left = max(BUDGET - (time.perf_counter() - begin), 0.0)
+            job = dataclasses.replace(job, seconds=min(left / (len(todo) - i) / 2, 10.0), least=1)
         command = [sys.executable, "-W", "ignore", "-m", "sdlite.bench", json.dumps(dataclasses.asdict(job))]
         ran = subprocess.run(command, capture_output=True, text=True)
         lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
@@ -121,11 +133,11 @@ def bench(todo: Sequence[Job], done: Callable[[dict[str, Any]], None] = lambda r
     return rows
 
 
-HEADER = f"{'precision':<13}{'backend':<13}{'MB':>8}{'load s':>8}{'first s':>9}{'image s':>9}{'p90':>8}{'text':>8}{'unet':>8}{'vae':>8}{'peak MiB':>10}{'N':>4}"
+HEADER = f"{'precision':<13}{'backend':<13}{'MB':>8}{'load s':>8}{'first s':>9}{'call s':>9}{'p90':>8}{'img/s':>8}{'text':>8}{'unet':>8}{'vae':>8}{'peak MiB':>10}{'N':>4}"
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row as text, under `HEADER`; the image time is the median over N pictures."""
+    """One row as text, under `HEADER`; the call's time is the median over N calls of `batch` pictures each."""
     head = f"{row['precision']:<13}{row['backend']:<13}"
     if "error" in row:
         return f"{head}  failed: {row['error']}"
@@ -134,8 +146,19 @@ def line(row: dict[str, Any]) -> str:
     peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
     return (
         f"{head}{row['bytes'] / 1e6:>8.1f}{row['load_seconds']:>8.2f}{row['first_seconds']:>9.3f}{s[len(s) // 2]:>9.3f}"
-        f"{s[min(len(s) - 1, int(0.9 * len(s)))]:>8.3f}{stage['text_encoder']:>8.3f}{stage['unet']:>8.3f}{stage['vae_decoder']:>8.3f}{peak:>10}{len(s):>4}"
+        f"{s[min(len(s) - 1, int(0.9 * len(s)))]:>8.3f}{row['batch'] / s[len(s) // 2]:>8.2f}{stage['text_encoder']:>8.3f}{stage['unet']:>8.3f}{stage['vae_decoder']:>8.3f}{peak:>10}{len(s):>4}"
     )
+
+
+def _cpu() -> str:
+    """The processor's name as the system has it."""
+    import platform
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
 
 
 def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -145,7 +168,10 @@ def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from sdlite._version import __version__
 
     about = {
+        "date": date.today().isoformat(),
         "sdlite": __version__,
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
         "machine": platform.machine(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),

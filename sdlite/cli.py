@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     b.add_argument("--width", type=int)
     b.add_argument("--batch", type=int, default=1, help="pictures of one call")
     b.add_argument("--threads", type=int, help="CPU threads; default: the engine's choice")
-    b.add_argument("--seconds", type=float, default=10.0, help="how long each row is repeated")
+    b.add_argument("--seconds", type=float, help="how long each row is repeated; default: all rows together in under two minutes")
     b.add_argument("--out", type=Path, help="JSONL file that the rows are added to, with all samples")
 
     i = command("info", _info, "Show what a model is, what it holds and what it would run on.")
@@ -256,7 +256,7 @@ def _distill(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from sdlite import bench
 
-    if args.batch < 1 or args.seconds < 0:
+    if args.batch < 1 or (args.seconds is not None and args.seconds < 0):
         raise InputError(f"--batch {args.batch} --seconds {args.seconds}: at least 1, and not negative.")
     todo = bench.jobs(
         args.model, args.precisions, args.backends, steps=args.steps, guidance=args.guidance, height=args.height, width=args.width,
@@ -268,7 +268,7 @@ def _bench(args: argparse.Namespace) -> None:
     if not ran:
         raise InputError("every row failed; see above.")
     sizes = ", ".join(sorted({f"{r['size'][0]}x{r['size'][1]} px, {r['steps']} steps, guidance {r['guidance']:g}" for r in ran}))
-    print(f"{args.model}: {sizes}, batch {args.batch}; image s is the median of N calls after the first")
+    print(f"{args.model}: {sizes}, batch {args.batch}; call s is the median of N calls after the first")
     if args.out:
         bench.save(rows, args.out)
         print(f"wrote {args.out}")

@@ -85,7 +85,29 @@ def test_bench_measures_each_precision_in_its_own_process(capsys, tmp_path):
         assert len(r["samples_seconds"]) == 2
         assert (r["steps"], r["guidance"], r["size"]) == (2, 1.0, [64, 64])
         assert r["stage_seconds"]["total"] >= r["stage_seconds"]["unet"] > 0
+        assert r["arithmetic"]["unet"] == "float32"
+        assert r["cpu"]
     assert "64x64 px, 2 steps, guidance 1" in capsys.readouterr().out
+
+
+def test_bench_rows_without_seconds_share_the_budget(monkeypatch):
+    import subprocess
+
+    from sdlite import bench
+
+    asked = []
+
+    def ran(command, **_):
+        asked.append(json.loads(command[-1]))
+        return subprocess.CompletedProcess(command, 0, '{"samples_seconds": [1.0]}\n', "")
+
+    monkeypatch.setattr(bench, "BUDGET", 30.0)
+    monkeypatch.setattr(bench.subprocess, "run", ran)
+    bench.bench([bench.Job("m", "fp32", "onnxruntime")] * 3 + [bench.Job("m", "fp32", "onnxruntime", seconds=7.0)])
+    assert [j["least"] for j in asked] == [1, 1, 1, 2]
+    assert asked[0]["seconds"] < 4
+    assert sum(j["seconds"] for j in asked[:3]) <= 30
+    assert asked[3]["seconds"] == 7.0
 
 
 @pytest.mark.parametrize(
