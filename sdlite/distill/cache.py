@@ -98,7 +98,7 @@ class CachedLatents:
         flush()
         if not latents:
             raise InputError(f"no picture of {len(captions.items)} could be read; first: {next(iter(skipped.items()), None)}.")
-        tensors = {"latents": torch.cat(latents), "ids": torch.from_numpy(tokenizer(texts))}
+        tensors = {"latents": torch.cat(latents).contiguous(), "ids": torch.from_numpy(tokenizer(texts))}
         shown = list(dict.fromkeys(texts))[:64]
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_name(path.name + ".tmp")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sdlite.distill.losses import multi_scale_loss, output_loss
 from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder, LatentSource, _Denoising, decode_scaled
@@ -58,6 +60,10 @@ class TinyDecoder(nn.Module):
     def __init__(self, vae: Any):
         super().__init__()
         self.decoder = vae.decoder
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.decoder.gradient_checkpointing = True
+        self.decoder._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def forward(self, z: Tensor) -> Tensor:
         out: Tensor = self.decoder(z)

@@ -284,6 +284,7 @@ class AdversarialTask(_FromTeacher):
         super().__init__(*args, **kwargs)
         self.start = None if start is None else start.eval().requires_grad_(False)
         self.frozen = {}  # its hooks come and go: not for torch.compile
+        self.shardable = False  # the discriminator runs with other weights in one term
         self.points = trailing_timesteps(num_inference_steps, self.schedule.num_train_timesteps)
         self.weight, self.ramp, self.reconstruction = weight, ramp, reconstruction
         self.judged_at = torch.tensor(discriminator_timesteps)

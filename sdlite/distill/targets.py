@@ -75,7 +75,7 @@ def _draws(task: Any, size: int, seed: int, batch: int) -> dict[str, Tensor]:
     parts = [task.batch(min(batch, size - i), step_generator(_POOL_SEED + seed, i)) for i in range(0, size, batch)]
     out = {k: torch.cat([p[k] for p in parts]) for k, v in parts[0].items() if isinstance(v, Tensor)}
     order = (out["index"] if "index" in out else out["t"]).argsort(stable=True)
-    return {k: v[order] for k, v in out.items()}
+    return {k: v[order].contiguous() for k, v in out.items()}
 
 
 @torch.no_grad()

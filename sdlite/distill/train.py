@@ -2,7 +2,8 @@
 
 A `Task` says what is trained and how a batch becomes a loss; `fit` owns everything else. All randomness of step `k` comes
 from one generator seeded by (seed, k), so an interrupted run that is resumed equals one that was not, bit for bit on one
-process, and several processes draw the same global batch and take their slice of it.
+process, and several processes draw the same global batch and take their slice of it. Several processes and machines: start it by
+Accelerate's launcher (`accelerate launch --num_processes N -m sdlite.cli distill ...`); with `--use_fsdp` weights are sharded (`shard.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sdlite.distill import shard
 from sdlite.errors import TrainingError
 
 Batch = dict[str, Any]
@@ -36,6 +38,7 @@ class Task(Protocol):
 
     modules: dict[str, nn.Module]
     # frozen: dict[str, nn.Module]  (optional) networks that only run, such as a teacher: compiled with the others
+    # to(device)                    (optional) moves all networks that are not in `modules`
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         """Draw `size` samples and all the noise they need; values are tensors (B, ...) or lists of length B."""
@@ -65,7 +68,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     grad_clip: float = 1.0
     ema_decay: float = 0.999
-    mixed_precision: str = "no"  # "no", "bf16" or "fp16"
+    mixed_precision: str = "no"  # "no", "bf16" or "fp16" (CUDA only); weights, optimizer and EMA stay float32
+    gradient_checkpointing: bool = False  # activations of blocks are computed again in the backward: less memory, about a third more time
     compile: bool = False  # torch.compile the networks: minutes at the start, then faster steps
     plain_attention: bool = False  # matrix products and softmax instead of torch's fused kernel, whose bfloat16 backward is slow on CPUs
     seed: int = 0
@@ -97,24 +101,39 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 class _State:
-    """Networks, their EMA and the optimizer, as one thing that is saved and restored whole."""
+    """Networks, their EMA and the optimizer, as one thing that is saved and restored whole, sharded or not."""
 
-    def __init__(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer):
-        self.modules, self.optimizer = modules, optimizer
+    def __init__(self, modules: dict[str, nn.Module], config: TrainConfig, sharded: bool = False):
+        self.modules = modules
         self.ema = {k: copy.deepcopy(m).eval().requires_grad_(False) for k, m in modules.items()}
+        self._plain = {k: copy.deepcopy(m).cpu() for k, m in self.ema.items()} if sharded else self.ema
+        for m in (*self.modules.values(), *self.ema.values()) if sharded else ():
+            shard.shard(m)
+        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
         self.names = {p: f"{k}.{n}" for k, m in modules.items() for n, p in m.named_parameters()}
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
         for k, m in self.modules.items():
-            torch._foreach_lerp_(list(self.ema[k].parameters()), [p.detach() for p in m.parameters()], 1 - decay)
+            mine, theirs = ([shard.local(p.detach()) for p in n.parameters()] for n in (self.ema[k], m))
+            torch._foreach_lerp_(mine, theirs, 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
         out = {f"model.{k}.{n}": t for k, m in self.modules.items() for n, t in m.state_dict().items()}
         out |= {f"ema.{k}.{n}": t for k, m in self.ema.items() for n, t in m.state_dict().items()}
         for p, s in self.optimizer.state.items():
             out |= {f"optimizer.{self.names[p]}.{field}": t for field, t in s.items()}
-        return {k: t.detach().contiguous().clone() for k, t in out.items()}
+        return {k: shard.whole(t.detach()).contiguous() for k, t in out.items()}  # no copies: they would be the peak of memory
+
+    def averaged(self) -> dict[str, nn.Module]:
+        """The EMA as whole networks; when it is sharded all processes must call it."""
+        if self._plain is not self.ema:
+            for k, m in self.ema.items():
+                tensors = {n: shard.whole(t) for n, t in m.state_dict().items()}
+                self._plain[k].load_state_dict(tensors)
+                self._plain[k].to(next(iter(tensors.values())).device)
+        return self._plain
 
     @torch.no_grad()
     def restore(self, path: Path) -> None:
@@ -122,8 +141,9 @@ class _State:
             names = list(f.keys())
             for prefix, group in (("model", self.modules), ("ema", self.ema)):
                 for k, m in group.items():
-                    head = f"{prefix}.{k}."
-                    m.load_state_dict({n[len(head) :]: f.get_tensor(n) for n in names if n.startswith(head)})
+                    head, own = f"{prefix}.{k}.", m.state_dict()
+                    found = {n[len(head) :]: f.get_tensor(n) for n in names if n.startswith(head)}
+                    m.load_state_dict({n: shard.like(t, own.get(n)) for n, t in found.items()})
             fields: dict[str, dict[str, Tensor]] = {}
             for n in names:
                 if n.startswith("optimizer."):
@@ -131,7 +151,7 @@ class _State:
                     fields.setdefault(parameter, {})[field] = f.get_tensor(n)
         for p, name in self.names.items():
             if name in fields:
-                self.optimizer.state[p] = fields[name]
+                self.optimizer.state[p] = {k: shard.like(t, p) for k, t in fields[name].items()}
 
 
 class _StopSignal:
@@ -161,14 +181,14 @@ def _checkpoints(out: Path) -> list[Path]:
     return sorted(p for p in out.glob("checkpoint-*") if p.is_dir() and not p.name.endswith(".tmp"))
 
 
-def _write_checkpoint(out: Path, state: _State, meta: dict[str, Any], keep: int) -> None:
+def _write_checkpoint(out: Path, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> None:
     final = out / f"checkpoint-{meta['step']:08d}"
     if final.exists():
         return
     tmp = final.with_name(final.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    save_file(state.tensors(), tmp / "state.safetensors")
+    save_file(tensors, tmp / "state.safetensors")
     (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
     os.replace(tmp, final)
     for old in _checkpoints(out)[:-keep]:
@@ -185,6 +205,34 @@ def use_plain_attention(networks: Iterable[nn.Module]) -> None:
                 part.set_attn_processor(AttnProcessor())
 
 
+def use_gradient_checkpointing(networks: Iterable[nn.Module]) -> int:
+    """In place: every network among `networks` and inside them that can keeps less for the backward. Returns how many can."""
+    count = 0
+    for part in {id(p): p for m in networks for p in m.modules()}.values():
+        if hasattr(part, "enable_gradient_checkpointing"):  # diffusers, and ours
+            part.enable_gradient_checkpointing()
+        elif hasattr(part, "gradient_checkpointing_enable"):  # transformers
+            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            continue
+        count += 1
+    return count
+
+
+def _networks(task: Task) -> list[nn.Module]:
+    """Trained ones, and the frozen ones that the task holds."""
+    return [*task.modules.values(), *getattr(task, "frozen", {}).values(), *(m for m in vars(task).values() if isinstance(m, nn.Module))]
+
+
+def _any(asked: list[bool], world: int, device: torch.device) -> list[bool]:
+    """Whether any process asks, for each question: all must act in the same step, or they wait for each other for ever."""
+    if world == 1:
+        return asked
+    flags = torch.tensor(asked, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return [bool(f) for f in flags.tolist()]
+
+
 def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = False, max_minutes: float | None = None) -> dict[str, Any]:
     """Train `task` until `max_images`, an interrupt, or `max_minutes`; always leaves a checkpoint and the EMA networks.
 
@@ -198,11 +246,17 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
 
     Raises:
         TrainingError: the loss is not finite (names step and sample ids); checkpoints exist and `resume` is False;
-            the checkpoint was made with another batch size or seed.
+            the checkpoint was made with another batch size or seed; the precision or the sharding does not go with device or task.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     out = Path(out)
+    if config.mixed_precision not in ("no", "bf16", "fp16"):
+        raise TrainingError(f"mixed_precision={config.mixed_precision!r}; choose no, bf16 or fp16.")
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise TrainingError("mixed_precision='fp16' needs CUDA, and there is none; use 'bf16' or 'no'.")
+    AcceleratorState._reset_state()  # another stage of this process may have had another precision
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     micro = config.micro_batch_size or config.batch_size
@@ -210,19 +264,17 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
         raise TrainingError(
             f"batch_size={config.batch_size} does not split over {world} processes into parts of {micro}; choose a multiple."
         )
+    sharded = shard.asked(world)
+    if sharded and not getattr(task, "shardable", True):
+        raise TrainingError(f"a {type(task).__name__} cannot be sharded; start it without --use_fsdp.")
     done = _checkpoints(out)
     if done and not resume:
         raise TrainingError(f"{out} already holds {done[-1].name}; pass resume=True to go on from it, or choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
 
-    optimizer = torch.optim.AdamW(
-        [p for m in task.modules.values() for p in m.parameters() if p.requires_grad],
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    state = _State({k: m.to(device) for k, m in task.modules.items()}, optimizer)
+    if hasattr(task, "to"):
+        task.to(device)
+    state = _State({k: m.to(device) for k, m in task.modules.items()}, config, sharded)
     step = images = 0
     if done:
         meta = json.loads((done[-1] / "meta.json").read_text())
@@ -234,31 +286,40 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
         state.restore(done[-1] / "state.safetensors")
         step, images = meta["step"], meta["images"]
     if config.plain_attention:
-        use_plain_attention([*task.modules.values(), *getattr(task, "frozen", {}).values()])
+        use_plain_attention(_networks(task))
+    if config.gradient_checkpointing and not use_gradient_checkpointing(_networks(task)):
+        raise TrainingError(f"gradient_checkpointing: no network of {type(task).__name__} has it; leave it out.")
     if config.compile:
         for m in task.modules.values():
             m.compile()  # in place, and after the EMA copies were made: names in checkpoints stay, samples run eagerly
         for m in getattr(task, "frozen", {}).values():
             m.compile()
-    prepared = {k: accelerator.prepare_model(m.train()) for k, m in task.modules.items()}
-    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
-    parameters = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]
+    prepared = {k: m.train() if sharded else accelerator.prepare_model(m.train()) for k, m in task.modules.items()}
+    optimizer = accelerator.prepare_optimizer(state.optimizer, device_placement=False)
 
     def checkpoint() -> None:
+        tensors = state.tensors() if sharded or accelerator.is_main_process else {}
         if accelerator.is_main_process:
-            _write_checkpoint(out, state, {"step": step, "images": images, "config": asdict(config)}, config.keep_checkpoints)
+            _write_checkpoint(out, tensors, {"step": step, "images": images, "config": asdict(config)}, config.keep_checkpoints)
         accelerator.wait_for_everyone()
 
     start = last_checkpoint = last_log = time.monotonic()
+    first = step
     share = config.batch_size // world
     micro = min(micro, share)
     running: dict[str, float] = {}
     logged_images = images
     bar = tqdm(total=config.max_images, initial=images, unit="img", disable=not accelerator.is_main_process, mininterval=5, smoothing=0.05)
     with _StopSignal() as stop:
-        while images < config.max_images and not stop.asked:
-            if max_minutes is not None and time.monotonic() - start >= max_minutes * 60:
+        while images < config.max_images:
+            late = max_minutes is not None and time.monotonic() - start >= max_minutes * 60
+            due = time.monotonic() - last_checkpoint >= config.checkpoint_minutes * 60
+            ended, due = _any([late or stop.asked, due], world, device)
+            if ended:
                 break
+            if due and step > first:
+                checkpoint()
+                last_checkpoint = time.monotonic()
             lr = config.lr_at(images)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -276,7 +337,7 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
                         f"loss is {terms['loss']} at step {step} (terms {terms}; samples {part.get('ids')}); lower the learning rate or look at these samples."
                     )
                 accelerator.backward(losses["loss"] * (micro / share))
-            norm = accelerator.clip_grad_norm_(parameters, config.grad_clip)
+            norm = accelerator.clip_grad_norm_(state.parameters, config.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.update_ema(min(config.ema_decay, (1 + step) / (10 + step)))
@@ -298,18 +359,18 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
                 with open(out / "stats.jsonl", "a") as f:
                     f.write(json.dumps(row) + "\n")
                 bar.set_postfix(loss=f"{running['loss']:.4f}")
-            if config.sample_every and step % config.sample_every == 0 and accelerator.is_main_process:
-                task.sample(state.ema, out / f"sample-{step:08d}.png")
-            if time.monotonic() - last_checkpoint >= config.checkpoint_minutes * 60:
-                checkpoint()
-                last_checkpoint = time.monotonic()
+            if config.sample_every and step % config.sample_every == 0:
+                averaged = state.averaged() if sharded or accelerator.is_main_process else {}
+                if accelerator.is_main_process:
+                    task.sample(averaged, out / f"sample-{step:08d}.png")
     if stop.asked:
         bar.write("asked to stop: writing a checkpoint")
     bar.close()
     checkpoint()
+    averaged = state.averaged() if sharded or accelerator.is_main_process else {}
     if accelerator.is_main_process:
-        task.save(state.ema, out / "model")
-        task.sample(state.ema, out / "sample-last.png")
+        task.save(averaged, out / "model")
+        task.sample(averaged, out / "sample-last.png")
         print(f"{out}: {images} images, step {step}, loss {running.get('loss', float('nan')):.4f}; networks in {out / 'model'}")
     return {
         "images": images,

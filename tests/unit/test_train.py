@@ -192,23 +192,117 @@ def test_statistics_are_one_json_object_per_line(tmp_path):
     assert {"loss", "lr", "grad_norm", "images_per_second"} <= set(rows[0])
 
 
-def test_two_processes_equal_one(tmp_path):
-    fit(task(), CONFIG, tmp_path / "one")
-    code = f"from tests.unit.test_train import *; from pathlib import Path; torch.set_num_threads(1); fit(task(), CONFIG, Path({str(tmp_path / 'two')!r}))"
-    port = str(20_000 + os.getpid() % 20_000)
+def two_processes(code, **environment):
+    """`code` in two processes on gloo, as Accelerate's launcher starts them."""
+    port = str(20_000 + (os.getpid() + int(time.time() * 10)) % 20_000)
+    start = "from tests.unit.test_train import *; from dataclasses import replace; from pathlib import Path; torch.set_num_threads(1)\n"
     procs = [
         subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", start + code],
             env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                 "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+                 "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), **environment},
         )
         for r in range(2)
     ]  # fmt: skip
-    assert [p.wait(timeout=180) for p in procs] == [0, 0]
-    a, b = last(tmp_path / "one"), last(tmp_path / "two")
+    try:
+        assert [p.wait(timeout=300) for p in procs] == [0, 0]
+    finally:
+        for p in procs:
+            p.kill()
+
+
+def same_networks(one, two):
+    a, b = last(one), last(two)
+    assert set(a) == set(b)
     for k in a:
-        if k.startswith("model."):
+        if not k.startswith("optimizer."):
             torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_equal_one(tmp_path):
+    fit(task(), CONFIG, tmp_path / "one")
+    two_processes(f"fit(task(), CONFIG, Path({str(tmp_path / 'two')!r}))")
+    same_networks(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_on_the_same_samples_differ_from_one(tmp_path):
+    """The test of the test: when each process trains on the first half of the batch, the comparison fails."""
+    fit(task(), CONFIG, tmp_path / "one")
+    wrong = "import sdlite.distill.train as train; split = train._split; train._split = lambda b, i, j: split(b, 0, j - i)\n"
+    two_processes(wrong + f"fit(task(), CONFIG, Path({str(tmp_path / 'two')!r}))")
+    with pytest.raises(AssertionError):
+        same_networks(tmp_path / "one", tmp_path / "two")
+
+
+def test_processes_stop_and_checkpoint_in_the_same_step(tmp_path):
+    """Ctrl-C reaches one process only, and clocks differ: both must act together, or one waits for ever."""
+    two_processes(
+        "t = task()\nif os.environ['RANK'] == '0': interrupt_after(t, 3)\n"
+        f"done = fit(t, replace(CONFIG, checkpoint_minutes=1e9 if os.environ['RANK'] == '0' else 0), Path({str(tmp_path / 'two')!r}))\n"
+        "assert (done['step'], done['finished']) == (3, False), done"
+    )
+    assert sorted(p.name for p in (tmp_path / "two").glob("checkpoint-*"))[-1] == "checkpoint-00000003"
+
+
+def test_sharded_processes_equal_one_and_are_resumed_by_one(tmp_path):
+    """FSDP2 on gloo, by the launcher's flag: same networks, whole checkpoints, and each process holds a share."""
+    pytest.importorskip("torch.distributed.fsdp", reason="needs a torch with fully_shard")
+    fit(task(), CONFIG, tmp_path / "one")
+    two_processes(
+        "t = interrupt_after(task(), 4)\n"
+        f"fit(t, CONFIG, Path({str(tmp_path / 'two')!r}))\n"
+        "p = t.modules['unet'].conv_in.weight\n"
+        "assert p.to_local().shape[0] * 2 == p.shape[0], p",
+        ACCELERATE_USE_FSDP="true",
+        FSDP_VERSION="2",
+    )
+    assert fit(task(), CONFIG, tmp_path / "two", resume=True)["step"] == 6
+    same_networks(tmp_path / "one", tmp_path / "two")
+    two_processes(f"fit(task(), CONFIG, Path({str(tmp_path / 'three')!r}))", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    same_networks(tmp_path / "one", tmp_path / "three")
+
+
+def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(tmp_path):
+    from dataclasses import replace
+
+    calls, states = [], []
+    for on in (False, True):
+        t, count = task(), []
+        t.modules["unet"].down_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_, c=count: c.append(1))
+        fit(t, replace(CONFIG, gradient_checkpointing=on), tmp_path / str(on))
+        calls.append(len(count))
+        states.append(last(tmp_path / str(on)))
+    assert calls == [6, 12]  # once more for the backward
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_gradient_checkpointing_of_a_network_that_has_none_is_said(tmp_path):
+    from dataclasses import replace
+
+    t = task()
+    t.modules = {"unet": torch.nn.Linear(2, 2)}
+    with pytest.raises(TrainingError, match="gradient_checkpointing: no network of Task"):
+        fit(t, replace(CONFIG, gradient_checkpointing=True), tmp_path)
+
+
+def test_bfloat16_keeps_float32_weights_and_comes_near(tmp_path):
+    from dataclasses import replace
+
+    whole = fit(task(), CONFIG, tmp_path / "whole")
+    half = fit(task(), replace(CONFIG, mixed_precision="bf16", plain_attention=True), tmp_path / "half")
+    assert half["loss"] == pytest.approx(whole["loss"], rel=0.05)
+    assert half["loss"] != whole["loss"]
+    assert {t.dtype for k, t in last(tmp_path / "half").items() if k.startswith(("model.", "ema."))} == {torch.float32}
+
+
+@pytest.mark.parametrize(("precision", "words"), [("fp16", "'fp16' needs CUDA"), ("fp8", "choose no, bf16 or fp16")])
+def test_precisions_that_cannot_be(precision, words, tmp_path):
+    if precision == "fp16" and torch.cuda.is_available():
+        pytest.skip("fp16 is possible here")
+    from dataclasses import replace
+
+    with pytest.raises(TrainingError, match=words):
+        fit(task(), replace(CONFIG, mixed_precision=precision), tmp_path)
 
 
 def test_learning_rate_warms_up_holds_and_decays():
