@@ -61,7 +61,25 @@ def build(teacher: Any, spec: StudentSpec) -> Any:
 
 def remove_blocks(teacher: Any, spec: StudentSpec) -> Any:
     """Block removal with by-name copies: `up_blocks.i.*.1 <- .2`, and with `drop_inner` the up stages shift by one."""
-    config = dict(teacher.config)
+    student = _from_config(teacher, _fewer_blocks(dict(teacher.config), spec))
+    weights = teacher.state_dict()
+    source = block_names(spec)
+    student.load_state_dict({k: weights[source(k)] for k in student.state_dict()})
+    return student
+
+
+def shape(like: Any, spec: StudentSpec) -> Any:
+    """A student of the teacher's class on the meta device: its size and its work, without memory or weights.
+
+    Raises:
+        InputError: as `build`.
+    """
+    with torch.device("meta"):
+        config = _thinner(_fewer_blocks(dict(like.config), spec), spec.width)
+        return type(like)(**{k: v for k, v in config.items() if not k.startswith("_")})
+
+
+def _fewer_blocks(config: dict[str, Any], spec: StudentSpec) -> dict[str, Any]:
     stages = len(config["block_out_channels"])
     layers = config["layers_per_block"]
     if spec.one_layer:
@@ -81,11 +99,7 @@ def remove_blocks(teacher: Any, spec: StudentSpec) -> Any:
         heads = config["attention_head_dim"]
         if isinstance(heads, (tuple, list)):
             config["attention_head_dim"] = tuple(heads[:-1])
-    student = _from_config(teacher, config)
-    weights = teacher.state_dict()
-    source = block_names(spec)
-    student.load_state_dict({k: weights[source(k)] for k in student.state_dict()})
-    return student
+    return config
 
 
 def block_names(spec: StudentSpec) -> Callable[[str], str]:
@@ -124,13 +138,29 @@ def slice_width(unet: Any, width: float) -> Any:
         InputError: a stage's channels, heads or norm groups do not divide at this width.
     """
     config = dict(unet.config)
+    student = _from_config(unet, _thinner(config, width))
     if width == 1:
-        student = _from_config(unet, config)
         student.load_state_dict(unet.state_dict())
         return student
-    groups, channels = config["norm_num_groups"], tuple(config["block_out_channels"])
-    heads = config["attention_head_dim"]
-    heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
+    channels, heads, groups = _streams(config)
+    plan = _Plan(unet, channels, heads, groups, width)
+    with torch.no_grad():
+        source = unet.state_dict()
+        student.load_state_dict({k: plan.take(k, source[k], tuple(v.shape)) for k, v in student.state_dict().items()})
+    return student
+
+
+def _streams(config: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Channels and heads of each stage, and the number of norm groups."""
+    channels, heads = tuple(config["block_out_channels"]), config["attention_head_dim"]
+    return channels, (heads,) * len(channels) if isinstance(heads, int) else tuple(heads), config["norm_num_groups"]
+
+
+def _thinner(config: dict[str, Any], width: float) -> dict[str, Any]:
+    if width == 1:
+        return config
+    config = dict(config)
+    channels, heads, groups = _streams(config)
     whole_groups = any((c / groups * width) % 1 for c in channels)
     for c, h in zip(channels, heads, strict=True):
         if (whole_groups and (groups * width) % 1) or (h * width) % 1:
@@ -141,12 +171,7 @@ def slice_width(unet: Any, width: float) -> Any:
         config["norm_num_groups"] = int(groups * width)
     config["block_out_channels"] = tuple(int(c * width) for c in channels)
     config["attention_head_dim"] = tuple(int(h * width) for h in heads)
-    student = _from_config(unet, config)
-    plan = _Plan(unet, channels, heads, groups, width)
-    with torch.no_grad():
-        source = unet.state_dict()
-        student.load_state_dict({k: plan.take(k, source[k], tuple(v.shape)) for k, v in student.state_dict().items()})
-    return student
+    return config
 
 
 class _Plan:

@@ -134,6 +134,30 @@ def test_guidance_target():
     torch.testing.assert_close(loss, (2 * (c - u)).pow(2).mean(), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.5, 8.0])
+def test_guidance_scale_is_lcms_w_plus_one(scale):
+    """LCM says c + w (c - u); its pipeline is given guidance_scale = w + 1. Ours is guidance_scale everywhere."""
+    stage = real(GuidanceTask, guidance_scale=scale)
+    x, t, w = torch.randn(3, 4, 4, 4), torch.tensor([3, 500, 999]), scale - 1
+    embeds = stage.embeds(torch.arange(12).view(3, 4))
+    with torch.no_grad():
+        c, u = (stage.teacher(x, t, e).sample for e in (embeds, stage.embeds(Source.empty_ids[None]).expand(3, -1, -1)))
+    torch.testing.assert_close(stage.teach(x, t, embeds), c + w * (c - u), rtol=1e-4, atol=1e-5)
+
+
+def test_reconstruction_keeps_to_the_start_when_there_is_one():
+    import copy
+
+    plain, kept = real(AdversarialTask), real(AdversarialTask)
+    for p in kept.modules["unet"].parameters():
+        p.data += 0.1
+    plain.modules["unet"].load_state_dict(kept.modules["unet"].state_dict())
+    kept.start = copy.deepcopy(kept.modules["unet"])
+    batch = batch_of(kept)
+    assert kept.loss(kept.modules, batch, 0)["reconstruction"] < 1e-10
+    assert plain.loss(plain.modules, batch, 0)["reconstruction"] > 1e-3
+
+
 def test_consistency_boundary_and_exact_network():
     stage, network = perfect(ConsistencyTask, grid=10)
     x = torch.randn(3, 4, 4, 4)

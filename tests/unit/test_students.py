@@ -8,7 +8,7 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 from diffusers import UNet2DConditionModel  # noqa: E402
 
 from sdlite.distill.grow import grow  # noqa: E402
-from sdlite.distill.students import PRESETS, StudentSpec, build, parameters, slice_width  # noqa: E402
+from sdlite.distill.students import PRESETS, StudentSpec, block_names, build, parameters, shape, slice_width  # noqa: E402
 from sdlite.errors import InputError  # noqa: E402
 
 CROSS, PLAIN, UP_CROSS, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
@@ -52,6 +52,32 @@ def test_block_removal_copies_first_and_last_up_layer():
     assert torch.equal(a["down_blocks.1.resnets.0.conv1.weight"], b["down_blocks.1.resnets.0.conv1.weight"])
     assert student.mid_block is None
     assert run(student).isfinite().all()
+
+
+# Nota-NetsPresso/BK-SDM, copy_weight_from_teacher: student name -> teacher name, of SD-1.4's four stages
+BK_NAMES = {
+    "bk-base": {
+        "down_blocks.3.resnets.0.conv1.weight": "down_blocks.3.resnets.0.conv1.weight",
+        "mid_block.resnets.1.conv1.weight": "mid_block.resnets.1.conv1.weight",
+        "up_blocks.0.resnets.0.conv1.weight": "up_blocks.0.resnets.0.conv1.weight",
+        "up_blocks.0.resnets.1.conv1.weight": "up_blocks.0.resnets.2.conv1.weight",
+        "up_blocks.3.attentions.1.proj_in.weight": "up_blocks.3.attentions.2.proj_in.weight",
+        "up_blocks.2.upsamplers.0.conv.weight": "up_blocks.2.upsamplers.0.conv.weight",
+    },
+    "bk-tiny": {
+        "down_blocks.2.attentions.0.proj_in.weight": "down_blocks.2.attentions.0.proj_in.weight",
+        "up_blocks.0.resnets.0.conv1.weight": "up_blocks.1.resnets.0.conv1.weight",
+        "up_blocks.0.resnets.1.conv1.weight": "up_blocks.1.resnets.2.conv1.weight",
+        "up_blocks.2.attentions.1.norm.bias": "up_blocks.3.attentions.2.norm.bias",
+        "up_blocks.1.upsamplers.0.conv.weight": "up_blocks.2.upsamplers.0.conv.weight",
+    },
+}
+
+
+@pytest.mark.parametrize("preset", BK_NAMES)
+def test_block_map_is_bk_sdms(preset):
+    rename = block_names(PRESETS[preset])
+    assert {k: rename(k) for k in BK_NAMES[preset]} == BK_NAMES[preset]
 
 
 def sd14():
@@ -110,12 +136,49 @@ def test_slicing_equals_the_teacher_whose_dropped_channels_do_nothing():
     assert (thin(x[:, wrong]) - wide(x)[:, keep]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"), [("attentions.0.transformer_blocks.0.attn1.to_q", (1, 3, 32)), ("attentions.0.proj_in", (1, 32, 4, 4))]
+)
+def test_slicing_a_linear_layer_equals_the_teacher_whose_dropped_channels_do_nothing(name, shape):
+    from sdlite.distill.students import _Plan
+
+    teacher, stage = small(), 1
+    plan, student = _Plan(teacher, (16, 32, 32), (4, 4, 4), 4, 0.5), slice_width(small(), 0.5)
+    wide, thin = (net.get_submodule(f"down_blocks.{stage}.{name}") for net in (teacher, student))
+    keep, rows = plan.stream[stage], plan._rows(f"down_blocks.{stage}.{name}.weight", wide.weight)
+    dim = 2 if len(shape) == 3 else 1
+    few = torch.randn([16 if i == dim else n for i, n in enumerate(shape)])
+    x = torch.zeros(shape).index_copy(dim, keep, few)
+    torch.testing.assert_close(thin(few), wide(x).index_select(dim, rows), rtol=1e-5, atol=1e-6)
+    assert (thin(few.roll(1, dim)) - wide(x).index_select(dim, rows)).abs().max() > 1e-3
+
+
+def test_slicing_whole_norm_groups_equals_the_teachers_norm_on_what_is_kept():
+    """The statistics of a group do not see other groups: exact whatever the dropped channels hold."""
+    from sdlite.distill.students import _Plan
+
+    teacher = small(block_out_channels=(40, 80, 80), norm_num_groups=8, attention_head_dim=8)
+    plan, student = _Plan(teacher, (40, 80, 80), (8, 8, 8), 8, 0.625), slice_width(teacher, 0.625)
+    wide, thin = (net.down_blocks[1].resnets[0].norm2 for net in (teacher, student))
+    keep, x = plan.stream[1], torch.randn(2, 80, 4, 4)
+    torch.testing.assert_close(thin(x[:, keep]), wide(x)[:, keep], rtol=1e-5, atol=1e-6)
+    assert (thin(x[:, keep.roll(3)]) - wide(x)[:, keep]).abs().max() > 1e-2
+
+
 def test_kept_channels_are_equal_in_every_norm_group():
     from sdlite.distill.students import _Plan
 
     plan = _Plan(small(), (16, 32, 32), (4, 4, 4), 4, 0.5)
     for keep, channels in zip(plan.stream, (16, 32, 32), strict=True):
         assert torch.bincount(keep // (channels // 4)).tolist() == [channels // 8] * 4
+
+
+@pytest.mark.parametrize("preset", ["bk-base", "bk-tiny", "half"])
+def test_shape_on_the_meta_device_is_that_of_the_student(preset):
+    teacher = small()
+    one, other = shape(teacher, PRESETS[preset]), build(teacher, PRESETS[preset])
+    assert {k: tuple(v.shape) for k, v in one.state_dict().items()} == {k: tuple(v.shape) for k, v in other.state_dict().items()}
+    assert next(one.parameters()).device.type == "meta"
 
 
 @pytest.mark.parametrize(
