@@ -29,6 +29,9 @@
     images = 50000
     [sampler]
     guidance_scale = 1.0
+    [preview]                     # of the sample grids; default: 16 captions of the data, 25 steps or the stage's own
+    prompts = ["a fox", "a house"]
+    num_inference_steps = 10
 
 `text-encoder` and `tiny-decoder` come last, each at most once; alone they make parts for a UNet that stays. Each stage has its own folder, checkpoints and statistics, starts from the stage before it, and is skipped when it is already done.
 """
@@ -126,6 +129,7 @@ class Recipe:
     student: StudentSpec
     stages: tuple[Stage, ...]
     sampler: dict[str, Any] = field(default_factory=dict)
+    preview: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -144,7 +148,9 @@ class Recipe:
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> Recipe:
-        _known("recipe", raw, {"name", "student", "train", "stage", "sampler"})
+        _known("recipe", raw, {"name", "student", "train", "stage", "sampler", "preview"})
+        shown = dict(raw.get("preview", {}))
+        _known("[preview]", shown, {"prompts", "num_inference_steps"})
         if not raw.get("stage"):
             raise InputError("the recipe has no [[stage]]; give at least one, such as kind = 'output'.")
         common = dict(raw.get("train", {}))
@@ -178,7 +184,7 @@ class Recipe:
             else:
                 out.append(Stage(f"{n}-{kind}", kind, config, options))
         _ordered(out)
-        return cls(str(raw.get("name", "student")), _spec(dict(raw.get("student", {}))), tuple(out), dict(raw.get("sampler", {})))
+        return cls(str(raw.get("name", "student")), _spec(dict(raw.get("student", {}))), tuple(out), dict(raw.get("sampler", {})), shown)
 
     def default_sampler(self, own: str, teachers: dict[str, Any] | None = None) -> dict[str, Any]:
         """{name, num_inference_steps, guidance_scale} for the artefact: the last UNet stage's own, unless [sampler] says otherwise.
@@ -291,7 +297,8 @@ class Teacher:
                 return self.make(prompts, num_inference_steps=25, guidance_scale=4.0, seed=count[0])
         else:
             encode = self.encode
-        return CachedLatents.build(found, self.tokenizer, encode, cache, key=key, size=self.pixels, progress=progress)
+        few = max(1, min(16, 2**20 // self.pixels**2))  # pictures at once: 16 to 256 px, 4 at 512 px
+        return CachedLatents.build(found, self.tokenizer, encode, cache, key=key, size=self.pixels, batch=few, progress=progress)
 
 
 def plan(recipe: Recipe, teacher: Teacher) -> str:
@@ -338,7 +345,7 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
         (out / "skipped.json").write_text(json.dumps(source.skipped, indent=1))
         print(f"{len(source.skipped)} samples left out, listed in {out / 'skipped.json'}; {len(source)} are used")
     parts = {"vae": taught.vae, "tokenizer": taught.tokenizer, "tokenizer_folder": taught.artifact.folder / "tokenizer"}
-    prompts = preview_prompts or source.captions
+    prompts = preview_prompts or recipe.preview.get("prompts") or source.captions
     made: dict[str, Any] = {"unet": build(taught.unet, recipe.student), "text_encoder": taught.text_encoder, "vae": taught.vae}
     last, sampler = None, recipe.default_sampler("ddim", taught.artifact.sampler)
     about, folders = report.about_run(recipe, taught, made["unet"], source, Path(data)), [out / s.name for s in recipe.stages]
@@ -349,6 +356,8 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
             left = None if max_minutes is None else max(0.0, max_minutes - (time.monotonic() - begin) / 60)
             if stage.makes == "unet":
                 task = _task(stage, made["unet"], taught, source, parts, prompts, last is not None and _guided(recipe, stage))
+                if (steps := recipe.preview.get("num_inference_steps")) and _steps(stage) is None and stage.kind != "consistency":
+                    task.preview["num_inference_steps"] = steps
             else:
                 task = _part_task(recipe, stage, made, taught, source, parts, {"prompts": prompts[:16], **_painted(sampler)}, last)
             if draws := stage.options.get("cache_targets"):
@@ -401,8 +410,9 @@ def _done(folder: Path) -> bool:
 def _teach_once(task: Any, draws: int, path: Path, progress: bool) -> None:
     """`cache_targets`, on the device of the training, by one process while the others wait."""
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     task.to(state.device)
     with state.main_process_first():
         cache_targets(task, draws, path, progress=progress and state.is_main_process)
