@@ -5,6 +5,8 @@ Each finding is (level, check, text): "ok", "warn" (works, not well) or "fail" (
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from sdlite.distill.recipe import Recipe, Teacher
 from sdlite.distill.students import build, parameters
-from sdlite.distill.tasks import StudentTask
+from sdlite.distill.tasks import StudentTask, decode_scaled
 from sdlite.distill.train import step_generator
 from sdlite.sampling import Schedule
 
@@ -88,6 +90,83 @@ def target(scheduler: dict[str, Any], few_steps: bool) -> list[Finding]:
     return out
 
 
+@torch.no_grad()
+def prediction(task: StudentTask, teacher: nn.Module, batch_size: int, seed: int = 0) -> list[Finding]:
+    """Does the teacher predict what its scheduler says? Its mean squared error against each kind of target, each over that target's mean square.
+
+    A wrong prediction_type is silent otherwise: the student learns the teacher's output and a target that contradict each other.
+    """
+    batch = task.batch(batch_size, step_generator(seed, 2))
+    batch["t"] = task.schedule.num_train_timesteps // 4 + batch["t"] // 2  # the middle half: all kinds differ there
+    x, _ = task.forward(batch["latents"], batch["noise"], batch["t"])
+    out = teacher(x, batch["t"], task.encode(batch["input_ids"])).sample.float()
+    alpha, sigma = task.forward.coefficients(batch["t"])
+    kinds = {"epsilon": batch["noise"], "sample": batch["latents"], "v_prediction": alpha * batch["noise"] - sigma * batch["latents"]}
+    errors = {k: float((out - y).pow(2).mean() / y.pow(2).mean()) for k, y in kinds.items()}
+    said, best = task.schedule.prediction_type, min(errors, key=errors.__getitem__)
+    text = ", ".join(f"{k} {e:.2f}" for k, e in errors.items())
+    if best != said and errors[best] < 0.5 * min(errors[said], 1.0):
+        return [Finding("fail", "prediction", f"the scheduler says {said}, but the teacher's output is nearest to {best} (relative errors: {text}); set "
+                        f"prediction_type to {best}")]  # fmt: skip
+    if errors[said] > 0.9:
+        return [Finding("warn", "prediction", f"the teacher is no better than predicting zero (relative errors: {text}): is it trained, are these "
+                        "its latents and its text encoder?")]  # fmt: skip
+    return [Finding("ok", "prediction", f"the teacher predicts {said} (relative errors: {text})")]
+
+
+@torch.no_grad()
+def round_trip(latents: Tensor, vae: Any) -> list[Finding]:
+    """Latents (B, C, h, w) decoded and encoded again: the same, if scale, shift and pixel range are one convention."""
+    if not hasattr(vae, "quant_conv"):
+        return [Finding("ok", "preprocessing", f"{type(vae).__name__}: no round trip, its encoder need not be trained")]
+    z, shift = latents.float(), getattr(vae.config, "shift_factor", None) or 0.0
+    again = (vae.encode(decode_scaled(vae, z).clamp(-1, 1)).latent_dist.mean - shift) * vae.config.scaling_factor
+    error = float((again - z).pow(2).mean() / z.pow(2).mean())
+    text = f"latents decoded and encoded again differ by {error:.0%} of their mean square"
+    return [
+        Finding(
+            "ok" if error < 0.5 else "warn",
+            "preprocessing",
+            text + ("" if error < 0.5 else ": other latents than this VAE's, or another scale"),
+        )
+    ]
+
+
+def settings(recipe: Recipe, samples: int) -> list[Finding]:
+    """What a recipe says that works against itself."""
+    out = []
+    for s in recipe.stages:
+        c = s.config
+        if c.mixed_precision == "fp16" and not torch.cuda.is_available():
+            out.append(Finding("fail", "settings", f"{s.name}: fp16 needs CUDA; use mixed_precision = 'bf16'"))
+        if c.micro_batch_size and c.batch_size % min(c.micro_batch_size, c.batch_size):
+            out.append(
+                Finding("fail", "settings", f"{s.name}: batch_size={c.batch_size} does not split into parts of {c.micro_batch_size}")
+            )
+        if (draws := s.options.get("cache_targets")) and draws < 2 * samples:
+            out.append(
+                Finding(
+                    "warn",
+                    "settings",
+                    f"{s.name}: cache_targets={draws} for {samples} samples: each is seen at one or two noise levels only",
+                )
+            )
+        if s.options.get("article"):
+            out.append(
+                Finding(
+                    "warn",
+                    "settings",
+                    f"{s.name}: article = true is for comparison; its soft term does not see an offset that all channels share",
+                )
+            )
+        later = recipe.stages[recipe.stages.index(s) + 1 :]
+        if s.kind == "output" and s.options.get("caption_dropout", 0.1) == 0 and not any(o.guidance != 1 for o in later):
+            out.append(
+                Finding("warn", "settings", f"{s.name}: caption_dropout = 0, so the student knows no empty caption, and guidance needs one")
+            )
+    return out or [Finding("ok", "settings", "nothing works against itself")]
+
+
 def preprocessing(latents: Tensor, used: int, skipped: int, truncated: int) -> list[Finding]:
     """Do the latents look like what the teacher was trained on: about zero mean, unit variance, finite?"""
     mean, std = float(latents.float().mean()), float(latents.float().std())
@@ -107,7 +186,7 @@ def preprocessing(latents: Tensor, used: int, skipped: int, truncated: int) -> l
 
 
 def gradients(task: StudentTask, batch_size: int, seed: int = 0) -> tuple[list[Finding], dict[str, dict[str, float]]]:
-    """Loss and gradient norm of each term at the start, on one batch, and the weight that would make feature and output terms equal."""
+    """Loss and gradient norm of each term at the start, on one batch; how hard each pulls, and the weight at which it would pull as the output."""
     batch = task.batch(batch_size, step_generator(seed, 0))
     modules = task.modules
     student = [p for p in modules["student"].unet.parameters() if p.requires_grad]
@@ -115,31 +194,56 @@ def gradients(task: StudentTask, batch_size: int, seed: int = 0) -> tuple[list[F
     terms = {k: v for k, v in task.loss(modules, batch, 0).items() if k != "loss"}
     for name, value in terms.items():
         grads = torch.autograd.grad(value, student, retain_graph=True, allow_unused=True)
-        measured[name] = {
-            "loss": float(value),
-            "gradient": float(torch.sqrt(sum((g.float().pow(2).sum() for g in grads if g is not None), torch.zeros(())))),
-        }
+        norm = torch.sqrt(sum((g.float().pow(2).sum() for g in grads if g is not None), torch.zeros(())))
+        measured[name] = {"loss": value.item(), "gradient": norm.item()}
     out = []
-    weights = {"task": task.task_weight, "output": task.output_weight, "feature": task.feature_weight}
-    bad = [k for k, m in measured.items() if not all(map(torch.isfinite, map(torch.tensor, m.values())))]
+    weights = {"article": 1.0, **{k: getattr(task, f"{k}_weight") for k in ("task", "output", "feature", "multi_scale", "channel")}}
+    if task.article:
+        weights |= {"task": 0.0, "output": 0.0}
+    bad = [k for k, m in measured.items() if not all(map(math.isfinite, m.values()))]
     if bad:
         out.append(Finding("fail", "gradients", f"{', '.join(bad)} not finite at the first batch; check the teacher and the dtype"))
     for k, m in measured.items():
         out.append(Finding("ok", "gradients", f"{k}: loss {m['loss']:.4g}, gradient norm {m['gradient']:.4g}, weight {weights[k]:g}"))
-    if "feature" in measured and not bad and measured["feature"]["gradient"] > 0:
-        share = weights["feature"] * measured["feature"]["gradient"] / max(weights["output"] * measured["output"]["gradient"], 1e-12)
-        equal = weights["output"] * measured["output"]["gradient"] / measured["feature"]["gradient"]
+    first = next((k for k in ("output", "article", "task") if weights[k] and measured.get(k, {}).get("gradient", 0) > 0), None)
+    for k in ("task", "feature", "multi_scale", "channel"):
+        if bad or first is None or k == first or not weights[k] or not measured.get(k, {}).get("gradient", 0) > 0:
+            continue
+        pull = weights[first] * measured[first]["gradient"]
+        share, equal = weights[k] * measured[k]["gradient"] / pull, pull / measured[k]["gradient"]
         level = "warn" if share > 3 or share < 1 / 30 else "ok"
-        out.append(Finding(level, "loss scales", f"the feature term pulls {share:.2g} times as hard as the output term; equal at feature_weight={equal:.2g} "
-                           "(BK-SDM's unweighted feature loss outgrew the others: Nota-NetsPresso/BK-SDM issue 21)"))  # fmt: skip
+        out.append(Finding(level, "loss scales", f"the {k} term pulls {share:.2g} times as hard as the {first} term; equal at {k}_weight={equal:.2g}"
+                           + (" (BK-SDM's unweighted feature loss outgrew the others: Nota-NetsPresso/BK-SDM issue 21)" if k == "feature" else "")))  # fmt: skip
     return out, measured
 
 
-def temperature(features: Tensor) -> list[Finding]:
+def first_step(task: StudentTask, lr: float, batch_size: int, seed: int = 0) -> list[Finding]:
+    """Does one step at this learning rate lower the loss on the very batch it was taken on? AdamW's first step is lr times the gradient's sign.
+
+    In place: the task's student is moved by that step and back.
+    """
+    batch = task.batch(batch_size, step_generator(seed, 0))
+    modules, student = task.modules, [p for p in task.modules["student"].parameters() if p.requires_grad]
+    before = task.loss(modules, batch, 0)["loss"]
+    steps = [None if g is None else lr * g.sign() for g in torch.autograd.grad(before, student, allow_unused=True)]
+    with torch.no_grad():
+        for sign in (-1, 1):
+            for p, step in zip(student, steps, strict=True):
+                if step is not None:
+                    p.add_(step, alpha=sign)
+            if sign == -1:
+                after = task.loss(modules, batch, 0)["loss"].item()
+    text = f"one step at lr {lr:g} on one batch: loss {before.item():.4g} to {after:.4g}"
+    if after < before.item():
+        return [Finding("ok", "learning rate", text)]
+    return [Finding("warn", "learning rate", text + "; lower lr, or lengthen warmup_images")]
+
+
+def temperature(features: Tensor, of_recipe: Sequence[float] = (1.0, 2.0, 4.0)) -> list[Finding]:
     """How peaked a teacher's feature map (B, C, h, w) is under a softmax over positions: too sharp or too flat gives channel_loss no gradient."""
     flat, out = features.float().flatten(2), []
     top = float(torch.tensor(flat.shape[-1]).log())
-    for t in (1.0, 2.0, 4.0):
+    for t in sorted(set(of_recipe)):
         log = torch.log_softmax(flat / t, -1)
         share = float(-(log.exp() * log).sum(-1).mean()) / max(top, 1e-9)
         level = "ok" if 0.3 < share < 0.98 else "warn"
@@ -169,6 +273,7 @@ def examine(
         return out
     source = taught.source(data, cache, progress)
     ends = (source.ids == taught.tokenizer.eos).int().argmax(1)
+    out += settings(recipe, len(source))
     out += preprocessing(source.latents[:512], len(source), len(source.skipped), int((ends == source.ids.shape[1] - 1).sum()))
     first = next((s for s in recipe.stages if s.kind == "output"), None)
     if first is not None:
@@ -183,10 +288,12 @@ def examine(
             scheduler=taught.scheduler,
             **{k: v for k, v in first.options.items() if k != "cache_targets"},
         )
+        out += prediction(task, taught.unet, batch_size) + round_trip(source.latents[:2], taught.vae)
         found, _ = gradients(task, batch_size)
-        out += found
+        out += found + first_step(task, first.config.lr, batch_size)
         if task.teacher_taps:
-            out += temperature(_one_feature(task, taught.unet))
+            at = task.temperature if task.channel_weight else (1.0, 2.0, 4.0)
+            out += temperature(_one_feature(task, taught.unet), at)
     return out
 
 

@@ -18,10 +18,14 @@ from sdlite.cli import main  # noqa: E402
 from sdlite.distill import data  # noqa: E402
 from sdlite.distill.cache import to_square  # noqa: E402
 from sdlite.distill.recipe import Recipe, Teacher, plan, run  # noqa: E402
+from sdlite.distill.tasks import StudentTask  # noqa: E402
 from sdlite.errors import InputError  # noqa: E402
 
 RECIPE = """
 name = "small"
+[preview]
+prompts = ["a fox"]
+num_inference_steps = 2
 [train]
 batch_size = 4
 sample_every = 0
@@ -142,6 +146,7 @@ def test_recipe_is_read():
         ("[student]\npreset='tiny'\n[[stage]]\nkind='output'\nimages=1", "preset='tiny' is not known"),
         ("[student]\nweights='old'\n[[stage]]\nkind='output'\nimages=1", "weights='old'; choose teacher or random"),
         ("[student]\ndepth=2\n[[stage]]\nkind='output'\nimages=1", "depth is not known"),
+        ("[preview]\nsize=1\n[[stage]]\nkind='output'\nimages=1", "size is not known"),
         ("[train]\nlearning_rate=1\n[[stage]]\nkind='output'\nimages=1", "learning_rate is not known"),
     ],
 )
@@ -294,7 +299,6 @@ def test_doctor_names_what_is_wrong(plain):
 
 def test_doctor_measures_the_pull_of_each_term(plain, pictures, tmp_path):
     from sdlite.distill import doctor
-    from sdlite.distill.tasks import StudentTask
 
     teacher = Teacher(plain)
     source = teacher.source(pictures, tmp_path / "c.safetensors", False)
@@ -304,7 +308,71 @@ def test_doctor_measures_the_pull_of_each_term(plain, pictures, tmp_path):
     )
     found, measured = doctor.gradients(task, 4)
     assert set(measured) == {"task", "output", "feature"}
-    assert levels(found, "loss scales") == ["warn"]
+    assert levels(found, "loss scales")[-1] == "warn"
+
+
+def small_task(**options):
+    from tests.unit.test_stages import real
+
+    return real(StudentTask, **options)
+
+
+def test_doctor_finds_a_wrong_prediction_type():
+    """A network that is exact for v, under a scheduler that says epsilon: everything runs, and the two halves of the loss contradict."""
+    from sdlite.distill import doctor
+    from sdlite.distill.tasks import V_ZERO_SNR
+    from sdlite.sampling import Schedule
+    from tests.unit.test_stages import Perfect, Solver
+
+    levels_of = {}
+    for kind in ("v_prediction", "epsilon"):
+        task = small_task(scheduler={**V_ZERO_SNR, "prediction_type": kind, "rescale_betas_zero_snr": False})
+        exact = Perfect(Solver(Schedule.from_config(V_ZERO_SNR)), torch.zeros(1, 4, 4, 4))
+        exact.solver.alpha_bar, draw = task.forward.alpha_bar, task.source.draw
+        task.source.draw = lambda size, g, draw=draw: {**draw(size, g), "latents": torch.zeros(size, 4, 4, 4) + 1e-3}
+        levels_of[kind] = levels(doctor.prediction(task, exact, 8), "prediction")
+    assert levels_of == {"v_prediction": ["ok"], "epsilon": ["fail"]}
+    assert levels(doctor.prediction(small_task(), small_task().teacher, 8), "prediction") == ["warn"]  # random weights
+
+
+def test_doctor_weighs_every_term():
+    from sdlite.distill import doctor
+
+    task = small_task(feature_weight=0.1, multi_scale_weight=1e6, channel_weight=1e-9)
+    for p in task.modules["student"].parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    found, measured = doctor.gradients(task, 8)
+    assert set(measured) == {"task", "output", "feature", "multi_scale", "channel"}
+    warned = [f.text for f in found if f.level == "warn"]
+    assert any("multi_scale term pulls" in t for t in warned)
+    assert any("channel term pulls" in t for t in warned)
+    found, measured = doctor.gradients(small_task(article=True, feature_weight=0.0), 8)
+    assert set(measured) == {"task", "article"}
+
+
+def test_doctor_sees_a_learning_rate_that_is_too_high_and_leaves_the_student_as_it_was():
+    from sdlite.distill import doctor
+
+    task = small_task(feature_weight=0.0)
+    before = [p.clone() for p in task.modules["student"].parameters()]
+    assert levels(doctor.first_step(task, 1e-4, 8), "learning rate") == ["ok"]
+    assert levels(doctor.first_step(task, 10.0, 8), "learning rate") == ["warn"]
+    for p, q in zip(task.modules["student"].parameters(), before, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
+
+
+def test_doctor_reads_the_recipes_settings():
+    from sdlite.distill import doctor
+
+    stage = "[[stage]]\nkind='output'\nimages=1\nfeature_weight=0.0\n"
+    assert levels(doctor.settings(parse(stage), 100), "settings") == ["ok"]
+    for wrong, level in (
+        ("cache_targets=9", "warn"),
+        ("article=true", "warn"),
+        ("caption_dropout=0.0", "warn"),
+        ("batch_size=8\nmicro_batch_size=3", "fail"),
+    ):
+        assert levels(doctor.settings(parse(stage + wrong), 100), "settings") == [level], wrong
 
 
 def test_distill_usage_errors(tmp_path):
