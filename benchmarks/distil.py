@@ -2,6 +2,7 @@
 
     python -m benchmarks.distil size --teacher runs/teacher/model --latents runs/teacher/latents.safetensors --out runs/distil
     python -m benchmarks.distil steps --student runs/student/model ...
+    python -m benchmarks.distil summary        # what `sdlite distill advise` reads: sdlite/distill/measured.json
 
 `size`: students of 5.4M parameters (`half`: BK-Base's blocks at half width) from the teacher, by different losses, sampled in 25 guided
 steps. `steps`: the student given by `--student` made to need fewer steps and no guidance pass; without it only the teacher's table row.
@@ -25,6 +26,8 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "emoji"))
 RESULTS = HERE / "results" / "distil.jsonl"
+SUMMARY = HERE.parent / "sdlite" / "distill" / "measured.json"
+METRICS = ("identity@1", "exact@1", "colour", "heldout@1", "kid", "fid", "paired_psnr", "seconds_per_image", "loss")
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,10 @@ STEPS = {
 
 
 def macs(unet: Any) -> int:
-    """Multiply-accumulates of one UNet call, batch 1, from torch's own counter."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    """Multiply-accumulates of one UNet call, batch 1, 32 tokens."""
+    from sdlite.distill import advise
 
-    c = unet.config
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet(torch.zeros(1, c.in_channels, c.sample_size, c.sample_size), 0, torch.zeros(1, 32, c.cross_attention_dim))
-    return int(counter.get_total_flops() // 2)
+    return advise.macs(unet, tokens=32)
 
 
 class Bench:
@@ -143,7 +142,7 @@ class Bench:
         return Path(self.args.out) / f"{name.replace(' ', '-').replace(chr(39), '')}-{seed}-{self.args.images}"
 
     def measure(self, folder: Path, s: Strategy, seed: int) -> dict[str, Any]:
-        from benchmarks.quality import generate, kid
+        from benchmarks.quality import fid, generate, kid
         from sdlite.distill.students import parameters
         from sdlite.quant.metrics import psnr
 
@@ -165,7 +164,7 @@ class Bench:
             "parameters": parameters(unet), "macs": macs(unet), "calls": s.steps * (1 if s.guidance == 1 else 2), "steps": s.steps,
             "guidance": s.guidance, "sampler": s.sampler, "identity@1": float(scored["identity@1"]), "exact@1": float(scored["exact@1"]),
             "colour": float(scored["colour"]), "heldout@1": float(held["exact@1"]),
-            "kid": kid(scored["features"], p.real(p.prompts)), "paired_psnr": float(np.mean(paired)), "seconds_per_image": float(np.median(times)),
+            "kid": kid(scored["features"], p.real(p.prompts)), "fid": fid(scored["features"], p.real(p.prompts)), "paired_psnr": float(np.mean(paired)), "seconds_per_image": float(np.median(times)),
         }  # fmt: skip
 
 
@@ -179,13 +178,68 @@ class _With:
         return self.pipe(*args, sampler=self.sampler, **kwargs)
 
 
+def chain(table: str, name: str) -> list[dict[str, Any]]:
+    """The strategy as stages of a recipe, without images: what came before it, and it; halvings in one row."""
+    if name not in (SIZE if table == "size" else STEPS):
+        return []
+    if table == "size":
+        return [{"kind": "output", **SIZE[name].options, "timestep_power": 0.6, "lr": SIZE[name].lr}]
+    done: list[Strategy] = []
+    at: str | None = name
+    while at is not None:
+        done.insert(0, STEPS[at])
+        at = STEPS[at].after
+    out: list[dict[str, Any]] = []
+    for s in done:
+        if s.kind == "progressive" and out and out[-1]["kind"] == "progressive":
+            out[-1]["steps"].append(s.options["num_inference_steps"])
+        elif s.kind == "progressive":
+            out.append({"kind": "progressive", "steps": [s.options["num_inference_steps"]], "lr": s.lr})
+        else:
+            out.append({"kind": s.kind, **s.options, "lr": s.lr})
+    return out
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of each (table, strategy, budget); a seed that was measured twice counts once, the last time."""
+    groups: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
+    for r in rows:
+        groups.setdefault((r["table"], r["strategy"], r["images"]), {})[r["seed"]] = r
+    teachers = {r["table"]: r["macs"] for r in rows if r["strategy"] == "teacher"}
+    out = []
+    for (table, strategy, images), seeds in groups.items():
+        found, last = list(seeds.values()), list(seeds.values())[-1]
+        values = {m: [r[m] for r in found if r.get(m) is not None] for m in METRICS}
+        out.append(
+            {
+                "table": table, "strategy": strategy, "images": images, "seeds": len(found), "stages": chain(table, strategy),
+                **{k: last[k] for k in ("parameters", "macs", "calls", "steps", "guidance", "sampler")}, "teacher_macs": teachers.get(table),
+                "minutes": float(np.mean([r["minutes"] for r in found])),
+                "mean": {m: float(np.mean(v)) for m, v in values.items() if v},
+                "std": {m: float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for m, v in values.items() if v},
+                **{k: last[k] for k in ("date", "commit", "cpu", "cores")},
+            }
+        )  # fmt: skip
+    return {"about": "made by `python -m benchmarks.distil summary` from benchmarks/results/distil.jsonl; do not edit", "rows": out}
+
+
+def write_summary(results: Path, out: Path) -> None:
+    tmp = out.with_name(out.name + ".tmp")
+    tmp.write_text(summary_text(results), encoding="utf-8")
+    tmp.replace(out)
+
+
+def summary_text(results: Path) -> str:
+    return json.dumps(summary(_rows(results)), indent=1) + "\n"
+
+
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("table", choices=("size", "steps"))
-    ap.add_argument("--teacher", type=Path, required=True, help="diffusers folder")
-    ap.add_argument("--latents", type=Path, required=True, help="latent cache of the teacher's training")
+    ap.add_argument("table", choices=("size", "steps", "summary"))
+    ap.add_argument("--teacher", type=Path, help="diffusers folder")
+    ap.add_argument("--latents", type=Path, help="latent cache of the teacher's training")
     ap.add_argument("--student", type=Path, help="diffusers folder that `steps` starts from")
-    ap.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    ap.add_argument("--out", type=Path, help="folder of the runs")
     ap.add_argument("--only", nargs="+", help="strategies; default: all of the table")
     ap.add_argument("--images", type=int, default=12_800, help="training images of each strategy (of each halving)")
     ap.add_argument("--seeds", type=int, default=3)
@@ -194,6 +248,12 @@ def main() -> None:
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--results", type=Path, default=RESULTS)
     args = ap.parse_args()
+    if args.table == "summary":
+        write_summary(args.results, SUMMARY)
+        print(f"{SUMMARY}: {len(json.loads(SUMMARY.read_text())['rows'])} rows")
+        return
+    if missing := [f"--{k}" for k in ("teacher", "latents", "out") if getattr(args, k) is None]:
+        ap.error(f"{args.table} needs {', '.join(missing)}")
     strategies = SIZE if args.table == "size" else STEPS
     if unknown := set(args.only or []) - set(strategies):
         ap.error(f"{sorted(unknown)} are not in {args.table}; choose of {', '.join(strategies)}")

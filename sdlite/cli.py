@@ -18,6 +18,12 @@ from sdlite._version import __version__
 from sdlite.errors import InputError, MissingExtraError, SdliteError
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+ADVISE: dict[str, Any] = {
+    "device": "cpu",
+    "memory_gb": 4.0,
+    "minutes": 600.0,
+    "wish": "balanced",
+}  # what `distill advise` takes when not said
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,16 +90,22 @@ def _parser() -> argparse.ArgumentParser:
     d = command(
         "distill",
         _distill,
-        "Train a student by a recipe and write it as a model; or `distill doctor RECIPE`: find out why it would not train.",
+        "Train a student by a recipe and write it as a model; or `distill doctor RECIPE`: find out why it would not train; "
+        "or `distill advise`: a recipe for a device, its memory, a time budget and a wish, with reasons.",
     )
-    d.add_argument("recipe", nargs="+", metavar="[doctor] RECIPE", help="TOML file, see sdlite.distill.recipe")
-    d.add_argument("--teacher", type=Path, required=True, help="diffusers SD-1.x/2.x folder")
-    d.add_argument("--data", required=True, help="shards, folder of pictures with captions, or .txt of prompts")
-    d.add_argument("--out", type=Path, help="folder of the run")
+    d.add_argument("recipe", nargs="+", metavar="[doctor] RECIPE | advise", help="TOML file, see sdlite.distill.recipe")
+    d.add_argument("--teacher", type=Path, help="diffusers SD-1.x/2.x folder; advise: default is SD-1.4's shape")
+    d.add_argument("--data", help="shards, folder of pictures with captions, or .txt of prompts")
+    d.add_argument("--out", type=Path, help="folder of the run; advise: recipe file, default is stdout")
     d.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     d.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
     d.add_argument("--dry-run", action="store_true", help="show what would be done")
     d.add_argument("--no-export", action="store_true", help="leave the diffusers folder of the last stage, make no ONNX")
+    d.add_argument("--device", help="advise: where the student will run: cpu, gpu, phone or browser; cpu when not said")
+    d.add_argument("--memory", type=float, help="advise: GB of that device for the model; 4 when not said")
+    d.add_argument("--minutes", type=float, help="advise: time for training, on this machine; 600 when not said")
+    d.add_argument("--wish", help="advise: quality, balanced or speed; balanced when not said")
+    d.add_argument("--images-per-second", type=float, help="advise: of training on this machine, from a run's stats.jsonl")
 
     b = command("bench", _bench, "Measure seconds and memory of a model on this machine, each precision and backend in its own process.")
     b.add_argument("model", nargs="?", default="emoji", help="embedded name, folder, or hub id org/name")
@@ -228,6 +240,9 @@ def _distill(args: argparse.Namespace) -> None:
             raise
         raise MissingExtraError(f"distilling needs {e.name!r}: pip install 'sdlite[distill]'.") from e
 
+    if args.recipe == ["advise"]:
+        _advise(args)
+        return
     read = recipe.Recipe.load(args.recipe[-1])
     if args.recipe[0] == "doctor":
         from sdlite.distill.doctor import examine
@@ -251,6 +266,23 @@ def _distill(args: argparse.Namespace) -> None:
         export=not args.no_export,
     )
     print("finished" if done["finished"] else f"stopped after {done['seconds'] / 60:.1f} min; go on with --resume")
+
+
+def _advise(args: argparse.Namespace) -> None:
+    from sdlite.distill.advise import advise
+
+    given = {"device": args.device, "memory_gb": args.memory, "minutes": args.minutes, "wish": args.wish}
+    given = {**ADVISE, **{k: v for k, v in given.items() if v is not None}}
+    said = advise(**given, teacher=args.teacher, images_per_second=args.images_per_second)
+    if args.out is None:
+        print(said, end="")
+        return
+    if args.out.exists():
+        raise InputError(f"--out {args.out} exists; choose another file or remove it.")
+    tmp = args.out.with_name(args.out.name + ".tmp")
+    tmp.write_text(str(said), encoding="utf-8")
+    tmp.replace(args.out)
+    print(*said.reasons, f"then: {said.then}", f"wrote {args.out}", sep="\n")
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -344,7 +376,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "distill":
         doctor = len(args.recipe) == 2 and args.recipe[0] == "doctor"
         if len(args.recipe) > 1 and not doctor:
-            parser.error(f"distill takes one recipe (or `doctor RECIPE`), not {' '.join(args.recipe)}")
+            parser.error(f"distill takes one recipe (or `doctor RECIPE`, or `advise` alone), not {' '.join(args.recipe)}")
+    if args.command == "distill" and args.recipe != ["advise"]:
+        if missing := [f"--{k}" for k in ("teacher", "data") if getattr(args, k) is None]:
+            parser.error(f"distill needs {' and '.join(missing)}")
+        asked = ("device", "memory", "minutes", "wish", "images_per_second")
+        if wrong := ["--" + k.replace("_", "-") for k in asked if getattr(args, k) is not None]:
+            parser.error(f"{', '.join(wrong)}: for `distill advise` alone; how a training runs is said in the recipe's [train]")
         if not doctor and not args.dry_run and args.out is None:
             parser.error("distill needs --out")
     warnings.showwarning = lambda message, *_, **__: print(f"sdlite: warning: {message}", file=sys.stderr)
