@@ -20,8 +20,9 @@ from sdlite import hub
 from sdlite._version import __version__
 from sdlite.artifact import PARTS, Artifact, sha256, writing
 from sdlite.backends import RowByRow
-from sdlite.errors import ExportError, InputError, MissingExtraError, PrecisionError
+from sdlite.errors import ExportError, InputError, MissingExtraError, PrecisionError, SdliteError
 from sdlite.exporters import profile as profiles
+from sdlite.exporters import room
 from sdlite.exporters.parity import Recording, measure, record
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import fix
@@ -42,7 +43,7 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         out: new or empty folder; written beside and renamed when the gate holds.
         target: name of a built-in profile (`sdlite export --list`) or the path of a profile.toml.
         prompts: pictures that are compared, seed i for prompt i; default: two of the model's calibration prompts, or two of ours.
-        num_inference_steps: of those pictures; default: the model's own.
+        num_inference_steps: of those pictures, and of the calibration where there is one; default: the model's own.
         fuse_schedule: the UNet as three graphs, see `sdlite.exporters.hoist`; onnx profiles of fixed shapes.
 
     Returns:
@@ -64,23 +65,27 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         raise InputError(
             f"{artifact.folder} has no {profile.precision} ONNX graphs; make an artefact of it first: sdlite.exporters.onnx.convert."
         )
-    if not artifact.has_onnx(profile.precision):
+    if not artifact.has_onnx(profile.source):
         held = ", ".join(artifact.manifest.variants)
-        how = "quantise it first (sdlite quantize)" if profile.precision.startswith("int8") else "export the float model"
-        raise PrecisionError(f"{artifact.name} holds {held}, the profile {profile.name} wants {profile.precision}: {how}.")
-    pipe = Pipeline.from_pretrained(artifact.folder, precision=profile.precision, backend="onnxruntime", threads=threads)
+        how = "quantise it first (sdlite quantize)" if profile.source.startswith("int8") else "export the float model"
+        raise PrecisionError(f"{artifact.name} holds {held}, the profile {profile.name} wants {profile.source}: {how}.")
+    room.check(artifact, profile, Path(out))
+    pipe = Pipeline.from_pretrained(artifact.folder, precision=profile.source, backend="onnxruntime", threads=threads)
     own = (artifact.manifest.calibration or {}).get("prompts")
     shown = list(prompts or (own[:2] if isinstance(own, list) else ["a red apple", "a house with a garden"]))
     size = {"height": profile.height or None, "width": profile.width or None}
-    with tempfile.TemporaryDirectory(prefix="sdlite-export-") as scratch, writing(Path(out)) as tmp:
+    with room.watched(profile), tempfile.TemporaryDirectory(prefix="sdlite-export-") as scratch, writing(Path(out)) as tmp:
         recording = record(pipe, shown, num_inference_steps=num_inference_steps, **size)
         graphs = {p: _graph(artifact, p, profile, recording, Path(scratch), getattr(module, "FREE_SIZE", True)) for p in PARTS}
+        calibration = None
+        if hasattr(module, "quantise"):
+            graphs, calibration = module.quantise(graphs, pipe, profile, shown, num_inference_steps, threads)
         if hasattr(module, "prepare"):
             graphs = {p: module.prepare(p, g, profile) for p, g in graphs.items()}
         made: dict[str, list[Path]] = {}
         for p in PARTS:
             (tmp / p).mkdir()
-            made[p] = [] if hasattr(module, "convert_torch") else module.convert(p, graphs[p], tmp / p, profile)
+            made[p] = [] if hasattr(module, "convert_torch") else _convert(module, p, graphs[p], tmp / p, profile)
         if hasattr(module, "convert_torch"):
             for p, network, example in _torch_networks(artifact, profile, recording):
                 made[p] = module.convert_torch(p, network, example, tmp / p, profile)
@@ -88,25 +93,44 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         if hasattr(module, "finish"):
             shape = recording.calls["unet"][0][0]["sample"].shape
             made["page"] = module.finish(tmp, artifact, profile, (profile.batch or 1, *shape[1:]))
-        calls, not_run, close = _networks(module, profile, tmp, made, graphs, threads)
+        if hasattr(module, "judged"):
+            graphs = {p: module.judged(p, g, profile) for p, g in graphs.items()}
+        running = _networks(module, profile, tmp, made, graphs, threads)
         try:
-            parity = measure(pipe, recording, calls, not_run)
+            parity = measure(pipe, recording, running.networks, running.not_run)
+            pictures = running.clock(shown[0], num_inference_steps) if running.clock else None
         finally:
-            close()
+            running.close()
         if failures := parity.fails(profile.gate):
             raise ExportError(
                 f"the gate of {profile.name} does not hold: {'; '.join(failures)}; worst network {parity.worst()}. Nothing was written."
             )
+        not_run = running.not_run
         report = {
             "sdlite": __version__, "model": artifact.name, "profile": dataclasses.asdict(profile), "tools": _versions(module.PACKAGES),
-            "opset": artifact.manifest.variants[profile.precision]["unet"]["opset"],
+            "opset": artifact.manifest.variants[profile.source]["unet"]["opset"],
             "files": {f.relative_to(tmp).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for fs in made.values() for f in fs},
             "checked_by": "the graph that was handed to the converter, on onnxruntime" if not_run else "the runtime itself",
             "not_run": not_run, "parity": {"networks": parity.networks, "psnr": parity.psnr, "pictures": len(shown)},
+            "calibration": calibration, "picture_seconds": pictures,
             "seconds": time.perf_counter() - begin, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }  # fmt: skip
         (tmp / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _convert(module: Any, part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
+    """The module's `convert`; what a converter raises by itself becomes an ExportError with its words."""
+    try:
+        files: list[Path] = module.convert(part, graph, out, profile)
+    except (SdliteError, OSError, MemoryError):
+        raise
+    except Exception as e:  # converters raise their own kinds
+        if room.is_memory(e):
+            raise MemoryError(str(e)) from e
+        words = " ".join(str(e).split())[:400]
+        raise ExportError(f"{profile.target} could not convert {part} ({type(e).__name__}): {words}. Nothing was written.") from e
+    return files
 
 
 def _module(profile: Profile) -> Any:
@@ -136,7 +160,7 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 def _graph(artifact: Artifact, part: str, profile: Profile, recording: Recording, scratch: Path, free_size: bool = True) -> Path:
     """The artefact's graph with the profile's shapes and plain weights."""
     assert artifact.manifest is not None
-    graph = Graph.load(artifact.folder / artifact.manifest.variants[profile.precision][part]["file"])
+    graph = Graph.load(artifact.folder / artifact.manifest.variants[profile.source][part]["file"])
     out = scratch / f"{part}.onnx"
     if profile.dynamic and free_size:
         graph.save(out)
@@ -163,30 +187,37 @@ def _torch_networks(artifact: Artifact, profile: Profile, recording: Recording) 
         )
 
 
-def _networks(module: Any, profile: Profile, folder: Path, made: dict[str, list[Path]], graphs: dict[str, Path],
-              threads: int | None) -> tuple[dict[str, Callable[..., np.ndarray]], dict[str, str], Callable[[], None]]:  # fmt: skip
+@dataclasses.dataclass
+class _Running:
     """What the gate calls for each part, why the runtime itself is not called where it is not, and how to let go of it."""
 
+    networks: dict[str, Callable[..., np.ndarray]]
+    not_run: dict[str, str]
+    close: Callable[[], None] = lambda: None
+    clock: Callable[[str, int | None], dict[str, Any]] | None = None  # (prompt, steps) -> seconds of the target's own pictures
+
+
+def _networks(module: Any, profile: Profile, folder: Path, made: dict[str, list[Path]], graphs: dict[str, Path],
+              threads: int | None) -> _Running:  # fmt: skip
     def rowwise(network: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
         return network if profile.dynamic else RowByRow(network)
 
-    calls: dict[str, Callable[..., np.ndarray]] = {}
-    not_run: dict[str, str] = {}
+    out = _Running({}, {})
     if hasattr(module, "run_all"):
         try:
-            networks, close = module.run_all(folder, profile, threads)
-            return {p: rowwise(n) for p, n in networks.items()}, not_run, close
+            networks, close, clock = module.run_all(folder, profile, threads)
+            return _Running({p: rowwise(n) for p, n in networks.items()}, {}, close, clock)
         except NotRunnable as e:
-            not_run = dict.fromkeys(PARTS, str(e))
+            out.not_run = dict.fromkeys(PARTS, str(e))
     for p in PARTS:
         try:
-            if p not in not_run:
-                calls[p] = rowwise(module.run(p, made[p], profile, threads))
+            if p not in out.not_run:
+                out.networks[p] = rowwise(module.run(p, made[p], profile, threads))
         except NotRunnable as e:
-            not_run[p] = str(e)
-        if p not in calls:
-            calls[p] = _handed_over(graphs[p], profile, threads)
-    return calls, not_run, lambda: None
+            out.not_run[p] = str(e)
+        if p not in out.networks:
+            out.networks[p] = _handed_over(graphs[p], profile, threads)
+    return out
 
 
 def _handed_over(graph: Path, profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
@@ -222,5 +253,10 @@ def table(report: dict[str, Any]) -> str:
     ]
     if report["parity"]["psnr"]:
         lines.append(f"  pictures      PSNR {min(report['parity']['psnr']):.1f} dB at worst of {report['parity']['pictures']}")
+    if seconds := report["picture_seconds"]:
+        later = ", ".join(f"{s:.2f}" for s in seconds["later"])
+        lines.append(
+            f"  seconds       {seconds['first']:.2f} to the first picture with loading, then {later} a picture, {seconds['steps']} steps"
+        )
     lines += [f"  not run       {p}: {why}" for p, why in report["not_run"].items()]
     return "\n".join(lines)

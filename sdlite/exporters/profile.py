@@ -20,8 +20,11 @@ TARGETS = {  # runtime -> (module, the extra that installs it)
     "mnn": ("sdlite.exporters.targets.mnn", "mnn"),
     "tensorrt": ("sdlite.exporters.targets.tensorrt", "tensorrt"),
     "tensorrt-rtx": ("sdlite.exporters.targets.tensorrt_rtx", "tensorrt-rtx"),
+    "qnn": ("sdlite.exporters.targets.qnn", "qnn"),
 }
-PRECISIONS = ("fp32", "fp16", "int8-static")
+# precision -> the artefact's graphs that it is made from
+SOURCES = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp32", "int8-static": "int8-static", "a16w8": "fp32"}
+PRECISIONS = tuple(SOURCES)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Profile:
 
     Attributes:
         target: runtime, a key of `TARGETS`.
-        precision: "fp32", "fp16" or "int8-static". int8 takes the graphs of a quantised artefact.
+        precision: "fp32", "fp16", "bf16", "int8-static" (takes the graphs of a quantised artefact) or "a16w8" (16 bits of activation, 8 of
+            weight; calibrated during the export).
         batch: rows of a network call, or 0 for any. Phones: 1, with guidance as two calls.
         height, width: pixels, or 0: the student's own when `dynamic` is false, any when it is true.
         dynamic: keep free shapes; only some runtimes can.
@@ -48,6 +52,11 @@ class Profile:
     gate: dict[str, float] = field(default_factory=lambda: {"psnr": 40.0})
     options: dict[str, Any] = field(default_factory=dict)
     about: str = ""
+
+    @property
+    def source(self) -> str:
+        """Precision of the artefact's graphs that the export starts from."""
+        return SOURCES[self.precision]
 
     @classmethod
     def parse(cls, raw: dict[str, Any], name: str) -> Profile:

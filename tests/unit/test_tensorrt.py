@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ pytest.importorskip("onnx", reason="needs the quantize extra")
 
 from sdlite.artifact import Artifact
 from sdlite.backends import tensorrt
-from sdlite.errors import ArtifactError, InputError, PrecisionError, UnknownNameError
+from sdlite.errors import ArtifactError, ExportError, InputError, PrecisionError, UnknownNameError
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.targets import tensorrt as target
 
@@ -176,6 +177,136 @@ def test_options_reach_the_builder(tmp_path):
     assert config.builder_optimization_level == 2
     assert config.num_compute_capabilities == 2
     assert config.num_optimization_profiles == 1
+
+
+def graph_of(tmp_path, op="MatMul", domain=""):
+    """x (4, 32) -> op -> y, as a file."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+    node = helper.make_node(op, ["x", "w"] if op == "MatMul" else ["x"], ["y"], name="the_node", domain=domain)
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, (4, 32)) for n in "xy")
+    graph = helper.make_graph([node], "g", [x], [y], [numpy_helper.from_array(weight, "w")] if op == "MatMul" else [])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("custom", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), str(tmp_path / "m.onnx"))
+    return tmp_path / "m.onnx"
+
+
+def rtx(**options):
+    pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra")
+    from sdlite.exporters.targets import tensorrt_rtx
+
+    return tensorrt_rtx, Profile("p", "tensorrt-rtx", options=options)
+
+
+def test_an_unsupported_operator_is_named_with_the_parsers_words(tmp_path):
+    module, profile = rtx()
+    with pytest.raises(ExportError, match=r"does not take unet: node the_node \(Mystery\): .*[Pp]lugin") as e:
+        module.convert("unet", graph_of(tmp_path, "Mystery", "custom"), tmp_path, profile)
+    assert "Traceback" not in str(e.value)
+    assert not (tmp_path / "model.engine").exists()
+
+
+def test_the_verdict_lists_every_error():
+    errors = [SimpleNamespace(node_name=lambda: "a", node_operator=lambda: "Det", desc=lambda: "no Det"),
+              SimpleNamespace(node_name=lambda: "", node_operator=lambda: "", desc=lambda: "bad")]  # fmt: skip
+    parser = SimpleNamespace(supports_model_v2=lambda data, path: False, num_errors=2, get_error=lambda i: errors[i])
+    with pytest.raises(ExportError, match=r"lib does not take unet: node a \(Det\): no Det; node \(unnamed\) \(no operator\): bad"):
+        target.supported(parser, {"graph": __file__, "library": "lib", "part": "unet"})
+    parser.supports_model_v2 = lambda data, path: True
+    target.supported(parser, {"graph": __file__, "library": "lib", "part": "unet"})
+
+
+def test_a_build_that_gives_nothing_carries_the_loggers_words(tmp_path):
+    module, profile = rtx(compute_capabilities=["SM75"])
+    with pytest.raises(ExportError, match=r"could not build unet: .*Turing"):
+        module.convert("unet", graph_of(tmp_path), tmp_path, profile)
+
+
+def test_a_build_that_gives_nothing_on_any_library(tmp_path, monkeypatch):
+    """The same with a stand-in for the library: it is an error without a GPU and without the extra."""
+
+    class Logger:
+        ERROR, INTERNAL_ERROR, WARNING, INFO = "e", "i", "w", "n"
+
+        def __init__(self):
+            pass
+
+    class Builder:
+        def __init__(self, log):
+            self.words = log
+
+        def create_network(self, flags):
+            return SimpleNamespace()
+
+        def create_builder_config(self):
+            return SimpleNamespace()
+
+        def build_serialized_network(self, network, config):
+            self.words.log(Logger.INFO, "all is well")
+            self.words.log(Logger.ERROR, "no tactic for node_7")
+
+    parser = SimpleNamespace(supports_model_v2=lambda data, path: True, parse_from_file=lambda path: True)
+    fake = SimpleNamespace(
+        ILogger=Logger, Builder=Builder, OnnxParser=lambda n, log: parser, NetworkDefinitionCreationFlag=SimpleNamespace()
+    )
+    monkeypatch.setitem(sys.modules, "fake_trt", fake)
+    (tmp_path / "m.onnx").write_bytes(b"")
+    job = {
+        "library": "fake_trt",
+        "part": "unet",
+        "graph": str(tmp_path / "m.onnx"),
+        "engine": str(tmp_path / "e"),
+        "ranges": {},
+        "options": {},
+    }
+    with pytest.raises(ExportError, match=r"fake_trt could not build unet: no tactic for node_7$"):
+        target.build(job)
+    assert not (tmp_path / "e").exists()
+
+
+def test_unknown_compute_capability_is_named(tmp_path):
+    module, profile = rtx(compute_capabilities=["SM90"])
+    with pytest.raises(ExportError, match=r"names 'SM90'; this library knows .*SM89"):
+        module.convert("unet", graph_of(tmp_path), tmp_path, profile)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_real_engines_for_chosen_compute_capabilities(tmp_path, precision):
+    module, profile = rtx(compute_capabilities=["SM89", "SM120"])
+    import dataclasses
+
+    profile = dataclasses.replace(profile, precision=precision)
+    given = module.prepare("unet", graph_of(tmp_path), profile)
+    files = module.convert("unet", given, tmp_path, profile)
+    assert files[0].stat().st_size > 1000
+    if precision == "bf16":
+        assert module.judged("unet", given, profile) != given
+    else:
+        assert module.judged("unet", given, profile) == given
+
+
+def test_unsigned_int8_is_refused(tmp_path):
+    from sdlite.quant import insert
+    from sdlite.quant.graph import Graph
+
+    profile = Profile("p", "tensorrt", precision="int8-static")
+    graph = Graph.load(graph_of(tmp_path))
+    for scheme, works in ((insert.CPU, False), (insert.TENSORRT, True)):
+        path = tmp_path / f"{scheme.name}.onnx"
+        insert.insert(graph, graph.layers(), {"x": (-1.0, 2.0), "y": (-3.0, 3.0)}, scheme).save(path)
+        if works:
+            assert target.prepare("unet", path, profile) == path
+        else:
+            with pytest.raises(PrecisionError, match="--scheme s8s8"):
+                target.prepare("unet", path, profile)
+
+
+def test_a_killed_build_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(target.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=-9, stderr=""))
+    with pytest.raises(ExportError, match="ended by signal 9; 9 is most often too little memory"):
+        target.convert("unet", graph_of(tmp_path), tmp_path, Profile("t", "tensorrt"))
 
 
 def test_backend_refuses_what_it_cannot_load(tmp_path):

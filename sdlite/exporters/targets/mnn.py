@@ -16,23 +16,14 @@ from sdlite.spec import SPECS
 PACKAGES = ("MNN",)
 PRECISIONS = ("fp32", "fp16")
 DYNAMIC = False
+# The library behind `mnnconvert`. That command itself installs a logging SDK by pip when it is missing, and sends what was converted to its maker.
+CONVERTER = "import sys, _tools; _tools.mnnconvert(sys.argv)"
 
 
 def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
     target = out / "model.mnn"
-    command = [
-        sys.executable,
-        "-m",
-        "MNN.tools.mnnconvert",
-        "-f",
-        "ONNX",
-        "--modelFile",
-        str(graph),
-        "--MNNModel",
-        str(target),
-        "--bizCode",
-        "sdlite",
-    ]
+    files = ["-f", "ONNX", "--modelFile", str(graph), "--MNNModel", str(target), "--bizCode", "sdlite"]
+    command = [sys.executable, "-c", CONVERTER, *files]
     done = subprocess.run([*command, *(["--fp16"] if profile.precision == "fp16" else [])], capture_output=True, text=True)
     if done.returncode or not target.exists():
         words = (done.stdout + done.stderr).strip().splitlines()[-3:]

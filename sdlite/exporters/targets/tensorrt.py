@@ -1,8 +1,8 @@
-"""TensorRT engines: strongly typed float32, float16 or explicit-QDQ int8. One process for each build.
+"""TensorRT engines: strongly typed float32, float16, bfloat16 or explicit-QDQ int8. One process for each build.
 
 Two members of one family, one builder. `tensorrt-rtx` builds without a GPU, for Ampere to Blackwell. `tensorrt` (10 and 11) builds on the GPU
 that it builds for; no such machine was at hand, so its build and its engines have not been run by us: the gate checks the graph that the
-builder was given. The parser's own verdict (`supports_model_v2` in effect: a parse without errors) is checked by every build.
+builder was given. Every build begins with the parser's own verdict (`supports_model_v2`); its failure names the node.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from sdlite.errors import ExportError, InputError
+from sdlite.errors import ExportError, InputError, PrecisionError, SdliteError, UnknownNameError
+from sdlite.exporters.bfloat import to_bfloat
 from sdlite.exporters.half import to_half
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import input_shapes
 from sdlite.exporters.targets import NotRunnable
+from sdlite.quant.graph import Graph
 
 PACKAGES = ("tensorrt",)
-PRECISIONS = ("fp32", "fp16", "int8-static")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8-static")
 DYNAMIC = True
 FREE_SIZE = False  # any batch in the profile's range, one picture size
 LIBRARY = "tensorrt"
+FAILED = "build failed: "  # what stands before the reason in the building process' last line
 # What a profile's options may say; `compute_capabilities` is TensorRT-RTX's, the flags from `version_compatible` on are TensorRT's.
 OPTIONS = {
     "min", "opt", "max", "compute_capabilities", "workspace_mib", "optimization_level", "timing_cache",
@@ -36,8 +39,38 @@ OPTIONS = {
 
 
 def prepare(part: str, graph: Path, profile: Profile) -> Path:
-    """float16 arithmetic, where the artefact's graph has float16 weights and float32 arithmetic."""
-    return to_half(graph, graph.with_name(f"{part}.half.onnx")) if profile.precision == "fp16" else graph
+    """The graph that the builder is given: float16 or bfloat16 arithmetic where the artefact's graph has float32.
+
+    Raises:
+        PrecisionError: an int8 graph with unsigned activations, which TensorRT does not take.
+    """
+    if profile.precision == "fp16":
+        return to_half(graph, graph.with_name(f"{part}.half.onnx"))
+    if profile.precision == "bf16":
+        to_bfloat(graph, _rounded(part, graph), rounded=True)
+        return to_bfloat(graph, graph.with_name(f"{part}.bfloat.onnx"))
+    if profile.precision == "int8-static":
+        _symmetric(part, graph)
+    return graph
+
+
+def judged(part: str, graph: Path, profile: Profile) -> Path:
+    """What the gate runs where no engine runs: the same graph; for bfloat16 float32 arithmetic rounded in the same places."""
+    return _rounded(part, graph) if profile.precision == "bf16" else graph
+
+
+def _rounded(part: str, graph: Path) -> Path:
+    return graph.with_name(f"{part}.rounded.onnx")
+
+
+def _symmetric(part: str, graph: Path) -> None:
+    held = Graph.load(graph)
+    zeros = [held.weights[n.input[2]] for n in held.nodes if n.op_type == "QuantizeLinear" and n.input[2] in held.weights]
+    if any(z.dtype != np.int8 or z.array().any() for z in zeros):
+        raise PrecisionError(
+            f"{part} was quantised with unsigned activations; TensorRT takes symmetric int8: sdlite quantize MODEL --precision int8-static "
+            "--scheme s8s8."
+        )
 
 
 def build(job: dict[str, Any]) -> None:
@@ -63,7 +96,10 @@ def build(job: dict[str, Any]) -> None:
         raise ExportError(f"{job['library']} makes no builder here: {' '.join(log.words[-3:])[:400]}")
     # TensorRT 11 knows strongly typed networks only and has no flag for it
     strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if strong is None else 1 << int(strong))
+    flags = 0 if strong is None else 1 << int(strong)
+    asked = builder.create_network(flags)  # of its own: a parser takes one model, and does not keep its network alive
+    supported(trt.OnnxParser(asked, log), job)
+    network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(job["graph"]):
         errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
@@ -80,6 +116,21 @@ def build(job: dict[str, Any]) -> None:
         cache.with_suffix(".part").replace(cache)
 
 
+def supported(parser: Any, job: dict[str, Any]) -> None:
+    """The parser's verdict on the whole graph, before it is parsed.
+
+    Raises:
+        ExportError: a node that the library does not take; the message names it and carries the parser's words.
+    """
+    if parser.supports_model_v2(Path(job["graph"]).read_bytes(), job["graph"]):
+        return
+    words = [
+        f"node {e.node_name() or '(unnamed)'} ({e.node_operator() or 'no operator'}): {e.desc()}"
+        for e in map(parser.get_error, range(parser.num_errors))
+    ]
+    raise ExportError(f"{job['library']} does not take {job['part']}: {'; '.join(words)[:600] or 'the parser gives no reason'}")
+
+
 def _configure(trt: Any, builder: Any, config: Any, job: dict[str, Any]) -> None:
     """Shapes and options of a job onto a builder config."""
     options = job["options"]
@@ -91,7 +142,7 @@ def _configure(trt: Any, builder: Any, config: Any, job: dict[str, Any]) -> None
     if capabilities := options.get("compute_capabilities"):
         config.num_compute_capabilities = len(capabilities)
         for i, c in enumerate(capabilities):
-            config.set_compute_capability(getattr(trt.ComputeCapability, c), i)
+            config.set_compute_capability(_capability(trt, c), i)
     if "workspace_mib" in options:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options["workspace_mib"] << 20)
     if "optimization_level" in options:
@@ -105,6 +156,13 @@ def _configure(trt: Any, builder: Any, config: Any, job: dict[str, Any]) -> None
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
     if options.get("hardware_compatible"):
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+
+
+def _capability(trt: Any, name: str) -> Any:
+    known = trt.ComputeCapability.__members__
+    if name not in known:
+        raise UnknownNameError(f"compute_capabilities names {name!r}; this library knows {', '.join(known)}.")
+    return known[name]
 
 
 def job_of(part: str, graph: Path, engine: Path, profile: Profile, library: str = LIBRARY) -> dict[str, Any]:
@@ -129,8 +187,14 @@ def convert(part: str, graph: Path, out: Path, profile: Profile, library: str = 
     engine = out / "model.engine"
     job = job_of(part, graph, engine, profile, library)
     done = subprocess.run([sys.executable, "-m", __name__, json.dumps(job)], capture_output=True, text=True)
+    if done.returncode < 0:
+        raise ExportError(
+            f"the build of {part} was ended by signal {-done.returncode}; 9 is most often too little memory. Nothing was written."
+        )
     if done.returncode or not engine.exists():
-        raise ExportError((done.stderr.strip() or f"no output, exit {done.returncode}").split("ExportError: ")[-1][:500])
+        raise ExportError(
+            (done.stderr.strip().rpartition(FAILED)[2] or f"the build of {part} gave no engine, exit {done.returncode}")[:700]
+        )
     return [engine]
 
 
@@ -143,4 +207,7 @@ def run(part: str, files: list[Path], profile: Profile, threads: int | None) -> 
 
 
 if __name__ == "__main__":
-    build(json.loads(sys.argv[1]))
+    try:
+        build(json.loads(sys.argv[1]))
+    except SdliteError as e:
+        sys.exit(f"{FAILED}{e}")

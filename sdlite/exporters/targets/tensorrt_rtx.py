@@ -18,7 +18,7 @@ PRECISIONS = tensorrt.PRECISIONS
 DYNAMIC = True
 FREE_SIZE = tensorrt.FREE_SIZE
 LIBRARY = "tensorrt_rtx"
-prepare = tensorrt.prepare
+prepare, judged = tensorrt.prepare, tensorrt.judged
 
 
 def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:

@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -127,6 +128,12 @@ class _Networks:
         answer = self.browser.evaluate(f"bridge({json.dumps(part)}, {json.dumps(feeds)})")
         return np.frombuffer(base64.b64decode(answer["data"]), np.float32).reshape(answer["dims"])
 
+    def clock(self, prompt: str, steps: int | None, provider: str) -> dict[str, Any]:
+        """Seconds as the page has them: a pipeline loaded anew and its first picture, then two more pictures."""
+        settings = json.dumps({"prompt": prompt, "seed": 0, "num_inference_steps": steps})
+        found: dict[str, Any] = self.browser.evaluate(f"clock({settings}, {json.dumps(provider)})")
+        return found
+
 
 _BRIDGE = """
 globalThis.bridge = async (part, feeds) => {
@@ -137,18 +144,33 @@ globalThis.bridge = async (part, feeds) => {
   const bytes = new Uint8Array(out.data.buffer, out.data.byteOffset, out.data.byteLength);
   for (let i = 0; i < bytes.length; i += 32768) text += String.fromCharCode(...bytes.subarray(i, i + 32768));
   return {data: btoa(text), dims: out.dims};
-}, true
+};
+globalThis.clock = async ({num_inference_steps, ...given}, provider) => {
+  if (num_inference_steps !== null) given.num_inference_steps = num_inference_steps;
+  const begin = performance.now(), pipe = await sdlite.Pipeline.load(".", {provider}), load = (performance.now() - begin) / 1000;
+  const seconds = [];
+  for (let i = 0; i < 3; i++) seconds.push((await pipe.generate(given)).seconds);
+  const steps = given.num_inference_steps ?? pipe.settings.sampler.num_inference_steps;
+  return {load, first: load + seconds[0], later: seconds.slice(1), steps, guidance: pipe.settings.sampler.guidance_scale};
+};
+true
 """
 
 
-def run_all(folder: Path, profile: Profile, threads: int | None) -> tuple[dict[str, Callable[..., np.ndarray]], Callable[[], None]]:
-    """The three networks in one browser, and how to close it."""
+def run_all(folder: Path, profile: Profile, threads: int | None) -> tuple[
+    dict[str, Callable[..., np.ndarray]], Callable[[], None], Callable[[str, int | None], dict[str, Any]]
+]:  # fmt: skip
+    """The three networks in one browser, how to close it, and how long its own pictures take."""
     if browser.find() is None:
         raise NotRunnable(f"no browser here; install one of {', '.join(browser.NAMES)}, or name it in SDLITE_CHROMIUM")
-    networks = _Networks(folder, profile.options.get("provider", "wasm"))
+    provider = profile.options.get("provider", "wasm")
+    networks = _Networks(folder, provider)
 
     def of(part: str) -> Callable[..., np.ndarray]:
         types = {t.name: np.dtype(t.dtype) for t in SPECS[part].inputs}
         return lambda **inputs: networks.call(part, {k: np.asarray(v, types[k]) for k, v in inputs.items()})
 
-    return {p: of(p) for p in SPECS}, networks.browser.close
+    def clock(prompt: str, steps: int | None) -> dict[str, Any]:
+        return networks.clock(prompt, steps, provider)
+
+    return {p: of(p) for p in SPECS}, networks.browser.close, clock
