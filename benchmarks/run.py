@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -98,12 +99,12 @@ def child(case: Case, **job: Any) -> dict[str, Any]:
 
 
 def _reason(stderr: str) -> str:
-    """The exception of a traceback (its last unindented `Name: text` line), without file names of this machine."""
+    """The exception of a traceback (its last unindented `Name: text` line), without folders of any machine."""
     lines = [line for line in stderr.strip().splitlines() if line.strip()]
     named = [line for line in lines if not line.startswith((" ", "W", "I")) and ": " in line and line.split(":")[0].isidentifier()]
     named += [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Unsupported"))]
     text = (named or lines or ["no output"])[-1]
-    return text.replace(str(Path.home()), "~").replace(tempfile.gettempdir(), "TMP")[:300]
+    return re.sub(r"/(?:[^\s/'\"]+/)+", "", text)[:300]
 
 
 def made(cases: Sequence[Case], cache: Path) -> dict[Case, dict[str, Any]]:

@@ -115,6 +115,8 @@ def write_sd_folder(shape: str, out: Path, seed: int = 0) -> Path:
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(out, safe_serialization=True)
+    config = out / "scheduler" / "scheduler_config.json"  # SD-1.4's own has a key that PNDM does not know and other samplers read
+    config.write_text(json.dumps({**json.loads(config.read_text()), "clip_sample": False}, indent=2) + "\n")
     return out
 
 

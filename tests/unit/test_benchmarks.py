@@ -153,6 +153,7 @@ def test_error_of_a_child_is_its_exception():
         == "RuntimeError: no kernel"
     )
     assert _reason("") == "no output"
+    assert _reason("RuntimeError: Check failed at /home/someone/src/ddim.cpp:180") == "RuntimeError: Check failed at ddim.cpp:180"
 
 
 def test_a_case_that_cannot_be_made_is_a_row(tmp_path, monkeypatch):
