@@ -3,7 +3,8 @@
     python -m benchmarks.export emoji                      # all built-in profiles
     python -m benchmarks.export shape:bk-tiny --profiles onnx ncnn-fp16
 
-int8 profiles take a model that `sdlite quantize` made: give its folder. A profile that fails is a row with its error.
+int8 profiles take a model that `sdlite quantize` made: give its folder (for TensorRT with --scheme s8s8). A profile that fails is a row with
+its error. `--steps 0` takes the model's own number.
 Rows go to benchmarks/results/exports.jsonl; `python -m benchmarks.report` makes the matrix in export/README.md of them.
 """
 
@@ -30,7 +31,9 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as tmp:
         try:
-            r = export(job["folder"], Path(tmp) / "out", target=job["profile"], num_inference_steps=job["steps"], threads=job["threads"])
+            r = export(
+                job["folder"], Path(tmp) / "out", target=job["profile"], num_inference_steps=job["steps"] or None, threads=job["threads"]
+            )
         except SdliteError as e:
             return {"error": f"{type(e).__name__}: {e}"}
     return {
@@ -38,6 +41,7 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
         "bytes": sum(f["bytes"] for name, f in r["files"].items() if name.split("/")[0] in ("text_encoder", "unet", "vae_decoder")),
         "checked_by": r["checked_by"], "not_run": next(iter(r["not_run"].values()), None), "parity": r["parity"], "gate": r["profile"]["gate"],
         "options": r["profile"]["options"], "seconds": r["seconds"], "peak_mib": r["peak_mib"],
+        "picture_seconds": r["picture_seconds"], "calibration": r["calibration"],
     }  # fmt: skip
 
 
@@ -60,7 +64,7 @@ def main() -> None:
         return
     folder = model_folder(Case(args.model, "sdlite-ort", args.steps, args.size), args.cache)
     held = json.loads((folder / "sdlite.json").read_text())["variants"]
-    names = args.profiles or [n for n, p in profile.builtin().items() if p.precision in held]
+    names = args.profiles or [n for n, p in profile.builtin().items() if p.source in held]
     about = {**environment(), "command": "python -m benchmarks.export " + " ".join(sys.argv[1:])}
     for name in names:
         job = {"folder": str(folder), "profile": name, "steps": args.steps, "threads": args.threads}

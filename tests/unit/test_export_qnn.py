@@ -1,0 +1,156 @@
+"""a16w8 graphs and the qnn target: right arithmetic on onnxruntime, whole graphs on the HTP simulator, a gate that can fail."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="needs the quantize extra")
+pytest.importorskip("onnxruntime", reason="needs the cpu extra")
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sdlite.errors import ExportError, InputError, PrecisionError
+from sdlite.exporters import profile, sixteen
+from sdlite.exporters.export import export
+from sdlite.exporters.targets import qnn
+from sdlite.quant.graph import Graph
+from tests.conftest import EMOJI
+
+
+@pytest.fixture
+def network(tmp_path):
+    """(Graph of relu(conv(x)) -> flat -> product, path, a run of it): x (1, 8, 8, 8) -> y (1, 4)."""
+    rng = np.random.default_rng(0)
+    held = {"w": rng.normal(size=(16, 8, 3, 3)) * 0.1, "b": rng.normal(size=16), "m": rng.normal(size=(1024, 4)) * 0.1}
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["c"], name="conv", pads=[1] * 4), helper.make_node("Relu", ["c"], ["r"], name="relu"),
+        helper.make_node("Flatten", ["r"], ["f"], name="flat"), helper.make_node("MatMul", ["f", "m"], ["y"], name="product"),
+    ]  # fmt: skip
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", (1, 8, 8, 8)), ("y", (1, 4)))]
+    graph = helper.make_graph(
+        nodes, "g", values[:1], values[1:], [numpy_helper.from_array(v.astype(np.float32), k) for k, v in held.items()]
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(tmp_path / "m.onnx"))
+    return Graph.load(tmp_path / "m.onnx"), tmp_path / "m.onnx"
+
+
+def ranges_of(graph, path, x, tmp_path):
+    import onnxruntime as ort
+
+    graph.outputs(["c", "f"]).save(tmp_path / "watched.onnx")
+    session = ort.InferenceSession(str(tmp_path / "watched.onnx"), providers=["CPUExecutionProvider"])
+    seen = {**dict(zip([o.name for o in session.get_outputs()], session.run(None, {"x": x}), strict=True)), "x": x}
+    return {k: (float(v.min()), float(v.max())) for k, v in seen.items()}, seen["y"]
+
+
+def ratio(want, got):
+    return 10 * np.log10((want**2).sum() / ((got - want) ** 2).sum())
+
+
+def run(path, x):
+    import onnxruntime as ort
+
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+def test_integer_layers_are_near_and_a_wrong_scale_is_seen(network, tmp_path):
+    graph, path = network
+    x = np.random.default_rng(1).normal(size=(1, 8, 8, 8)).astype(np.float32)
+    ranges, want = ranges_of(graph, path, x, tmp_path)
+    sixteen.insert(graph, graph.layers(), ranges).save(tmp_path / "q.onnx")
+    assert 35 < ratio(want, run(tmp_path / "q.onnx", x)) < 80  # 8-bit weights set it
+    broken = sixteen.insert(graph, graph.layers(), {**ranges, "c": (ranges["c"][0], ranges["c"][1] / 8)})
+    broken.save(tmp_path / "broken.onnx")
+    assert ratio(want, run(tmp_path / "broken.onnx", x)) < 10
+
+
+def test_units_have_the_form_that_the_npu_takes(network, tmp_path):
+    graph, path = network
+    x = np.ones((1, 8, 8, 8), np.float32)
+    ranges, _ = ranges_of(graph, path, x, tmp_path)
+    made = sixteen.insert(graph, graph.layers(), ranges)
+    made.save(tmp_path / "q.onnx")
+    onnx.checker.check_model(str(tmp_path / "q.onnx"))
+    producers, consumers = made.producers(), made.consumers()
+    for layer in (n for n in made.nodes if n.op_type in ("Conv", "MatMul")):
+        assert {producers[i].op_type for i in layer.input} == {"DequantizeLinear"}
+        assert [n.op_type for n in consumers[layer.output[0]]] == ["QuantizeLinear"]
+    kinds = {k: (w.dtype.name, w.shape) for k, w in made.weights.items()}
+    assert kinds["x/zero"] == ("uint16", ())
+    assert kinds["w/q"][0] == "int8"
+    assert kinds["w/scale"][1] == (16,)  # a convolution: one for each output channel
+    assert kinds["m/scale"][1] == ()  # a product: one
+    assert kinds["conv/bias/q"] == ("int32", (16,))
+
+
+def test_kept_layers_keep_their_names_through_folding(tmp_path):
+    from sdlite.exporters.static import fix
+
+    original = Graph.load(EMOJI / "unet/model.onnx")
+    shapes = {"sample": (1, 8, 8, 8), "timestep": (), "encoder_hidden_states": (1, 28, 192)}
+    fixed = Graph.load(fix(original, shapes, tmp_path / "unet.onnx"))
+    every = sixteen.choose(fixed, original, qnn.OPERATORS, [])
+    assert set(every) == {layer.name for layer in original.layers()}
+    some = sixteen.choose(fixed, original, ["Conv"], [r"^conv_in$", r"^up_blocks\.2\."])
+    assert {x.op for x in some.values()} == {"Conv"}
+    assert "conv_out" in some
+    assert not {n for n in some if n == "conv_in" or n.startswith("up_blocks.2.")}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"speed": 1}, "options speed not known"), ({"integer": {"vae": ["Conv"]}}, "integer names vae"),
+     ({"integer": {"unet": ["Relu"]}}, "integer names Relu"), ({"samples": 0}, "samples=0; at least 1")],
+)  # fmt: skip
+def test_options_that_are_not_known(options, words):
+    with pytest.raises(InputError, match=words):
+        qnn._options(profile.Profile("q", "qnn", options=options))
+
+
+def test_the_whole_graph_runs_on_the_simulator_or_it_is_an_error(network, tmp_path):
+    pytest.importorskip("onnxruntime_qnn", reason="needs the qnn extra")
+    graph, path = network
+    x = np.random.default_rng(1).normal(size=(1, 8, 8, 8)).astype(np.float32)
+    ranges, want = ranges_of(graph, path, x, tmp_path)
+    sixteen.insert(graph, graph.layers(), ranges).save(tmp_path / "q.onnx")
+    settings = profile.load("qnn")
+    (tmp_path / "out").mkdir()
+    files = qnn.convert("vae_decoder", tmp_path / "q.onnx", tmp_path / "out", settings)
+    assert [n.op_type for n in onnx.load(str(files[0])).graph.node] == ["EPContext"]
+    session = qnn._session(files[0], qnn._options(settings), threads=1)
+    assert ratio(want, session.run(None, {"x": x})[0]) > 35
+
+
+def test_precisions_of_the_target(tmp_path):
+    pytest.importorskip("onnxruntime_qnn", reason="needs the qnn extra")
+    (tmp_path / "p.toml").write_text("target = 'qnn'\nprecision = 'fp32'")
+    with pytest.raises(PrecisionError, match="makes fp16, a16w8, not fp32"):
+        export(EMOJI, tmp_path / "out", target=tmp_path / "p.toml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qnn", "qnn-fp16"])
+def test_the_student_holds_its_gate_on_the_simulator(tmp_path, name):
+    pytest.importorskip("onnxruntime_qnn", reason="needs the qnn extra")
+    report = export(EMOJI, tmp_path / "out", target=name, prompts=["red apple"], num_inference_steps=1, threads=1)
+    assert report["checked_by"] == "the runtime itself"
+    assert min(report["parity"]["psnr"]) >= report["profile"]["gate"]["psnr"]
+    assert {"unet/model.onnx", "unet/model_qnn.bin"} <= set(report["files"])
+
+
+@pytest.mark.slow
+def test_a_broken_scale_fails_the_gate_on_the_simulator(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime_qnn", reason="needs the qnn extra")
+    right = sixteen.parameters
+
+    def wrong(low, high):
+        return right(low / 8, high / 8)
+
+    monkeypatch.setattr(sixteen, "parameters", wrong)
+    path = tmp_path / "p.toml"
+    path.write_text("target = 'qnn'\nprecision = 'a16w8'\n[gate]\npsnr = 32\nunet = 25\n[options]\nsamples = 1\n")
+    with pytest.raises(ExportError, match="the gate of p does not hold"):
+        export(EMOJI, tmp_path / "out", target=path, prompts=["red apple"], num_inference_steps=1, threads=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["p.toml"]
