@@ -20,6 +20,8 @@ def output_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Sum over taps of weight x MSE / mean square of the teacher's feature, so that taps of any scale count alike.
 
+    The mean square is taken over the samples given: a batch in parts (accumulation, several processes) has slightly other weights than whole.
+
     Source: BK-SDM (arXiv:2305.15798) eq. 3; the normalisation is ours: without it one deep tap outweighs all others (BK-SDM issue 21).
 
     Raises:

@@ -4,6 +4,7 @@
     [student]
     preset = "bk-tiny"            # sdlite.distill.students.PRESETS; or width = 0.5, one_layer = true, ...
     weights = "teacher"           # what stays of the teacher's; or "random"
+    score = "l1"                  # which channels a width below 1 keeps; or "taylor"
     [train]                       # defaults of every stage: fields of TrainConfig
     batch_size = 64
     [[stage]]
@@ -56,7 +57,7 @@ from sdlite.backends.torch import vae_class
 from sdlite.distill import data, report, stages, tasks
 from sdlite.distill.cache import CachedLatents
 from sdlite.distill.parts import TextEncoderTask, TinyDecoderTask, smaller_text_encoder, tiny_vae
-from sdlite.distill.students import PRESETS, StudentSpec, build, parameters
+from sdlite.distill.students import PRESETS, StudentSpec, build, parameters, shape
 from sdlite.distill.targets import cache_targets
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.errors import InputError
@@ -303,7 +304,7 @@ class Teacher:
 
 def plan(recipe: Recipe, teacher: Teacher) -> str:
     """What `run` would do, in a few lines (`--dry-run`)."""
-    student = build(teacher.unet, recipe.student)
+    student = shape(teacher.unet, recipe.student)
     a, b = parameters(student), parameters(teacher.unet)
     lines = [f"{recipe.name}: UNet {a:,} parameters, {a / b:.1%} of the teacher's {b:,}; {teacher.pixels} px"]
     for s in recipe.stages:
@@ -338,15 +339,22 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
     """
     begin, out = time.monotonic(), Path(out)
     stamp = hashlib.sha256(repr((recipe.student, recipe.stages)).encode()).hexdigest()
-    _same_recipe(out, stamp, resume)
+    state = _processes()
+    if state.is_main_process:
+        _same_recipe(out, stamp, resume)
     taught = Teacher(teacher)
-    source = taught.source(data, out / "latents.safetensors", progress)
-    if source.skipped:
+    with state.main_process_first():
+        source = taught.source(data, out / "latents.safetensors", progress and state.is_main_process)
+    if source.skipped and state.is_main_process:
         (out / "skipped.json").write_text(json.dumps(source.skipped, indent=1))
         print(f"{len(source.skipped)} samples left out, listed in {out / 'skipped.json'}; {len(source)} are used")
     parts = {"vae": taught.vae, "tokenizer": taught.tokenizer, "tokenizer_folder": taught.artifact.folder / "tokenizer"}
     prompts = preview_prompts or recipe.preview.get("prompts") or source.captions
-    made: dict[str, Any] = {"unet": build(taught.unet, recipe.student), "text_encoder": taught.text_encoder, "vae": taught.vae}
+    torch.manual_seed(recipe.stages[0].config.seed)  # of new weights: the same on every process and in every run
+    gradients = None
+    if recipe.student.score == "taylor" and recipe.student.width != 1:
+        gradients = tasks.teacher_gradients(taught.unet, taught.text_encoder, source, taught.scheduler)
+    made: dict[str, Any] = {"unet": build(taught.unet, recipe.student, gradients), "text_encoder": taught.text_encoder, "vae": taught.vae}
     last, sampler = None, recipe.default_sampler("ddim", taught.artifact.sampler)
     about, folders = report.about_run(recipe, taught, made["unet"], source, Path(data)), [out / s.name for s in recipe.stages]
     results: dict[str, Any] = {}
@@ -354,6 +362,7 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
         folder = out / stage.name
         if not _done(folder):
             left = None if max_minutes is None else max(0.0, max_minutes - (time.monotonic() - begin) / 60)
+            torch.manual_seed(stage.config.seed)
             if stage.makes == "unet":
                 task = _task(stage, made["unet"], taught, source, parts, prompts, last is not None and _guided(recipe, stage))
                 if (steps := recipe.preview.get("num_inference_steps")) and _steps(stage) is None and stage.kind != "consistency":
@@ -364,30 +373,44 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
                 _teach_once(task, draws, folder / "targets.safetensors", progress)
             results[stage.name] = fit(task, stage.config, folder, resume=bool(list(folder.glob("checkpoint-*"))), max_minutes=left)
             if not results[stage.name]["finished"]:
-                report.write(out, recipe.name, about, folders, finished=False)
+                if state.is_main_process:
+                    report.write(out, recipe.name, about, folders, finished=False)
                 return {"finished": False, "stages": results, "artefact": None, "seconds": time.monotonic() - begin}
-            (folder / "done.json").write_text(json.dumps(results[stage.name]))
+            if state.is_main_process:
+                (folder / "done.json").write_text(json.dumps(results[stage.name]))
+            state.wait_for_everyone()  # the next stage reads what the main process wrote
         else:
             results[stage.name] = json.loads((folder / "done.json").read_text())
         made[stage.makes], last = _load(folder / "model" / stage.makes, made[stage.makes]), folder
     assert last is not None
-    artefact = None
-    if export:
-        from sdlite.exporters.onnx import convert
-
-        artefact = out / "artefact"
-        if not artefact.exists():
-            made_of = {
-                "teacher": taught.artifact.name, "teacher_unet_parameters": parameters(taught.unet), "recipe": [dataclasses.asdict(s) for s in recipe.stages],
-                "data": str(Path(data).name), "pictures": len(source),
-            }  # fmt: skip
-            convert(
-                last / "model", artefact, name=recipe.name, student=made_of, sampler=sampler,
-                calibration_prompts=prompts,
-            )  # fmt: skip
-        print(f"wrote {artefact}")
-    print(f"wrote {report.write(out, recipe.name, about, folders, finished=True)}")
+    artefact = out / "artefact" if export else None
+    if state.is_main_process:
+        if artefact is not None:
+            _convert(recipe, taught, Path(data), len(source), last, artefact, sampler, prompts)
+        print(f"wrote {report.write(out, recipe.name, about, folders, finished=True)}")
+    state.wait_for_everyone()
     return {"finished": True, "stages": results, "artefact": artefact, "seconds": time.monotonic() - begin}
+
+
+def _convert(recipe: Recipe, taught: Teacher, data: Path, pictures: int, last: Path, artefact: Path, sampler: dict[str, Any],
+             prompts: list[str]) -> None:  # fmt: skip
+    from sdlite.exporters.onnx import convert
+
+    if not artefact.exists():
+        made_of = {
+            "teacher": taught.artifact.name, "teacher_unet_parameters": parameters(taught.unet), "recipe": [dataclasses.asdict(s) for s in recipe.stages],
+            "data": data.name, "pictures": pictures,
+        }  # fmt: skip
+        convert(last / "model", artefact, name=recipe.name, student=made_of, sampler=sampler, calibration_prompts=prompts)
+    print(f"wrote {artefact}")
+
+
+def _processes() -> Any:
+    """Accelerate's view of this process and the others, as its launcher started them."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def _same_recipe(out: Path, stamp: str, resume: bool) -> None:
@@ -409,10 +432,7 @@ def _done(folder: Path) -> bool:
 
 def _teach_once(task: Any, draws: int, path: Path, progress: bool) -> None:
     """`cache_targets`, on the device of the training, by one process while the others wait."""
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = _processes()
     task.to(state.device)
     with state.main_process_first():
         cache_targets(task, draws, path, progress=progress and state.is_main_process)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdlite.distill.features import Taps
 from sdlite.distill.losses import huber_loss, output_loss
-from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder, Forward, LatentSource, _Denoising
+from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder, Forward, LatentSource, _Denoising, probe
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
 
@@ -296,9 +296,8 @@ class AdversarialTask(_FromTeacher):
 
     @torch.no_grad()
     def _channels(self) -> dict[str, int]:
-        c = self.teacher.config
         with Taps(self.teacher, self.taps) as tapped:
-            self.teacher(torch.zeros(1, c.in_channels, c.sample_size, c.sample_size), 0, torch.zeros(1, 2, c.cross_attention_dim))
+            probe(self.teacher)
         return {k: f.shape[1] for k, f in tapped.features.items()}
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:

@@ -24,7 +24,8 @@ class StudentSpec:
 
     `one_layer`: one resnet (and attention) per down stage, two per up stage. `drop_mid`: no middle block. `drop_inner`: the innermost
     stage goes too. `width`: share of channels and attention heads that stays. `weights`: "teacher" keeps what stays of its weights,
-    "random" starts anew in that shape.
+    "random" starts anew in that shape. `score`: which channels stay: "l1", those with the largest weights, or "taylor", those that the loss
+    would miss most (Diff-Pruning, arXiv:2305.10924), which needs gradients.
     """
 
     one_layer: bool = False
@@ -32,8 +33,11 @@ class StudentSpec:
     drop_inner: bool = False
     width: float = 1.0
     weights: str = "teacher"
+    score: str = "l1"
 
     def __post_init__(self) -> None:
+        if self.score not in ("l1", "taylor"):
+            raise InputError(f"score={self.score!r}; choose l1 or taylor.")
         if self.weights not in ("teacher", "random"):
             raise InputError(f"weights={self.weights!r}; choose teacher or random.")
 
@@ -48,11 +52,24 @@ PRESETS: dict[str, StudentSpec] = {
 }
 
 
-def build(teacher: Any, spec: StudentSpec) -> Any:
+def build(teacher: Any, spec: StudentSpec, gradients: dict[str, Tensor] | None = None) -> Any:
     """A student UNet2DConditionModel with the teacher's weights (or `spec.weights`); the teacher is not changed. `StudentSpec()` gives an
     equal copy.
+
+    Args:
+        gradients: of the teacher's loss by parameter name (`tasks.teacher_gradients`), for `spec.score` "taylor".
+
+    Raises:
+        InputError: the spec does not fit the teacher, or a Taylor score has no gradients.
     """
-    student = slice_width(remove_blocks(teacher, spec), spec.width)
+    if spec.score == "taylor" and spec.width != 1 and gradients is None:
+        raise InputError(
+            "score='taylor' needs the teacher's gradients; make them with sdlite.distill.tasks.teacher_gradients, or use score='l1'."
+        )
+    source = block_names(spec)
+    fewer = remove_blocks(teacher, spec)
+    of_student = {k: gradients[source(k)] for k, _ in fewer.named_parameters()} if gradients and spec.score == "taylor" else None
+    student = slice_width(fewer, spec.width, of_student)
     return student if spec.weights == "teacher" else _from_config(student, dict(student.config))
 
 
@@ -128,11 +145,11 @@ def _from_config(like: Any, config: dict[str, Any]) -> Any:
 # --- width -----------------------------------------------------------------------------------------------------------
 
 
-def slice_width(unet: Any, width: float) -> Any:
+def slice_width(unet: Any, width: float, gradients: dict[str, Tensor] | None = None) -> Any:
     """Keep a share of every residual stream's channels, of the attention heads and of the feed-forward units.
 
-    One index set per stage, by the L1 norm of the weights that produce a channel: the same count in every norm group where that divides,
-    else whole norm groups (the student then has fewer of them).
+    One index set per stage, by the L1 norm of the weights that produce a channel (with `gradients`, by |weight x gradient|): the same count
+    in every norm group where that divides, else whole norm groups (the student then has fewer of them).
 
     Raises:
         InputError: a stage's channels, heads or norm groups do not divide at this width.
@@ -143,7 +160,7 @@ def slice_width(unet: Any, width: float) -> Any:
         student.load_state_dict(unet.state_dict())
         return student
     channels, heads, groups = _streams(config)
-    plan = _Plan(unet, channels, heads, groups, width)
+    plan = _Plan(unet, channels, heads, groups, width, gradients)
     with torch.no_grad():
         source = unet.state_dict()
         student.load_state_dict({k: plan.take(k, source[k], tuple(v.shape)) for k, v in student.state_dict().items()})
@@ -177,7 +194,9 @@ def _thinner(config: dict[str, Any], width: float) -> dict[str, Any]:
 class _Plan:
     """Which indices of each parameter's input and output dimension stay."""
 
-    def __init__(self, unet: Any, channels: tuple[int, ...], heads: tuple[int, ...], groups: int, width: float):
+    def __init__(self, unet: Any, channels: tuple[int, ...], heads: tuple[int, ...], groups: int, width: float,
+                 gradients: dict[str, Tensor] | None = None):  # fmt: skip
+        self.gradients = gradients
         self.channels, self.heads, self.width = channels, heads, width
         self.layers = unet.config.layers_per_block
         self.state = unet.state_dict()
@@ -194,7 +213,7 @@ class _Plan:
         return (top + torch.arange(groups, device=score.device)[:, None] * per_group.shape[1]).flatten()
 
     def _stream_score(self, stage: int, channels: int) -> Tensor:
-        """L1 norm of every weight row that writes into the stage's residual stream."""
+        """L1 norm of every weight row that writes into the stage's residual stream, each weight times its gradient if there are any."""
         score = torch.zeros(channels)
         for name, w in self.state.items():
             if (
@@ -203,6 +222,8 @@ class _Plan:
                 and self._stage(name) == stage
                 and re.search(r"conv2|conv_shortcut|proj_out|conv_in|samplers", name)
             ):
+                if self.gradients is not None:
+                    w = w * self.gradients[name].to(w)
                 score += w.flatten(1).abs().sum(1).float().cpu()
         return score
 

@@ -170,6 +170,25 @@ class TeacherTask(_Denoising):
         return {"loss": F.mse_loss(out.float(), target)}
 
 
+def teacher_gradients(unet: Any, text_encoder: nn.Module, source: LatentSource, scheduler: dict[str, Any], *, batches: int = 8, size: int = 8,
+                      seed: int = 0) -> dict[str, Tensor]:  # fmt: skip
+    """Mean gradient of the teacher's own loss by parameter name, over `batches` x `size` draws: what a Taylor score of channels needs."""
+    from sdlite.distill.train import step_generator
+
+    task = TeacherTask(unet, text_encoder, source, parts={}, preview={}, scheduler=scheduler, train_text_encoder=False)
+    before = [p.requires_grad for p in unet.parameters()]
+    unet.requires_grad_(True)
+    total = {k: torch.zeros_like(p) for k, p in unet.named_parameters()}
+    for k in range(batches):
+        loss = task.loss(task.modules, task.batch(size, step_generator(seed, k)), k)["loss"]
+        for name, g in zip(total, torch.autograd.grad(loss, list(unet.parameters()), allow_unused=True), strict=True):
+            if g is not None:
+                total[name] += g / batches
+    for p, needed in zip(unet.parameters(), before, strict=True):
+        p.requires_grad_(needed)
+    return total
+
+
 class StudentForward(nn.Module):
     """Student and projectors as one module, so that DDP sees one forward: prediction and projected features."""
 
@@ -287,13 +306,20 @@ class StudentTask(_Denoising):
 
 
 @torch.no_grad()
+def probe(unet: Any) -> None:
+    """One forward of zeros at the network's own size, where it is: for what hooks want to see."""
+    c, device = unet.config, next(unet.parameters()).device
+    side = (c.sample_size, c.sample_size) if isinstance(c.sample_size, int) else tuple(c.sample_size)
+    unet(torch.zeros(1, c.in_channels, *side, device=device), 0, torch.zeros(1, 2, c.cross_attention_dim, device=device))
+
+
+@torch.no_grad()
 def tap_channels(student: Any, teacher: Any, mine: dict[str, str], theirs: dict[str, str]) -> dict[str, tuple[int, int]]:
     """tap -> (student channels, teacher channels), found by one forward of each."""
     shapes = []
     for network, taps in ((student, mine), (teacher, theirs)):
-        c = network.config
         with Taps(network, taps) as tapped:
-            network(torch.zeros(1, c.in_channels, c.sample_size, c.sample_size), 0, torch.zeros(1, 2, c.cross_attention_dim))
+            probe(network)
         shapes.append({k: f.shape for k, f in tapped.features.items()})
     if bad := [k for k in mine if shapes[0][k][2:] != shapes[1][k][2:]]:
         raise InputError(f"feature taps {bad} have different resolutions in student and teacher; choose other taps.")

@@ -16,7 +16,7 @@ from sdlite import Pipeline  # noqa: E402
 from sdlite.artifact import Artifact  # noqa: E402
 from sdlite.distill.parts import TextEncoderTask, TinyDecoderTask, smaller_text_encoder, tiny_vae  # noqa: E402
 from sdlite.distill.recipe import Recipe, Teacher, plan, run  # noqa: E402
-from sdlite.distill.students import parameters  # noqa: E402
+from sdlite.distill.students import StudentSpec, build, parameters  # noqa: E402
 from sdlite.distill.tasks import decode_scaled  # noqa: E402
 from sdlite.distill.train import step_generator  # noqa: E402
 from sdlite.errors import ArtifactError, InputError  # noqa: E402
@@ -316,3 +316,52 @@ def test_tiny_decoder_of_a_copy_is_saved_not_the_network_in_training(small, prom
 
     z = torch.randn(1, 4, 2, 2)
     assert torch.all(decode_scaled(AutoencoderTiny.from_pretrained(tmp_path / "model" / "vae"), z) == -1)
+
+
+def test_whole_command_in_two_processes_equals_one(small, prompts, tmp_path):
+    """What `accelerate launch -m sdlite.cli distill` does: one process writes, the others wait and read.
+
+    Without feature terms: these are divided by the teacher's mean square over the samples at hand, so they depend on how a batch is split.
+    """
+    from safetensors.torch import load_file
+
+    from tests.unit.test_train import two_processes
+
+    text = """
+[student]
+width = 0.5
+[train]
+batch_size = 4
+sample_every = 0
+lr = 1e-3
+warmup_images = 1
+[preview]
+num_inference_steps = 1
+[[stage]]
+kind = "output"
+images = 8
+feature_weight = 0.0
+[[stage]]
+kind = "guidance"
+images = 8
+cache_targets = 12
+"""
+    (tmp_path / "r.toml").write_text(text)
+    run(parse(text), teacher=small, data=prompts, out=tmp_path / "one", export=False, progress=False)
+    command = [
+        "distill",
+        str(tmp_path / "r.toml"),
+        "--teacher",
+        str(small),
+        "--data",
+        str(prompts),
+        "--out",
+        str(tmp_path / "two"),
+        "--no-export",
+    ]
+    two_processes(f"from sdlite.cli import main; assert main({command!r}) == 0")
+    a, b = (load_file(tmp_path / n / "1-guidance" / "model" / "unet" / "diffusion_pytorch_model.safetensors") for n in ("one", "two"))
+    start = build(Teacher(small).unet, StudentSpec(width=0.5)).state_dict()
+    apart, moved = (torch.sqrt(sum((x[k] - a[k]).pow(2).sum() for k in a)) for x in (b, start))
+    assert apart < 0.1 * moved  # Adam's first steps are signs: gradients about 0 may round to either
+    assert (tmp_path / "two" / "report.md").exists()

@@ -215,6 +215,18 @@ def test_every_stage_trains_in_the_loop(stage, tmp_path):
 # --- the output stage and what may be added to it -------------------------------------------------------------------
 
 
+def test_teacher_gradients_are_the_mean_over_batches_and_leave_the_teacher():
+    from sdlite.distill.tasks import TeacherTask, teacher_gradients
+
+    unet, text = task().modules["unet"].requires_grad_(False), Text()
+    found = teacher_gradients(unet, text, Source(), V_ZERO_SNR, batches=2, size=4)
+    assert not any(p.requires_grad for p in unet.parameters())
+    made = TeacherTask(unet.requires_grad_(True), text, Source(), parts={}, preview={}, train_text_encoder=False)
+    sum(made.loss(made.modules, batch_of(made, 4, k), 0)["loss"] for k in range(2)).backward()
+    for k, p in unet.named_parameters():
+        torch.testing.assert_close(found[k], p.grad / 2 if p.grad is not None else torch.zeros_like(p), rtol=1e-4, atol=1e-6)
+
+
 def student_task(**kwargs):
     made = real(StudentTask, **kwargs)
     return made, made.loss(made.modules, batch_of(made), 0)

@@ -219,6 +219,35 @@ def test_grow_refuses_widths_that_are_not_one_multiple():
         grow(small(), {**small().config, "block_out_channels": (32, 64, 80)})
 
 
+def test_taylor_keeps_the_channels_that_the_loss_misses_not_the_largest():
+    from sdlite.distill.students import _Plan
+
+    teacher = small()
+    gradients = {k: torch.zeros_like(p) for k, p in teacher.named_parameters()}
+    wanted = torch.arange(
+        0, 32, 2
+    )  # two of each norm group of eight would be odd ones by size: make them large, and their gradients nothing
+    with torch.no_grad():
+        for name, w in teacher.named_parameters():
+            if (
+                w.ndim >= 2
+                and w.shape[0] == 32
+                and ("conv2" in name or "proj_out" in name or "samplers" in name or "conv_shortcut" in name)
+            ):
+                w[1::2] *= 10
+                gradients[name][wanted] = 1.0
+    small_plan, taylor = (_Plan(teacher, (16, 32, 32), (4, 4, 4), 4, 0.5, g) for g in (None, gradients))
+    assert small_plan.stream[1].tolist() == (wanted + 1).tolist()
+    assert taylor.stream[1].tolist() == wanted.tolist()
+    student = build(teacher, StudentSpec(width=0.5, score="taylor"), gradients)
+    assert run(student).isfinite().all()
+    assert not torch.equal(run(student), run(build(teacher, StudentSpec(width=0.5))))
+    with pytest.raises(InputError, match="teacher_gradients"):
+        build(teacher, StudentSpec(width=0.5, score="taylor"))
+    with pytest.raises(InputError, match="l1 or taylor"):
+        StudentSpec(score="size")
+
+
 def test_random_weights_keep_the_shape_alone():
     teacher = small()
     kept, new = build(teacher, StudentSpec(one_layer=True)), build(teacher, StudentSpec(one_layer=True, weights="random"))
