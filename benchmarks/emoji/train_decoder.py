@@ -1,7 +1,8 @@
 """Tune the autoencoder's decoder to the latents that a student really makes; encoder and latents stay as they are.
 
-A quarter of the inputs are the pictures' own latents; the others are the student's guided guess of the clean latent from a noisy one
-(one step, at a random timestep), with the caption's real picture as the target. The decoder learns to draw sharply from latents that are
+A quarter of the inputs are the pictures' own latents; the others are what the student makes of a noised latent, with the caption's real
+picture as the target: the guided guess of one step at a random timestep, or, with `--steps N`, the rest of its N-step sampling from a
+random one of its steps. The decoder learns to draw sharply from latents that are
 slightly wrong, which is all it ever gets from a small UNet.
 
 python benchmarks/emoji/train_decoder.py --model runs/student/model --latents runs/teacher/latents.safetensors --out runs/decoder
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from train_teacher import HERE
 from transformers import CLIPTextModel
 
-from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder, Forward
+from sdlite.distill.stages import Solver, trailing_timesteps
+from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder
 from sdlite.distill.train import Batch, TrainConfig, fit
 from sdlite.images import to_uint8
 from sdlite.sampling import Schedule
@@ -43,12 +45,14 @@ class Decoder(nn.Module):
 
 
 class DecoderTask:
-    def __init__(self, model: Path, source: EmojiLatents, guidance_scale: float, clean: float = 0.25, feature_weight: float = 0.5):
+    def __init__(self, model: Path, source: EmojiLatents, guidance_scale: float, *, vae: Path | None = None, steps: int | None = None,
+                 clean: float = 0.25, feature_weight: float = 0.5):  # fmt: skip
         self.source, self.guidance_scale, self.clean, self.feature_weight = source, guidance_scale, clean, feature_weight
-        self.vae = AutoencoderKL.from_pretrained(model / "vae").requires_grad_(False)
+        self.points = None if steps is None else trailing_timesteps(steps, V_ZERO_SNR["num_train_timesteps"])
+        self.vae = AutoencoderKL.from_pretrained(vae or model / "vae").requires_grad_(False)
         self.unet = UNet2DConditionModel.from_pretrained(model / "unet").eval().requires_grad_(False)
         self.encode = CachedEncoder(CLIPTextModel.from_pretrained(model / "text_encoder"))
-        self.forward, self.features = Forward(Schedule.from_config(V_ZERO_SNR)), LiteFeatures()
+        self.solver, self.features = Solver(Schedule.from_config(V_ZERO_SNR)), LiteFeatures()
         decoder = Decoder(self.vae).requires_grad_(True)
         self.modules: dict[str, nn.Module] = {"decoder": decoder}
 
@@ -56,22 +60,43 @@ class DecoderTask:
         batch = self.source.draw(size, generator)
         batch["x"] = self.source.data.composite(batch["ids"], batch["colours"])
         batch["t"] = torch.randint(100, 1000, (size,), generator=generator)
+        if self.points is not None:
+            batch["start"] = torch.randint(0, len(self.points) - 1, (size,), generator=generator)
         batch["noise"] = torch.randn(batch["latents"].shape, generator=generator)
         return batch
 
     @torch.no_grad()
     def guess(self, batch: Batch) -> Tensor:
-        """The first `clean` share of the batch as it is, the rest as the student sees it."""
+        """The first `clean` share of the batch as it is, the rest as the student makes it: float32 (B, C, h, w)."""
         z, n = batch["latents"], round(self.clean * len(batch["latents"]))
-        t = batch["t"][n:]
-        x, _ = self.forward(z[n:], batch["noise"][n:], t)
-        embeds = self.encode(torch.cat([batch["input_ids"][n:], self.source.empty_ids.expand(len(t), -1)]))
+        rest = {k: batch[k][n:] for k in ("latents", "noise", "input_ids", "t")}
+        made = self.one_step(**rest) if self.points is None else self.sampled(**rest, start=batch["start"][n:])
+        return torch.cat([z[:n], made]).float()
+
+    def output(self, x: Tensor, t: Tensor, input_ids: Tensor) -> Tensor:
+        if self.guidance_scale == 1:
+            out: Tensor = self.unet(x, t, self.encode(input_ids)).sample
+            return out
+        embeds = self.encode(torch.cat([input_ids, self.source.empty_ids.expand(len(t), -1)]))
         v, v_uncond = self.unet(torch.cat([x, x]), torch.cat([t, t]), embeds).sample.chunk(2)
-        alpha, sigma = self.forward.coefficients(t)
-        return torch.cat([z[:n], alpha * x - sigma * (v_uncond + self.guidance_scale * (v - v_uncond))])
+        return v_uncond + self.guidance_scale * (v - v_uncond)
+
+    def one_step(self, latents: Tensor, noise: Tensor, input_ids: Tensor, t: Tensor) -> Tensor:
+        x, _ = self.solver(latents, noise, t)
+        return self.solver.x0_noise(self.output(x, t, input_ids), x, t)[0]
+
+    def sampled(self, latents: Tensor, noise: Tensor, input_ids: Tensor, t: Tensor, start: Tensor) -> Tensor:
+        """DDIM from step `start` of each sample to the end."""
+        assert self.points is not None
+        x, _ = self.solver(latents, noise, self.points[start])
+        for i in range(len(self.points) - 1):
+            at, to = (self.points[i + k].expand(len(x)) for k in (0, 1))
+            on = (start <= i).view(-1, 1, 1, 1)
+            x = torch.where(on, self.solver.ddim(self.output(x, at, input_ids), x, at, to), x)
+        return x
 
     def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
-        x, y = batch["x"], modules["decoder"](self.guess(batch))
+        x, y = batch["x"], modules["decoder"](self.guess(batch)).float()
         terms = {"l1": (x - y).abs().mean(), "mse": F.mse_loss(y, x), "feature": self.features.distance(x, y, px=128)}
         return {"loss": terms["l1"] + terms["mse"] + self.feature_weight * terms["feature"], **terms}
 
@@ -98,7 +123,10 @@ def main() -> None:
     ap.add_argument("--model", type=Path, required=True, help="diffusers folder of the student; its vae is where training starts")
     ap.add_argument("--latents", type=Path, required=True, help="latent cache of the teacher's run")
     ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument("--vae", type=Path, help="vae folder to go on from instead of the model's")
     ap.add_argument("--guidance", type=float, default=2.0)
+    ap.add_argument("--steps", type=int, help="tune to the latents of a sampler of so many steps; default: to one-step guesses")
+    ap.add_argument("--mixed-precision", default="no", choices=["no", "bf16"])
     ap.add_argument("--images", type=int, default=20_000)
     ap.add_argument("--batch-size", type=int, default=16)
     ap.add_argument("--lr", type=float, default=5e-4)
@@ -118,8 +146,16 @@ def main() -> None:
         decay_from=0.3,
         ema_decay=0.998,
         sample_every=500,
+        mixed_precision=args.mixed_precision,
+        plain_attention=args.mixed_precision != "no",
     )
-    fit(DecoderTask(args.model, source, args.guidance), config, args.out, resume=args.resume, max_minutes=args.max_minutes)
+    fit(
+        DecoderTask(args.model, source, args.guidance, vae=args.vae, steps=args.steps),
+        config,
+        args.out,
+        resume=args.resume,
+        max_minutes=args.max_minutes,
+    )
 
 
 if __name__ == "__main__":
