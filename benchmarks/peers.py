@@ -219,6 +219,7 @@ def _diffusers(case: Case, path: Path) -> Call:
     pipe = _optimum(case, path) if case.engine == "optimum-ort" else _torch_pipeline(case, path)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     marks: list[float] = []
 
     def step_end(_: Any, __: int, ___: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def _diffusers(case: Case, path: Path) -> Call:
         marks.clear()
         begin = time.perf_counter()
         out = pipe(
-            [PROMPT] * case.batch, latents=torch.from_numpy(latents), num_inference_steps=case.steps, guidance_scale=case.guidance,
+            [PROMPT] * case.batch, latents=torch.from_numpy(latents).to(dtype), num_inference_steps=case.steps, guidance_scale=case.guidance,
             callback_on_step_end=step_end,
         )  # fmt: skip
         return np.stack([np.asarray(i) for i in out.images]), stages(begin, marks, time.perf_counter())
