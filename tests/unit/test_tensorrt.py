@@ -303,6 +303,25 @@ def test_unsigned_int8_is_refused(tmp_path):
                 target.prepare("unet", path, profile)
 
 
+def test_int8_tables_become_float_with_the_same_numbers(tmp_path):
+    import onnxruntime as ort
+
+    from sdlite.exporters.static import fix
+    from sdlite.quant import rewrite
+    from sdlite.quant.graph import Graph
+    from tests.conftest import EMOJI
+
+    graph = Graph.load(EMOJI / "text_encoder" / "model.onnx")
+    assert rewrite.integer_embeddings(graph)
+    given = fix(graph, {"input_ids": (1, 28)}, tmp_path / "text_encoder.onnx")
+    out = target.prepare("text_encoder", given, Profile("p", "tensorrt", precision="int8-static"))
+    assert out != given
+    assert not any(w.dtype == np.int8 for w in Graph.load(out).weights.values())
+    ids = np.arange(28)[None]
+    want, got = (ort.InferenceSession(str(p), providers=["CPUExecutionProvider"]).run(None, {"input_ids": ids})[0] for p in (given, out))
+    np.testing.assert_array_equal(got, want)
+
+
 def test_a_killed_build_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(target.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=-9, stderr=""))
     with pytest.raises(ExportError, match="ended by signal 9; 9 is most often too little memory"):

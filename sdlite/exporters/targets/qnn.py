@@ -29,8 +29,9 @@ PRECISIONS = ("fp16", "a16w8")
 DYNAMIC = False
 PROVIDER = "QNNExecutionProvider"
 OPERATORS = ("Conv", "MatMul", "Gemm")
-# htp_arch and soc_model: onnxruntime's numbers of the device; samples: calibration pictures; integer: part -> operators that become
-# integer (default: all); keep_float: part -> regular expressions of modules that stay float, besides the artefact's
+# htp_arch, soc_model: Qualcomm's numbers (75, 57: Snapdragon 8 Gen 3; 73, 43: 8 Gen 2; 79, 69: 8 Elite); samples: calibration pictures;
+# integer: part -> operators that become integer (default: all); keep_float: part -> regular expressions of modules that stay float, besides
+# the artefact's
 OPTIONS = {"htp_arch", "soc_model", "samples", "integer", "keep_float"}
 
 
@@ -45,7 +46,7 @@ def _options(profile: Profile) -> dict[str, Any]:
         )
     if (samples := profile.options.get("samples", 8)) < 1:
         raise InputError(f"profile {profile.name}: samples={samples}; at least 1.")
-    return {"htp_arch": "75", "soc_model": "60", "samples": 8, **profile.options}
+    return {"htp_arch": "75", "soc_model": "57", "samples": 8, **profile.options}
 
 
 def quantise(graphs: dict[str, Path], pipe: Pipeline, profile: Profile, shown: list[str], steps: int | None,

@@ -7,6 +7,7 @@ builder was given. Every build begins with the parser's own verdict (`supports_m
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -51,6 +52,7 @@ def prepare(part: str, graph: Path, profile: Profile) -> Path:
         return to_bfloat(graph, graph.with_name(f"{part}.bfloat.onnx"))
     if profile.precision == "int8-static":
         _symmetric(part, graph)
+        return _float_tables(graph, graph.with_name(f"{part}.tables.onnx"))
     return graph
 
 
@@ -71,6 +73,22 @@ def _symmetric(part: str, graph: Path) -> None:
             f"{part} was quantised with unsigned activations; TensorRT takes symmetric int8: sdlite quantize MODEL --precision int8-static "
             "--scheme s8s8."
         )
+
+
+def _float_tables(graph: Path, out: Path) -> Path:
+    """The graph whose int8 embedding tables hold the same numbers in float32: TensorRT takes int8 constants in front of DequantizeLinear alone."""
+    held = Graph.load(graph)
+    tables = {n.input[0]: n.output[0] for n in held.nodes if n.op_type == "Gather" and n.input[0] in held.weights}
+    tables = {t: y for t, y in tables.items() if held.weights[t].dtype == np.int8}
+    if not tables:
+        return graph
+    for name in tables:
+        held.weights[name] = dataclasses.replace(held.weights[name], dtype=np.dtype(np.float32))
+    known = [v for v in held.proto.graph.value_info if v.name not in tables.values()]
+    del held.proto.graph.value_info[:]
+    held.proto.graph.value_info.extend(known)
+    held.save(out)
+    return out
 
 
 def build(job: dict[str, Any]) -> None:
