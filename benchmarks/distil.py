@@ -135,7 +135,8 @@ class Bench:
             student, master = self.load(start / "unet"), self.load(start / "unet")
         task = KINDS[s.kind](student, master, self.text_encoder, self.source, parts=self.parts, preview=self.preview, **options)
         config = TrainConfig(max_images=self.args.images, batch_size=32, lr=s.lr, warmup_images=1_000, decay_from=0.3, seed=seed,
-                             sample_every=0, checkpoint_minutes=30)  # fmt: skip
+                             sample_every=0, checkpoint_minutes=30, mixed_precision=self.args.mixed_precision,
+                             plain_attention=self.args.mixed_precision != "no")  # fmt: skip
         return fit(task, config, folder, resume=folder.exists())
 
     def run_folder(self, name: str, seed: int) -> Path:
@@ -246,6 +247,7 @@ def main() -> None:
     ap.add_argument("--prompts", type=int, default=128)
     ap.add_argument("--heldout", type=int, default=64)
     ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--mixed-precision", default="no", choices=["no", "bf16"], help="bf16 pays where the CPU has AMX or AVX512-BF16")
     ap.add_argument("--results", type=Path, default=RESULTS)
     args = ap.parse_args()
     if args.table == "summary":
@@ -291,7 +293,12 @@ def main() -> None:
             folder = bench.run_folder(name, seed)
             trained = bench.train(name, s, seed, folder)
             row = bench.measure(folder / "model", s, seed)
-            write(name, seed, args.images, {"minutes": trained["seconds"] / 60, "loss": trained["loss"], **row})
+            write(
+                name,
+                seed,
+                args.images,
+                {"minutes": trained["seconds"] / 60, "loss": trained["loss"], "mixed_precision": args.mixed_precision, **row},
+            )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -32,8 +32,9 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as tmp:
         try:
             r = export(
-                job["folder"], Path(tmp) / "out", target=job["profile"], num_inference_steps=job["steps"] or None, threads=job["threads"]
-            )
+                job["folder"], Path(tmp) / "out", target=job["profile"], num_inference_steps=job["steps"] or None, threads=job["threads"],
+                reference=job["reference"],
+            )  # fmt: skip
         except SdliteError as e:
             return {"error": f"{type(e).__name__}: {e}"}
     return {
@@ -51,6 +52,7 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     ap.add_argument("model", nargs="?", default="emoji", help="embedded name, folder or shape:NAME")
     ap.add_argument("--profiles", nargs="+", help="default: all that suit the model's precisions")
+    ap.add_argument("--reference", help="the float model of an int8 one: its pictures are compared too")
     ap.add_argument("--label", help="name of the model in the row; default: as given")
     ap.add_argument("--steps", type=int, default=4)
     ap.add_argument("--size", type=int, default=512, help="pixels, for shapes")
@@ -67,7 +69,7 @@ def main() -> None:
     names = args.profiles or [n for n, p in profile.builtin().items() if p.source in held]
     about = {**environment(), "command": "python -m benchmarks.export " + " ".join(sys.argv[1:])}
     for name in names:
-        job = {"folder": str(folder), "profile": name, "steps": args.steps, "threads": args.threads}
+        job = {"folder": str(folder), "profile": name, "steps": args.steps, "threads": args.threads, "reference": args.reference}
         done = subprocess.run([sys.executable, "-m", "benchmarks.export", "--worker", json.dumps(job)], capture_output=True, text=True)
         lines = done.stdout.strip().splitlines()
         row = (

@@ -91,10 +91,11 @@ def exports() -> list[str]:
         how = "on the runtime" if r["not_run"] is None else f"not run ({r['not_run']}); the graph that the converter was given"
         provider = r["options"].get("provider") or ("vulkan" if r["options"].get("vulkan") else "")
         worst = min(n["sqnr"] for n in r["parity"]["networks"].values())
+        to_float = f", {min(r['parity']['reference']):.1f} dB to fp32" if r["parity"].get("reference") else ""
         body.append(
             [
                 model, f"`{name}`", r["precision"], f"{r['bytes'] / 1e6:.1f} MB", how + (f", {provider}" if provider else ""),
-                f"{min(r['parity']['psnr'] or [float('nan')]):.1f} dB / {worst:.1f} dB", ", ".join(f"{k} {v}" for k, v in r["tools"].items()), r["date"],
+                f"{min(r['parity']['psnr'] or [float('nan')]):.1f} dB / {worst:.1f} dB{to_float}", ", ".join(f"{k} {v}" for k, v in r["tools"].items()), r["date"],
             ]
         )  # fmt: skip
     if not body:

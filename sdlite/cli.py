@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument("--prompts", type=Path, help="pictures that are compared, one prompt a line; default: two of the model's own")
     e.add_argument("--steps", type=int, help="sampling steps of those pictures; default: the model's own")
     e.add_argument("--fuse-schedule", action="store_true", help="onnx, fixed shapes: compute what depends on step or prompt alone once")
+    e.add_argument("--reference", help="the float model that MODEL was quantised from: its pictures are compared too")
     e.add_argument("--threads", type=int)
     e.add_argument("--list", action="store_true", help="show the built-in profiles")
 
@@ -226,6 +227,7 @@ def _export(args: argparse.Namespace) -> None:
         prompts=prompts,
         num_inference_steps=args.steps,
         fuse_schedule=args.fuse_schedule,
+        reference=args.reference,
         threads=args.threads,
     )
     print(table(report))

@@ -23,7 +23,7 @@ from sdlite.backends import RowByRow
 from sdlite.errors import ExportError, InputError, MissingExtraError, PrecisionError, SdliteError
 from sdlite.exporters import profile as profiles
 from sdlite.exporters import room
-from sdlite.exporters.parity import Recording, measure, record
+from sdlite.exporters.parity import Recording, measure, pictures, record
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import fix
 from sdlite.exporters.targets import NotRunnable
@@ -35,7 +35,7 @@ REPORT = "export-report.json"
 
 
 def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: Sequence[str] | None = None, num_inference_steps: int | None = None,
-           fuse_schedule: bool = False, threads: int | None = None) -> dict[str, Any]:  # fmt: skip
+           fuse_schedule: bool = False, reference: str | Path | None = None, threads: int | None = None) -> dict[str, Any]:  # fmt: skip
     """Export the three networks to a runtime, check them, and write them with tokenizer, scheduler and configs.
 
     Args:
@@ -45,6 +45,8 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         prompts: pictures that are compared, seed i for prompt i; default: two of the model's calibration prompts, or two of ours.
         num_inference_steps: of those pictures, and of the calibration where there is one; default: the model's own.
         fuse_schedule: the UNet as three graphs, see `sdlite.exporters.hoist`; onnx profiles of fixed shapes.
+        reference: embedded name, folder or hub id of the float model that `model` was quantised from: the pictures are compared with its
+            too, and the gate's `reference` holds. Without it an int8 export is compared with the quantised model only.
 
     Returns:
         The report, as written to `export-report.json`.
@@ -97,11 +99,16 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
             graphs = {p: module.judged(p, g, profile) for p, g in graphs.items()}
         running = _networks(module, profile, tmp, made, graphs, threads)
         try:
-            parity = measure(pipe, recording, running.networks, running.not_run)
-            pictures = running.clock(shown[0], num_inference_steps) if running.clock else None
+            original = None if reference is None else pictures(_float(reference, threads), shown, recording.arguments)
+            parity = measure(pipe, recording, running.networks, running.not_run, original)
+            clocked = running.clock(shown[0], num_inference_steps) if running.clock else None
         finally:
             running.close()
-        if failures := parity.fails(profile.gate):
+        failures = parity.fails(profile.gate)
+        weight = sum(f.stat().st_size for p in PARTS for f in made[p]) / (1 << 20)
+        if profile.memory_mib and weight > profile.memory_mib:
+            failures.append(f"the networks have {weight:.1f} MiB, wanted at most {profile.memory_mib}")
+        if failures:
             raise ExportError(
                 f"the gate of {profile.name} does not hold: {'; '.join(failures)}; worst network {parity.worst()}. Nothing was written."
             )
@@ -111,12 +118,21 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
             "opset": artifact.manifest.variants[profile.source]["unet"]["opset"],
             "files": {f.relative_to(tmp).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for fs in made.values() for f in fs},
             "checked_by": "the graph that was handed to the converter, on onnxruntime" if not_run else "the runtime itself",
-            "not_run": not_run, "parity": {"networks": parity.networks, "psnr": parity.psnr, "pictures": len(shown)},
-            "calibration": calibration, "picture_seconds": pictures,
+            "not_run": not_run, "parity": {"networks": parity.networks, "psnr": parity.psnr, "reference": parity.reference, "pictures": len(shown)},
+            "calibration": calibration, "picture_seconds": clocked,
             "seconds": time.perf_counter() - begin, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }  # fmt: skip
         (tmp / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _float(model: str | Path, threads: int | None) -> Pipeline:
+    """The reference's pipeline, in the widest float precision that it holds."""
+    artifact = Artifact.open(hub.resolve(model, None))
+    held = [p for p in ("fp32", "fp16") if artifact.has_onnx(p)]
+    if not held:
+        raise PrecisionError(f"the reference {model} holds no float ONNX graphs; name the model that was quantised.")
+    return Pipeline.from_pretrained(artifact.folder, precision=held[0], backend="onnxruntime", threads=threads)
 
 
 def _convert(module: Any, part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
@@ -253,6 +269,8 @@ def table(report: dict[str, Any]) -> str:
     ]
     if report["parity"]["psnr"]:
         lines.append(f"  pictures      PSNR {min(report['parity']['psnr']):.1f} dB at worst of {report['parity']['pictures']}")
+    if report["parity"]["reference"]:
+        lines.append(f"  to reference  PSNR {min(report['parity']['reference']):.1f} dB at worst")
     if seconds := report["picture_seconds"]:
         later = ", ".join(f"{s:.2f}" for s in seconds["later"])
         lines.append(

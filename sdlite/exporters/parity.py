@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sdlite.artifact import PARTS
+from sdlite.errors import InputError
 from sdlite.pipeline import Pipeline
 from sdlite.quant.calibrate import with_networks
 from sdlite.quant.metrics import psnr, sqnr
@@ -40,8 +41,7 @@ def record(pipe: Pipeline, prompts: Sequence[str], **arguments: Any) -> Recordin
     """Make one picture of each prompt (seed i for prompt i) and keep what went in and out of each network."""
     calls: dict[str, list[Call]] = {p: [] for p in PARTS}
     taped = with_networks(pipe, {p: _Tape(getattr(pipe.networks, p), calls[p]) for p in PARTS})
-    images = [np.asarray(taped(p, seed=i, **arguments).images[0]) for i, p in enumerate(prompts)]
-    return Recording(calls, np.stack(images), list(prompts), arguments)
+    return Recording(calls, pictures(taped, prompts, arguments), list(prompts), arguments)
 
 
 @dataclass
@@ -50,14 +50,17 @@ class Parity:
 
     networks: dict[str, dict[str, float]] = field(default_factory=dict)
     psnr: list[float] | None = None
+    reference: list[float] | None = None  # PSNR to the pictures of another model: the float one that a quantised model was made of
     not_run: dict[str, str] = field(default_factory=dict)
 
     def fails(self, gate: dict[str, float]) -> list[str]:
         out = []
+        pictures = {"psnr": ("picture PSNR", self.psnr), "reference": ("picture PSNR to the reference", self.reference)}
         for p, wanted in gate.items():
-            if p == "psnr":
-                if self.psnr is not None and not min(self.psnr) >= wanted:
-                    out.append(f"picture PSNR {min(self.psnr):.1f} dB, wanted {wanted:g}")
+            if p in pictures:
+                what, found = pictures[p]
+                if found is not None and not min(found) >= wanted:
+                    out.append(f"{what} {min(found):.1f} dB, wanted {wanted:g}")
             elif p in self.networks and not self.networks[p]["sqnr"] >= wanted:
                 out.append(f"{p} SQNR {self.networks[p]['sqnr']:.1f} dB, wanted {wanted:g}")
         return out
@@ -69,8 +72,25 @@ class Parity:
         return f"{name} ({self.networks[name]['sqnr']:.1f} dB, largest error {self.networks[name]['max_error']:.3g})"
 
 
-def measure(pipe: Pipeline, recording: Recording, networks: dict[str, Callable[..., np.ndarray]], not_run: dict[str, str]) -> Parity:
-    """SQNR and largest error of each network over all recorded calls, and the pictures when all three run."""
+def pictures(pipe: Pipeline, prompts: Sequence[str], arguments: dict[str, Any]) -> np.ndarray:
+    """uint8 (N, H, W, 3): one picture of each prompt, seed i for prompt i."""
+    return np.stack([np.asarray(pipe(p, seed=i, **arguments).images[0]) for i, p in enumerate(prompts)])
+
+
+def measure(pipe: Pipeline, recording: Recording, networks: dict[str, Callable[..., np.ndarray]], not_run: dict[str, str],
+            reference: np.ndarray | None = None) -> Parity:  # fmt: skip
+    """SQNR and largest error of each network over all recorded calls, and the pictures when all three run.
+
+    Args:
+        reference: uint8 (N, H, W, 3), pictures of another model at the recording's prompts and seeds.
+
+    Raises:
+        InputError: the reference's pictures have another size.
+    """
+    if reference is not None and reference.shape != recording.images.shape:
+        raise InputError(
+            f"the reference makes pictures {reference.shape[1:]}, the model {recording.images.shape[1:]}; name the model it was made of."
+        )
     out = Parity(not_run=dict(not_run))
     for p, network in networks.items():
         signal = noise = worst = 0.0
@@ -84,6 +104,8 @@ def measure(pipe: Pipeline, recording: Recording, networks: dict[str, Callable[.
         out.networks[p] = {"sqnr": min(sqnr(signal, noise), 200.0), "max_error": worst, "calls": len(recording.calls[p])}
     if set(networks) == set(PARTS):
         made = with_networks(pipe, dict(networks))
-        images = [np.asarray(made(p, seed=i, **recording.arguments).images[0]) for i, p in enumerate(recording.prompts)]
+        images = pictures(made, recording.prompts, recording.arguments)
         out.psnr = [min(psnr(a, b), 100.0) for a, b in zip(recording.images, images, strict=True)]
+        if reference is not None:
+            out.reference = [min(psnr(a, b), 100.0) for a, b in zip(reference, images, strict=True)]
     return out

@@ -38,7 +38,9 @@ class Profile:
         batch: rows of a network call, or 0 for any. Phones: 1, with guidance as two calls.
         height, width: pixels, or 0: the student's own when `dynamic` is false, any when it is true.
         dynamic: keep free shapes; only some runtimes can.
-        gate: {"psnr": dB of the final picture, "text_encoder" | "unet" | "vae_decoder": SQNR in dB}.
+        memory_mib: most MiB that the files of the networks may have together, which a device holds in memory besides activations; 0: no ceiling.
+        gate: {"psnr": dB of the final picture, "reference": the same against the float model that `export(reference=)` names,
+            "text_encoder" | "unet" | "vae_decoder": SQNR in dB}.
         options: what the target's module takes besides.
     """
 
@@ -49,6 +51,7 @@ class Profile:
     height: int = 0
     width: int = 0
     dynamic: bool = False
+    memory_mib: int = 0
     gate: dict[str, float] = field(default_factory=lambda: {"psnr": 40.0})
     options: dict[str, Any] = field(default_factory=dict)
     about: str = ""
@@ -69,11 +72,13 @@ class Profile:
             raise UnknownNameError(f"profile {name}: target={out.target!r} is not known; choose one of {', '.join(TARGETS)}.")
         if out.precision not in PRECISIONS:
             raise UnknownNameError(f"profile {name}: precision={out.precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
-        parts = {"psnr", "text_encoder", "unet", "vae_decoder"}
+        parts = {"psnr", "reference", "text_encoder", "unet", "vae_decoder"}
         if unknown := sorted(set(out.gate) - parts):
             raise InputError(f"profile {name}: gate names {', '.join(unknown)}; known: {', '.join(sorted(parts))}.")
-        if out.batch < 0 or out.height < 0 or out.width < 0:
-            raise InputError(f"profile {name}: batch={out.batch}, height={out.height}, width={out.width} must not be negative.")
+        if min(out.batch, out.height, out.width, out.memory_mib) < 0:
+            raise InputError(
+                f"profile {name}: batch={out.batch}, height={out.height}, width={out.width}, memory_mib={out.memory_mib} must not be negative."
+            )
         return out
 
 

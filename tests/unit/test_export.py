@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -80,6 +81,25 @@ def test_a_broken_graph_fails_the_gate_and_nothing_is_written(tmp_path, monkeypa
     with pytest.raises(ExportError, match=r"gate of onnx does not hold.*worst network unet.*Nothing was written"):
         export(EMOJI, tmp_path / "out", target="onnx", prompts=PROMPTS[:1], num_inference_steps=2, threads=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_the_reference_and_the_memory_ceiling(tmp_path, plain):
+    (tmp_path / "p.toml").write_text("target = 'onnx'\ndynamic = true\n[gate]\nreference = 40\n")
+    arguments = {"target": tmp_path / "p.toml", "prompts": PROMPTS[:1], "num_inference_steps": 2, "threads": 1}
+    report = export(EMOJI, tmp_path / "out", reference=EMOJI, **arguments)
+    assert report["parity"]["reference"] == [100.0]
+    other = shutil.copytree(EMOJI, tmp_path / "other")  # draws other pictures: the model was not made of this one
+    manifest = json.loads((other / "sdlite.json").read_text())
+    manifest["sampler"]["name"] = "euler-ancestral"
+    (other / "sdlite.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match=r"PSNR to the reference .* wanted 40"):
+        export(EMOJI, tmp_path / "x", reference=other, **arguments)
+    with pytest.raises(PrecisionError, match="no float ONNX graphs"):
+        export(EMOJI, tmp_path / "x", reference=plain, **arguments)
+    (tmp_path / "p.toml").write_text("target = 'onnx'\ndynamic = true\nmemory_mib = 10\n")
+    with pytest.raises(ExportError, match=r"networks have 1\d\.\d MiB, wanted at most 10"):
+        export(EMOJI, tmp_path / "x", **arguments)
+    assert not (tmp_path / "x").exists()
 
 
 def test_errors(tmp_path, plain):
