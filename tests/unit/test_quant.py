@@ -222,6 +222,8 @@ def test_static_report(static):
     assert "unet" in table(report)
     for n in report["networks"].values():
         assert n["bytes"] < 0.75 * n["float_bytes"]
+    fp32 = 4 * json.loads((EMOJI / "sdlite.json").read_text())["student"]["unet_parameters"]
+    assert 0.25 <= unet["bytes"] / fp32 <= 0.32
 
 
 def integer_kernels(path, tmp_path):
