@@ -1,0 +1,56 @@
+"""Weights that an engine has read through a memory map need not stay in memory: the engine keeps a packed copy, the file keeps the first."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_DONTNEED = 4  # Linux, <sys/mman.h>
+_EVERY = 0.03  # seconds
+
+
+def release(folder: Path) -> int:
+    """Let go of the pages of read-only maps of files in `folder`; they are read again from the file when they are touched.
+
+    Returns:
+        Bytes of address space that were released. 0 where there is no /proc (not Linux).
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError, TypeError):
+        return 0
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    root, total = f"{folder.resolve()}/", 0
+    for line in maps:
+        addresses, rights, _, _, _, *path = line.split(maxsplit=5)
+        if path and path[0].startswith(root) and rights.startswith("r-"):
+            start, end = (int(a, 16) for a in addresses.split("-"))
+            if madvise(start, end - start, _DONTNEED) == 0:
+                total += end - start
+    return total
+
+
+@contextmanager
+def released(folder: Path) -> Iterator[None]:
+    """`release` again and again while an engine compiles, so that file pages and packed weights are not both in memory, and once at the end;
+    then the heap's free pages go back to the system (glibc)."""
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(_EVERY):
+            release(folder)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        release(folder)
+        with suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)
