@@ -34,6 +34,7 @@ class Session:
     def __init__(self, path: str, device: str, threads: int | None):
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # its one block a shape costs a third to two fifths of peak memory at 512 px, and gains no time
         if threads is not None:
             options.intra_op_num_threads = threads
         self.provider = _PROVIDERS[device]
