@@ -79,6 +79,13 @@ def _scaling() -> list[Case]:
 SUITES: dict[str, list[Case]] = {
     "emoji": [Case("emoji", e, 4, 64, repeats=20) for e in FLOAT_ENGINES]
     + [Case("emoji", e, 25, 64, guidance=4.0, repeats=5) for e in FLOAT_ENGINES],
+    "teacher": [  # the embedded student against the 50 guided steps that it was distilled from, by the same engines
+        *[
+            Case(m, e, n, 64, guidance=g, repeats=r)
+            for e in ("sdlite-ort", "sdlite-openvino", "sdlite-torch", "diffusers")
+            for m, n, g, r in (("emoji", 4, 1.0, 20), ("emoji-teacher", 50, 2.0, 3))
+        ],
+    ],
     "peers-512": [Case("shape:bk-tiny", e, 4, 512, precision=p, repeats=2) for e, p in PEERS],
     "zoo-512": _zoo(),
     "scaling": _scaling(),

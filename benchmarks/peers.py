@@ -18,6 +18,8 @@ import numpy as np
 from benchmarks.cases import Case
 from sdlite.artifact import sha256
 
+TEACHER = "emoji-teacher"  # of the embedded student: benchmarks/emoji/teacher with the student's other parts
+HERE = Path(__file__).parent
 PROMPT = "red apple on a blue background"
 Call = Callable[[np.ndarray], tuple[np.ndarray, dict[str, float]]]  # latents -> (picture uint8 (B, H, W, 3), seconds per stage)
 
@@ -37,7 +39,14 @@ def prepare(case: Case, cache: Path) -> Path:
 
 
 def plain_folder(case: Case, cache: Path) -> Path:
-    """diffusers' own layout; random-weight shapes are written once."""
+    """diffusers' own layout; random-weight shapes and the embedded student's teacher are written once."""
+    if case.model == TEACHER:
+        out = cache / f"{TEACHER}-{sha256(HERE / 'emoji' / 'teacher' / 'diffusion_pytorch_model.safetensors')[:8]}"
+        if not out.exists():
+            from benchmarks.emoji.assemble_teacher import assemble
+
+            assemble(out.with_suffix(".part")).rename(out)
+        return out
     if not case.model.startswith("shape:"):
         return model_folder(case, cache)
     out = cache / case.model.removeprefix("shape:")
@@ -50,11 +59,11 @@ def plain_folder(case: Case, cache: Path) -> Path:
 
 def model_folder(case: Case, cache: Path) -> Path:
     """The case's artefact; random-weight shapes are written and converted once into `cache`."""
-    if not case.model.startswith("shape:"):
+    if case.model != TEACHER and not case.model.startswith("shape:"):
         from sdlite.hub import resolve
 
         return resolve(case.model)
-    out = cache / f"{case.model.removeprefix('shape:')}-onnx"
+    out = cache / f"{plain_folder(case, cache).name}-onnx"
     if not (out / "sdlite.json").exists():
         from sdlite.exporters.onnx import convert
 

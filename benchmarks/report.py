@@ -118,6 +118,7 @@ def models_md() -> str:
         "## Embedded", "", *embedded(), "",
         "Data, teacher, recipe and licences: the manifest (`sdlite info emoji`), `benchmarks/emoji/README.md`, `NOTICE`.", "",
         "## Quality", "", *quality(), "", "Definitions: `benchmarks/quality.py`, which is also the command. FID is biased at this N; compare rows only with each other.", *notes(), "",
+        "One picture of the embedded student against one of its teacher (64 px, two threads):", "", *speed.teacher(), "", *speed.footnotes("teacher"), "",
         "## The article's ladder", "",
         "Random weights in SD-1.x shape, 512 px, 4 steps, no guidance. The article does not say its hardware, size or steps: compare ratios, not seconds.", "",
         *speed.article(), "", "Every rung, and the published students:", "", *speed.zoo(), "", *speed.footnotes("zoo-512"), "",

@@ -89,6 +89,22 @@ def results(suite: str, folder: Path = RESULTS) -> list[Result]:
     return out
 
 
+def teacher(folder: Path = RESULTS) -> list[str]:
+    """The embedded student against its teacher, the same engine in each line."""
+    found = {(r.case["model"], r.case["engine"]): r for r in results("teacher", folder) if not r.error}
+    body = []
+    for (model, engine), r in found.items():
+        slow = found.get(("emoji-teacher", engine))
+        if model == "emoji" and slow is not None:
+            body.append(
+                [f"`{engine}`", f"{slow.seconds * 1e3:,.0f} ({min(slow.samples) * 1e3:,.0f} to {max(slow.samples) * 1e3:,.0f})",
+                 f"{r.seconds * 1e3:.1f} ({min(r.samples) * 1e3:.1f} to {max(r.samples) * 1e3:.1f})", f"{slow.seconds / r.seconds:.0f}x"]
+            )  # fmt: skip
+    if not body:
+        return missing("teacher")
+    return table(["engine, fp32", "teacher, 50 guided steps, ms", "student, 4 steps, ms", "faster"], body)
+
+
 # --- the limit -------------------------------------------------------------------------------------------------------
 
 
