@@ -38,9 +38,15 @@ def _cpu() -> str:
 
 def _git(*args: str) -> str:
     try:
-        return subprocess.run(["git", *args], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(["git", *args], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.rstrip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def _dirty() -> bool:
+    """Whether something that could change a result differs from the commit: not the results themselves, nor what is made of them."""
+    made = ("benchmarks/results/", "benchmarks/plots/", "models.md")
+    return any(not line[3:].startswith(made) for line in _git("status", "--porcelain").splitlines())
 
 
 def environment() -> dict[str, Any]:
@@ -53,6 +59,6 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "date": date.today().isoformat(), "commit": _git("rev-parse", "--short", "HEAD"), "dirty": bool(_git("status", "--porcelain")),
+        "date": date.today().isoformat(), "commit": _git("rev-parse", "--short", "HEAD"), "dirty": _dirty(),
         "cpu": _cpu(), "cores": os.cpu_count(), "os": platform.platform(terse=True), "python": platform.python_version(), "versions": versions,
     }  # fmt: skip

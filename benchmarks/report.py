@@ -126,6 +126,7 @@ def models_md() -> str:
         "## Against other tools", "", "The same BK-Tiny-shaped weights, 512 px, 4 steps, no guidance; each peer as its own documentation says it is fastest (last column).", "",
         *speed.verdict(), *([""] if speed.verdict() else []), *speed.peers(), "", *speed.footnotes("peers-512"), "",
         "The embedded student, 64 px, 4 steps:", "", *speed.peers("int8-emoji"), "", *speed.footnotes("int8-emoji"), "",
+        "The same, float32, with torch.compile and optimum:", "", *speed.floats(), "", *speed.footnotes("emoji"), "",
         "## Scaling", "", *speed.scaling(), "", *speed.footnotes("scaling"), "",
         "## The limit of this CPU", "", *speed.roofline(), "",
         "## Where the time goes", "", *speed.profiles(), "",

@@ -105,6 +105,19 @@ def teacher(folder: Path = RESULTS) -> list[str]:
     return table(["engine, fp32", "teacher, 50 guided steps, ms", "student, 4 steps, ms", "faster"], body)
 
 
+def floats(folder: Path = RESULTS) -> list[str]:
+    """The embedded student in float32 by every engine: its own four steps, and 25 guided ones."""
+    found = [r for r in results("emoji", folder) if not r.error]
+    if not found:
+        return missing("emoji")
+    body = [
+        [f"`{r.case['engine']}`", str(r.case["steps"]), f"{r.case['guidance']:g}", spread(r.samples), number(r.median("peak_mib"), 0),
+         number(r.median("load_seconds")), number(r.median("first_call_seconds"))]
+        for r in sorted(found, key=lambda r: (r.case["steps"], r.seconds))
+    ]  # fmt: skip
+    return table(["engine, fp32", "steps", "g", "s/image", "peak MiB", "load s", "first call s"], body)
+
+
 # --- the limit -------------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +162,9 @@ def number(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
 
 
 def spread(samples: Sequence[float]) -> str:
-    return f"{np.median(samples):.2f} ({min(samples):.2f} to {max(samples):.2f})"
+    """Median (lowest to highest), seconds; four digits behind the point where there are only milliseconds."""
+    digits = 2 if np.median(samples) >= 0.2 else 4
+    return f"{np.median(samples):.{digits}f} ({min(samples):.{digits}f} to {max(samples):.{digits}f})"
 
 
 def missing(suite: str) -> list[str]:
@@ -204,8 +219,8 @@ def peers(suite: str = "peers-512", folder: Path = RESULTS, full: bool = True) -
         if full:
             step = r.stage("unet")
             cells += [
-                number(None if step is None else step / r.case["steps"], 3), number(r.stage("vae_decoder")), number(r.stage("text_encoder"), 3),
-                number(r.median("load_seconds"), 1), number(r.median("first_call_seconds"), 1), share(r, folder),
+                number(None if step is None else step / r.case["steps"], 3 if r.seconds >= 0.2 else 4), number(r.stage("vae_decoder"), 2 if r.seconds >= 0.2 else 4), number(r.stage("text_encoder"), 3),
+                number(r.median("load_seconds"), 1), number(r.median("first_call_seconds"), 1 if r.seconds >= 0.2 else 2), share(r, folder),
                 number(r.median("psnr_to_sdlite_ort"), 1), setting,
             ]  # fmt: skip
         body.append(cells)
