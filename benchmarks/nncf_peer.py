@@ -93,7 +93,7 @@ def main() -> None:
     import sdlite
     from sdlite.artifact import PARTS
     from sdlite.backends import Networks
-    from sdlite.backends.openvino import CompiledNetwork
+    from sdlite.backends.openvino import CompiledNetwork, arithmetic_of
     from sdlite.quant import Calibration, Gate, quantize, read_prompts
     from sdlite.quant import gate as gates
 
@@ -116,8 +116,9 @@ def main() -> None:
         ours = sdlite.Pipeline.from_pretrained(Path(tmp) / "ours", precision="int8-static", backend="openvino", threads=args.threads)
         pipes = {"sdlite": (ours, time.perf_counter() - begin)}
         begin = time.perf_counter()
+        arithmetic = arithmetic_of("int8-static", "cpu")  # of the layers that stay float: the same as ours
         files = by_nncf(floats.artifact, seen, Path(tmp))
-        networks = {p: CompiledNetwork(str(files[p]), p, "cpu", args.threads, "int8-static") for p in PARTS}
+        networks = {p: CompiledNetwork(str(files[p]), p, "cpu", args.threads, "int8-static", arithmetic) for p in PARTS}
         theirs = Networks(**networks, report=floats.report, size_multiple=floats.networks.size_multiple)
         pipes["nncf"] = (sdlite.Pipeline(floats.artifact, theirs), time.perf_counter() - begin)
         size_of = {
