@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -34,9 +35,20 @@ def test_suites_compare_engines_on_equal_terms():
         if name == "scaling":  # one thing at a time
             continue
         terms = {(c.steps, c.size_px, c.guidance, c.threads, c.repeats) for c in cases}
-        assert len(terms) == (2 if name in ("emoji", "plumbing") else 1), name
+        assert len(terms) == (2 if name in ("emoji", "plumbing", "teacher") else 1), name
     assert {(c.engine, c.precision) for c in SUITES["peers-512"]} == set(PEERS)
     assert {c.engine for c in SUITES["bk-tiny-512"]} == set(FLOAT_ENGINES)
+
+
+def test_student_and_teacher_are_measured_by_the_same_engines(tmp_path):
+    cases = {m: [c.engine for c in SUITES["teacher"] if c.model == m] for m in ("emoji", "emoji-teacher")}
+    assert cases["emoji"] == cases["emoji-teacher"]
+    about = {"suite": "teacher", "setting": "", "date": "d", "commit": "c", "command": "x", "round": 0}
+    rows = [{**about, "case": asdict(c), "samples_seconds": [0.02 if c.model == "emoji" else 1.0]} for c in SUITES["teacher"][:3]]
+    (tmp_path / "speed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    table = speed.teacher(tmp_path)
+    assert len(table) == 3, "a student without its teacher's row is not shown"
+    assert table[-1] == "| `sdlite-ort` | 1,000 (1,000 to 1,000) | 20.0 (20.0 to 20.0) | 50x |"
 
 
 def test_zoo_has_the_articles_ladder_and_scaling_changes_one_thing_a_row():
