@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import speed_tables as speed
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +82,38 @@ def notes() -> list[str]:
     return out
 
 
+def quantising() -> list[str]:
+    """The rows of each model's last run: cost, bytes, closeness to float on each engine."""
+    run = {r["model"]: (r["date"], r["commit"], r["command"]) for r in rows("quantise")}
+    last = {
+        (r["model"], r["precision"], r["scheme"]): r for r in rows("quantise") if run[r["model"]] == (r["date"], r["commit"], r["command"])
+    }
+    body = []
+    for r in last.values():
+        size, whole = (sum(n[k] for n in r["networks"].values()) for k in ("bytes", "float_bytes"))
+        close = "; ".join(f"{e['engine']} {e['psnr_mean']:.1f} / {e['psnr_worst']:.1f} dB, SSIM {e['ssim_mean']:.4f}" for e in r["engines"])
+        body.append(
+            [f"`{r['model']}`", f"{r['precision']} {r['scheme']}", str(r["samples"]), f"{r['seconds']:.0f}", f"{r['peak_mib']:,.0f}",
+             f"{size / 1e6:,.1f} ({size / whole:.2f} of the float file)", f"{close} ({r['engines'][0]['pictures']} pictures)", f"{r['date']} `{r['commit']}`"]
+        )  # fmt: skip
+    if not body:
+        return ["Not measured yet: run `python -m benchmarks.quantise emoji`."]
+    return table(["model", "precision", "calibration pictures", "s", "peak MiB", "MB", "mean / worst PSNR to float", "measured"], body)
+
+
+def nncf() -> list[str]:
+    """Our static int8 and NNCF's of the same model, both on OpenVINO, same run."""
+    last = {(r["model"], r["quantiser"]): r for r in rows("nncf")}
+    body = [
+        [f"`{r['model']}`", r["quantiser"], f"{r['psnr_mean']:.1f} / {r['psnr_worst']:.1f}", f"{r['ssim_mean']:.4f}", f"{r['bytes'] / 1e6:.1f}",
+         f"{np.median(r['unet_seconds']) * 1e3:.2f} ({np.median(r['float_unet_seconds']) * 1e3:.2f})", str(r["pictures"]), f"{r['date']} `{r['commit']}`"]
+        for r in last.values()
+    ]  # fmt: skip
+    if not body:
+        return ["Not measured yet: run `python -m benchmarks.nncf_peer emoji`."]
+    return table(["model", "quantiser", "mean / worst PSNR, dB", "SSIM", "MB", "UNet ms (float32)", "pictures", "measured"], body)
+
+
 def exports() -> list[str]:
     """The matrix of export/README.md: the last row of each model and profile."""
     last = {(r["model"], r["profile"]): r for r in rows("exports")}
@@ -119,6 +153,8 @@ def models_md() -> str:
         "Data, teacher, recipe and licences: the manifest (`sdlite info emoji`), `benchmarks/emoji/README.md`, `NOTICE`.", "",
         "## Quality", "", *quality(), "", "Definitions: `benchmarks/quality.py`, which is also the command. FID is biased at this N; compare rows only with each other.", *notes(), "",
         "One picture of the embedded student against one of its teacher (64 px, two threads):", "", *speed.teacher(), "", *speed.footnotes("teacher"), "",
+        "## Quantising", "", "Shapes have random weights: their closeness means nothing, time and memory do.", "", *quantising(), "",
+        "OpenVINO's own quantiser on the same model, both on OpenVINO (`benchmarks/nncf_peer.py`):", "", *nncf(), "",
         "## The article's ladder", "",
         "Random weights in SD-1.x shape, 512 px, 4 steps, no guidance. The article does not say its hardware, size or steps: compare ratios, not seconds.", "",
         *speed.article(), "", "Every rung, and the published students:", "", *speed.zoo(), "", *speed.footnotes("zoo-512"), "",

@@ -443,6 +443,8 @@ def _check(work: _Work, folder: Path, reference: np.ndarray) -> tuple[list[Compa
     for i, engine in enumerate(_engines(work)):
         pipe = Pipeline.from_pretrained(folder, precision=work.precision, backend=engine, threads=work.threads)
         result, made = gates.compare(reference, pipe, work.pipe, work.gate.prompts, work.gate)
+        del pipe
+        work.let_go()  # the next engine's networks do not need to fit beside these
         results.append(result)
         shown = made if i == 0 else shown
     return results, shown

@@ -69,12 +69,15 @@ class Comparison:
 
 
 class _Beside:
-    """The float network, which also feeds its inputs to the quantised one and sums up the difference."""
+    """The float network, which also feeds its inputs to the quantised one and sums up the difference; the float networks before it are closed."""
 
-    def __init__(self, reference: Any, other: Any):
-        self.reference, self.other, self.signal, self.noise = reference, other, 0.0, 0.0
+    def __init__(self, reference: Any, other: Any, done: Sequence[Any]):
+        self.reference, self.other, self.done, self.signal, self.noise = reference, other, done, 0.0, 0.0
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        for network in self.done:  # of one picture: what came before is not called again
+            if hasattr(network, "close"):
+                network.close()
         wanted: np.ndarray = self.reference(**inputs)
         got = self.other(**inputs)
         self.signal += float(np.square(wanted, dtype=np.float64).sum())
@@ -101,7 +104,8 @@ def compare(reference: np.ndarray, pipe: Pipeline, floats: Pipeline, prompts: Se
     """Pictures of `pipe` against `reference`, and the SQNR of its networks on the float pipeline's inputs."""
     made = pictures(pipe, prompts, gate)
     values = [psnr(a, b) for a, b in zip(reference, made, strict=True)]
-    beside = {p: _Beside(getattr(floats.networks, p), getattr(pipe.networks, p)) for p in PARTS}
+    ours = [getattr(floats.networks, p) for p in PARTS]
+    beside = {p: _Beside(ours[i], getattr(pipe.networks, p), ours[:i]) for i, p in enumerate(PARTS)}
     height, width = gate.size or (None, None)
     with_networks(floats, beside)(prompts[0], seed=gate.seeds[0], num_inference_steps=gate.num_inference_steps,
                                   guidance_scale=gate.guidance_scale, height=height, width=width)  # fmt: skip
