@@ -306,6 +306,8 @@ def main() -> None:
                 continue
             folder = bench.run_folder(name, seed)
             trained = bench.train(name, s, seed, folder)
+            if not trained["finished"]:  # interrupted: a row would claim the whole budget
+                raise SystemExit(f"{name} (seed {seed}) was stopped after {trained['images']} images; start again to go on from there.")
             row = bench.measure(folder / "model", s, seed)
             write(
                 name,
