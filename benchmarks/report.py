@@ -163,6 +163,7 @@ def models_md() -> str:
         *speed.verdict(), *([""] if speed.verdict() else []), *speed.peers(), "", *speed.footnotes("peers-512"), "",
         "The embedded student, 64 px, 4 steps:", "", *speed.peers("int8-emoji"), "", *speed.footnotes("int8-emoji"), "",
         "The same, float32, with torch.compile and optimum:", "", *speed.floats(), "", *speed.footnotes("emoji"), "",
+        "The BK-Tiny shape at 256 px, 4 steps, float32:", "", *speed.floats("bk-tiny-256"), "", *speed.footnotes("bk-tiny-256"), "",
         "## Scaling", "", *speed.scaling(), "", *speed.footnotes("scaling"), "",
         "## The limit of this CPU", "", *speed.roofline(), "",
         "## Where the time goes", "", *speed.profiles(), "",

@@ -105,11 +105,11 @@ def teacher(folder: Path = RESULTS) -> list[str]:
     return table(["engine, fp32", "teacher, 50 guided steps, ms", "student, 4 steps, ms", "faster"], body)
 
 
-def floats(folder: Path = RESULTS) -> list[str]:
-    """The embedded student in float32 by every engine: its own four steps, and 25 guided ones."""
-    found = [r for r in results("emoji", folder) if not r.error]
+def floats(suite: str = "emoji", folder: Path = RESULTS) -> list[str]:
+    """A suite of float32 engines: seconds of a picture, memory, load, first picture."""
+    found = [r for r in results(suite, folder) if not r.error]
     if not found:
-        return missing("emoji")
+        return missing(suite)
     body = [
         [f"`{r.case['engine']}`", str(r.case["steps"]), f"{r.case['guidance']:g}", spread(r.samples), number(r.median("peak_mib"), 0),
          number(r.median("load_seconds")), number(r.median("first_call_seconds"))]
