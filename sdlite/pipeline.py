@@ -107,8 +107,9 @@ class Pipeline:
         """Decode pictures larger than a tile in overlapping, blended tiles: the decoder's memory no longer grows with the picture.
 
         Args:
-            size_px: side of a tile; default as in diffusers: the size that the autoencoder was made for.
-            overlap: share of a tile that its neighbour has too.
+            size_px: side of a tile, at most; default as in diffusers: the size that the autoencoder was made for. 320 makes four tiles of
+                a 512 px picture: a third of the decoder's memory.
+            overlap: share of a tile that its neighbour has too, at least.
 
         Raises:
             InputError: not a multiple of the VAE's stride, or an overlap outside 0 to 1.

@@ -1,11 +1,13 @@
 """Decode a large picture in overlapping tiles: memory of one tile, whatever the picture's size.
 
-Same grid, overlap and linear blend as diffusers' `AutoencoderKL.tiled_decode`, so the two agree to rounding. Each tile is decoded alone, and its
-norm layers see the tile alone: pictures differ slightly from those decoded at once, which is why it is an option.
+As diffusers' `AutoencoderKL.tiled_decode`: overlap and linear blend; but all tiles of a picture have one size, spread evenly, where diffusers
+leaves narrow rests at the right and the bottom. Engines that compile for a shape compile once, and no tile sees only a strip. Each tile is decoded
+alone, and its norm layers see the tile alone: pictures differ slightly from those decoded at once, which is why it is an option.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +18,7 @@ from sdlite.errors import InputError
 
 @dataclass(frozen=True)
 class Tiling:
-    """`size_px`: side of a tile, pixels. `overlap`: share of a tile that its neighbour has too, 0 up to (not with) 1."""
+    """`size_px`: side of a tile, pixels, at most. `overlap`: share of a tile that its neighbour has too, at least, 0 up to (not with) 1."""
 
     size_px: int
     overlap: float = 0.25
@@ -31,44 +33,52 @@ class Tiling:
             raise InputError(f"tile overlap={self.overlap}; accepted: 0 up to (not with) 1, and at least one latent of a tile is its own.")
 
     def __str__(self) -> str:
-        return f"VAE decoder in tiles of {self.size_px} px, {self.overlap:.0%} overlap, blended, where a picture is larger than a tile"
+        return f"VAE decoder in tiles of at most {self.size_px} px, {self.overlap:.0%} overlap, blended, where a picture is larger than a tile"
+
+
+def grid(length: int, most: int, overlap: float) -> tuple[int, list[int]]:
+    """Side and starts of the fewest tiles of `most` or less that cover `length`, each sharing `overlap` of itself or more with the next."""
+    if length <= most:
+        return length, [0]
+    count = math.ceil((length - overlap * most) / (most * (1 - overlap)) - 1e-9)
+    side = next(s for s in range(1, most + 1) if count * s - (count - 1) * int(overlap * s) >= length)
+    return side, [round(i * (length - side) / (count - 1)) for i in range(count)]
 
 
 def decode(network: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, tiling: Tiling, stride: int) -> np.ndarray:
     """Latents (B, C, h, w) -> pixels (B, 3, H, W), by a network that does the same; latents of one tile or less are one call.
 
-    Two rows of tiles are held at a time.
+    One row of tiles is held at a time, beside the picture.
     """
-    side = tiling.size_px // stride
-    if max(latents.shape[2:]) <= side:
+    most = tiling.size_px // stride
+    if max(latents.shape[2:]) <= most:
         return network(latents)
-    step, blend = int(side * (1 - tiling.overlap)), int(tiling.size_px * tiling.overlap)
-    keep = tiling.size_px - blend
-    above: list[np.ndarray] = []
-    out = []
-    for top in range(0, latents.shape[2], step):
-        row: list[np.ndarray] = []
-        for left in range(0, latents.shape[3], step):
-            piece = np.ascontiguousarray(latents[:, :, top : top + side, left : left + side])
-            tile = np.array(network(piece), np.float32)  # a copy: it is blended in place
-            if above:
-                _blend(above[len(row)], tile, blend, axis=2)
-            if row:
-                _blend(row[-1], tile, blend, axis=3)
-            row.append(tile)
-        out.append(np.concatenate([t[:, :, :keep, :keep] for t in row], axis=3))
-        above = row
-    return np.concatenate(out, axis=2)
+    (height, tops), (width, lefts) = (grid(n, most, tiling.overlap) for n in latents.shape[2:])
+    out = _Canvas(latents.shape[2] * stride, axis=2)
+    for top in tops:
+        row = _Canvas(latents.shape[3] * stride, axis=3)
+        for left in lefts:
+            row.add(network(np.ascontiguousarray(latents[:, :, top : top + height, left : left + width])), left * stride)
+        out.add(row.pixels, top * stride)
+    return out.pixels
 
 
-def _blend(before: np.ndarray, tile: np.ndarray, extent: int, axis: int) -> None:
-    """In place: the first `extent` lines of `tile` fade in over the last ones of `before`."""
-    extent = min(before.shape[axis], tile.shape[axis], extent)
-    if not extent:
-        return
-    weight = (np.arange(extent, dtype=np.float32) / np.float32(extent)).reshape(-1, *[1] * (3 - axis))
-    lines = [slice(None)] * 4
-    lines[axis] = slice(extent)
-    end = [slice(None)] * 4
-    end[axis] = slice(before.shape[axis] - extent, None)
-    tile[tuple(lines)] = before[tuple(end)] * (1 - weight) + tile[tuple(lines)] * weight
+class _Canvas:
+    """Pieces side by side along `axis`; where a piece lies over what is there, it fades in."""
+
+    def __init__(self, length: int, axis: int):
+        self.length, self.axis, self.end = length, axis, 0
+        self.pixels = np.empty(0, np.float32)
+
+    def add(self, piece: np.ndarray, start: int) -> None:
+        if self.end == 0:
+            shape = list(piece.shape)
+            shape[self.axis] = self.length
+            self.pixels = np.empty(shape, np.float32)
+        target, given = np.moveaxis(self.pixels, self.axis, -1), np.moveaxis(piece, self.axis, -1)
+        shared, stop = self.end - start, start + given.shape[-1]
+        if shared > 0:
+            weight = np.arange(shared, dtype=np.float32) / np.float32(shared)
+            target[..., start : self.end] += (given[..., :shared] - target[..., start : self.end]) * weight
+        target[..., self.end : stop] = given[..., shared:]
+        self.end = stop

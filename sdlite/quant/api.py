@@ -271,7 +271,7 @@ def _rewrite(work: _Work, graphs: dict[str, Graph]) -> dict[str, dict[str, Any]]
                 seen[part][name].add(x)
 
     samples = min(4, work.calibration.samples)
-    for _ in work.bar(walk(work.pipe, work.calibration, sessions, visit, samples), samples, "outliers"):
+    for _ in work.bar(walk(work.pipe, work.calibration, sessions, visit, samples), 2 * samples, "outliers"):
         pass
     sessions.clear()
     work.let_go()
@@ -312,7 +312,8 @@ def _histograms(work: _Work, graphs: dict[str, Graph], layers: dict[str, list[La
         if name in out[part]:
             out[part][name].add(x, step, f"{part}/{name}")
 
-    for _ in work.bar(walk(work.pipe, work.calibration, sessions, visit), work.calibration.samples, "ranges"):
+    samples = work.calibration.samples
+    for _ in work.bar(walk(work.pipe, work.calibration, sessions, visit, samples), 2 * samples, "ranges"):
         pass
     # the text encoder is cheap and its words are many: it sees every calibration prompt, not only those that were painted
     judged = set(work.gate.prompts or ())
@@ -337,7 +338,7 @@ def _layer_sqnr(
             sums[part, name] = sums.get((part, name), 0.0) + float(x)
 
     samples = min(4, work.calibration.samples)
-    for _ in work.bar(walk(work.pipe, work.calibration, sessions, visit, samples), samples, "layer by layer"):
+    for _ in work.bar(walk(work.pipe, work.calibration, sessions, visit, samples), 2 * samples, "layer by layer"):
         pass
     return {
         f"{p}/{layer.name}": sqnr(sums[p, insert.signal_name(layer)], sums[p, insert.noise_name(layer)])

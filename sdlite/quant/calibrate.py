@@ -74,22 +74,29 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 class Session:
-    """A graph on onnxruntime's CPU provider that returns all its outputs by name."""
+    """A graph on onnxruntime's CPU provider that returns all its outputs by name. Opened at its first call, and again after `close`."""
 
     def __init__(self, graph: Graph, path: Path, threads: int | None = None):
-        import onnxruntime as ort
-
         graph.save(path)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.enable_cpu_mem_arena = False  # hundreds of outputs: the arena would keep the largest of each
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.names = [o.name for o in self.session.get_outputs()]
+        self.path, self.threads = path, threads
+        self._open: tuple[Any, list[str]] | None = None
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(self.names, self.session.run(None, inputs), strict=True))
+        if self._open is None:
+            import onnxruntime as ort
+
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            options.enable_cpu_mem_arena = False  # hundreds of outputs: the arena would keep the largest of each
+            if self.threads is not None:
+                options.intra_op_num_threads = self.threads
+            session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            self._open = session, [o.name for o in session.get_outputs()]
+        session, names = self._open
+        return dict(zip(names, session.run(None, inputs), strict=True))
+
+    def close(self) -> None:
+        self._open = None
 
 
 @dataclass
@@ -115,19 +122,38 @@ def with_networks(pipe: Pipeline, networks: dict[str, Any]) -> Pipeline:
     return Pipeline(pipe.artifact, Networks(**networks, report=pipe.report, size_multiple=pipe.networks.size_multiple))
 
 
-def walk(pipe: Pipeline, calibration: Calibration, sessions: dict[str, Session], visit: Visit, samples: int | None = None) -> Iterator[int]:
-    """Make the calibration pictures with watched networks; yields after each picture.
+class _Later:
+    """Stands for the decoder: keeps what it is given (a picture's latents are small) and answers an empty picture."""
+
+    def __init__(self, stride: int):
+        self.stride, self.given = stride, list[np.ndarray]()
+
+    def __call__(self, latent_sample: np.ndarray) -> np.ndarray:
+        self.given.append(latent_sample)
+        b, _, h, w = latent_sample.shape
+        return np.broadcast_to(np.float32(0), (b, 3, h * self.stride, w * self.stride))
+
+
+def walk(pipe: Pipeline, calibration: Calibration, sessions: dict[str, Session], visit: Visit, samples: int) -> Iterator[None]:
+    """Run the calibration pictures through watched networks: all of them up to their latents, then all through the decoder, so that
+    the UNet and the decoder, whose tensors are the largest, are never in memory together. Yields after each half of a picture.
 
     Args:
-        sessions: part -> graph with extra outputs; the other parts run as they are.
+        sessions: part -> graph with extra outputs. They are closed when their part is done.
     """
     assert calibration.prompts
-    prompts = list(calibration.prompts)
+    prompts, later = list(calibration.prompts), _Later(pipe.stride)
     height, width = calibration.size or (None, None)
-    for i in range(samples if samples is not None else calibration.samples):
-        watched = {p: Watched(p, sessions[p], visit) if p in sessions else getattr(pipe.networks, p) for p in PARTS}
-        with_networks(pipe, watched)(
+    first = [p for p in PARTS if p != "vae_decoder"]
+    for i in range(samples):
+        with_networks(pipe, {**{p: Watched(p, sessions[p], visit) for p in first}, "vae_decoder": later})(
             prompts[i % len(prompts)], seed=calibration.seed + i, num_inference_steps=calibration.num_inference_steps,
             guidance_scale=calibration.guidance_scale, height=height, width=width,
         )  # fmt: skip
-        yield i
+        yield
+    for p in first:
+        sessions[p].close()
+    for latents in later.given:
+        Watched("vae_decoder", sessions["vae_decoder"], visit)(latent_sample=latents)
+        yield
+    sessions["vae_decoder"].close()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sdlite.errors import InputError
-from sdlite.tiling import Tiling, decode
+from sdlite.tiling import Tiling, decode, grid
 
 FAST = {"num_inference_steps": 1, "guidance_scale": 1.0, "seed": 0}
 
@@ -24,10 +24,27 @@ def test_tiles_of_a_decoder_without_context_are_not_seen(shape, overlap):
 def test_no_call_sees_more_than_a_tile():
     sizes = []
     decode(lambda z: sizes.append(z.shape[2:]) or upscale(z), np.zeros((1, 4, 40, 24), np.float32), Tiling(64), 8)
-    assert max(max(s) for s in sizes) == 8
+    assert max(max(s) for s in sizes) <= 8
+    assert len(set(sizes)) == 1, "an engine that compiles for a shape would compile again"
 
 
-def test_tiled_decode_equals_diffusers():
+@pytest.mark.parametrize(
+    ("length", "most", "overlap", "side", "starts"),
+    [
+        (8, 8, 0.25, 8, [0]),
+        (64, 40, 0.25, 37, [0, 27]),  # 512 px in tiles of 320 or less
+        (64, 32, 0.25, 26, [0, 19, 38]),
+        (64, 32, 0.0, 32, [0, 32]),
+        (9, 8, 0.5, 6, [0, 3]),
+    ],
+)
+def test_grid_is_the_fewest_tiles_of_one_size(length, most, overlap, side, starts):
+    assert grid(length, most, overlap) == (side, starts)
+    assert all(b - a <= side - int(overlap * side) for a, b in zip(starts, starts[1:], strict=False))
+    assert starts[-1] + side == length
+
+
+def test_tiled_decode_is_about_as_close_to_the_whole_as_diffusers():
     torch = pytest.importorskip("torch", reason="needs the torch extra")
     AutoencoderKL = pytest.importorskip("diffusers", reason="needs the torch extra").AutoencoderKL
     torch.manual_seed(0)
@@ -44,8 +61,8 @@ def test_tiled_decode_equals_diffusers():
     got = decode(network, z.numpy(), Tiling(32, 0.25), 4)
     whole = network(z.numpy())
     vae.enable_tiling()
-    np.testing.assert_allclose(got, network(z.numpy()), rtol=1e-5, atol=1e-6)
-    assert np.abs(got - whole).max() > 1e-3, "the comparison must see a difference between tiled and whole"
+    ours, theirs = (float(np.sqrt(np.square(x - whole).mean())) for x in (got, network(z.numpy())))
+    assert 1e-3 < ours < 1.15 * theirs, "tiles cannot be seen at all, or are seen more than diffusers' larger ones are"
 
 
 def test_pipeline_tiles_only_larger_pictures_and_says_so(emoji):
@@ -53,7 +70,7 @@ def test_pipeline_tiles_only_larger_pictures_and_says_so(emoji):
     small = np.asarray(emoji("pizza", **FAST).images[0])
     try:
         emoji.enable_vae_tiling()
-        assert any("tiles of 64 px" in n for n in emoji.report.notes)
+        assert any("tiles of at most 64 px" in n for n in emoji.report.notes)
         assert (np.asarray(emoji("pizza", **FAST).images[0]) == small).all()
         tiled = np.asarray(emoji("pizza", height=128, width=64, **FAST).images[0])
         assert tiled.shape == plain.shape
