@@ -65,6 +65,19 @@ def _zoo() -> list[Case]:
     return rows
 
 
+def _best() -> list[Case]:
+    """Each model at the steps that its kind needs: 25 guided for what imitates the original, 4 without guidance for a few-step student."""
+    many = Case("shape:sd14", "sdlite-openvino", 25, 512, guidance=7.5, repeats=1)
+    few = replace(many, steps=4, guidance=1.0, precision="int8-static", repeats=3)
+    rows = [
+        replace(many, engine="diffusers"),
+        many,
+        replace(many, model="shape:bk-tiny"),
+        replace(many, model="shape:bk-tiny", precision="int8-static"),
+    ]
+    return rows + [replace(few, model=f"shape:{m}") for m in ("w0.62", "bk-tiny", "extreme-120m")]
+
+
 def _scaling() -> list[Case]:
     """One thing at a time around BK-Tiny int8, 512 px, 4 steps."""
     base = Case("shape:bk-tiny", "sdlite-openvino", 4, 512, precision="int8-static", repeats=3)
@@ -88,7 +101,13 @@ SUITES: dict[str, list[Case]] = {
     ],
     "peers-512": [Case("shape:bk-tiny", e, 4, 512, precision=p, repeats=2) for e, p in PEERS],
     "zoo-512": _zoo(),
+    "best-512": _best(),
     "scaling": _scaling(),
+    "memory-512": [  # the least memory of a picture
+        Case("shape:bk-tiny", e, 4, 512, precision="int8-static", repeats=1, tile_px=t)
+        for e in ("sdlite-openvino", "sdlite-ort")
+        for t in (0, 320)
+    ],
     "bk-tiny-256": [Case("shape:bk-tiny", e, 4, 256, repeats=3) for e in FLOAT_ENGINES],
     "bk-tiny-512": [Case("shape:bk-tiny", e, 4, 512, repeats=3) for e in FLOAT_ENGINES],
     "int8-emoji": [Case("emoji", e, 4, 64, precision=p, repeats=20) for e, p in INT8],

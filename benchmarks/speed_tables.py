@@ -283,6 +283,39 @@ def zoo(folder: Path = RESULTS, full: bool = True) -> list[str]:
     return table([*header, *(ratios if full else [])], body)
 
 
+def best(folder: Path = RESULTS) -> list[str]:
+    """Each model at the steps that its kind needs."""
+    found = results("best-512", folder)
+    if not found:
+        return missing("best-512")
+    good = {(r.case["model"], *r.name, r.case["steps"]): r for r in found if not r.error}
+    plain, same = (good.get(("shape:sd14", e, "fp32", 25)) for e in ("diffusers", "sdlite-openvino"))
+    body = []
+    for r in found:
+        c = r.case
+        calls = f"{c['steps']}, {'guided' if c['guidance'] != 1 else 'one call each'}"
+        head = [NAMES.get(c["model"], c["model"]), f"{c['engine']} {c['precision']}", calls]
+        if r.error:
+            body.append([*head, f"failed: {r.error.replace('|', '/')[:160]}", "", "", ""])
+            continue
+        body.append(
+            [*head, spread(r.samples), number(r.median("peak_mib"), 0), *(number(b and b.seconds / r.seconds, 1) for b in (same, plain))]
+        )
+    return table(["model", "run as", "steps", "s/image", "peak MiB", "x original, same engine", "x original, diffusers"], body)
+
+
+def memory(folder: Path = RESULTS) -> list[str]:
+    """Least memory of a 512 px picture, decoded at once and in tiles."""
+    found = [r for r in results("memory-512", folder) if not r.error]
+    if not found:
+        return missing("memory-512")
+    body = [
+        [f"`{r.case['engine']}`", f"tiles of {r.case['tile_px']} px" if r.case["tile_px"] else "at once", number(r.median("peak_mib"), 0), number((r.median("peak_mib") or 0) * 2**20, 2, 1e-9), spread(r.samples), number(r.stage("vae_decoder"))]
+        for r in found
+    ]  # fmt: skip
+    return table(["engine, int8-static", "decoded", "peak MiB", "peak GB", "s/image", "VAE s"], body)
+
+
 def article(folder: Path = RESULTS) -> list[str]:
     """The article's first table, its figures and ours side by side (ours: this machine's CPU, OpenVINO, four steps)."""
     found = {TWIN[r.case["model"], r.case["precision"]]: r for r in results("zoo-512", folder)

@@ -33,7 +33,9 @@ class Tiling:
             raise InputError(f"tile overlap={self.overlap}; accepted: 0 up to (not with) 1, and at least one latent of a tile is its own.")
 
     def __str__(self) -> str:
-        return f"VAE decoder in tiles of at most {self.size_px} px, {self.overlap:.0%} overlap, blended, where a picture is larger than a tile"
+        return (
+            f"VAE decoder in tiles of at most {self.size_px} px, {self.overlap:.0%} overlap, blended, where a picture is larger than a tile"
+        )
 
 
 def grid(length: int, most: int, overlap: float) -> tuple[int, list[int]]:

@@ -35,7 +35,7 @@ def test_suites_compare_engines_on_equal_terms():
         if name == "scaling":  # one thing at a time
             continue
         terms = {(c.steps, c.size_px, c.guidance, c.threads, c.repeats) for c in cases}
-        assert len(terms) == (2 if name in ("emoji", "plumbing", "teacher") else 1), name
+        assert len(terms) == (2 if name in ("emoji", "plumbing", "teacher", "best-512") else 1), name
     assert {(c.engine, c.precision) for c in SUITES["peers-512"]} == set(PEERS)
     assert {c.engine for c in SUITES["bk-tiny-512"]} == set(FLOAT_ENGINES)
 
@@ -58,6 +58,24 @@ def test_zoo_has_the_articles_ladder_and_scaling_changes_one_thing_a_row():
     for c in SUITES["scaling"]:
         changed = {k for k in ("steps", "batch", "threads", "size_px", "tile_px", "pipelines") if getattr(c, k) != getattr(base, k)}
         assert len(changed - ({"size_px"} if "tile_px" in changed or "pipelines" in changed else set())) <= 1, c
+
+
+def test_tables_of_best_steps_and_least_memory(tmp_path):
+    about = {"setting": "", "date": "d", "commit": "c", "command": "x", "round": 0}
+    seconds = {"shape:sd14": 100.0, "shape:bk-tiny": 50.0, "shape:w0.62": 4.0, "shape:extreme-120m": 1.0}
+    rows = [
+        {**about, "suite": "best-512", "case": asdict(c), "samples_seconds": [seconds[c.model]], "peak_mib": 1000}
+        for c in SUITES["best-512"]
+    ]
+    rows += [{**about, "suite": "memory-512", "case": asdict(c), "samples_seconds": [2.0], "peak_mib": 1000 - c.tile_px, "stage_seconds": {"vae_decoder": 1}}
+             for c in SUITES["memory-512"]]  # fmt: skip
+    (tmp_path / "speed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    best = "\n".join(speed.best(tmp_path))
+    assert "| `w0.62` | sdlite-openvino int8-static | 4, one call each | 4.00 (4.00 to 4.00) | 1,000 | 25.0 | 25.0 |" in best
+    assert best.count("25, guided") == 4
+    memory = speed.memory(tmp_path)
+    assert memory[2] == "| `sdlite-openvino` | at once | 1,000 | 1.05 | 2.00 (2.00 to 2.00) | 1.00 |"
+    assert memory[3].startswith("| `sdlite-openvino` | tiles of 320 px | 680 |")
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -40,7 +42,7 @@ def test_no_call_sees_more_than_a_tile():
 )
 def test_grid_is_the_fewest_tiles_of_one_size(length, most, overlap, side, starts):
     assert grid(length, most, overlap) == (side, starts)
-    assert all(b - a <= side - int(overlap * side) for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a <= side - int(overlap * side) for a, b in pairwise(starts))
     assert starts[-1] + side == length
 
 
