@@ -6,11 +6,13 @@ Exit codes: 0 done; 1 an error, explained in one line on stderr; 2 wrong usage.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +372,24 @@ def _models(args: argparse.Namespace) -> None:
         )
 
 
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that what was half written is removed."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
@@ -389,7 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("distill needs --out")
     warnings.showwarning = lambda message, *_, **__: print(f"sdlite: warning: {message}", file=sys.stderr)
     try:
-        args.run(args)
+        with _terminable():
+            args.run(args)
     except SdliteError as e:
         print(f"sdlite: {e}", file=sys.stderr)
         return 1

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 from PIL import Image
@@ -131,3 +134,27 @@ def test_bench_row_that_fails_says_why(capsys):
     assert "failed: " in out.out
     assert "height=60" in out.out
     assert "every row failed" in out.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+def test_terminated_half_way_nothing_is_left(tmp_path):
+    code = (
+        "import sys, time, sdlite.quant.gate as gate, sdlite.cli as cli\n"
+        "gate.pictures = lambda *a: None\n"
+        "gate.compare = lambda *a: time.sleep(600)\n"  # the folder is half written
+        f"sys.exit(cli.main(['quantize', 'emoji', '--precision', 'int8-dynamic', '--out', {str(tmp_path / 'out')!r}]))\n"
+    )
+    run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            if any(tmp_path.glob(".out.*.tmp/unet/*.onnx")):
+                break
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.1)
+        run.terminate()
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 1
+    assert "interrupted; nothing was written" in said
+    assert not list(tmp_path.iterdir())
