@@ -113,7 +113,13 @@ class Bench:
         from benchmarks.quality import generate
 
         if seed not in self.paired:
-            self.paired[seed] = generate(self.pipeline(self.args.teacher), self.protocol, self.protocol.prompts, seed, 50, 2.0)
+            kept = Path(self.args.out) / f"taught-{seed}-{len(self.protocol.prompts)}.npy"
+            if not kept.exists():
+                made = generate(self.pipeline(self.args.teacher), self.protocol, self.protocol.prompts, seed, 50, 2.0)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                np.save(kept.with_suffix(".tmp.npy"), made)
+                kept.with_suffix(".tmp.npy").replace(kept)
+            self.paired[seed] = np.load(kept)
         return self.paired[seed]
 
     def train(self, name: str, s: Strategy, seed: int, folder: Path) -> dict[str, Any]:
@@ -289,7 +295,10 @@ def main() -> None:
                 "heldout": args.heldout,
             }
             f.write(json.dumps({**protocol, **row, **about}) + "\n")
-        print(f"{name} (seed {seed}): identity {row['identity@1']:.1%}, KID {row['kid']:.1f}, PSNR to teacher {row['paired_psnr']:.2f} dB")
+        print(
+            f"{name} (seed {seed}): identity {row['identity@1']:.1%}, KID {row['kid']:.1f}, PSNR to teacher {row['paired_psnr']:.2f} dB",
+            flush=True,
+        )
 
     for seed in range(args.seeds):
         for name, (folder, s) in reference.items():
