@@ -352,56 +352,72 @@ STRATEGIES = [  # the article's second table: strategy, fewer parameters, faster
 ]  # fmt: skip
 
 
+AIDS = (
+    "feature + output + multi-scale",
+    "feature + output + mask",
+    "feature + output + channel, temperature 4 to 1",
+)  # against feature + output
+SCORES = {  # column -> (key of a row, factor, digits)
+    "KID x1000": ("kid", 1, 1), "FID": ("fid", 1, 1), "identity@1 %": ("identity@1", 100, 1), "colour %": ("colour", 100, 1),
+    "held-out exact@1 %": ("heldout@1", 100, 1), "PSNR to teacher, dB": ("paired_psnr", 1, 2),
+}  # fmt: skip
+
+
 def strategies(folder: Path = RESULTS) -> list[str]:
     """The article's second table as it stands there, and ours: each strategy of `benchmarks.distil`, mean and deviation over seeds."""
     rows = read("distil", folder)
     out = ["As the article has it:", "", *table(["strategy", "fewer parameters", "faster", "FID"], STRATEGIES), ""]
     if not rows:
         return [*out, "Ours: not measured yet: run `python -m benchmarks.distil size` and `steps`."]
-    body = []
-    for which in dict.fromkeys(r["table"] for r in rows):
+    for which, title in (
+        ("size", "The student made smaller, sampled in 25 guided steps:"),
+        ("steps", "Fewer steps, and no guidance pass:"),
+    ):
         mine = [r for r in rows if r["table"] == which]
+        if not mine:
+            continue
         teacher = [r for r in mine if r["strategy"] == "teacher"]
-        for name in dict.fromkeys(r["strategy"] for r in mine):
-            images = max(r["images"] for r in mine if r["strategy"] == name)
-            same = [r for r in mine if r["strategy"] == name and r["images"] == images]
-            of = {k: float(np.mean([r[k] for r in same])) for k in ("seconds_per_image", "parameters")}
-            against = [float(np.mean([r[k] for r in teacher])) / of[k] if teacher else None for k in ("seconds_per_image", "parameters")]
-            smaller = "" if against[1] is None else f"{1 - 1 / against[1]:.0%}"
-            faster = "" if against[0] is None else f"{against[0]:.1f}x"
-            scores = [
-                f"{np.mean(v):.1f} ± {np.std(v):.1f}"
-                for v in ([r[k] * f for r in same] for k, f in (("fid", 1), ("kid", 1), ("identity@1", 100)))
-            ]
+        groups = _budgets(mine)
+        body = []
+        for (name, images), same in groups.items():
+            of = {k: float(np.median([r[k] for r in same])) for k in ("seconds_per_image", "parameters", "macs", "minutes")}
+            against = [float(np.median([r[k] for r in teacher])) / of[k] if teacher else None for k in ("seconds_per_image", "parameters")]
             body.append(
-                [
-                    which,
-                    name,
-                    f"{of['parameters'] / 1e6:.1f}M",
-                    smaller,
-                    str(same[0]["calls"]),
-                    faster,
-                    *scores,
-                    f"{images:,}",
-                    str(len(same)),
-                ]
-            )
-    header = [
-        "table",
-        "strategy",
-        "UNet",
-        "fewer parameters",
-        "network calls",
-        "faster",
-        "FID",
-        "KID x1000",
-        "identity@1 %",
-        "images",
-        "seeds",
-    ]
-    r = rows[-1]
-    note = f"Embedded student's data, equal budgets; FID is biased at this N, and not comparable with the article's. {r['cpu']}; {r['date']}, commit `{r['commit']}`."
-    return [*out, "Ours:", "", *table(header, body), "", note]
+                [name, f"{of['parameters'] / 1e6:.1f}M", "" if against[1] is None else f"{1 - 1 / against[1]:.0%}", f"{of['macs'] / 1e6:,.0f}",
+                 f"{same[0]['steps']} ({same[0]['calls']})", f"{of['seconds_per_image']:.3f}", "" if against[0] is None else f"{against[0]:.1f}x",
+                 *(f"{np.mean(v):.{d}f} ± {np.std(v, ddof=1) if len(v) > 1 else 0:.{d}f}" for v, d in (([r[k] * f for r in same], d) for k, f, d in SCORES.values())),
+                 f"{images:,}" if images else "", f"{of['minutes']:.1f}" if images else "", str(len(same))]
+            )  # fmt: skip
+        header = ["strategy", "UNet", "fewer parameters", "M MACs a call", "steps (network calls)", "s/image", "faster", *SCORES, "images", "minutes", "seeds"]  # fmt: skip
+        r = mine[-1]
+        note = (
+            f"Mean ± standard deviation over seeds; {r['prompts']} prompts and {r['heldout']} held-out ones a seed; s/image: torch, batch 1, float32. FID is biased at "
+            f"this N, and not comparable with the article's. Trained in {r.get('mixed_precision', 'no')}; {r['cpu']}, {r['cores']} cores; {r['date']}, commit `{r['commit']}`, `{r['command']}`."
+        )
+        out += [title, "", *table(header, body), "", *([*aids(groups), ""] if which == "size" else []), note, ""]
+    return out[:-1]
+
+
+def _budgets(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """(strategy, images) -> one row a seed, of each strategy's largest budget; a seed that was measured twice counts once, the last time."""
+    most = {name: max(r["images"] for r in rows if r["strategy"] == name) for name in dict.fromkeys(r["strategy"] for r in rows)}
+    return {(n, i): list({r["seed"]: r for r in rows if (r["strategy"], r["images"]) == (n, i)}.values()) for n, i in most.items()}
+
+
+def aids(groups: dict[tuple[str, int], list[dict[str, Any]]]) -> list[str]:
+    """Does an aid lower KID, seed by seed, by more than the seeds spread? Whoever loses is named too."""
+    by_name = {name: {r["seed"]: r["kid"] for r in rows} for (name, _), rows in groups.items()}
+    plain, out = by_name.get("feature + output", {}), []
+    for name in (*AIDS, "feature + output"):
+        against, base = ("feature + output", plain) if name in AIDS else ("task", by_name.get("task", {}))
+        both = sorted(set(base) & set(by_name.get(name, {})))
+        if len(both) < 2:
+            continue
+        gains = [base[s] - by_name[name][s] for s in both]
+        mean, spread_ = float(np.mean(gains)), float(np.std(gains, ddof=1))
+        said = "helps" if mean > spread_ else "harms" if mean < -spread_ else "makes no difference beyond the seeds' spread"
+        out.append(f"- {name} against {against}: KID lower by {mean:.1f} ± {spread_:.1f}, the same seeds: it {said}.")
+    return out
 
 
 def line_fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:

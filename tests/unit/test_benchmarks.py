@@ -208,3 +208,29 @@ def test_demand_counts_two_operations_a_multiplication():
     assert by_part["unet"]["conv"] > conv_in
     assert by_part["text_encoder"]["conv"] == 0 < by_part["text_encoder"]["matmul"]
     assert {r["part"]: r for r in large}["vae_decoder"]["conv"] == 4 * by_part["vae_decoder"]["conv"]
+
+
+def distilled(strategy, seed, kid, images=100, **more):
+    row = {"table": "size", "strategy": strategy, "seed": seed, "images": images, "prompts": 128, "heldout": 64, "parameters": 5e6, "macs": 6e7, "calls": 50,
+           "steps": 25, "identity@1": 0.5, "colour": 1.0, "heldout@1": 0.1, "kid": kid, "fid": 300.0, "paired_psnr": 15.0, "seconds_per_image": 0.5,
+           "minutes": 2.0, "date": "d", "commit": "c", "cpu": "x", "cores": 2, "command": "run"}  # fmt: skip
+    return {**row, **more}
+
+
+def test_strategies_are_shown_with_spread_and_aids_are_judged_by_the_same_seeds(tmp_path):
+    teacher = distilled("teacher", 0, 40.0, 0, parameters=3e7, seconds_per_image=2.0)
+    kids = {
+        "task": (700, 720),
+        "feature + output": (600, 610),
+        "feature + output + mask": (580, 592),
+        "feature + output + multi-scale": (590, 630),
+    }
+    rows = [teacher] + [distilled(n, s, k) for n, both in kids.items() for s, k in enumerate(both)]
+    rows += [distilled("task", 1, 999.0, images=10)]  # a smaller budget is not shown beside a larger one
+    (tmp_path / "distil.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = "\n".join(speed.strategies(tmp_path))
+    assert "| task | 5.0M | 83% | 60 | 25 (50) | 0.500 | 4.0x | 710.0 ± 14.1 |" in text
+    assert "999" not in text
+    assert "feature + output against task: KID lower by 105.0 ± 7.1, the same seeds: it helps." in text
+    assert "mask against feature + output: KID lower by 19.0 ± 1.4, the same seeds: it helps." in text
+    assert "multi-scale against feature + output: KID lower by -5.0 ± 21.2, the same seeds: it makes no difference beyond" in text
