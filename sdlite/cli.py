@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--height", type=int)
     g.add_argument("--width", type=int)
     g.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory, slightly other pixels")
+    g.add_argument(
+        "--vae-tile-size", type=int, metavar="PX", help="the same, in tiles of at most PX pixels; default: the autoencoder's own size"
+    )
     g.add_argument("--grid", action="store_true", help="one file with all pictures instead of numbered files")
     g.add_argument("--out", type=Path, required=True, help="picture file: " + ", ".join(FORMATS))
     g.add_argument("--quiet", action="store_true", help="no progress bar, no report")
@@ -154,8 +157,8 @@ def _generate(args: argparse.Namespace) -> None:
     pipe = Pipeline.from_pretrained(
         args.model, precision=args.precision, backend=args.backend, device=args.device, revision=args.revision, threads=args.threads
     )
-    if args.vae_tiling:
-        pipe.enable_vae_tiling()
+    if args.vae_tiling or args.vae_tile_size is not None:
+        pipe.enable_vae_tiling(args.vae_tile_size)
     out = pipe(
         args.prompt, negative_prompt=args.negative_prompt, num_inference_steps=args.steps, guidance_scale=args.guidance, seed=args.seed,
         num_images_per_prompt=args.num, height=args.height, width=args.width, sampler=args.sampler, progress=not args.quiet,

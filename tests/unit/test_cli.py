@@ -34,6 +34,13 @@ def test_several_images_are_numbered_files_or_one_grid(tmp_path):
     assert Image.open(tmp_path / "g.png").size == (128, 128)
 
 
+def test_tiles_of_a_size_are_taken(tmp_path):
+    for name, more in (("whole", []), ("own", ["--vae-tiling"]), ("tiled", ["--vae-tile-size", "48"])):
+        assert main(["generate", "pizza", "--seed", "1", "--out", str(tmp_path / f"{name}.png"), *more, *FAST]) == 0
+    whole, own, tiled = (Image.open(tmp_path / f"{n}.png").tobytes() for n in ("whole", "own", "tiled"))
+    assert whole == own != tiled
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -42,6 +49,8 @@ def test_several_images_are_numbered_files_or_one_grid(tmp_path):
         (["generate", "x", "--out", "{}/a.png", "--model", "nope"], "is not an existing folder"),
         (["generate", "x", "--out", "{}/a.png", "--precision", "int4"], "choose one of fp32"),
         (["generate", "x", "--out", "{}/a.png", "--height", "500"], "use 480 or 512"),
+        (["generate", "x", "--out", "{}/a.png", "--vae-tile-size", "60"], "use 56 or 64"),
+        (["generate", "x", "--out", "{}/a.png", "--vae-tile-size", "0"], "size_px=0 is not a positive multiple"),
         (["verify", "{}"], "model_index.json"),
     ],
 )
