@@ -190,7 +190,8 @@ class ConsistencyTask(_FromTeacher):
     """Latent consistency (Luo et al. 2023, arXiv:2310.04378): f(x_t) = f(x_s) for s one teacher DDIM step of 1000/`grid` below t.
 
     The target network is the student itself without gradient, as in diffusers' LoRA example; with `fit`'s EMA the shipped weights are
-    averaged. Sample it with the `lcm` sampler.
+    averaged. Sample it with the `lcm` sampler. As nothing but the last step to the clean latent anchors it, a high learning rate makes it drift
+    to a mean picture (embedded student: 2e-4 did within 200 steps of batch 32 while the loss rose from 0.01 to 0.04; 2e-5 did not).
 
     Args:
         grid: steps of the teacher's solver over the whole range (LCM: 50).

@@ -28,6 +28,7 @@ from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import fix
 from sdlite.exporters.targets import NotRunnable
 from sdlite.pipeline import Pipeline
+from sdlite.quant.calibrate import let_go, on_demand
 from sdlite.quant.graph import Graph
 from sdlite.spec import SPECS
 
@@ -72,16 +73,18 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         how = "quantise it first (sdlite quantize)" if profile.source.startswith("int8") else "export the float model"
         raise PrecisionError(f"{artifact.name} holds {held}, the profile {profile.name} wants {profile.source}: {how}.")
     room.check(artifact, profile, Path(out))
-    pipe = Pipeline.from_pretrained(artifact.folder, precision=profile.source, backend="onnxruntime", threads=threads)
+    pipe = on_demand(artifact, threads, profile.source)
     own = (artifact.manifest.calibration or {}).get("prompts")
     shown = list(prompts or (own[:2] if isinstance(own, list) else ["a red apple", "a house with a garden"]))
     size = {"height": profile.height or None, "width": profile.width or None}
     with room.watched(profile), tempfile.TemporaryDirectory(prefix="sdlite-export-") as scratch, writing(Path(out)) as tmp:
         recording = record(pipe, shown, num_inference_steps=num_inference_steps, **size)
+        let_go(pipe)
         graphs = {p: _graph(artifact, p, profile, recording, Path(scratch), getattr(module, "FREE_SIZE", True)) for p in PARTS}
         calibration = None
         if hasattr(module, "quantise"):
             graphs, calibration = module.quantise(graphs, pipe, profile, shown, num_inference_steps, threads)
+            let_go(pipe)
         if hasattr(module, "prepare"):
             graphs = {p: module.prepare(p, g, profile) for p, g in graphs.items()}
         made: dict[str, list[Path]] = {}

@@ -18,12 +18,11 @@ import numpy as np
 from sdlite import hub
 from sdlite._version import __version__
 from sdlite.artifact import PARTS, Artifact, Manifest, write_manifest, writing
-from sdlite.backends import Network, Networks, Report, get_backend
 from sdlite.errors import InputError, PrecisionError, QuantizationError, UnknownNameError
 from sdlite.pipeline import Pipeline
 from sdlite.quant import gate as gates
 from sdlite.quant import insert, rewrite
-from sdlite.quant.calibrate import Calibration, Session, walk
+from sdlite.quant.calibrate import Calibration, Session, let_go, on_demand, walk
 from sdlite.quant.gate import Comparison, Gate
 from sdlite.quant.graph import Graph, Layer
 from sdlite.quant.metrics import sqnr
@@ -95,7 +94,7 @@ def _float_pipeline(model: Pipeline | str | Path, scratch: Path, threads: int | 
                 f"the pipeline is {model.report.precision} on {model.report.backend}; quantising starts from fp32 (or fp16) on onnxruntime: "
                 "Pipeline.from_pretrained(model, precision='fp32', backend='onnxruntime')."
             )
-        return _on_demand(model.artifact, threads)
+        return on_demand(model.artifact, threads)
     artifact = Artifact.open(hub.resolve(model, None))
     if artifact.manifest is None:
         from sdlite.exporters.onnx import convert
@@ -105,31 +104,7 @@ def _float_pipeline(model: Pipeline | str | Path, scratch: Path, threads: int | 
     if not artifact.has_onnx("fp32"):
         held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
         raise PrecisionError(f"{artifact.name} holds no float ONNX graphs (it holds: {held}); quantise the float model that it came from.")
-    return _on_demand(artifact, threads)
-
-
-class _OnDemand:
-    """A float network that is opened when it is called and can be let go: a second copy of a UNet in memory is one too many."""
-
-    def __init__(self, artifact: Artifact, part: str, threads: int | None):
-        self.artifact, self.part, self.threads = artifact, part, threads
-        self._network: Network | None = None
-
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        if self._network is None:
-            self._network, _ = get_backend("onnxruntime").load_part(self.artifact, self.part, "fp32", "cpu", self.threads)
-        out: np.ndarray = self._network(**inputs)
-        return out
-
-    def close(self) -> None:
-        self._network = None
-
-
-def _on_demand(artifact: Artifact, threads: int | None) -> Pipeline:
-    report = Report(artifact.name, "onnxruntime", "cpu", "fp32", "the float reference", get_backend("onnxruntime").engine())
-    networks = {p: _OnDemand(artifact, p, threads) for p in PARTS}
-    assert artifact.manifest is not None
-    return Pipeline(artifact, Networks(**networks, report=report, size_multiple=artifact.manifest.size_multiple))
+    return on_demand(artifact, threads)
 
 
 def _prompts(pipe: Pipeline, calibration: Calibration, gate: Gate) -> None:
@@ -162,8 +137,7 @@ class _Work:
 
     def let_go(self) -> None:
         """Close the float networks and remove the graphs of finished passes."""
-        for p in PARTS:
-            getattr(self.pipe.networks, p).close()
+        let_go(self.pipe)
         for path in self.scratch.glob("*.onnx*"):
             path.unlink()
 
@@ -357,8 +331,7 @@ def _until_it_holds(work: _Work, build: Callable[[Iterable[str]], dict[str, Any]
     budget = work.gate.max_float * sum(sizes.values())
     assert work.gate.prompts is not None
     reference = gates.pictures(work.pipe, work.gate.prompts, work.gate)
-    for p in PARTS:
-        getattr(work.pipe.networks, p).close()
+    let_go(work.pipe)
     back: list[str] = []
     history: list[dict[str, Any]] = []
     with writing(out) as tmp:

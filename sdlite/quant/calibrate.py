@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sdlite.artifact import PARTS
-from sdlite.backends import Networks
+from sdlite.artifact import PARTS, Artifact
+from sdlite.backends import Network, Networks, Report, get_backend
 from sdlite.errors import InputError
 from sdlite.pipeline import Pipeline
 from sdlite.quant.graph import Graph
@@ -115,6 +115,37 @@ class Watched:
             self.visit(self.part, self.step, name, out.pop(name))
         self.step += 1
         return result
+
+
+class OnDemand:
+    """A network on onnxruntime that is opened when it is called and can be let go: a second copy of a UNet in memory is one too many."""
+
+    def __init__(self, artifact: Artifact, part: str, precision: str, threads: int | None):
+        self.arguments = (artifact, part, precision, "cpu", threads)
+        self._network: Network | None = None
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        if self._network is None:
+            self._network, _ = get_backend("onnxruntime").load_part(*self.arguments)
+        out: np.ndarray = self._network(**inputs)
+        return out
+
+    def close(self) -> None:
+        self._network = None
+
+
+def on_demand(artifact: Artifact, threads: int | None, precision: str = "fp32") -> Pipeline:
+    """A pipeline on onnxruntime whose networks are opened when they are called; `let_go` closes them."""
+    assert artifact.manifest is not None
+    report = Report(artifact.name, "onnxruntime", "cpu", precision, "the reference", get_backend("onnxruntime").engine())
+    networks = {p: OnDemand(artifact, p, precision, threads) for p in PARTS}
+    return Pipeline(artifact, Networks(**networks, report=report, size_multiple=artifact.manifest.size_multiple))
+
+
+def let_go(pipe: Pipeline) -> None:
+    """Close the networks of an `on_demand` pipeline until they are called again."""
+    for p in PARTS:
+        getattr(pipe.networks, p).close()
 
 
 def with_networks(pipe: Pipeline, networks: dict[str, Any]) -> Pipeline:
