@@ -69,12 +69,7 @@ def _best() -> list[Case]:
     """Each model at the steps that its kind needs: 25 guided for what imitates the original, 4 without guidance for a few-step student."""
     many = Case("shape:sd14", "sdlite-openvino", 25, 512, guidance=7.5, repeats=1)
     few = replace(many, steps=4, guidance=1.0, precision="int8-static", repeats=3)
-    rows = [
-        replace(many, engine="diffusers"),
-        many,
-        replace(many, model="shape:bk-tiny"),
-        replace(many, model="shape:bk-tiny", precision="int8-static"),
-    ]
+    rows = [many, replace(many, model="shape:bk-tiny", precision="int8-static")]
     return rows + [replace(few, model=f"shape:{m}") for m in ("w0.62", "bk-tiny", "extreme-120m")]
 
 

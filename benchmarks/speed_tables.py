@@ -288,20 +288,17 @@ def best(folder: Path = RESULTS) -> list[str]:
     found = results("best-512", folder)
     if not found:
         return missing("best-512")
-    good = {(r.case["model"], *r.name, r.case["steps"]): r for r in found if not r.error}
-    plain, same = (good.get(("shape:sd14", e, "fp32", 25)) for e in ("diffusers", "sdlite-openvino"))
+    first = next((r for r in found if (r.case["model"], r.case["steps"]) == ("shape:sd14", 25) and not r.error), None)
     body = []
     for r in found:
         c = r.case
         calls = f"{c['steps']}, {'guided' if c['guidance'] != 1 else 'one call each'}"
         head = [NAMES.get(c["model"], c["model"]), f"{c['engine']} {c['precision']}", calls]
         if r.error:
-            body.append([*head, f"failed: {r.error.replace('|', '/')[:160]}", "", "", ""])
+            body.append([*head, f"failed: {r.error.replace('|', '/')[:160]}", "", ""])
             continue
-        body.append(
-            [*head, spread(r.samples), number(r.median("peak_mib"), 0), *(number(b and b.seconds / r.seconds, 1) for b in (same, plain))]
-        )
-    return table(["model", "run as", "steps", "s/image", "peak MiB", "x original, same engine", "x original, diffusers"], body)
+        body.append([*head, spread(r.samples), number(r.median("peak_mib"), 0), number(first and first.seconds / r.seconds, 1)])
+    return table(["model", "run as", "steps", "s/image", "peak MiB", "x original"], body)
 
 
 def memory(folder: Path = RESULTS) -> list[str]:
