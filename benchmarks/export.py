@@ -22,6 +22,7 @@ from benchmarks.cases import Case
 from benchmarks.env import environment
 from benchmarks.run import model_folder
 
+PROFILES = Path(__file__).parents[1] / "export" / "profiles"
 RESULTS = Path(__file__).parent / "results" / "exports.jsonl"
 
 
@@ -30,9 +31,14 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
     from sdlite.exporters.export import export
 
     with tempfile.TemporaryDirectory() as tmp:
+        target: str | Path = job["profile"]
+        if job["size_px"]:
+            target = Path(tmp) / f"{job['profile']}.toml"
+            own = (PROFILES / target.name).read_text()
+            target.write_text(f"height = {job['size_px']}\nwidth = {job['size_px']}\n{own}")
         try:
             r = export(
-                job["folder"], Path(tmp) / "out", target=job["profile"], num_inference_steps=job["steps"] or None, threads=job["threads"],
+                job["folder"], Path(tmp) / "out", target=target, num_inference_steps=job["steps"] or None, threads=job["threads"],
                 reference=job["reference"],
             )  # fmt: skip
         except SdliteError as e:
@@ -55,7 +61,7 @@ def main() -> None:
     ap.add_argument("--reference", help="the float model of an int8 one: its pictures are compared too")
     ap.add_argument("--label", help="name of the model in the row; default: as given")
     ap.add_argument("--steps", type=int, default=4)
-    ap.add_argument("--size", type=int, default=512, help="pixels, for shapes")
+    ap.add_argument("--size", type=int, help="height and width of the pictures, pixels; default: the model's own")
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sdlite-bench")
     ap.add_argument("--out", type=Path, default=RESULTS)
@@ -64,18 +70,19 @@ def main() -> None:
     if args.worker:
         print(json.dumps(worker(json.loads(args.worker))))
         return
-    folder = model_folder(Case(args.model, "sdlite-ort", args.steps, args.size), args.cache)
+    folder = model_folder(Case(args.model, "sdlite-ort", args.steps, args.size or 512), args.cache)
     held = json.loads((folder / "sdlite.json").read_text())["variants"]
     names = args.profiles or [n for n, p in profile.builtin().items() if p.source in held]
     about = {**environment(), "command": "python -m benchmarks.export " + " ".join(sys.argv[1:])}
     for name in names:
-        job = {"folder": str(folder), "profile": name, "steps": args.steps, "threads": args.threads, "reference": args.reference}
+        job = {"folder": str(folder), "profile": name, "steps": args.steps, "threads": args.threads, "reference": args.reference,
+               "size_px": args.size}  # fmt: skip
         done = subprocess.run([sys.executable, "-m", "benchmarks.export", "--worker", json.dumps(job)], capture_output=True, text=True)
         lines = done.stdout.strip().splitlines()
         row = (
             json.loads(lines[-1]) if done.returncode == 0 and lines else {"error": f"exit {done.returncode}: {done.stderr.strip()[-300:]}"}
         )
-        row = {"model": args.label or args.model, "profile": name, "steps": args.steps, **row, **about}
+        row = {"model": args.label or args.model, "profile": name, "steps": args.steps, "size_px": args.size, **row, **about}
         with open(args.out, "a") as f:
             f.write(json.dumps(row) + "\n")
         what = row.get("error") or f"{row['checked_by']}, PSNR {min(row['parity']['psnr'] or [0]):.1f} dB, {row['seconds']:.0f} s"

@@ -131,7 +131,7 @@ def exports() -> list[str]:
         to_float = f", {min(r['parity']['reference']):.1f} dB to fp32" if r["parity"].get("reference") else ""
         body.append(
             [
-                model, f"`{name}`", r["precision"], f"{r['bytes'] / 1e6:.1f} MB", how + (f", {provider}" if provider else ""),
+                model + (f", {r['size_px']} px" if r.get("size_px") else ""), f"`{name}`", r["precision"], f"{r['bytes'] / 1e6:.1f} MB", how + (f", {provider}" if provider else ""),
                 f"{min(r['parity']['psnr'] or [float('nan')]):.1f} dB / {worst:.1f} dB{to_float}", f"{r['seconds']:.0f}", f"{r['peak_mib']:,.0f}", ", ".join(f"{k} {v}" for k, v in r["tools"].items()), r["date"],
             ]
         )  # fmt: skip
