@@ -161,8 +161,9 @@ def _static(work: _Work, scheme: insert.Scheme, keep_float: dict[str, Sequence[s
     graphs = {p: work.graph(p) for p in PARTS}
     floats = {p: g.total_bytes() for p, g in graphs.items()}
     total = {p: sum(w.size for w in g.weights.values() if w.dtype == np.float32) for p, g in graphs.items()}
-    rewrites = _rewrite(work, graphs)
-    layers = {p: _quantisable(g, keep_float.get(p, KEEP_FLOAT[p])) for p, g in graphs.items()}
+    keep = {p: keep_float.get(p, KEEP_FLOAT[p]) for p in PARTS}
+    rewrites = _rewrite(work, graphs, keep)
+    layers = {p: _quantisable(g, keep[p]) for p, g in graphs.items()}
     histograms = _histograms(work, graphs, layers)
     work.let_go()
     ranges = {
@@ -224,7 +225,7 @@ def _row(layer: Layer, ranges: dict[str, Any], histograms: dict[str, Histogram],
     return row
 
 
-def _rewrite(work: _Work, graphs: dict[str, Graph]) -> dict[str, dict[str, Any]]:
+def _rewrite(work: _Work, graphs: dict[str, Graph], keep: dict[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """Split and smooth in place, from one look at a few samples."""
     linear: dict[str, set[str]] = {}
     seen: dict[str, dict[str, ChannelMax]] = {}
@@ -255,7 +256,7 @@ def _rewrite(work: _Work, graphs: dict[str, Graph]) -> dict[str, dict[str, Any]]
         text = seen[p].get("encoder_hidden_states")
         outlier = text is not None and text.first_token > 2 * text.other_tokens
         done["split_first_token"] = rewrite.split_first_token(graph, "encoder_hidden_states") if outlier else []
-        done["smooth"] = rewrite.smooth(graph, seen[p], alpha) if alpha is not None else {}
+        done["smooth"] = rewrite.smooth(graph, seen[p], alpha, keep=keep[p]) if alpha is not None else {}
         out[p] = done
     return out
 

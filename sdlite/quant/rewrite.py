@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from onnx import NodeProto, helper
@@ -72,11 +73,14 @@ def split_first_token(graph: Graph, tensor: str) -> list[str]:
     return [layer.name for layer in layers.values()]
 
 
-def smooth(graph: Graph, seen: Mapping[str, ChannelMax], alpha: float = 0.5, worth: float = 8.0) -> dict[str, str]:
+def smooth(
+    graph: Graph, seen: Mapping[str, ChannelMax], alpha: float = 0.5, worth: float = 8.0, keep: Sequence[str] = ()
+) -> dict[str, str]:
     """SmoothQuant (arXiv:2211.10438, eq. 4): move outlier channels of a Linear's input into its weight.
 
     s_j = max|x_j|^alpha / max|W_j|^(1 - alpha); x / s is folded into a LayerNormalization when that makes x and nothing else reads
-    it. Otherwise a multiplication is added, and only where the largest channel is `worth` times the median one.
+    it. Otherwise a multiplication is added, and only where the largest channel is `worth` times the median one. Inputs that only layers of
+    `keep` (regular expressions of layers that stay float) read are left: nothing is gained, and float16 weights keep their storage.
 
     Returns:
         input tensor -> "layer norm" or "multiplied".
@@ -89,7 +93,7 @@ def smooth(graph: Graph, seen: Mapping[str, ChannelMax], alpha: float = 0.5, wor
     done, extra = {}, {}
     for x, group in groups.items():
         stats = seen.get(x)
-        if stats is None or stats.values is None or "@" in x:
+        if stats is None or stats.values is None or "@" in x or all(any(re.search(k, layer.name) for k in keep) for layer in group):
             continue
         rows = [np.abs(graph.weights[layer.weight].array()).max(layer.axis) for layer in group]
         w = np.maximum.reduce(rows)

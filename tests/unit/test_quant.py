@@ -162,6 +162,7 @@ def test_smooth_multiplies_where_no_layer_norm_makes_the_input(unet, tmp_path):
     seen = ChannelMax()
     seen.add(before[target.input])
     seen.values[3] *= 1000
+    assert rewrite.smooth(unet, {target.input: seen}, keep=[r"attn1\.to_out\.0$"]) == {}, "a layer that stays float is left as it is"
     assert rewrite.smooth(unet, {target.input: seen}) == {target.input: "multiplied"}
     np.testing.assert_allclose(run(unet, tmp_path, inputs)["out_sample"], before["out_sample"], atol=1e-4)
 
