@@ -105,7 +105,7 @@ def main() -> None:
     gate = Gate(psnr_mean=0, psnr_worst=0, ssim_mean=-1, prompts=judged, num_prompts=64, seeds=(0, 1) if emoji else (0,),
                 num_inference_steps=steps, size=size, max_float=0, engines=["openvino"])  # fmt: skip
     floats = sdlite.Pipeline.from_pretrained(folder, precision="fp32", backend="openvino", threads=args.threads)
-    reference = gates.pictures(floats, judged, gate)
+    reference, calls = gates.pictures(floats, judged, gate), gates.calls(floats, judged, gate)
     arguments = {"num_inference_steps": steps, **({"height": args.size, "width": args.size} if size else {})}
     seen = record(floats, shown[:samples], arguments, args.limit)
     about = {**environment(), "command": "python -m benchmarks.nncf_peer " + " ".join(sys.argv[1:])}
@@ -130,7 +130,7 @@ def main() -> None:
             for name, p in (("float", floats), *((k, v[0]) for k, v in pipes.items())):
                 speed[name] += unet_seconds(p.networks, seen["unet"][0], 15 if emoji else 5)
         for name, (pipe, seconds) in pipes.items():
-            result, _ = gates.compare(reference, pipe, floats, judged, gate)
+            result, _ = gates.compare(reference, calls, pipe, judged, gate)
             row = {"model": args.model, "quantiser": name, "size_px": args.size if size else None, "samples": samples, "quantise_seconds": seconds,
                    "bytes": size_of[name], **result.to_dict(), "unet_seconds": speed[name], "float_unet_seconds": speed["float"]}  # fmt: skip
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,8 @@ import numpy as np
 from sdlite.artifact import PARTS
 from sdlite.errors import InputError
 from sdlite.pipeline import Pipeline
-from sdlite.quant.calibrate import with_networks
+from sdlite.quant.calibrate import Call, Tape, with_networks
 from sdlite.quant.metrics import psnr, sqnr
-
-Call = tuple[dict[str, np.ndarray], np.ndarray]
 
 
 @dataclass
@@ -27,20 +25,10 @@ class Recording:
     arguments: dict[str, Any]
 
 
-class _Tape:
-    def __init__(self, network: Any, calls: list[Call]):
-        self.network, self.calls = network, calls
-
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        out: np.ndarray = self.network(**inputs)
-        self.calls.append(({k: v.copy() for k, v in inputs.items()}, out.copy()))
-        return out
-
-
 def record(pipe: Pipeline, prompts: Sequence[str], **arguments: Any) -> Recording:
     """Make one picture of each prompt (seed i for prompt i) and keep what went in and out of each network."""
     calls: dict[str, list[Call]] = {p: [] for p in PARTS}
-    taped = with_networks(pipe, {p: _Tape(getattr(pipe.networks, p), calls[p]) for p in PARTS})
+    taped = with_networks(pipe, {p: Tape(getattr(pipe.networks, p), calls[p]) for p in PARTS})
     return Recording(calls, pictures(taped, prompts, arguments), list(prompts), arguments)
 
 

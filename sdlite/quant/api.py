@@ -22,7 +22,7 @@ from sdlite.errors import InputError, PrecisionError, QuantizationError, Unknown
 from sdlite.pipeline import Pipeline
 from sdlite.quant import gate as gates
 from sdlite.quant import insert, rewrite
-from sdlite.quant.calibrate import Calibration, Session, let_go, on_demand, walk
+from sdlite.quant.calibrate import Calibration, Call, Session, let_go, on_demand, walk
 from sdlite.quant.gate import Comparison, Gate
 from sdlite.quant.graph import Graph, Layer
 from sdlite.quant.metrics import sqnr
@@ -332,14 +332,15 @@ def _until_it_holds(work: _Work, build: Callable[[Iterable[str]], dict[str, Any]
     budget = work.gate.max_float * sum(sizes.values())
     assert work.gate.prompts is not None
     reference = gates.pictures(work.pipe, work.gate.prompts, work.gate)
-    let_go(work.pipe)
+    floats = gates.calls(work.pipe, work.gate.prompts, work.gate)
+    let_go(work.pipe)  # what it answered is kept: the quantised networks do not need to fit beside it
     back: list[str] = []
     history: list[dict[str, Any]] = []
     with writing(out) as tmp:
         while True:
             parts = build(back)
             _write(work, parts, tmp)
-            results, made = _check(work, tmp, reference)
+            results, made = _check(work, tmp, reference, floats)
             failures = [f for c in results for f in c.fails(work.gate)]
             history.append({"float_layers": len(back), "psnr_mean": {c.engine: c.psnr_mean for c in results}, "failures": failures})
             if not failures:
@@ -412,14 +413,13 @@ def _engines(work: _Work) -> list[str]:
     return list(work.gate.engines) if work.gate.engines is not None else installed_with(work.precision)
 
 
-def _check(work: _Work, folder: Path, reference: np.ndarray) -> tuple[list[Comparison], np.ndarray]:
+def _check(work: _Work, folder: Path, reference: np.ndarray, floats: dict[str, list[Call]]) -> tuple[list[Comparison], np.ndarray]:
     assert work.gate.prompts is not None
     results, shown = [], reference
     for i, engine in enumerate(_engines(work)):
         pipe = Pipeline.from_pretrained(folder, precision=work.precision, backend=engine, threads=work.threads)
-        result, made = gates.compare(reference, pipe, work.pipe, work.gate.prompts, work.gate)
-        del pipe
-        work.let_go()  # the next engine's networks do not need to fit beside these
+        result, made = gates.compare(reference, floats, pipe, work.gate.prompts, work.gate)
+        del pipe  # the next engine's networks do not need to fit beside these
         results.append(result)
         shown = made if i == 0 else shown
     return results, shown

@@ -117,6 +117,22 @@ class Watched:
         return result
 
 
+Call = tuple[dict[str, np.ndarray], np.ndarray]  # what a network was given, and its answer
+
+
+@dataclass
+class Tape:
+    """A network that keeps its calls."""
+
+    network: Any
+    calls: list[Call]
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        out: np.ndarray = self.network(**inputs)
+        self.calls.append(({k: v.copy() for k, v in inputs.items()}, out.copy()))
+        return out
+
+
 class OnDemand:
     """A network on onnxruntime that is opened when it is called and can be let go: a second copy of a UNet in memory is one too many."""
 

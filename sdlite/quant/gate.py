@@ -12,7 +12,7 @@ import numpy as np
 from sdlite import images
 from sdlite.artifact import PARTS
 from sdlite.pipeline import Pipeline
-from sdlite.quant.calibrate import with_networks
+from sdlite.quant.calibrate import Call, Tape, with_networks
 from sdlite.quant.metrics import psnr, sqnr, ssim, structure_distance
 
 
@@ -68,23 +68,6 @@ class Comparison:
         return {k: (None if isinstance(v, float) and np.isinf(v) else v) for k, v in asdict(self).items()}
 
 
-class _Beside:
-    """The float network, which also feeds its inputs to the quantised one and sums up the difference; the float networks before it are closed."""
-
-    def __init__(self, reference: Any, other: Any, done: Sequence[Any]):
-        self.reference, self.other, self.done, self.signal, self.noise = reference, other, done, 0.0, 0.0
-
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        for network in self.done:  # of one picture: what came before is not called again
-            if hasattr(network, "close"):
-                network.close()
-        wanted: np.ndarray = self.reference(**inputs)
-        got = self.other(**inputs)
-        self.signal += float(np.square(wanted, dtype=np.float64).sum())
-        self.noise += float(np.square(got.astype(np.float64) - wanted).sum())
-        return wanted
-
-
 def pictures(pipe: Pipeline, prompts: Sequence[str], gate: Gate) -> np.ndarray:
     """uint8 (prompts x seeds, H, W, 3)."""
     height, width = gate.size or (None, None)
@@ -100,15 +83,28 @@ def pictures(pipe: Pipeline, prompts: Sequence[str], gate: Gate) -> np.ndarray:
     return np.stack(out)
 
 
-def compare(reference: np.ndarray, pipe: Pipeline, floats: Pipeline, prompts: Sequence[str], gate: Gate) -> tuple[Comparison, np.ndarray]:
-    """Pictures of `pipe` against `reference`, and the SQNR of its networks on the float pipeline's inputs."""
+def calls(floats: Pipeline, prompts: Sequence[str], gate: Gate) -> dict[str, list[Call]]:
+    """Every network's calls in the first prompt's picture."""
+    tapes = {p: Tape(getattr(floats.networks, p), []) for p in PARTS}
+    height, width = gate.size or (None, None)
+    with_networks(floats, dict(tapes))(prompts[0], seed=gate.seeds[0], num_inference_steps=gate.num_inference_steps,
+                                       guidance_scale=gate.guidance_scale, height=height, width=width)  # fmt: skip
+    return {p: t.calls for p, t in tapes.items()}
+
+
+def compare(reference: np.ndarray, floats: dict[str, list[Call]], pipe: Pipeline, prompts: Sequence[str],
+            gate: Gate) -> tuple[Comparison, np.ndarray]:  # fmt: skip
+    """Pictures of `pipe` against `reference`, and the SQNR of its networks on the float pipeline's inputs (`calls`)."""
     made = pictures(pipe, prompts, gate)
     values = [psnr(a, b) for a, b in zip(reference, made, strict=True)]
-    ours = [getattr(floats.networks, p) for p in PARTS]
-    beside = {p: _Beside(ours[i], getattr(pipe.networks, p), ours[:i]) for i, p in enumerate(PARTS)}
-    height, width = gate.size or (None, None)
-    with_networks(floats, beside)(prompts[0], seed=gate.seeds[0], num_inference_steps=gate.num_inference_steps,
-                                  guidance_scale=gate.guidance_scale, height=height, width=width)  # fmt: skip
+    ratios = {}
+    for p in PARTS:
+        signal = noise = 0.0
+        for inputs, wanted in floats[p]:
+            got = getattr(pipe.networks, p)(**inputs)
+            signal += float(np.square(wanted, dtype=np.float64).sum())
+            noise += float(np.square(got.astype(np.float64) - wanted).sum())
+        ratios[p] = sqnr(signal, noise)
     at = int(np.argmin(values))
     return Comparison(
         engine=pipe.report.backend,
@@ -118,7 +114,7 @@ def compare(reference: np.ndarray, pipe: Pipeline, floats: Pipeline, prompts: Se
         ssim_mean=float(np.mean([ssim(a, b) for a, b in zip(reference, made, strict=True)])),
         structure_distance_mean=float(np.mean([structure_distance(a, b) for a, b in zip(reference, made, strict=True)])),
         worst=f"{prompts[at // len(gate.seeds)]!r}, seed {gate.seeds[at % len(gate.seeds)]}",
-        networks={p: sqnr(b.signal, b.noise) for p, b in beside.items()},
+        networks=ratios,
     ), made
 
 

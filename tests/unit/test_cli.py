@@ -149,7 +149,7 @@ def test_bench_row_that_fails_says_why(capsys):
 def test_terminated_half_way_nothing_is_left(tmp_path):
     code = (
         "import sys, time, sdlite.quant.gate as gate, sdlite.cli as cli\n"
-        "gate.pictures = lambda *a: None\n"
+        "gate.pictures = gate.calls = lambda *a: None\n"
         "gate.compare = lambda *a: time.sleep(600)\n"  # the folder is half written
         f"sys.exit(cli.main(['quantize', 'emoji', '--precision', 'int8-dynamic', '--out', {str(tmp_path / 'out')!r}]))\n"
     )
