@@ -349,6 +349,10 @@ STRATEGIES = [  # the article's second table: strategy, fewer parameters, faster
 ]  # fmt: skip
 
 
+STEPS_TITLE = (
+    "Fewer steps, and no guidance pass. `start` is the shipped UNet after 60,000 more images of task, output and feature losses (`train_student.py --init`): it comes "
+    "from a four-step student, so its own 4 steps are better than a fresh student's would be. Strategies go on from it, each halving from the halving before:"
+)
 AIDS = (
     "feature + output + multi-scale",
     "feature + output + mask",
@@ -368,7 +372,7 @@ def strategies(folder: Path = RESULTS) -> list[str]:
         return [*out, "Ours: not measured yet: run `python -m benchmarks.distil size` and `steps`."]
     for which, title in (
         ("size", "The student made smaller, sampled in 25 guided steps:"),
-        ("steps", "Fewer steps, and no guidance pass:"),
+        ("steps", STEPS_TITLE),
     ):
         mine = [r for r in rows if r["table"] == which]
         if not mine:
