@@ -10,6 +10,7 @@ from pathlib import Path
 
 _PAGEOUT = 21  # Linux 5.4, <sys/mman.h>. Not MADV_DONTNEED: that empties memory which took a map's place while its line was read
 _EVERY = 0.03  # seconds
+_WORTH = 256 << 20  # bytes of file pages in memory: what is let go is read from the disk again, so not before it matters
 
 
 def release(folder: Path) -> int:
@@ -34,15 +35,25 @@ def release(folder: Path) -> int:
     return total
 
 
+def resident() -> int:
+    """Bytes of file pages that this process has in memory; 0 where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile:")), 0)
+
+
 @contextmanager
 def released(folder: Path) -> Iterator[None]:
-    """`release` again and again while an engine compiles, so that file pages and packed weights are not both in memory, and once at the end;
-    then the heap's free pages go back to the system (glibc)."""
+    """`release` while an engine compiles whenever file pages become many, so that they and the packed weights are not both in memory, and once
+    at the end; then the heap's free pages go back to the system (glibc)."""
     done = threading.Event()
 
     def work() -> None:
         while not done.wait(_EVERY):
-            release(folder)
+            if resident() > _WORTH:
+                release(folder)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
