@@ -231,6 +231,6 @@ def test_strategies_are_shown_with_spread_and_aids_are_judged_by_the_same_seeds(
     text = "\n".join(speed.strategies(tmp_path))
     assert "| task | 5.0M | 83% | 60 | 25 (50) | 0.500 | 4.0x | 710.0 ± 14.1 |" in text
     assert "999" not in text
-    assert "feature + output against task: KID lower by 105.0 ± 7.1, the same seeds: it helps." in text
-    assert "mask against feature + output: KID lower by 19.0 ± 1.4, the same seeds: it helps." in text
-    assert "multi-scale against feature + output: KID lower by -5.0 ± 21.2, the same seeds: it makes no difference beyond" in text
+    assert "feature + output against task: KID lower by 105.0 ± 7.1, the same 2 seeds: it helps." in text
+    assert "mask against feature + output: KID lower by 19.0 ± 1.4, the same 2 seeds: it helps." in text
+    assert "multi-scale against feature + output: KID lower by -5.0 ± 21.2, the same 2 seeds: it makes no difference beyond" in text
