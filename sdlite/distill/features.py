@@ -18,6 +18,21 @@ def block_taps(unet: Any) -> dict[str, str]:
     return taps | {f"up{up - 1 - i}": f"up_blocks.{i}" for i in range(up)}
 
 
+def matched_taps(student: Any, teacher: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """The taps that both have, student's and teacher's modules. Where the student's down block is its last, and so does not halve the picture
+    as the teacher's does (bk-tiny: the inner stage is gone), both are tapped before the halving, as BK-SDM does (Kim et al. 2023,
+    arXiv:2305.15798; `down_blocks.2.attentions` in its training script).
+    """
+    mine, theirs = block_taps(student), block_taps(teacher)
+    both = [k for k in mine if k in theirs]
+    for i, (a, b) in enumerate(zip(student.down_blocks, teacher.down_blocks, strict=False)):
+        if (a.downsamplers is None) != (b.downsamplers is None):
+            for taps, block in ((mine, a), (theirs, b)):
+                kind = "attentions" if getattr(block, "attentions", None) else "resnets"
+                taps[f"down{i}"] += f".{kind}.{len(getattr(block, kind)) - 1}"
+    return {k: mine[k] for k in both}, {k: theirs[k] for k in both}
+
+
 class _Keep:
     """Forward hook that keeps a module's output. An object, not a closure: a deep copy of the network keeps features of its own."""
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdlite.distill import losses
-from sdlite.distill.features import Taps, block_taps
+from sdlite.distill.features import Taps, matched_taps
 from sdlite.distill.losses import feature_loss, output_loss
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
@@ -231,8 +231,8 @@ class StudentTask(_Denoising):
         self.multi_scale_weight, self.channel_weight = multi_scale_weight, channel_weight
         self.temperature, self.temperature_steps, self.mask, self.article = temperature, temperature_steps, mask, article
         self.needs_features = bool(feature_weight or multi_scale_weight or channel_weight)
-        mine, theirs = block_taps(student), block_taps(teacher)
-        taps = {k: v for k, v in mine.items() if k in theirs} if self.needs_features else {}
+        mine, theirs = matched_taps(student, teacher)
+        taps = mine if self.needs_features else {}
         if tap_weights is not None and set(tap_weights) - set(taps):
             raise InputError(f"tap_weights: {sorted(set(tap_weights) - set(taps))} are no taps; known: {sorted(taps)}.")
         self.tap_weights = dict(tap_weights) if tap_weights is not None else {k: 1.0 / max(len(taps), 1) for k in taps}

@@ -253,3 +253,23 @@ def test_random_weights_keep_the_shape_alone():
     kept, new = build(teacher, StudentSpec(one_layer=True)), build(teacher, StudentSpec(one_layer=True, weights="random"))
     assert dict(kept.config) == dict(new.config)
     assert not torch.equal(kept.conv_in.weight, new.conv_in.weight)
+
+
+def test_features_of_bk_tiny_are_compared_before_the_halving_that_it_has_lost():
+    from sdlite.distill.features import block_taps, matched_taps
+    from sdlite.distill.tasks import tap_channels
+
+    torch.manual_seed(0)
+    teacher = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(8, 16, 16, 16), norm_num_groups=4, cross_attention_dim=8,
+        attention_head_dim=2,
+    )  # fmt: skip
+    for name in ("bk-base", "bk-tiny"):
+        student = build(teacher, PRESETS[name])
+        mine, theirs = matched_taps(student, teacher)
+        channels = tap_channels(student, teacher, mine, theirs)
+        assert set(channels) == set(block_taps(student)), name
+        assert all(a == b for a, b in channels.values())
+    assert (mine["down2"], theirs["down2"]) == ("down_blocks.2.attentions.0", "down_blocks.2.attentions.1")
+    with pytest.raises(InputError, match=r"down2.*different resolutions"):
+        tap_channels(student, teacher, {"down2": "down_blocks.2"}, {"down2": "down_blocks.2"})
