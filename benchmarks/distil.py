@@ -221,7 +221,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             {
                 "table": table, "strategy": strategy, "images": images, "seeds": len(found), "stages": chain(table, strategy),
                 **{k: last[k] for k in ("parameters", "macs", "calls", "steps", "guidance", "sampler")}, "teacher_macs": teachers.get(table),
-                "minutes": float(np.mean([r["minutes"] for r in found])),
+                "minutes": float(np.median([r["minutes"] for r in found])),  # other work on the machine can only lengthen one
                 "mean": {m: float(np.mean(v)) for m, v in values.items() if v},
                 "std": {m: float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for m, v in values.items() if v},
                 **{k: last[k] for k in ("date", "commit", "cpu", "cores")},

@@ -108,7 +108,7 @@ class Pipeline:
 
         Args:
             size_px: side of a tile, at most; default as in diffusers: the size that the autoencoder was made for. 320 makes four tiles of
-                a 512 px picture: a third of the decoder's memory.
+                a 512 px picture, each a third of its area.
             overlap: share of a tile that its neighbour has too, at least.
 
         Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 _PAGEOUT = 21  # Linux 5.4, <sys/mman.h>. Not MADV_DONTNEED: that empties memory which took a map's place while its line was read
 _EVERY = 0.03  # seconds
-_WORTH = 256 << 20  # bytes of file pages in memory: what is let go is read from the disk again, so not before it matters
+_WORTH = 192 << 20  # bytes of file pages more than at the start: what is let go is read from the disk again, so not before it matters
 
 
 def release(folder: Path) -> int:
@@ -48,11 +48,11 @@ def resident() -> int:
 def released(folder: Path) -> Iterator[None]:
     """`release` while an engine compiles whenever file pages become many, so that they and the packed weights are not both in memory, and once
     at the end; then the heap's free pages go back to the system (glibc)."""
-    done = threading.Event()
+    done, before = threading.Event(), resident()  # other libraries' pages are not ours to count
 
     def work() -> None:
         while not done.wait(_EVERY):
-            if resident() > _WORTH:
+            if resident() - before > _WORTH:
                 release(folder)
 
     thread = threading.Thread(target=work, daemon=True)

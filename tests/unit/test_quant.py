@@ -16,10 +16,12 @@ pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
 from sdlite import Pipeline
+from sdlite.artifact import PARTS, Artifact
 from sdlite.cli import main
 from sdlite.errors import InputError, PrecisionError, QuantizationError, UnknownNameError
+from sdlite.images import to_uint8
 from sdlite.quant import Calibration, Gate, insert, quantize, rewrite, table
-from sdlite.quant.calibrate import Session, read_prompts
+from sdlite.quant.calibrate import Session, let_go, on_demand, read_prompts, walk
 from sdlite.quant.graph import Graph
 from sdlite.quant.metrics import psnr, ssim, structure_distance
 from sdlite.quant.observe import ChannelMax, Histogram, choose_range, quantization_error
@@ -431,3 +433,25 @@ def test_command_line(tmp_path, capsys):
     assert main(["generate", "red apple", "--model", str(tmp_path / "q"), "--steps", "1", "--out", str(tmp_path / "a.png"), "--quiet"]) == 0
     assert main(command) == 1  # the folder exists
     assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path):
+    artifact = Artifact.open(EMOJI)
+    pipe, prompts = on_demand(artifact, 1), ["pizza", "red apple"]
+    sessions = {p: Session(Graph.load(EMOJI / artifact.manifest.variants["fp32"][p]["file"]), tmp_path / f"{p}.onnx", 1) for p in PARTS}
+    decoded = []
+
+    def visit(part, _step, name, values):
+        others = {"vae_decoder": ("text_encoder", "unet")}.get(part, ("vae_decoder",))
+        assert [p for p in others if sessions[p]._open is not None] == []
+        if part == "vae_decoder":
+            decoded.append(values)
+
+    calibration = Calibration(prompts=prompts, samples=3, seed=5, num_inference_steps=1, guidance_scale=1.0)
+    assert len(list(walk(pipe, calibration, sessions, visit, 3))) == 6
+    assert all(s._open is None for s in sessions.values())
+    for i, pixels in enumerate(decoded):
+        picture = pipe(prompts[i % 2], seed=5 + i, num_inference_steps=1, guidance_scale=1.0).images[0]
+        assert (to_uint8(pixels)[0] == np.asarray(picture)).all()
+    let_go(pipe)
+    assert all(getattr(pipe.networks, p)._network is None for p in PARTS)
