@@ -46,19 +46,17 @@ def test_grid_is_the_fewest_tiles_of_one_size(length, most, overlap, side, start
     assert starts[-1] + side == length
 
 
-def test_a_tile_fades_in_over_the_one_before():
+@pytest.mark.parametrize("axis", [2, 3])
+def test_a_tile_fades_in_over_the_one_before(axis):
     """Tiles of 0, then of 1: linear from the first shared line to the last, in both directions (diffusers' blend_h, blend_v)."""
-    for axis in (2, 3):
-        values = iter([0.0, 1.0])
-        shape = (1, 4, 6, 4) if axis == 2 else (1, 4, 4, 6)
-        got = decode(
-            lambda z: np.full((1, 3, *(8 * n for n in z.shape[2:])), next(values), np.float32),
-            np.zeros(shape, np.float32),
-            Tiling(32, 0.5),
-            8,
-        )  # noqa: B023
-        line = np.moveaxis(got, axis, -1)[0, 0, 0]
-        np.testing.assert_allclose(line, [0] * 16 + [i / 16 for i in range(16)] + [1] * 16)
+    values = iter([0.0, 1.0])
+
+    def flat(z):
+        return np.full((1, 3, 8 * z.shape[2], 8 * z.shape[3]), next(values), np.float32)
+
+    got = decode(flat, np.zeros((1, 4, 6, 4) if axis == 2 else (1, 4, 4, 6), np.float32), Tiling(32, 0.5), 8)
+    line = np.moveaxis(got, axis, -1)[0, 0, 0]
+    np.testing.assert_allclose(line, [0] * 16 + [i / 16 for i in range(16)] + [1] * 16)
 
 
 def test_tiled_decode_is_about_as_close_to_the_whole_as_diffusers():
