@@ -165,6 +165,12 @@ class Artifact:
         exported = self.folder / "student.json"
         return dict(read_json(exported).get("sampler", {})) if exported.exists() else {}
 
+    @property
+    def exported(self) -> str | None:
+        """Precision of the folder's exported networks; None where `sdlite export` did not write it."""
+        about = self.folder / "export-report.json"
+        return str(read_json(about).get("profile", {}).get("precision")) if about.exists() else None
+
     def has_onnx(self, precision: str) -> bool:
         return bool(self.manifest and set(PARTS) <= set(self.manifest.variants.get(precision, {})))
 

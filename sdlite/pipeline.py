@@ -71,7 +71,8 @@ class Pipeline:
 
         Args:
             model: name of an embedded model ("emoji"), a model folder, or a hub id "org/name".
-            precision: "fp32", "fp16", "int8-dynamic" or "int8-static". None: the first one that the artefact holds, else fp32.
+            precision: "fp32", "fp16", "int8-dynamic" or "int8-static"; "bf16" for engines that were exported so (backend "tensorrt").
+                None: the first one that the artefact holds, else fp32.
             backend: "auto" (see `report`), "onnxruntime" or "torch". "onnxruntime" converts a plain diffusers folder once, into the cache.
             device: "cpu" or "cuda".
             revision: branch, tag or commit, for hub ids.
@@ -84,7 +85,7 @@ class Pipeline:
         """
         artifact = Artifact.open(hub.resolve(model, revision))
         if precision is None:
-            precision = next(iter(artifact.manifest.variants), "fp32") if artifact.manifest else "fp32"
+            precision = next(iter(artifact.manifest.variants), "fp32") if artifact.manifest else artifact.exported or "fp32"
         note = None
         if backend == "onnxruntime" and artifact.manifest is None and precision in ("fp32", "fp16"):
             artifact, note = _convert(artifact), f"converted to ONNX from {artifact.folder}, once, into the cache"

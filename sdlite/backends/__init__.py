@@ -98,6 +98,7 @@ class Backend(Protocol):
     def notes(self, precision: str, device: str) -> list[str]: ...
 
 
+ENGINES_ONLY = ("bf16",)  # precisions of exported engines that no artefact holds as ONNX
 # name -> (module, the package that it needs, the extra that installs it)
 _BACKENDS = {
     "onnxruntime": ("sdlite.backends.ort", "onnxruntime", "cpu"),
@@ -154,8 +155,8 @@ def load(artifact: Artifact, precision: str, backend: str = "auto", device: str 
         UnknownNameError: precision, backend or device is not one that exists. PrecisionError: it exists, but not here.
         MissingExtraError: the engine is not installed. ArtifactError: a file is missing, cut off or changed.
     """
-    if precision not in PRECISIONS:
-        raise UnknownNameError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+    if precision not in (known := (*PRECISIONS, *ENGINES_ONLY)):
+        raise UnknownNameError(f"precision={precision!r} is not known; choose one of {', '.join(known)}.")
     name, reason = choose(artifact, precision) if backend == "auto" else (backend, "as asked")
     module = get_backend(name)
     if device not in module.DEVICES:

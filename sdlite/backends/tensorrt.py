@@ -19,7 +19,7 @@ from sdlite.backends import Network, NetworkReport, RowByRow
 from sdlite.errors import ArtifactError, MissingExtraError, PrecisionError, UnknownNameError
 from sdlite.spec import SPECS
 
-PRECISIONS = ("fp32", "fp16", "int8-static")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8-static")
 DEVICES = ("cuda",)
 
 

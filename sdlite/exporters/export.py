@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from sdlite import hub
 from sdlite._version import __version__
@@ -25,7 +26,7 @@ from sdlite.exporters import profile as profiles
 from sdlite.exporters import room
 from sdlite.exporters.parity import Recording, measure, pictures, record
 from sdlite.exporters.profile import Profile
-from sdlite.exporters.static import fix
+from sdlite.exporters.static import fix, opset_of
 from sdlite.exporters.targets import NotRunnable
 from sdlite.pipeline import Pipeline
 from sdlite.quant.calibrate import let_go, on_demand
@@ -87,6 +88,7 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
             let_go(pipe)
         if hasattr(module, "prepare"):
             graphs = {p: module.prepare(p, g, profile) for p, g in graphs.items()}
+        opset = opset_of(onnx.load(str(graphs["unet"]), load_external_data=False))
         made: dict[str, list[Path]] = {}
         for p in PARTS:
             (tmp / p).mkdir()
@@ -118,7 +120,7 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         not_run = running.not_run
         report = {
             "sdlite": __version__, "model": artifact.name, "profile": dataclasses.asdict(profile), "tools": _versions(module.PACKAGES),
-            "opset": artifact.manifest.variants[profile.source]["unet"]["opset"],
+            "opset": opset,
             "files": {f.relative_to(tmp).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for fs in made.values() for f in fs},
             "checked_by": "the graph that was handed to the converter, on onnxruntime" if not_run else "the runtime itself",
             "not_run": not_run, "parity": {"networks": parity.networks, "psnr": parity.psnr, "reference": parity.reference, "pictures": len(shown)},
@@ -155,13 +157,18 @@ def _convert(module: Any, part: str, graph: Path, out: Path, profile: Profile) -
 def _module(profile: Profile) -> Any:
     path, extra = profiles.TARGETS[profile.target]
     module = importlib.import_module(path)
+    if profile.precision not in module.PRECISIONS:
+        raise PrecisionError(f"target {profile.target} makes {', '.join(module.PRECISIONS)}, not {profile.precision}.")
+    known = sorted(getattr(module, "OPTIONS", ()))
+    if unknown := sorted(set(profile.options) - set(known)):
+        raise InputError(
+            f"profile {profile.name}: options {', '.join(unknown)} not known; target {profile.target} knows {', '.join(known) or 'none'}."
+        )
+    if profile.dynamic and not module.DYNAMIC:
+        raise InputError(f"target {profile.target} has fixed shapes only; set dynamic = false and a batch.")
     missing = [p for p in module.PACKAGES if _version(p) is None]
     if missing:
         raise MissingExtraError(f"target {profile.name} needs {', '.join(missing)}: pip install 'sdlite[{extra}]'.")
-    if profile.precision not in module.PRECISIONS:
-        raise PrecisionError(f"target {profile.target} makes {', '.join(module.PRECISIONS)}, not {profile.precision}.")
-    if profile.dynamic and not module.DYNAMIC:
-        raise InputError(f"target {profile.target} has fixed shapes only; set dynamic = false and a batch.")
     return module
 
 

@@ -45,6 +45,11 @@ def fix(graph: Graph, shapes: dict[str, tuple[int | str, ...]], out: Path) -> Pa
     return out
 
 
+def opset_of(proto: onnx.ModelProto) -> int:
+    """Version of ONNX's own operators."""
+    return int(next(o.version for o in proto.opset_import if o.domain == ""))
+
+
 def input_shapes(path: Path) -> dict[str, tuple[int | str, ...]]:
     """Input name -> dimensions, numbers or names."""
     proto = onnx.load(str(path), load_external_data=False)

@@ -62,6 +62,55 @@ def test_fixed_shapes_have_numbers_only(tmp_path):
     assert "Shape" not in kinds
 
 
+def test_fixed_graphs_have_at_most_four_axes_and_no_group_norm(tmp_path):
+    """Mobile runtimes take no more."""
+    import onnx
+
+    export(EMOJI, tmp_path / "out", target="onnx-fixed", prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
+    for part in ("text_encoder", "unet", "vae_decoder"):
+        proto = onnx.load(str(tmp_path / "out" / part / "model.onnx"), load_external_data=False)
+        inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True).graph
+        axes = {v.name: len(v.type.tensor_type.shape.dim) for v in (*inferred.value_info, *inferred.input, *inferred.output)}
+        assert {o for n in proto.graph.node for o in n.output} <= set(axes)
+        assert max(axes.values()) <= 4
+        assert not {n.op_type for n in proto.graph.node} & {"GroupNormalization", "GroupNorm"}
+
+
+@pytest.mark.parametrize("opset", [17, 18, 20, 21, 23])
+def test_opset_of_the_profile(opset, tmp_path):
+    import onnx
+
+    (tmp_path / "p.toml").write_text(f"target = 'onnx'\ndynamic = true\n[gate]\npsnr = 60\n[options]\nopset = {opset}\n")
+    report = export(EMOJI, tmp_path / "out", target=tmp_path / "p.toml", prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
+    assert report["opset"] == opset
+    for part in ("text_encoder", "unet", "vae_decoder"):
+        proto = onnx.load(str(tmp_path / "out" / part / "model.onnx"), load_external_data=False)
+        assert [o.version for o in proto.opset_import] == [opset]
+    assert report["parity"]["psnr"] == [100.0]
+
+
+def test_opsets_that_cannot_be_written(tmp_path):
+    from onnx import TensorProto, helper, save
+
+    from sdlite.exporters.targets import onnx as target
+
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", (2, 3)), ("y", (2, 1))))
+    axes = helper.make_tensor("axes", TensorProto.INT64, [1], [1])
+    graph = helper.make_graph([helper.make_node("ReduceMean", ["x", "axes"], ["y"])], "g", [x], [y], [axes])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(tmp_path / "m.onnx"))
+    for opset, error, words in ((16, InputError, "opset=16; it can be 17 to 23"), (17, ExportError, "cannot be written in opset 17")):
+        with pytest.raises(error, match=words):
+            target.prepare("unet", tmp_path / "m.onnx", profile.Profile("p", "onnx", options={"opset": opset}))
+
+
+@pytest.mark.parametrize("name", sorted(profile.TARGETS))
+def test_options_that_a_target_does_not_know(name, tmp_path):
+    precision = {"executorch": "fp32", "qnn": "fp16"}.get(name, "fp32")
+    (tmp_path / "p.toml").write_text(f"target = '{name}'\nprecision = '{precision}'\n[options]\nsped = 1\n")
+    with pytest.raises(InputError, match="options sped not known; target"):
+        export(EMOJI, tmp_path / "x", target=tmp_path / "p.toml")
+
+
 def test_a_broken_graph_fails_the_gate_and_nothing_is_written(tmp_path, monkeypatch):
     from sdlite.exporters.targets import onnx as target
 

@@ -101,7 +101,7 @@ def test_kept_layers_keep_their_names_through_folding(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"speed": 1}, "options speed not known"), ({"integer": {"vae": ["Conv"]}}, "integer names vae"),
+    [({"integer": {"vae": ["Conv"]}}, "integer names vae"),
      ({"integer": {"unet": ["Relu"]}}, "integer names Relu"), ({"samples": 0}, "samples=0; at least 1")],
 )  # fmt: skip
 def test_options_that_are_not_known(options, words):

@@ -14,7 +14,7 @@ pytest.importorskip("onnx", reason="needs the quantize extra")
 
 from sdlite.artifact import Artifact
 from sdlite.backends import tensorrt
-from sdlite.errors import ArtifactError, ExportError, InputError, PrecisionError, UnknownNameError
+from sdlite.errors import ArtifactError, ExportError, PrecisionError, UnknownNameError
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.targets import tensorrt as target
 
@@ -156,14 +156,12 @@ def test_cuda_errors_are_raised():
         tensorrt._ok((2, None))
 
 
-def test_jobs_name_shapes_and_refuse_unknown_options(tmp_path):
+def test_jobs_name_shapes(tmp_path):
     from tests.conftest import EMOJI
 
     graph = EMOJI / "text_encoder" / "model.onnx"
     job = target.job_of("text_encoder", graph, tmp_path / "e", Profile("t", "tensorrt", options={"min": 1, "opt": 2, "max": 8}))
     assert job["ranges"] == {"input_ids": [[1, 28], [2, 28], [8, 28]]}
-    with pytest.raises(InputError, match="options speed not known"):
-        target.job_of("text_encoder", graph, tmp_path / "e", Profile("t", "tensorrt", options={"speed": 1}))
 
 
 def test_options_reach_the_builder(tmp_path):
@@ -343,3 +341,34 @@ def test_backend_refuses_what_it_cannot_load(tmp_path):
         tensorrt.load_part(Artifact.open(tmp_path), "unet", "fp32", "cuda", None)
     with pytest.raises(ArtifactError, match="not what the export wrote"):
         tensorrt.load_part(Artifact.open(tmp_path), "unet", "fp16", "cuda", None)
+
+
+def test_pipeline_takes_the_precision_of_the_engines(tmp_path):
+    """Without `precision` it is what was exported, bf16 too; the refusal is about the engine, not about the precision."""
+    import shutil
+
+    import sdlite.backends
+    from sdlite import Pipeline
+    from tests.conftest import EMOJI
+
+    for name in ("model_index.json", "tokenizer", "scheduler"):
+        (shutil.copytree if (EMOJI / name).is_dir() else shutil.copy)(EMOJI / name, tmp_path / name)
+    artifact = Artifact.open(tmp_path)
+    assert artifact.exported is None
+    (tmp_path / "export-report.json").write_text(json.dumps({"profile": {"precision": "bf16"}, "files": {}}))
+    assert artifact.exported == "bf16"
+    with pytest.raises(PrecisionError, match="'onnxruntime' has no bf16"):
+        Pipeline.from_pretrained(tmp_path, backend="onnxruntime")
+    seen = []
+    module = SimpleNamespace(
+        PRECISIONS=tensorrt.PRECISIONS,
+        DEVICES=("cuda",),
+        engine=lambda: "t",
+        notes=lambda *a: [],
+        load_part=lambda *a: seen.append(a) or 1 / 0,
+    )
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sdlite.backends, "get_backend", lambda name: module)
+        with pytest.raises(ZeroDivisionError):
+            Pipeline.from_pretrained(tmp_path, backend="tensorrt", device="cuda")
+    assert seen[0][2] == "bf16"

@@ -3,6 +3,7 @@
 PACKAGES: names whose versions go into the report
 PRECISIONS: what it can make
 DYNAMIC: whether free shapes are possible
+OPTIONS: (optional) what a profile's options may say; default: nothing
 FREE_SIZE: (optional) False where only the batch can be free
 quantise(graphs, pipe, profile, shown, steps, threads) -> (graphs, facts)   (optional) integer graphs, calibrated on prompts other than `shown`
 prepare(part, graph, profile) -> graph           (optional) what the converter and the gate see instead

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sdlite.errors import ExportError
+from sdlite.errors import ExportError, UnknownNameError
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.targets import NotRunnable
 from sdlite.spec import SPECS
@@ -19,6 +19,7 @@ from sdlite.spec import SPECS
 PACKAGES = ("coremltools", "torch")
 PRECISIONS = ("fp32", "fp16")
 DYNAMIC = False
+OPTIONS = {"minimum_deployment_target"}  # a name of coremltools.target
 
 
 def convert_torch(part: str, network: Any, example: tuple[Any, ...], out: Path, profile: Profile) -> list[Path]:
@@ -41,7 +42,9 @@ def convert_torch(part: str, network: Any, example: tuple[Any, ...], out: Path, 
         ct.TensorType(name=t.name, shape=tuple(x.shape) or (1,), dtype=kinds[t.dtype]) for t, x in zip(spec.inputs, example, strict=True)
     ]
     precision = ct.precision.FLOAT16 if profile.precision == "fp16" else ct.precision.FLOAT32
-    target = getattr(ct.target, profile.options.get("minimum_deployment_target", "iOS17"))
+    target = getattr(ct.target, wanted := profile.options.get("minimum_deployment_target", "iOS17"), None)
+    if target is None:
+        raise UnknownNameError(f"profile {profile.name}: minimum_deployment_target={wanted!r} is not known; choose one of {', '.join(t.name for t in ct.target)}.")
     try:
         model = ct.convert(
             program,

@@ -20,6 +20,7 @@ from sdlite.spec import SPECS
 PACKAGES = ("executorch", "torch")
 PRECISIONS = ("fp32",)
 DYNAMIC = False
+OPTIONS = {"delegate"}
 DELEGATES = {
     "xnnpack": ("executorch.backends.xnnpack.partition.xnnpack_partitioner", "XnnpackPartitioner"),
     "vulkan": ("executorch.backends.vulkan.partitioner.vulkan_partitioner", "VulkanPartitioner"),

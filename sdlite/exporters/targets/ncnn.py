@@ -23,6 +23,7 @@ from sdlite.spec import SPECS
 PACKAGES = ("ncnn", "pnnx")
 PRECISIONS = ("fp32", "fp16")
 DYNAMIC = False
+OPTIONS = {"vulkan"}
 
 _HALF = 0x01306B47  # ncnn's tag of float16 weights; 0 is plain float32
 

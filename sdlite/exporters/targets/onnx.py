@@ -1,6 +1,7 @@
 """ONNX for onnxruntime (CPU, CUDA, mobile): fixed or free shapes; float32, float16 weights with float32 arithmetic, or QDQ int8.
 
-With the option `fuse_schedule` the UNet comes as three graphs, see `sdlite.exporters.hoist`.
+With the option `fuse_schedule` the UNet comes as three graphs, see `sdlite.exporters.hoist`. The option `opset` writes the graphs in another
+version of ONNX than the artefact's.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.version_converter
 
-from sdlite.errors import InputError
+from sdlite.errors import ExportError, InputError
 from sdlite.exporters.hoist import Hoisted, hoist, session
 from sdlite.exporters.profile import Profile
-from sdlite.exporters.static import input_shapes
+from sdlite.exporters.static import input_shapes, opset_of
 from sdlite.exporters.targets import NotRunnable
 from sdlite.quant.graph import Graph
 from sdlite.spec import SPECS
@@ -24,6 +26,46 @@ from sdlite.spec import SPECS
 PACKAGES = ("onnx", "onnxruntime")
 PRECISIONS = ("fp32", "fp16", "int8-static")
 DYNAMIC = True
+OPTIONS = {"fuse_schedule", "opset"}
+OPSETS = range(17, 24)
+_SAID_SINCE_18 = [("Resize", "antialias", 0), ("Resize", "keep_aspect_ratio_policy", b"stretch")]
+
+
+def prepare(part: str, graph: Path, profile: Profile) -> Path:
+    """The graph in the profile's opset.
+
+    Raises:
+        InputError: not one of OPSETS. ExportError: the network needs what that opset does not have.
+    """
+    opset = profile.options.get("opset")
+    if opset is None:
+        return graph
+    if opset not in OPSETS:
+        raise InputError(f"profile {profile.name}: opset={opset!r}; it can be {OPSETS[0]} to {OPSETS[-1]}.")
+    proto = onnx.load(str(graph), load_external_data=False)
+    if opset_of(proto) == opset:
+        return graph
+    out = graph.with_name(f"{part}.{opset}.onnx")
+    try:
+        onnx.save_model(_at(proto, opset), str(out))
+        onnx.checker.check_model(str(out), full_check=True)
+    except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+        raise ExportError(f"{part} cannot be written in opset {opset}: {' '.join(str(e).split())[:300]}.") from e
+    return out
+
+
+def _at(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Newer by ONNX's converter, which cannot turn a Split of 18 back. Older: without what says what 17 does anyway; the checker refuses the rest."""
+    if opset > opset_of(proto):
+        return onnx.version_converter.convert_version(proto, opset)
+    for node in proto.graph.node:
+        kept = [a for a in node.attribute if (node.op_type, a.name, onnx.helper.get_attribute_value(a)) not in _SAID_SINCE_18]
+        if node.op_type == "Split" and len(node.input) == 1:  # equal parts, one for each output
+            kept = [a for a in kept if a.name != "num_outputs"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    next(o for o in proto.opset_import if o.domain == "").version = opset
+    return proto
 
 
 def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sdlite.errors import ExportError, InputError, PrecisionError, SdliteError, UnknownNameError
+from sdlite.errors import ExportError, PrecisionError, SdliteError, UnknownNameError
 from sdlite.exporters.bfloat import to_bfloat
 from sdlite.exporters.half import to_half
 from sdlite.exporters.profile import Profile
@@ -184,9 +184,7 @@ def _capability(trt: Any, name: str) -> Any:
 
 
 def job_of(part: str, graph: Path, engine: Path, profile: Profile, library: str = LIBRARY) -> dict[str, Any]:
-    """What `build` is told. Raises InputError for an option that is not known."""
-    if unknown := sorted(set(profile.options) - OPTIONS):
-        raise InputError(f"profile {profile.name}: options {', '.join(unknown)} not known; known: {', '.join(sorted(OPTIONS))}.")
+    """What `build` is told."""
     free = {k: s for k, s in input_shapes(graph).items() if any(isinstance(d, str) for d in s)}
     ranges = {
         k: [[d if isinstance(d, int) else profile.options.get(b, 1) for d in s] for b in ("min", "opt", "max")] for k, s in free.items()

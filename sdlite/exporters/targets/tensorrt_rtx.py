@@ -16,7 +16,7 @@ from sdlite.exporters.targets import NotRunnable, tensorrt
 PACKAGES = ("tensorrt-rtx-cu13",)
 PRECISIONS = tensorrt.PRECISIONS
 DYNAMIC = True
-FREE_SIZE = tensorrt.FREE_SIZE
+FREE_SIZE, OPTIONS = tensorrt.FREE_SIZE, tensorrt.OPTIONS
 LIBRARY = "tensorrt_rtx"
 prepare, judged = tensorrt.prepare, tensorrt.judged
 

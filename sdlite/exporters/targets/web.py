@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 
 from sdlite.artifact import Artifact
-from sdlite.errors import ExportError, MissingExtraError
+from sdlite.errors import ExportError, MissingExtraError, UnknownNameError
 from sdlite.exporters import browser
 from sdlite.exporters.profile import Profile, assets
 from sdlite.exporters.targets import NotRunnable
@@ -33,6 +33,8 @@ from sdlite.spec import SPECS
 PACKAGES = ("onnx", "onnxruntime")
 PRECISIONS = ("fp32", "fp16", "int8-static")
 DYNAMIC = False
+OPTIONS = {"provider", "onnxruntime_web"}  # of PROVIDERS; a dist folder of onnxruntime-web
+PROVIDERS = ("wasm", "webgpu")
 
 VERSION = "1.30.0"
 SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
@@ -161,9 +163,11 @@ def run_all(folder: Path, profile: Profile, threads: int | None) -> tuple[
     dict[str, Callable[..., np.ndarray]], Callable[[], None], Callable[[str, int | None], dict[str, Any]]
 ]:  # fmt: skip
     """The three networks in one browser, how to close it, and how long its own pictures take."""
+    provider = profile.options.get("provider", PROVIDERS[0])
+    if provider not in PROVIDERS:
+        raise UnknownNameError(f"profile {profile.name}: provider={provider!r} is not known; choose one of {', '.join(PROVIDERS)}.")
     if browser.find() is None:
         raise NotRunnable(f"no browser here; install one of {', '.join(browser.NAMES)}, or name it in SDLITE_CHROMIUM")
-    provider = profile.options.get("provider", "wasm")
     networks = _Networks(folder, provider)
 
     def of(part: str) -> Callable[..., np.ndarray]:
