@@ -44,7 +44,9 @@ def convert_torch(part: str, network: Any, example: tuple[Any, ...], out: Path, 
     precision = ct.precision.FLOAT16 if profile.precision == "fp16" else ct.precision.FLOAT32
     target = getattr(ct.target, wanted := profile.options.get("minimum_deployment_target", "iOS17"), None)
     if target is None:
-        raise UnknownNameError(f"profile {profile.name}: minimum_deployment_target={wanted!r} is not known; choose one of {', '.join(t.name for t in ct.target)}.")
+        raise UnknownNameError(
+            f"profile {profile.name}: minimum_deployment_target={wanted!r} is not known; choose one of {', '.join(t.name for t in ct.target)}."
+        )
     try:
         model = ct.convert(
             program,
