@@ -44,7 +44,7 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
         except SdliteError as e:
             return {"error": f"{type(e).__name__}: {e}"}
     return {
-        "target": r["profile"]["target"], "precision": r["profile"]["precision"], "dynamic": r["profile"]["dynamic"], "tools": r["tools"], "opset": r["opset"],
+        "target": r["profile"]["target"], "precision": r["profile"]["precision"], "dynamic": r["profile"]["dynamic"], "tools": r["tools"], "opset": r["opset"], "source": r["source"],
         "bytes": sum(f["bytes"] for name, f in r["files"].items() if name.split("/")[0] in ("text_encoder", "unet", "vae_decoder")),
         "checked_by": r["checked_by"], "not_run": next(iter(r["not_run"].values()), None), "parity": r["parity"], "gate": r["profile"]["gate"],
         "options": r["profile"]["options"], "seconds": r["seconds"], "peak_mib": r["peak_mib"],
@@ -72,7 +72,7 @@ def main() -> None:
         return
     folder = model_folder(Case(args.model, "sdlite-ort", args.steps, args.size or 512), args.cache)
     held = json.loads((folder / "sdlite.json").read_text())["variants"]
-    names = args.profiles or [n for n, p in profile.builtin().items() if p.source in held]
+    names = args.profiles or [n for n, p in profile.builtin().items() if {*p.sources} & {*held}]
     about = {**environment(), "command": "python -m benchmarks.export " + " ".join(sys.argv[1:])}
     for name in names:
         job = {"folder": str(folder), "profile": name, "steps": args.steps, "threads": args.threads, "reference": args.reference,

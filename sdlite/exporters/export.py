@@ -69,19 +69,16 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         raise InputError(
             f"{artifact.folder} has no {profile.precision} ONNX graphs; make an artefact of it first: sdlite.exporters.onnx.convert."
         )
-    if not artifact.has_onnx(profile.source):
-        held = ", ".join(artifact.manifest.variants)
-        how = "quantise it first (sdlite quantize)" if profile.source.startswith("int8") else "export the float model"
-        raise PrecisionError(f"{artifact.name} holds {held}, the profile {profile.name} wants {profile.source}: {how}.")
-    room.check(artifact, profile, Path(out))
-    pipe = on_demand(artifact, threads, profile.source)
+    source = _source(artifact, profile)
+    room.check(artifact, profile, source, Path(out))
+    pipe = on_demand(artifact, threads, source)
     own = (artifact.manifest.calibration or {}).get("prompts")
     shown = list(prompts or (own[:2] if isinstance(own, list) else ["a red apple", "a house with a garden"]))
     size = {"height": profile.height or None, "width": profile.width or None}
     with room.watched(profile), tempfile.TemporaryDirectory(prefix="sdlite-export-") as scratch, writing(Path(out)) as tmp:
         recording = record(pipe, shown, num_inference_steps=num_inference_steps, **size)
         let_go(pipe)
-        graphs = {p: _graph(artifact, p, profile, recording, Path(scratch), getattr(module, "FREE_SIZE", True)) for p in PARTS}
+        graphs = {p: _graph(artifact, p, profile, source, recording, Path(scratch), getattr(module, "FREE_SIZE", True)) for p in PARTS}
         calibration = None
         if hasattr(module, "quantise"):
             graphs, calibration = module.quantise(graphs, pipe, profile, shown, num_inference_steps, threads)
@@ -120,7 +117,7 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         not_run = running.not_run
         report = {
             "sdlite": __version__, "model": artifact.name, "profile": dataclasses.asdict(profile), "tools": _versions(module.PACKAGES),
-            "opset": opset,
+            "source": source, "opset": opset,
             "files": {f.relative_to(tmp).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for fs in made.values() for f in fs},
             "checked_by": "the graph that was handed to the converter, on onnxruntime" if not_run else "the runtime itself",
             "not_run": not_run, "parity": {"networks": parity.networks, "psnr": parity.psnr, "reference": parity.reference, "pictures": len(shown)},
@@ -183,10 +180,26 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
     return {p: v for p in packages if (v := _version(p)) is not None}
 
 
-def _graph(artifact: Artifact, part: str, profile: Profile, recording: Recording, scratch: Path, free_size: bool = True) -> Path:
+def _source(artifact: Artifact, profile: Profile) -> str:
+    """The precision of the artefact's graphs that the export starts from. Every target rounds to float16 by itself, so fp32 will do for that.
+
+    Raises:
+        PrecisionError: the artefact does not hold it.
+    """
+    source = next((s for s in profile.sources if artifact.has_onnx(s)), None)
+    if source is None:
+        held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
+        how = "quantise it first (sdlite quantize)" if profile.precision.startswith("int8") else "export the float model"
+        raise PrecisionError(f"{artifact.name} holds {held}, the profile {profile.name} wants {' or '.join(profile.sources)}: {how}.")
+    return source
+
+
+def _graph(
+    artifact: Artifact, part: str, profile: Profile, source: str, recording: Recording, scratch: Path, free_size: bool = True
+) -> Path:
     """The artefact's graph with the profile's shapes and plain weights."""
     assert artifact.manifest is not None
-    graph = Graph.load(artifact.folder / artifact.manifest.variants[profile.source][part]["file"])
+    graph = Graph.load(artifact.folder / artifact.manifest.variants[source][part]["file"])
     out = scratch / f"{part}.onnx"
     if profile.dynamic and free_size:
         graph.save(out)

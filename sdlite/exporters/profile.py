@@ -22,8 +22,8 @@ TARGETS = {  # runtime -> (module, the extra that installs it)
     "tensorrt-rtx": ("sdlite.exporters.targets.tensorrt_rtx", "tensorrt-rtx"),
     "qnn": ("sdlite.exporters.targets.qnn", "qnn"),
 }
-# precision -> the artefact's graphs that it is made from
-SOURCES = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp32", "int8-static": "int8-static", "a16w8": "fp32"}
+# precision -> the artefact's graphs that it can be made from, the best first
+SOURCES = {"fp32": ("fp32",), "fp16": ("fp16", "fp32"), "bf16": ("fp32",), "int8-static": ("int8-static",), "a16w8": ("fp32",)}
 PRECISIONS = tuple(SOURCES)
 
 
@@ -57,8 +57,8 @@ class Profile:
     about: str = ""
 
     @property
-    def source(self) -> str:
-        """Precision of the artefact's graphs that the export starts from."""
+    def sources(self) -> tuple[str, ...]:
+        """Precisions of the artefact's graphs that the export can start from, the best first."""
         return SOURCES[self.precision]
 
     @classmethod

@@ -36,18 +36,18 @@ def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-def sizes(artifact: Artifact, profile: Profile) -> dict[str, int]:
+def sizes(artifact: Artifact, source: str) -> dict[str, int]:
     """Bytes of each network while it is converted: float16 weights are opened to float32."""
     assert artifact.manifest is not None
     out = {}
     for p in PARTS:
-        entry = artifact.manifest.variants[profile.source][p]
+        entry = artifact.manifest.variants[source][p]
         stored = sum((artifact.folder / f).stat().st_size for f in (entry["file"], *entry.get("weights", ())))
         out[p] = stored * (2 if entry.get("storage") == "float16" else 1)
     return out
 
 
-def check(artifact: Artifact, profile: Profile, out: Path) -> None:
+def check(artifact: Artifact, profile: Profile, source: str, out: Path) -> None:
     """Refuse what cannot end well.
 
     The scratch folder holds all networks and a second copy of one of them; the folder of `out` holds what is made and, while a converter
@@ -56,7 +56,7 @@ def check(artifact: Artifact, profile: Profile, out: Path) -> None:
     Raises:
         ExportError: too little disk or memory, with what is needed and what is free.
     """
-    size = sizes(artifact, profile)
+    size = sizes(artifact, source)
     total, largest = sum(size.values()), max(size.values())
     scratch, place = Path(tempfile.gettempdir()), _existing(out)
     need = {scratch: total + largest, place: 2 * total}

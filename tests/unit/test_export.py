@@ -12,12 +12,13 @@ import pytest
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
+from sdlite.artifact import sha256
 from sdlite.backends import RowByRow
 from sdlite.cli import main
 from sdlite.errors import ExportError, InputError, PrecisionError, UnknownNameError
 from sdlite.exporters import profile
 from sdlite.exporters.export import export, table
-from sdlite.quant.graph import Graph
+from sdlite.quant.graph import Graph, constant
 from tests.conftest import EMOJI
 
 PROMPTS = ["red apple", "dog face on a blue background"]
@@ -149,6 +150,39 @@ def test_pictures_of_the_reference_and_the_memory_ceiling(tmp_path, plain):
     with pytest.raises(ExportError, match=r"networks have 1\d\.\d MiB, wanted at most 10"):
         export(EMOJI, tmp_path / "x", **arguments)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """The student with float32 weights that float16 does not hold, and no fp16 variant: as a fine-tuned model often is."""
+    out = shutil.copytree(EMOJI, tmp_path_factory.mktemp("wide") / "student")
+    manifest = json.loads((out / "sdlite.json").read_text())
+    del manifest["variants"]["fp16"]
+    for part, about in manifest["variants"]["fp32"].items():
+        graph = Graph.load(out / about["file"])
+        graph.weights = {
+            k: constant(w.array() * np.float32(0.9999)) if w.dtype == np.float32 and len(w.shape) > 1 else w
+            for k, w in graph.weights.items()
+        }
+        files = graph.save(out / part / "model.onnx")
+        about |= {"file": f"{part}/model.onnx", "weights": [f"{part}/{f.name}" for f in files[1:]], "storage": "float32"}
+        for f in files:
+            manifest["files"][f"{part}/{f.name}"] = {"bytes": f.stat().st_size, "sha256": sha256(f)}
+    (out / "sdlite.json").write_text(json.dumps(manifest))
+    return out
+
+
+@pytest.mark.parametrize("target", ["onnx-fp16", "openvino-fp16", "mnn-fp16", "ncnn-fp16"])
+def test_float16_of_a_model_that_holds_float32_only(target, wide, tmp_path):
+    if target in NEEDS:
+        pytest.importorskip(NEEDS[target], reason=f"needs {NEEDS[target]}")
+    report = export(wide, tmp_path / "out", target=target, prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
+    assert report["source"] == "fp32"
+    assert sum(f["bytes"] for name, f in report["files"].items() if name.startswith("unet")) < 13e6  # 5.4 million weights of two bytes
+    assert report["parity"]["networks"]["unet"]["sqnr"] < 100  # rounded
+    assert min(report["parity"]["psnr"]) >= 40
+    with pytest.raises(PrecisionError, match="wants int8-static: quantise it first"):
+        export(wide, tmp_path / "x", target="onnx-int8")
 
 
 def test_errors(tmp_path, plain):
