@@ -50,7 +50,7 @@ def measure(folder: Path, steps: int, guidance: float, pictures: int, threads: i
             report = export(folder, out, target=name, num_inference_steps=1, threads=threads)
             files = [out / f for f in report["files"] if f.startswith("unet/")]
             size[name] = sum(f.stat().st_size for f in files)
-            unets[name] = target.run("unet", [f for f in files if f.suffix == ".onnx"], profile.load(name), threads)
+            unets[name] = target.run("unet", files, profile.load(name), threads)
         shapes = input_shapes(Path(tmp) / "onnx-fixed" / "unet" / "model.onnx")
         rng = np.random.default_rng(0)
         draw = lambda name: rng.standard_normal([int(d) for d in shapes[name]]).astype(np.float32)  # noqa: E731

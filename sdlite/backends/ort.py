@@ -29,19 +29,24 @@ def notes(precision: str, device: str) -> list[str]:
     return []
 
 
+def session_options(threads: int | None, size: int = 0) -> ort.SessionOptions:
+    """Of a network with files of `size` bytes."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # One block for all of a shape's tensors: a tenth faster where tensors are small; where they are large no faster, and at 512 px a third
+    # to two fifths more memory. The weights tell which it is before there is a shape.
+    options.enable_mem_pattern = size < LARGE
+    # A pool of threads for each network: idle ones would spin on the cores that the next network wants (embedded student, 2 cores: 2.5 times slower).
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
 class Session:
     """One graph, its files of `size` bytes. Called with the names of its IOSpec; refuses others."""
 
     def __init__(self, path: str, device: str, threads: int | None, size: int = 0):
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        # One block for all of a shape's tensors: a tenth faster where tensors are small; where they are large no faster, and at 512 px a third
-        # to two fifths more memory. The weights tell which it is before there is a shape.
-        options.enable_mem_pattern = size < LARGE
-        # A pool of threads for each network: idle ones would spin on the cores that the next network wants (embedded student, 2 cores: 2.5 times slower).
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
         self.provider = _PROVIDERS[device]
         if self.provider not in ort.get_available_providers():
             raise UnknownNameError(
@@ -49,7 +54,7 @@ class Session:
                 "uninstall onnxruntime and pip install 'sdlite[cuda]' (the two are one module: never both)."
             )
         try:
-            self.session = ort.InferenceSession(path, options, providers=[self.provider])
+            self.session = ort.InferenceSession(path, session_options(threads, size), providers=[self.provider])
         except Exception as e:  # onnxruntime raises many unrelated types
             raise ArtifactError(
                 f"{path} cannot be loaded by onnxruntime ({str(e).splitlines()[0][:200]}); run `sdlite verify` on the model."

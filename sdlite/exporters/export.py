@@ -26,7 +26,7 @@ from sdlite.exporters import profile as profiles
 from sdlite.exporters import room
 from sdlite.exporters.parity import Recording, measure, pictures, record
 from sdlite.exporters.profile import Profile
-from sdlite.exporters.static import fix, opset_of
+from sdlite.exporters.static import fix, opset_of, size_of
 from sdlite.exporters.targets import NotRunnable
 from sdlite.pipeline import Pipeline
 from sdlite.quant.calibrate import let_go, on_demand
@@ -262,7 +262,7 @@ def _networks(module: Any, profile: Profile, folder: Path, made: dict[str, list[
 def _handed_over(graph: Path, profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
     from sdlite.backends.ort import Session
 
-    session = Session(str(graph), "cpu", threads)
+    session = Session(str(graph), "cpu", threads, size_of(graph))
     return session if profile.dynamic else RowByRow(session)
 
 

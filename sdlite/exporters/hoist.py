@@ -13,6 +13,7 @@ import numpy as np
 from onnx import helper
 
 from sdlite.errors import ExportError
+from sdlite.exporters.static import size_of
 from sdlite.quant.graph import Graph
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -100,10 +101,8 @@ def session(path: str | Path, threads: int | None) -> tuple[Run, list[str]]:
     """A graph file on onnxruntime's CPU, and the names of its inputs."""
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    held = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    from sdlite.backends.ort import session_options
+
+    held = ort.InferenceSession(str(path), session_options(threads, size_of(Path(path))), providers=["CPUExecutionProvider"])
     names = [o.name for o in held.get_outputs()]
     return lambda inputs: dict(zip(names, held.run(names, inputs), strict=True)), [i.name for i in held.get_inputs()]

@@ -45,6 +45,11 @@ def fix(graph: Graph, shapes: dict[str, tuple[int | str, ...]], out: Path) -> Pa
     return out
 
 
+def size_of(graph: Path) -> int:
+    """Bytes of a graph file and of the weights beside it."""
+    return sum(f.stat().st_size for f in graph.parent.glob(f"{graph.name}*"))
+
+
 def opset_of(proto: onnx.ModelProto) -> int:
     """Version of ONNX's own operators."""
     return int(next(o.version for o in proto.opset_import if o.domain == ""))

@@ -106,4 +106,4 @@ def run(part: str, files: list[Path], profile: Profile, threads: int | None) -> 
         cuts = {f.stem: session(f, threads) for f in files if f.suffix == ".onnx"}
         runs = {k: run for k, (run, _) in cuts.items()}
         return Hoisted(runs["time"], runs["prompt"], runs["step"], cuts["step"][1], SPECS["unet"].output.name)
-    return Session(str(files[0]), "cpu", threads)
+    return Session(str(files[0]), "cpu", threads, sum(f.stat().st_size for f in files))
