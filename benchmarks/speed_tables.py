@@ -404,7 +404,15 @@ def strategies(folder: Path = RESULTS) -> list[str]:
         )
         best = max((r["identity@1"] for r in mine if r["images"]), default=1.0)
         short = f"No student of this budget draws recognisable pictures (identity@1 {best:.1%} at best): the table ranks losses, it does not promise students. "
-        out += [title, "", *table(header, body), "", *([*aids(groups), ""] if which == "size" else []), (short if best < RECOGNISABLE else "") + note, ""]
+        out += [
+            title,
+            "",
+            *table(header, body),
+            "",
+            *([*aids(groups), ""] if which == "size" else []),
+            (short if best < RECOGNISABLE else "") + note,
+            "",
+        ]
     return out[:-1]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from sdlite import backends, hub, images, tiling
 from sdlite.artifact import Artifact, SamplerDefaults, writing
-from sdlite.errors import InputError, MissingExtraError, SdliteError, ShapeError
+from sdlite.errors import ArtifactError, InputError, MissingExtraError, SdliteError, ShapeError
 from sdlite.sampling import Noise, Sampler, Schedule, denoise, get_sampler, sampler_of
 from sdlite.tokenizer import ClipTokenizer
 
@@ -86,6 +86,11 @@ class Pipeline:
         artifact = Artifact.open(hub.resolve(model, revision))
         if precision is None:
             precision = next(iter(artifact.manifest.variants), "fp32") if artifact.manifest else artifact.exported or "fp32"
+        if artifact.manifest is None and artifact.exported and backend != "tensorrt":
+            raise ArtifactError(
+                f"{artifact.folder} was exported for another runtime, which runs it; give the model that it was exported from, or export it with a "
+                "dynamic onnx profile."
+            )
         note = None
         if backend == "onnxruntime" and artifact.manifest is None and precision in ("fp32", "fp16"):
             artifact, note = _convert(artifact), f"converted to ONNX from {artifact.folder}, once, into the cache"

@@ -15,9 +15,10 @@ pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 from sdlite.artifact import sha256
 from sdlite.backends import RowByRow
 from sdlite.cli import main
-from sdlite.errors import ExportError, InputError, PrecisionError, UnknownNameError
+from sdlite.errors import ArtifactError, ExportError, InputError, PrecisionError, UnknownNameError
 from sdlite.exporters import profile
 from sdlite.exporters.export import export, table
+from sdlite.pipeline import Pipeline
 from sdlite.quant.graph import Graph, constant
 from tests.conftest import EMOJI
 
@@ -49,6 +50,16 @@ def test_export_runs_on_its_runtime_and_holds_its_gate(target, tmp_path):
         assert (tmp_path / "out" / name).stat().st_size == about["bytes"]
     assert (tmp_path / "out/tokenizer/vocab.json").exists()
     assert "SQNR" in table(report)
+    if profile.load(target).dynamic and target.startswith("onnx"):  # a model as any other
+        pipe = Pipeline.from_pretrained(tmp_path / "out", threads=1)
+        assert pipe.report.precision == profile.load(target).precision
+        assert pipe.artifact.verify()
+        original = Pipeline.from_pretrained(EMOJI, threads=1)
+        a, b = (np.asarray(p(PROMPTS, seed=3, num_inference_steps=2).images) for p in (pipe, original))
+        np.testing.assert_array_equal(a, b)
+    else:
+        with pytest.raises(ArtifactError, match="exported for another runtime"):
+            Pipeline.from_pretrained(tmp_path / "out", threads=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 

@@ -358,6 +358,8 @@ def test_pipeline_takes_the_precision_of_the_engines(tmp_path):
     (tmp_path / "export-report.json").write_text(json.dumps({"profile": {"precision": "bf16"}, "files": {}}))
     assert artifact.exported == "bf16"
     with pytest.raises(PrecisionError, match="'onnxruntime' has no bf16"):
+        Pipeline.from_pretrained(EMOJI, backend="onnxruntime", precision="bf16")
+    with pytest.raises(ArtifactError, match="exported for another runtime"):
         Pipeline.from_pretrained(tmp_path, backend="onnxruntime")
     seen = []
     module = SimpleNamespace(

@@ -1,6 +1,6 @@
 """ONNX for onnxruntime (CPU, CUDA, mobile): fixed or free shapes; float32, float16 weights with float32 arithmetic, or QDQ int8.
 
-With the option `fuse_schedule` the UNet comes as three graphs, see `sdlite.exporters.hoist`. The option `opset` writes the graphs in another
+With free shapes the folder opens as a model: `Pipeline.from_pretrained`. With the option `fuse_schedule` the UNet comes as three graphs, see `sdlite.exporters.hoist`. The option `opset` writes the graphs in another
 version of ONNX than the artefact's.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx.version_converter
 
+from sdlite.artifact import MANIFEST, PARTS, Artifact, write_manifest
 from sdlite.errors import ExportError, InputError
 from sdlite.exporters.hoist import Hoisted, hoist, session
 from sdlite.exporters.profile import Profile
@@ -95,6 +96,24 @@ def _hoisted(source: Graph, graph: Path, out: Path) -> list[Path]:
         files += cut.save(out / f"{name}.onnx")
         onnx.checker.check_model(str(out / f"{name}.onnx"))
     return files
+
+
+def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[int, ...]) -> list[Path]:
+    """With free shapes the folder is an artefact too: `Pipeline.from_pretrained` opens it."""
+    own = artifact.manifest
+    if own is None or not profile.dynamic or profile.options.get("fuse_schedule"):
+        return []
+    source = own.variants[next(s for s in profile.sources if artifact.has_onnx(s))]
+    entries = {}
+    for part in PARTS:
+        graph = out / part / "model.onnx"
+        entries[part] = {
+            **source[part], "file": f"{part}/{graph.name}", "weights": [f"{part}/{f.name}" for f in sorted(graph.parent.glob(f"{graph.name}.*"))],
+            "opset": opset_of(onnx.load(str(graph), load_external_data=False)),
+            **({"storage": "float16"} if profile.precision == "fp16" else {}),
+        }  # fmt: skip
+    write_manifest(out, dataclasses.replace(own, variants={profile.precision: entries}, files={}, quality=None))
+    return [out / MANIFEST]
 
 
 def run(part: str, files: list[Path], profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
