@@ -47,7 +47,7 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
         "target": r["profile"]["target"], "precision": r["profile"]["precision"], "dynamic": r["profile"]["dynamic"], "tools": r["tools"], "opset": r["opset"], "source": r["source"],
         "bytes": sum(f["bytes"] for name, f in r["files"].items() if name.split("/")[0] in ("text_encoder", "unet", "vae_decoder")),
         "checked_by": r["checked_by"], "not_run": next(iter(r["not_run"].values()), None), "parity": r["parity"], "gate": r["profile"]["gate"],
-        "options": r["profile"]["options"], "seconds": r["seconds"], "peak_mib": r["peak_mib"],
+        "options": r["profile"]["options"], "seconds": r["seconds"], "peak_mib": r["peak_mib"], "converter_peak_mib": r["converter_peak_mib"],
         "picture_seconds": r["picture_seconds"], "calibration": r["calibration"],
     }  # fmt: skip
 

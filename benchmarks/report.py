@@ -132,13 +132,24 @@ def exports() -> list[str]:
         body.append(
             [
                 model + (f", {r['size_px']} px" if r.get("size_px") else ""), f"`{name}`", r["precision"], f"{r['bytes'] / 1e6:.1f} MB", how + (f", {provider}" if provider else ""),
-                f"{min(r['parity']['psnr'] or [float('nan')]):.1f} dB / {worst:.1f} dB{to_float}", f"{r['seconds']:.0f}", f"{r['peak_mib']:,.0f}", ", ".join(f"{k} {v}" for k, v in r["tools"].items()), r["date"],
+                f"{min(r['parity']['psnr'] or [float('nan')]):.1f} dB / {worst:.1f} dB{to_float}", f"{r['seconds']:.0f}", " + ".join(f"{p:,.0f}" for p in (r["peak_mib"], r.get("converter_peak_mib")) if p), ", ".join(f"{k} {v}" for k, v in r["tools"].items()), r["date"],
             ]
         )  # fmt: skip
     if not body:
         return ["Not measured yet: run `python -m benchmarks.export emoji`."]
     return table(
-        ["model", "profile", "precision", "networks", "checked", "worst picture PSNR / network SQNR", "s", "peak MiB", "tools", "date"],
+        [
+            "model",
+            "profile",
+            "precision",
+            "networks",
+            "checked",
+            "worst picture PSNR / network SQNR",
+            "s",
+            "peak MiB + converter's",
+            "tools",
+            "date",
+        ],
         body,
     )
 

@@ -94,18 +94,18 @@ def measure(job: Job) -> dict[str, Any]:
         "engine": pipe.report.engine, "steps": job.steps or pipe.defaults.num_inference_steps,
         "guidance": pipe.defaults.guidance_scale if job.guidance is None else job.guidance, "size": list(image.size),
         "load_seconds": loaded - begin, "first_seconds": first - loaded, "samples_seconds": samples,
-        "stage_seconds": {k: sorted(s[k] for s in stages)[len(stages) // 2] for k in stages[0]}, "peak_mib": _peak_mib(),
+        "stage_seconds": {k: sorted(s[k] for s in stages)[len(stages) // 2] for k in stages[0]}, "peak_mib": peak_mib(),
         "bytes": sum(n.bytes for n in pipe.report.networks), "arithmetic": {n.part: n.arithmetic for n in pipe.report.networks},
     }  # fmt: skip
 
 
-def _peak_mib() -> float | None:
-    """Largest resident set of this process, where the system tells."""
+def peak_mib(children: bool = False) -> float | None:
+    """Largest resident set of this process, or of the largest process that it waited for, where the system tells."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 

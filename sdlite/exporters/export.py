@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
-import resource
 import shutil
 import tempfile
 import time
@@ -21,6 +20,7 @@ from sdlite import hub
 from sdlite._version import __version__
 from sdlite.artifact import PARTS, Artifact, sha256, writing
 from sdlite.backends import RowByRow
+from sdlite.bench import peak_mib
 from sdlite.errors import ExportError, InputError, MissingExtraError, PrecisionError, SdliteError
 from sdlite.exporters import profile as profiles
 from sdlite.exporters import room
@@ -122,7 +122,7 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
             "checked_by": "the graph that was handed to the converter, on onnxruntime" if not_run else "the runtime itself",
             "not_run": not_run, "parity": {"networks": parity.networks, "psnr": parity.psnr, "reference": parity.reference, "pictures": len(shown)},
             "calibration": calibration, "picture_seconds": clocked,
-            "seconds": time.perf_counter() - begin, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "seconds": time.perf_counter() - begin, "peak_mib": peak_mib(), "converter_peak_mib": peak_mib(children=True) or None,
         }  # fmt: skip
         (tmp / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report

@@ -49,6 +49,7 @@ def test_export_runs_on_its_runtime_and_holds_its_gate(target, tmp_path):
     for name, about in on_disk["files"].items():
         assert (tmp_path / "out" / name).stat().st_size == about["bytes"]
     assert (tmp_path / "out/tokenizer/vocab.json").exists()
+    assert 50 < report["peak_mib"] < 20_000
     assert "SQNR" in table(report)
     if profile.load(target).dynamic and target.startswith("onnx"):  # a model as any other
         pipe = Pipeline.from_pretrained(tmp_path / "out", threads=1)
