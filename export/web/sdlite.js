@@ -156,9 +156,19 @@ export class Pipeline {
     pipe.sessions = {};
     for (const part of ["text_encoder", "unet", "vae_decoder"]) {
       onProgress(`loading ${part}`);
-      pipe.sessions[part] = await ort.InferenceSession.create(`${base}/${part}/model.onnx`, { executionProviders: [provider] });
+      const options = { executionProviders: [provider] }, weights = pipe.settings.weights[part];
+      if (weights) {  // a large network: no second copy of its weights while it loads, wasm has 4 GB
+        options.externalData = [{ path: weights, data: `${base}/${part}/${weights}` }];
+        options.extra = { session: { disable_prepacking: "1" } };
+      }
+      pipe.sessions[part] = await ort.InferenceSession.create(`${base}/${part}/model.onnx`, options);
     }
     return pipe;
+  }
+
+  // the networks' memory; the pipeline is of no use afterwards
+  async release() {
+    for (const session of Object.values(this.sessions)) await session.release();
   }
 
   // feeds: name -> {type, data, dims}; -> {data: Float32Array, dims}

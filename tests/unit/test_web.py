@@ -56,6 +56,16 @@ def test_a_click_makes_the_picture_that_python_makes(page):
     assert psnr(got, other) < 40
 
 
+def test_weights_of_a_large_network_stay_beside_it(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(web, "LARGE", 8 << 20)
+    report = export(EMOJI, tmp_path / "out", target="web", prompts=["red apple"], num_inference_steps=1, threads=1)
+    assert {f for f in report["files"] if f.endswith(".data")} == {"unet/model.onnx.data"}
+    assert report["parity"]["networks"]["unet"]["sqnr"] > 60
+    assert json.loads((tmp_path / "out" / "sdlite-web.json").read_text())["weights"] == {
+        "text_encoder": None, "unet": "model.onnx.data", "vae_decoder": None
+    }  # fmt: skip
+
+
 def test_tokenizer_and_noise_are_pythons(page):
     folder, opened = page
     prompts = ["", "Red  apple!", "three o'clock 1234", "café ☕ naïve <|endoftext|>", "a " * 60, "e\u0301t\u00e9 x_y"]

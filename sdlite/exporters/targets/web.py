@@ -38,12 +38,15 @@ PROVIDERS = ("wasm", "webgpu")
 
 VERSION = "1.30.0"
 SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
+LARGE = 128 << 20  # bytes of a network
 FILES = ("ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm")
 
 
 def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
-    """One file each: a browser fetches it in one request."""
+    """One file each: a browser fetches it in one request. The weights of a large network stay beside it, as it is copied while it is read."""
     files = onnx_target.convert(part, graph, out, profile)
+    if sum(f.stat().st_size for f in files) > LARGE:
+        return files
     model = onnx.load(str(files[0]))
     for path in files:
         path.unlink()
@@ -65,6 +68,7 @@ def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[
     bar = schedule.alphas_cumprod()
     settings = {
         "name": artifact.manifest.name, "sampler": artifact.manifest.sampler, "latent_shape": latent_shape,
+        "weights": {p: next((f.name for f in (out / p).glob("*.data")), None) for p in SPECS},
         "scaling_factor": vae["scaling_factor"], "shift_factor": vae.get("shift_factor") or 0.0,
         "schedule": {
             "num_train_timesteps": schedule.num_train_timesteps, "timestep_spacing": schedule.timestep_spacing or "leading",
@@ -120,7 +124,8 @@ class _Networks:
     """The exported folder in one browser, for all three networks; `run` hands out its parts."""
 
     def __init__(self, folder: Path, provider: str):
-        self.browser = browser.Browser(folder)
+        large = sum(f.stat().st_size for f in folder.rglob("model.onnx*")) >> 20
+        self.browser = browser.Browser(folder, timeout=300 + 3 * large)
         self.browser.wait("document.body?.dataset.ready === 'yes'")
         self.browser.evaluate(f"sdlite.Pipeline.load('.', {{provider: '{provider}'}}).then((p) => (sdlite.pipe = p, true))")
         self.browser.evaluate(_BRIDGE)
@@ -149,6 +154,7 @@ globalThis.bridge = async (part, feeds) => {
 };
 globalThis.clock = async ({num_inference_steps, ...given}, provider) => {
   if (num_inference_steps !== null) given.num_inference_steps = num_inference_steps;
+  await sdlite.pipe.release();
   const begin = performance.now(), pipe = await sdlite.Pipeline.load(".", {provider}), load = (performance.now() - begin) / 1000;
   const seconds = [];
   for (let i = 0; i < 3; i++) seconds.push((await pipe.generate(given)).seconds);
