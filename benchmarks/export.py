@@ -26,6 +26,13 @@ PROFILES = Path(__file__).parents[1] / "export" / "profiles"
 RESULTS = Path(__file__).parent / "results" / "exports.jsonl"
 
 
+def sized(profile: str, size_px: int, folder: Path) -> Path:
+    """A copy of a built-in profile in `folder`, for square pictures of this size."""
+    out = folder / f"{profile}.toml"
+    out.write_text(f"height = {size_px}\nwidth = {size_px}\n{(PROFILES / out.name).read_text()}")
+    return out
+
+
 def worker(job: dict[str, Any]) -> dict[str, Any]:
     from sdlite.errors import SdliteError
     from sdlite.exporters.export import export
@@ -33,9 +40,7 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as tmp:
         target: str | Path = job["profile"]
         if job["size_px"]:
-            target = Path(tmp) / f"{job['profile']}.toml"
-            own = (PROFILES / target.name).read_text()
-            target.write_text(f"height = {job['size_px']}\nwidth = {job['size_px']}\n{own}")
+            target = sized(job["profile"], job["size_px"], Path(tmp))
         try:
             r = export(
                 job["folder"], Path(tmp) / "out", target=target, num_inference_steps=job["steps"] or None, threads=job["threads"],

@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.cases import Case
 from benchmarks.env import environment
+from benchmarks.export import sized
 from benchmarks.run import model_folder
 
 RESULTS = Path(__file__).parent / "results" / "fused.jsonl"
@@ -37,7 +38,7 @@ def picture(unet: Callable[..., np.ndarray], inputs: dict[str, np.ndarray], time
     return time.perf_counter() - begin
 
 
-def measure(folder: Path, steps: int, guidance: float, pictures: int, threads: int) -> dict[str, Any]:
+def measure(folder: Path, steps: int, guidance: float, pictures: int, threads: int, size_px: int | None) -> dict[str, Any]:
     from sdlite.exporters import profile
     from sdlite.exporters.export import export
     from sdlite.exporters.static import input_shapes
@@ -47,7 +48,8 @@ def measure(folder: Path, steps: int, guidance: float, pictures: int, threads: i
         unets, size = {}, {}
         for name in PROFILES:
             out = Path(tmp) / name
-            report = export(folder, out, target=name, num_inference_steps=1, threads=threads)
+            target_of = name if size_px is None else sized(name, size_px, Path(tmp))
+            report = export(folder, out, target=target_of, num_inference_steps=1, threads=threads)
             files = [out / f for f in report["files"] if f.startswith("unet/")]
             size[name] = sum(f.stat().st_size for f in files)
             unets[name] = target.run("unet", files, profile.load(name), threads)
@@ -77,14 +79,14 @@ def main() -> None:
     ap.add_argument("--steps", type=int, default=25)
     ap.add_argument("--guidance", type=float, default=2.0, help="1 is one call a step, anything else two")
     ap.add_argument("--pictures", type=int, default=20, help="after the first")
-    ap.add_argument("--size", type=int, default=512, help="pixels, for shapes")
+    ap.add_argument("--size", type=int, help="pixels; default: the model's own")
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sdlite-bench")
     ap.add_argument("--out", type=Path, default=RESULTS)
     args = ap.parse_args()
-    folder = model_folder(Case(args.model, "sdlite-ort", args.steps, args.size), args.cache)
-    row = {"model": args.model, "steps": args.steps, "guidance": args.guidance, "threads": args.threads}
-    row |= measure(folder, args.steps, args.guidance, args.pictures, args.threads)
+    folder = model_folder(Case(args.model, "sdlite-ort", args.steps, args.size or 512), args.cache)
+    row = {"model": args.model, "size_px": args.size, "steps": args.steps, "guidance": args.guidance, "threads": args.threads}
+    row |= measure(folder, args.steps, args.guidance, args.pictures, args.threads, args.size)
     row |= {**environment(), "command": "python -m benchmarks.fused " + " ".join(sys.argv[1:])}
     with open(args.out, "a") as f:
         f.write(json.dumps(row) + "\n")
