@@ -24,8 +24,10 @@ DEVICES = ("cuda",)
 
 
 def engine() -> str:
-    import tensorrt
-
+    try:
+        import tensorrt
+    except ModuleNotFoundError as e:
+        raise MissingExtraError("backend 'tensorrt' needs 'tensorrt': pip install 'sdlite[tensorrt]'.") from e
     return f"tensorrt {tensorrt.__version__}"
 
 

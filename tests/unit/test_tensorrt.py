@@ -14,7 +14,7 @@ pytest.importorskip("onnx", reason="needs the quantize extra")
 
 from sdlite.artifact import Artifact
 from sdlite.backends import tensorrt
-from sdlite.errors import ArtifactError, ExportError, PrecisionError, UnknownNameError
+from sdlite.errors import ArtifactError, ExportError, MissingExtraError, PrecisionError, UnknownNameError
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.targets import tensorrt as target
 
@@ -341,6 +341,15 @@ def test_backend_refuses_what_it_cannot_load(tmp_path):
         tensorrt.load_part(Artifact.open(tmp_path), "unet", "fp32", "cuda", None)
     with pytest.raises(ArtifactError, match="not what the export wrote"):
         tensorrt.load_part(Artifact.open(tmp_path), "unet", "fp16", "cuda", None)
+
+
+def test_the_missing_library_is_named(monkeypatch):
+    from sdlite import Pipeline
+    from tests.conftest import EMOJI
+
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'sdlite\[tensorrt\]'"):
+        Pipeline.from_pretrained(EMOJI, backend="tensorrt", device="cuda")
 
 
 def test_pipeline_takes_the_precision_of_the_engines(tmp_path):
