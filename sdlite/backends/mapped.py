@@ -44,10 +44,16 @@ def resident() -> int:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile:")), 0)
 
 
+def trim() -> None:
+    """The heap's free pages go back to the system, where the C library is glibc; others do so by themselves."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def released(folder: Path) -> Iterator[None]:
     """`release` while an engine compiles whenever file pages become many, so that they and the packed weights are not both in memory, and once
-    at the end; then the heap's free pages go back to the system (glibc)."""
+    at the end; then `trim`."""
     done, before = threading.Event(), resident()  # other libraries' pages are not ours to count
 
     def work() -> None:
@@ -63,5 +69,4 @@ def released(folder: Path) -> Iterator[None]:
         done.set()
         thread.join()
         release(folder)
-        with suppress(OSError, AttributeError, TypeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        trim()

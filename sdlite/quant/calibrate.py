@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sdlite.artifact import PARTS, Artifact
-from sdlite.backends import Network, Networks, Report, get_backend
+from sdlite.backends import Network, Networks, Report, get_backend, mapped
 from sdlite.errors import InputError
 from sdlite.pipeline import Pipeline
 from sdlite.quant.graph import Graph
@@ -96,7 +96,9 @@ class Session:
         return dict(zip(names, session.run(None, inputs), strict=True))
 
     def close(self) -> None:
-        self._open = None
+        if self._open is not None:
+            self._open = None
+            mapped.trim()
 
 
 @dataclass
@@ -147,7 +149,9 @@ class OnDemand:
         return out
 
     def close(self) -> None:
-        self._network = None
+        if self._network is not None:
+            self._network = None
+            mapped.trim()  # SD-1.4's shape: 1.5 GB that onnxruntime freed and the C library kept
 
 
 def on_demand(artifact: Artifact, threads: int | None, precision: str = "fp32") -> Pipeline:

@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
 from sdlite import Pipeline
 from sdlite.artifact import PARTS, Artifact
+from sdlite.backends import mapped
 from sdlite.cli import main
 from sdlite.errors import InputError, PrecisionError, QuantizationError, UnknownNameError
 from sdlite.images import to_uint8
@@ -435,7 +436,7 @@ def test_command_line(tmp_path, capsys):
     assert "not an empty folder" in capsys.readouterr().err
 
 
-def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path):
+def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path, monkeypatch):
     artifact = Artifact.open(EMOJI)
     pipe, prompts = on_demand(artifact, 1), ["pizza", "red apple"]
     sessions = {p: Session(Graph.load(EMOJI / artifact.manifest.variants["fp32"][p]["file"]), tmp_path / f"{p}.onnx", 1) for p in PARTS}
@@ -453,5 +454,10 @@ def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path):
     for i, pixels in enumerate(decoded):
         picture = pipe(prompts[i % 2], seed=5 + i, num_inference_steps=1, guidance_scale=1.0).images[0]
         assert (to_uint8(pixels)[0] == np.asarray(picture)).all()
+    trimmed = []
+    monkeypatch.setattr(mapped, "trim", lambda: trimmed.append(1))
     let_go(pipe)
     assert all(getattr(pipe.networks, p)._network is None for p in PARTS)
+    assert len(trimmed) == 3  # each network was open: what onnxruntime freed goes back to the system
+    let_go(pipe)
+    assert len(trimmed) == 3
