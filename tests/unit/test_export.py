@@ -124,6 +124,12 @@ def test_options_that_a_target_does_not_know(name, tmp_path):
         export(EMOJI, tmp_path / "x", target=tmp_path / "p.toml")
 
 
+def test_compute_capabilities_are_for_tensorrt_rtx_alone(tmp_path):
+    (tmp_path / "p.toml").write_text("target = 'tensorrt'\n[options]\ncompute_capabilities = ['SM89']\n")
+    with pytest.raises(InputError, match="compute_capabilities not known; target tensorrt knows"):
+        export(EMOJI, tmp_path / "x", target=tmp_path / "p.toml")
+
+
 def test_a_broken_graph_fails_the_gate_and_nothing_is_written(tmp_path, monkeypatch):
     from sdlite.exporters.targets import onnx as target
 

@@ -32,9 +32,8 @@ DYNAMIC = True
 FREE_SIZE = False  # any batch in the profile's range, one picture size
 LIBRARY = "tensorrt"
 FAILED = "build failed: "  # what stands before the reason in the building process' last line
-# What a profile's options may say; `compute_capabilities` is TensorRT-RTX's, the flags from `version_compatible` on are TensorRT's.
 OPTIONS = {
-    "min", "opt", "max", "compute_capabilities", "workspace_mib", "optimization_level", "timing_cache",
+    "min", "opt", "max", "workspace_mib", "optimization_level", "timing_cache",
     "version_compatible", "hardware_compatible", "strip_weights",
 }  # fmt: skip
 

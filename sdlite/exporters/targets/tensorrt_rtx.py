@@ -16,7 +16,8 @@ from sdlite.exporters.targets import NotRunnable, tensorrt
 PACKAGES = ("tensorrt-rtx-cu13",)
 PRECISIONS = tensorrt.PRECISIONS
 DYNAMIC = True
-FREE_SIZE, OPTIONS = tensorrt.FREE_SIZE, tensorrt.OPTIONS
+FREE_SIZE = tensorrt.FREE_SIZE
+OPTIONS = {*tensorrt.OPTIONS, "compute_capabilities"}  # TensorRT itself builds for the GPU at hand
 LIBRARY = "tensorrt_rtx"
 prepare, judged = tensorrt.prepare, tensorrt.judged
 
