@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 
+from sdlite.backends import mapped
 from sdlite.errors import InputError
 from sdlite.quant.graph import Graph
 
@@ -40,6 +41,7 @@ def fix(graph: Graph, shapes: dict[str, tuple[int | str, ...]], out: Path) -> Pa
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", out.name + ".data")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     ort.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
+    mapped.trim()  # the converter comes next, perhaps in a process of its own
     for path in files:
         path.unlink()
     return out
