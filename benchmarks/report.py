@@ -122,7 +122,7 @@ def exports() -> list[str]:
         if "error" in r:
             body.append([model, f"`{name}`", "", "", f"failed: {r['error'].splitlines()[0][:120]}", "", "", "", "", r["date"]])
             continue
-        how = "on the runtime" if r["not_run"] is None else f"not run ({r['not_run']}); the graph that the converter was given"
+        how = "on the runtime" if r["not_run"] is None else f"not run ({r['not_run']}); {r['checked_by']}"
         provider = r["options"].get("provider") or ("vulkan" if r["options"].get("vulkan") else "")
         worst = min(n["sqnr"] for n in r["parity"]["networks"].values())
         made = r.get("picture_seconds")

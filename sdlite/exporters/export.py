@@ -9,7 +9,8 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ from sdlite.quant.graph import Graph
 from sdlite.spec import SPECS
 
 REPORT = "export-report.json"
+_HANDED = {
+    "onnxruntime": "the graph that was handed to the converter, on onnxruntime",
+    "torch": "the network that was handed to the converter, on torch",
+}
 
 
 def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: Sequence[str] | None = None, num_inference_steps: int | None = None,
@@ -87,19 +92,25 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
             graphs = {p: module.prepare(p, g, profile) for p, g in graphs.items()}
         opset = opset_of(onnx.load(str(graphs["unet"]), load_external_data=False))
         made: dict[str, list[Path]] = {}
+        torch_networks = {}
         for p in PARTS:
             (tmp / p).mkdir()
-            made[p] = [] if hasattr(module, "convert_torch") else _convert(module, p, graphs[p], tmp / p, profile)
         if hasattr(module, "convert_torch"):
             for p, network, example in _torch_networks(artifact, profile, recording):
-                made[p] = module.convert_torch(p, network, example, tmp / p, profile)
+                with _refusals(p, profile):
+                    made[p] = module.convert_torch(p, network, example, tmp / p, profile)
+                torch_networks[p] = network
+        else:
+            for p in PARTS:
+                with _refusals(p, profile):
+                    made[p] = module.convert(p, graphs[p], tmp / p, profile)
         _companions(artifact, tmp)
         if hasattr(module, "finish"):
             shape = recording.calls["unet"][0][0]["sample"].shape
             made["page"] = module.finish(tmp, artifact, profile, (profile.batch or 1, *shape[1:]))
         if hasattr(module, "judged"):
             graphs = {p: module.judged(p, g, profile) for p, g in graphs.items()}
-        running = _networks(module, profile, tmp, made, graphs, threads)
+        running = _networks(module, profile, tmp, made, torch_networks or graphs, threads)
         try:
             original = None if reference is None else pictures(_float(reference, threads), shown, recording.arguments)
             parity = measure(pipe, recording, running.networks, running.not_run, original)
@@ -119,7 +130,7 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
             "sdlite": __version__, "model": artifact.name, "profile": dataclasses.asdict(profile), "tools": _versions(module.PACKAGES),
             "source": source, "opset": opset,
             "files": {f.relative_to(tmp).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for fs in made.values() for f in fs},
-            "checked_by": "the graph that was handed to the converter, on onnxruntime" if not_run else "the runtime itself",
+            "checked_by": _HANDED["torch" if torch_networks else "onnxruntime"] if not_run else "the runtime itself",
             "not_run": not_run, "parity": {"networks": parity.networks, "psnr": parity.psnr, "reference": parity.reference, "pictures": len(shown)},
             "calibration": calibration, "picture_seconds": clocked,
             "seconds": time.perf_counter() - begin, "peak_mib": peak_mib(), "converter_peak_mib": peak_mib(children=True) or None,
@@ -137,10 +148,11 @@ def _float(model: str | Path, threads: int | None) -> Pipeline:
     return Pipeline.from_pretrained(artifact.folder, precision=held[0], backend="onnxruntime", threads=threads)
 
 
-def _convert(module: Any, part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
-    """The module's `convert`; what a converter raises by itself becomes an ExportError with its words."""
+@contextmanager
+def _refusals(part: str, profile: Profile) -> Iterator[None]:
+    """What a converter raises by itself becomes an ExportError with its words."""
     try:
-        files: list[Path] = module.convert(part, graph, out, profile)
+        yield
     except (SdliteError, OSError, MemoryError):
         raise
     except Exception as e:  # converters raise their own kinds
@@ -148,7 +160,6 @@ def _convert(module: Any, part: str, graph: Path, out: Path, profile: Profile) -
             raise MemoryError(str(e)) from e
         words = " ".join(str(e).split())[:400]
         raise ExportError(f"{profile.target} could not convert {part} ({type(e).__name__}): {words}. Nothing was written.") from e
-    return files
 
 
 def _module(profile: Profile) -> Any:
@@ -236,7 +247,7 @@ class _Running:
     clock: Callable[[str, int | None], dict[str, Any]] | None = None  # (prompt, steps) -> seconds of the target's own pictures
 
 
-def _networks(module: Any, profile: Profile, folder: Path, made: dict[str, list[Path]], graphs: dict[str, Path],
+def _networks(module: Any, profile: Profile, folder: Path, made: dict[str, list[Path]], handed: Mapping[str, Any],
               threads: int | None) -> _Running:  # fmt: skip
     def rowwise(network: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
         return network if profile.dynamic else RowByRow(network)
@@ -255,11 +266,21 @@ def _networks(module: Any, profile: Profile, folder: Path, made: dict[str, list[
         except NotRunnable as e:
             out.not_run[p] = str(e)
         if p not in out.networks:
-            out.networks[p] = _handed_over(graphs[p], profile, threads)
+            out.networks[p] = _handed_over(p, handed[p], profile, threads)
     return out
 
 
-def _handed_over(graph: Path, profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
+def _handed_over(part: str, graph: Any, profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
+    """What the converter was given: a graph file, or a torch network."""
+    if not isinstance(graph, Path):
+        import torch
+
+        def network(**inputs: np.ndarray) -> np.ndarray:
+            with torch.no_grad():
+                out: np.ndarray = graph(*(torch.from_numpy(np.array(inputs[t.name], t.dtype)) for t in SPECS[part].inputs)).numpy()
+            return out
+
+        return RowByRow(network)
     from sdlite.backends.ort import Session
 
     session = Session(str(graph), "cpu", threads, size_of(graph))

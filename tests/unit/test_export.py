@@ -151,6 +151,49 @@ def test_a_broken_graph_fails_the_gate_and_nothing_is_written(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+EVERY_GATE = {  # a profile of each runtime -> the package that it needs
+    "onnx-fixed": "onnxruntime", "openvino": "openvino", "mnn": "MNN", "ncnn": "ncnn", "web": "onnxruntime", "coreml": "coremltools",
+    "tensorrt-rtx-fp16": "tensorrt_rtx", "tensorrt-rtx-bf16": "tensorrt_rtx",
+    "executorch": "executorch", "executorch-vulkan": "executorch", "qnn-fp16": "onnxruntime_qnn",
+}  # fmt: skip
+SLOW = ("executorch", "executorch-vulkan", "qnn-fp16")
+
+
+@pytest.mark.parametrize("target", [pytest.param(t, marks=pytest.mark.slow) if t in SLOW else t for t in EVERY_GATE])
+def test_the_gate_of_every_runtime_sees_a_network_that_changed_on_its_way(target, tmp_path, monkeypatch):
+    """What the converter is given has one layer a tenth too large; the rest of the way is the real one."""
+    import sdlite.exporters.export as exporting
+
+    pytest.importorskip(EVERY_GATE[target], reason=f"needs {EVERY_GATE[target]}")
+    if target == "web":
+        from sdlite.exporters import browser
+
+        if browser.find() is None:
+            pytest.skip("no Chromium on this machine")
+    right_graph, right_torch = exporting._graph, exporting._torch_networks
+
+    def wrong_graph(artifact, part, *rest):
+        path = right_graph(artifact, part, *rest)
+        if part == "unet":
+            graph = Graph.load(path)
+            layer = graph.layers()[-1]  # the last convolution
+            graph.weights[layer.weight] = constant(graph.weights[layer.weight].array() * np.float32(1.1))
+            graph.save(path)
+        return path
+
+    def wrong_torch(*given):
+        for part, network, example in right_torch(*given):
+            if part == "unet":
+                network.module.conv_out.weight.mul_(1.1)
+            yield part, network, example
+
+    monkeypatch.setattr(exporting, "_graph", wrong_graph)
+    monkeypatch.setattr(exporting, "_torch_networks", wrong_torch)
+    with pytest.raises(ExportError, match=rf"gate of {target} does not hold.*worst network unet.*Nothing was written"):
+        export(EMOJI, tmp_path / "out", target=target, prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_pictures_of_the_reference_and_the_memory_ceiling(tmp_path, plain):
     (tmp_path / "p.toml").write_text("target = 'onnx'\ndynamic = true\n[gate]\nreference = 40\n")
     arguments = {"target": tmp_path / "p.toml", "prompts": PROMPTS[:1], "num_inference_steps": 2, "threads": 1}
