@@ -72,7 +72,7 @@ class Pipeline:
         Args:
             model: name of an embedded model ("emoji"), a model folder, or a hub id "org/name".
             precision: "fp32", "fp16", "int8-dynamic" or "int8-static"; "bf16" for engines that were exported so (backend "tensorrt").
-                None: the first one that the artefact holds, else fp32.
+                None: the first one that the artefact holds, or what the folder was exported in, else fp32.
             backend: "auto" (see `report`), "onnxruntime" or "torch". "onnxruntime" converts a plain diffusers folder once, into the cache.
             device: "cpu" or "cuda".
             revision: branch, tag or commit, for hub ids.

@@ -197,7 +197,7 @@ def _source(artifact: Artifact, profile: Profile) -> str:
     Raises:
         PrecisionError: the artefact does not hold it.
     """
-    source = next((s for s in profile.sources if artifact.has_onnx(s)), None)
+    source = profile.source(artifact)
     if source is None:
         held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
         how = "quantise it first (sdlite quantize)" if profile.precision.startswith("int8") else "export the float model"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdlite.artifact import Artifact
 from sdlite.errors import InputError, UnknownNameError
 
 TARGETS = {  # runtime -> (module, the extra that installs it)
@@ -60,6 +61,10 @@ class Profile:
     def sources(self) -> tuple[str, ...]:
         """Precisions of the artefact's graphs that the export can start from, the best first."""
         return SOURCES[self.precision]
+
+    def source(self, artifact: Artifact) -> str | None:
+        """The best of `sources` that the artefact holds."""
+        return next((s for s in self.sources if artifact.has_onnx(s)), None)
 
     @classmethod
     def parse(cls, raw: dict[str, Any], name: str) -> Profile:

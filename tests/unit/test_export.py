@@ -118,7 +118,7 @@ def test_opsets_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(profile.TARGETS))
 def test_options_that_a_target_does_not_know(name, tmp_path):
-    precision = {"executorch": "fp32", "qnn": "fp16"}.get(name, "fp32")
+    precision = "fp16" if name == "qnn" else "fp32"
     (tmp_path / "p.toml").write_text(f"target = '{name}'\nprecision = '{precision}'\n[options]\nsped = 1\n")
     with pytest.raises(InputError, match="options sped not known; target"):
         export(EMOJI, tmp_path / "x", target=tmp_path / "p.toml")
@@ -304,6 +304,19 @@ def test_fused_schedule_computes_time_and_prompt_once(tmp_path):
         export(EMOJI, tmp_path / "x", target="onnx", fuse_schedule=True, prompts=PROMPTS[:1], num_inference_steps=1)
     with pytest.raises(InputError, match="for onnx profiles"):
         export(EMOJI, tmp_path / "x", target="mnn", fuse_schedule=True)
+
+
+def test_fused_graphs_are_opened_as_every_network_is(tmp_path, monkeypatch):
+    """Threads that spin between calls slow the other sessions down."""
+    from sdlite.backends import ort
+    from sdlite.exporters.hoist import session
+
+    assert ort.session_options(1).get_session_config_entry("session.force_spinning_stop") == "1"
+    opened, right = [], ort.session_options
+    monkeypatch.setattr(ort, "session_options", lambda threads, size: opened.append((threads, size)) or right(threads, size))
+    session(EMOJI / "vae_decoder/model.onnx", 1)
+    assert [t for t, _ in opened] == [1]
+    assert opened[0][1] > 3e6  # graph and weights
 
 
 def test_hoisted_asks_again_for_another_prompt_or_step():

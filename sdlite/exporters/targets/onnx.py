@@ -100,15 +100,14 @@ def _hoisted(source: Graph, graph: Path, out: Path) -> list[Path]:
 
 def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[int, ...]) -> list[Path]:
     """With free shapes the folder is an artefact too: `Pipeline.from_pretrained` opens it."""
-    own = artifact.manifest
-    if own is None or not profile.dynamic or profile.options.get("fuse_schedule"):
+    own, source = artifact.manifest, profile.source(artifact)
+    if own is None or source is None or not profile.dynamic or profile.options.get("fuse_schedule"):
         return []
-    source = own.variants[next(s for s in profile.sources if artifact.has_onnx(s))]
     entries = {}
     for part in PARTS:
         graph = out / part / "model.onnx"
         entries[part] = {
-            **source[part], "file": f"{part}/{graph.name}", "weights": [f"{part}/{f.name}" for f in sorted(graph.parent.glob(f"{graph.name}.*"))],
+            **own.variants[source][part], "file": f"{part}/{graph.name}", "weights": [f"{part}/{f.name}" for f in sorted(graph.parent.glob(f"{graph.name}.*"))],
             "opset": opset_of(onnx.load(str(graph), load_external_data=False)),
             **({"storage": "float16"} if profile.precision == "fp16" else {}),
         }  # fmt: skip
