@@ -379,7 +379,11 @@ def _models(args: argparse.Namespace) -> None:
 def _terminable() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does, so that what was half written is removed."""
 
+    asked = False
+
     def stop(*_: Any) -> None:
+        nonlocal asked
+        asked = True
         raise KeyboardInterrupt
 
     try:
@@ -389,6 +393,10 @@ def _terminable() -> Iterator[None]:
         return
     try:
         yield
+    except Exception as e:
+        if asked:  # a C++ library that was being imported makes an error of its own of it
+            raise KeyboardInterrupt from e
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

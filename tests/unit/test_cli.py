@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -146,6 +148,25 @@ def test_bench_row_that_fails_says_why(capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+def test_termination_that_a_library_turns_into_its_own_error_is_one_still():
+    """OpenVINO, while it is imported: ImportError("initialization failed")."""
+    from sdlite.cli import _terminable
+
+    def importing(terminated):
+        with _terminable():
+            try:
+                if terminated:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt:
+                pass
+            raise ImportError("initialization failed")
+
+    with pytest.raises(KeyboardInterrupt):
+        importing(True)
+    with pytest.raises(ImportError):
+        importing(False)
+
+
 def test_terminated_half_way_nothing_is_left(tmp_path):
     code = (
         "import sys, time, sdlite.quant.gate as gate, sdlite.cli as cli\n"
