@@ -268,6 +268,20 @@ def test_errors(tmp_path, plain):
             export(EMOJI, tmp_path / "x", target=tmp_path / "p.toml")
 
 
+def test_mnns_converter_works_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """It keeps weights in a file of its working folder: of two exports at once one got the other's."""
+    pytest.importorskip("MNN", reason="needs MNN")
+    from sdlite.exporters.targets import mnn
+
+    seen, right = [], mnn.subprocess.run
+    monkeypatch.setattr(mnn.subprocess, "run", lambda *a, **k: seen.append(k.get("cwd")) or right(*a, **k))
+    monkeypatch.chdir(tmp_path)
+    export(EMOJI, "out", target="mnn", prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
+    folders = [c for c in seen if c is not None]
+    assert len(folders) == len(set(folders)) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_rows_are_called_one_by_one():
     seen = []
 

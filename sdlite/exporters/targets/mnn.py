@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,14 +22,17 @@ CONVERTER = "import sys, _tools; _tools.mnnconvert(sys.argv)"
 
 
 def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
-    target = out / "model.mnn"
-    files = ["-f", "ONNX", "--modelFile", str(graph), "--MNNModel", str(target), "--bizCode", "sdlite"]
+    target = (out / "model.mnn").absolute()
+    files = ["-f", "ONNX", "--modelFile", str(graph.absolute()), "--MNNModel", str(target), "--bizCode", "sdlite"]
     command = [sys.executable, "-c", CONVERTER, *files]
-    done = subprocess.run([*command, *(["--fp16"] if profile.precision == "fp16" else [])], capture_output=True, text=True)
+    with tempfile.TemporaryDirectory(
+        prefix="sdlite-mnn-"
+    ) as own:  # it keeps weights in a file of the working folder: two at once mix them up
+        done = subprocess.run([*command, *(["--fp16"] if profile.precision == "fp16" else [])], capture_output=True, text=True, cwd=own)
     if done.returncode or not target.exists():
         words = (done.stdout + done.stderr).strip().splitlines()[-3:]
         raise ExportError(f"MNN's converter refused {part}: {' '.join(words)[:300]}")
-    return [target]
+    return [out / target.name]
 
 
 class _Network:
