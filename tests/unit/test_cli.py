@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -156,7 +155,9 @@ def test_termination_that_a_library_turns_into_its_own_error_is_one_still():
         with _terminable():
             try:
                 if terminated:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    signal.getsignal(signal.SIGTERM)(
+                        signal.SIGTERM, None
+                    )  # no real signal: with OpenVINO in the process one ends it, see tests/run.sh
             except KeyboardInterrupt:
                 pass
             raise ImportError("initialization failed")
