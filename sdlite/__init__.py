@@ -4,35 +4,50 @@
     pipe = sdlite.Pipeline.from_pretrained("emoji")
     pipe("a red apple on a blue background").images[0].save("apple.png")
 
-The public names are `Pipeline`, `quantize` and `__version__`; errors are in `sdlite.errors`. Importing this package loads nothing heavy.
+The public names are `Pipeline`, `quantize`, `export`, `convert` and `__version__`; errors are in `sdlite.errors`. Importing this
+package loads nothing heavy, and keeps the engines from reporting home (`sdlite.offline`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import TYPE_CHECKING
 
+from sdlite import errors, offline
 from sdlite._version import __version__
 
 if TYPE_CHECKING:
+    from sdlite.exporters.export import export
+    from sdlite.exporters.onnx import convert
     from sdlite.pipeline import Pipeline
     from sdlite.quant.api import quantize
 
-__all__ = ["Pipeline", "__version__", "quantize"]
+__all__ = ["Pipeline", "__version__", "convert", "errors", "export", "quantize"]
+
+# name -> (module, the extra that installs what it needs)
+_LAZY = {
+    "Pipeline": ("sdlite.pipeline", None),
+    "quantize": ("sdlite.quant.api", "quantize"),
+    "export": ("sdlite.exporters.export", "quantize"),
+    "convert": ("sdlite.exporters.onnx", "export"),
+}
+
+offline.switch_off()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "Pipeline":
-        from sdlite.pipeline import Pipeline
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
-        return Pipeline
-    if name == "quantize":
+
+if not TYPE_CHECKING:  # a type checker knows the names from above, and finds those that are misspelt
+
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'sdlite' has no attribute {name!r}")
+        module, extra = _LAZY[name]
         try:
-            from sdlite.quant.api import quantize
+            return getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as e:
-            if (e.name or "").startswith("sdlite"):
+            if extra is None or (e.name or "").startswith("sdlite"):
                 raise
-            from sdlite.errors import MissingExtraError
-
-            raise MissingExtraError(f"quantising needs {e.name!r}: pip install 'sdlite[quantize]'.") from e
-        return quantize
-    raise AttributeError(f"module 'sdlite' has no attribute {name!r}")
+            raise errors.MissingExtraError(f"sdlite.{name} needs {e.name!r}: pip install 'sdlite[{extra}]'.") from e

@@ -36,3 +36,46 @@ def test_every_package_and_asset_is_in_the_wheel():
     found = {".".join(p.parent.relative_to(root).parts) for p in (root / "sdlite").rglob("__init__.py")}
     assert set(config["packages"]) == found | {"sdlite.exporters.assets"}
     assert config["package-dir"] == {"sdlite.exporters.assets": "export"}
+
+
+def test_public_names_can_be_listed_and_a_misspelt_one_is_an_error():
+    import sdlite
+
+    assert {"Pipeline", "quantize", "export", "convert", "errors", "__version__"} <= set(dir(sdlite))
+    assert sdlite.errors.SdliteError.__module__ == "sdlite.errors"
+    with pytest.raises(AttributeError, match="Pipelin"):
+        sdlite.Pipelin  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["quantize", "export", "convert"])
+def test_public_function_is_there_or_names_its_extra(name):
+    hidden = "import sys, sdlite\nfor m in ('onnx', 'torch'): sys.modules[m] = None\n"
+    code = f"try: sdlite.{name}\nexcept ImportError as e: print(type(e).__name__, e)"
+    out = subprocess.run([sys.executable, "-c", hidden + code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith(f"MissingExtraError sdlite.{name} needs '")
+    assert f"pip install 'sdlite[{'export' if name == 'convert' else 'quantize'}]'" in out
+    pytest.importorskip("onnx", reason="needs the quantize extra")
+    if name == "convert":
+        pytest.importorskip("torch", reason="needs the export extra")
+    subprocess.run([sys.executable, "-c", f"import sdlite; assert callable(sdlite.{name})"], check=True)
+
+
+def test_a_type_checker_finds_misspelt_names_and_arguments(tmp_path):
+    pytest.importorskip("mypy", reason="needs the dev extra")
+    lines = [
+        "import sdlite",
+        "pipe = sdlite.Pipeline.from_pretrained('emoji')",
+        "sdlite.Pipelin",
+        "pipe('x', sede=1)",
+        "pipe.tokenise('x')",
+    ]
+    (tmp_path / "app.py").write_text("\n".join(lines))
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "mypy", "--config-file", str(root / "pyproject.toml"), "--follow-imports", "silent"]
+    said = subprocess.run([*command, str(tmp_path / "app.py")], cwd=root, capture_output=True, text=True).stdout
+    assert [int(line.split(":")[1]) for line in said.splitlines() if ": error: " in line] == [3, 4, 5], said
+
+
+def test_module_is_the_command():
+    said = subprocess.run([sys.executable, "-m", "sdlite", "--version"], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("sdlite ")
