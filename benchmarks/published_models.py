@@ -304,16 +304,20 @@ def _write_safety_checker(folder: Path, dtype: Any) -> None:
     }))  # fmt: skip
 
 
-def write(name: str, out: Path, seed: int = 0) -> Path:
-    """The published folder `name`, a key of `MODELS`, at `out`, which must not exist."""
+def write(name: str, out: Path, seed: int = 0, dtype: str | None = None) -> Path:
+    """The published folder `name`, a key of `MODELS`, at `out`, which must not exist.
+
+    Args:
+        dtype: of the weights, "float32" or "float16"; default: the model's own.
+    """
     import torch
 
     model = MODELS[name]
-    dtype = getattr(torch, model.dtype)
+    kind = getattr(torch, dtype or model.dtype)
     torch.manual_seed(seed)
-    _write_unet(model, out / "unet", dtype)
-    _write_vae(model, out / "vae", dtype)
-    _write_text_encoder(model.text, out / "text_encoder", dtype, model.position_ids)
+    _write_unet(model, out / "unet", kind)
+    _write_vae(model, out / "vae", kind)
+    _write_text_encoder(model.text, out / "text_encoder", kind, model.position_ids)
     write_tokenizer(out / "tokenizer", model.tokenizer)
     scheduler = SCHEDULERS[model.scheduler]
     (out / "scheduler").mkdir()
@@ -325,13 +329,13 @@ def write(name: str, out: Path, seed: int = 0) -> Path:
         "vae": ["diffusers", "AutoencoderTiny" if "latent_magnitude" in model.vae else "AutoencoderKL"],
     }  # fmt: skip
     if model.safety_checker:
-        _write_safety_checker(out, dtype)
+        _write_safety_checker(out, kind)
         index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"],
                   "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}  # fmt: skip
     elif model.pipeline != "StableDiffusionXLPipeline":
         index |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
     if model.pipeline == "StableDiffusionXLPipeline":
-        _write_text_encoder(TEXT_2_SDXL, out / "text_encoder_2", dtype, False)
+        _write_text_encoder(TEXT_2_SDXL, out / "text_encoder_2", kind, False)
         write_tokenizer(out / "tokenizer_2", "turbo")
         index |= {"force_zeros_for_empty_prompt": True, "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
                   "tokenizer_2": ["transformers", "CLIPTokenizer"]}  # fmt: skip

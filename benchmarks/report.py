@@ -154,6 +154,36 @@ def exports() -> list[str]:
     )
 
 
+def published() -> list[str]:
+    """Published model x engine: the last row of each model; refusals are numbered and quoted below."""
+    last = {r["model"]: r for r in rows("published")}
+    if not last:
+        return ["Not measured yet: run `python -m benchmarks.published`."]
+    said: dict[str, int] = {}
+    runs = list(dict.fromkeys(k for r in last.values() for k in r.get("runs", {})))
+    body = []
+    for r in last.values():
+        apart = r.get("another_prompt")
+        cells = [f"`{r['model']}`", "" if apart is None else f"{apart:.1f}"]
+        for run in runs:
+            value = r.get("runs", {}).get(run, "fault: " + r.get("error", "not run"))
+            if isinstance(value, str):
+                kind, words = value.split(": ", 1)
+                value = f"{kind} ({said.setdefault(words, len(said) + 1)})"
+            cells.append(value if isinstance(value, str) else f"{value:.1f}")
+        body.append([*cells, f"{r['date']} `{r['commit']}`"])
+    one = list(last.values())[-1]
+    versions = ", ".join(f"{k} {v}" for k, v in one["versions"].items() if k in PUBLISHED_WITH)
+    return [
+        *table(["model", "another prompt", *runs, "measured"], body), "",
+        *(f"{n}. {words}" for words, n in said.items()), *([""] if said else []),
+        f"Least of {one['prompts']} images, dB; {one['size_px']} px. {one['cpu']}, {one['cores']} cores; {versions}.",
+    ]  # fmt: skip
+
+
+PUBLISHED_WITH = ("numpy", "onnxruntime", "openvino", "torch", "diffusers", "transformers", "tokenizers")
+
+
 def fused() -> list[str]:
     """What `--fuse-schedule` saves of the UNet's calls: the last row of each model, size and guidance."""
     last = {(r["model"], r["size_px"], r["steps"], r["guidance"]): r for r in rows("fused")}
@@ -189,6 +219,11 @@ def models_md() -> str:
         "Data, teacher, recipe and licences: the manifest (`sdlite info emoji`), `benchmarks/emoji/README.md`, `NOTICE`.", "",
         "## Quality", "", *quality(), "", "Definitions: `benchmarks/quality.py`, which is also the command. FID is biased at this N; compare rows only with each other.", *notes(), "",
         "One picture of the embedded student against one of its teacher (64 px, two threads):", "", *speed.teacher(), "", *speed.footnotes("teacher"), "",
+        "## Published models", "",
+        "Folders with the published configs and file layouts and narrow random networks (`benchmarks/published_models.py`), as their model cards call",
+        "them, against diffusers' own pipeline in float32 at equal seeds: PSNR in dB, 80 and more where only rounding differs. OpenVINO computes fp16 in",
+        "bfloat16 where the CPU has it, which is 8 bits of mantissa: its column shows what that costs. `python -m benchmarks.published` measures it again.", "",
+        *published(), "",
         "## Quantising", "", "Shapes have random weights: their closeness means nothing, time and memory do.", "", *quantising(), "",
         "OpenVINO's own quantiser on the same model, both on OpenVINO (`benchmarks/nncf_peer.py`):", "", *nncf(), "",
         "Memory of a picture at run time, BK-Tiny shape, 512 px, 4 steps (`Pipeline.enable_vae_tiling(320)` decodes in four tiles):", "", *speed.memory(), "", *speed.footnotes("memory-512"), "",

@@ -1,0 +1,156 @@
+"""The published models on every engine, against diffusers' own pipeline of the same folder.
+
+    python -m benchmarks.published [MODEL ...]
+
+The folders are those of `benchmarks.published_models` (published configs and file layouts, narrow random networks). Each model makes the
+images of its model card's call (at most four steps, 128 px) twice: by diffusers, in float32, and by each engine; equal seeds, so
+the images should be equal but for rounding: 80 dB and more. `another prompt` is how far apart two prompts are: a figure near it
+means another image. A model that is refused has the words of the refusal. One process a model; rows go to
+benchmarks/results/published.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import published_models
+from benchmarks.env import environment
+from sdlite.errors import SdliteError
+
+RESULTS = Path(__file__).parent / "results" / "published.jsonl"
+PROMPTS = ["a red fox in snow!", "two cats", "a photo of an astronaut riding a horse, 8k"]
+SIZE = 128
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine at one precision; `arithmetic` as in `Pipeline.from_pretrained`."""
+
+    backend: str
+    precision: str
+    arithmetic: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.precision}" + (f" in {self.arithmetic}" if self.arithmetic else "")
+
+
+RUNS = (
+    Run("torch", "fp32"), Run("onnxruntime", "fp32"), Run("openvino", "fp32"),
+    Run("torch", "fp16"), Run("onnxruntime", "fp16"), Run("openvino", "fp16", "float32"), Run("openvino", "fp16"),
+)  # fmt: skip
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """dB between two uint8 images; 100 where they are equal."""
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return 100.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def diffusers_images(folder: Path, name: str, prompts: list[str], size: int = SIZE) -> np.ndarray:
+    """uint8 (N, size, size, 3): the folder's own diffusers pipeline in float32, one CPU generator an image, seed i for prompt i."""
+    import diffusers
+    import torch
+
+    model = published_models.MODELS[name]
+    torch.set_num_threads(THREADS)
+    checker = {"safety_checker": None} if model.safety_checker else {}
+    half = {"torch_dtype": torch.float16} if "F16" in _dtypes(folder) else {}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **checker, **half).to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(
+        prompts, height=size, width=size, num_inference_steps=model.steps, guidance_scale=model.guidance, output_type="np",
+        generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+    )  # fmt: skip
+    return (out.images * 255).round().astype(np.uint8)
+
+
+def _dtypes(folder: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "unet" / "diffusion_pytorch_model.safetensors", "np") as f:
+        return {f.get_slice(k).get_dtype() for k in f.keys()}  # noqa: SIM118
+
+
+def sdlite_images(folder: Path, name: str, prompts: list[str], run: Run, size: int = SIZE) -> np.ndarray:
+    """uint8 (N, size, size, 3): the same by sdlite."""
+    import sdlite
+
+    model = published_models.MODELS[name]
+    pipe = sdlite.Pipeline.from_pretrained(folder, precision=run.precision, backend=run.backend, arithmetic=run.arithmetic, threads=THREADS)
+    out = pipe(prompts, seed=0, height=size, width=size, num_inference_steps=model.steps, guidance_scale=model.guidance)
+    return np.stack([np.asarray(i) for i in out.images])
+
+
+def measure(name: str, scratch: Path) -> dict[str, Any]:
+    """{"another_prompt": dB, "runs": {run: least dB over the prompts, or "refused: ..." or "fault: ..."}}."""
+    os.environ["SDLITE_CACHE"] = str(scratch / "cache")
+    runs: dict[str, float | str] = {}
+    wanted: dict[str, np.ndarray] = {}
+    for run in RUNS:
+        dtype = "float16" if run.precision == "fp16" else published_models.MODELS[name].dtype
+        folder = scratch / dtype / name
+        if not folder.exists():
+            published_models.write(name, folder, dtype=dtype)
+        try:
+            got = sdlite_images(folder, name, PROMPTS, run)
+        except SdliteError as e:
+            runs[str(run)] = f"refused: {str(e).replace(str(folder), name)}"
+            continue
+        except Exception as e:  # a raw error is a fault of ours, and a row of the table
+            runs[str(run)] = f"fault: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
+            continue
+        if dtype not in wanted:
+            wanted[dtype] = diffusers_images(folder, name, PROMPTS)
+        runs[str(run)] = min(psnr(a, b) for a, b in zip(got, wanted[dtype], strict=True))
+    shown = next(iter(wanted.values()), None)
+    apart = None if shown is None else psnr(*diffusers_apart(scratch, name))
+    return {"another_prompt": apart, "runs": runs}
+
+
+def diffusers_apart(scratch: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """diffusers' images of two prompts at one seed."""
+    folder = scratch / published_models.MODELS[name].dtype / name
+    return tuple(diffusers_images(folder, name, [p])[0] for p in PROMPTS[:2])  # type: ignore[return-value]
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ap.add_argument("models", nargs="*", metavar="MODEL", help=f"default: all; {', '.join(published_models.MODELS)}")
+    ap.add_argument("--out", type=Path, default=RESULTS)
+    ap.add_argument("--worker", help=argparse.SUPPRESS)
+    args = ap.parse_args()
+    if args.worker:
+        logging.disable(logging.WARNING)
+        with tempfile.TemporaryDirectory() as scratch:
+            print(json.dumps(measure(args.worker, Path(scratch))))
+        return
+    about = {**environment(), "command": " ".join(["python -m benchmarks.published", *sys.argv[1:]])}
+    for name in args.models or published_models.MODELS:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "benchmarks.published", "--worker", name], capture_output=True, text=True
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if done.returncode or not lines:
+            result: dict[str, Any] = {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+        else:
+            result = json.loads(lines[-1])
+        row = {"model": name, "size_px": SIZE, "prompts": len(PROMPTS), **result, **about}
+        with open(args.out, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        print(name, json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
