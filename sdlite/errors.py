@@ -11,6 +11,10 @@ class UnknownNameError(SdliteError, ValueError):
     """A name (model, sampler, precision, backend, device, ...) is not one of the accepted ones."""
 
 
+class AttributeNameError(UnknownNameError, AttributeError):
+    """A pipeline has no attribute of this name."""
+
+
 class ShapeError(SdliteError, ValueError):
     """A size or an array shape is not accepted."""
 
@@ -45,3 +49,11 @@ class HubError(SdliteError):
 
 class TrainingError(SdliteError):
     """Training cannot start or go on."""
+
+
+class Cancelled(SdliteError):
+    """A callback returned False."""
+
+
+class SdliteWarning(UserWarning):
+    """What is done as asked, and probably not what is wanted: `warnings.simplefilter("error", SdliteWarning)` refuses it."""

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import numpy as np
 
-from sdlite import backends, hub, images, tiling
+from sdlite import arguments, backends, habits, hub, images, tiling
+from sdlite._version import __version__
 from sdlite.artifact import Artifact, SamplerDefaults, writing
-from sdlite.errors import ArtifactError, InputError, MissingExtraError, SdliteError, ShapeError
+from sdlite.errors import ArtifactError, InputError, MissingExtraError, SdliteWarning, ShapeError
+from sdlite.errors import Cancelled as Cancelled
 from sdlite.sampling import Noise, Sampler, Schedule, denoise, get_sampler, sampler_of
 from sdlite.tokenizer import ClipTokenizer
 
@@ -26,18 +29,23 @@ if TYPE_CHECKING:
 Callback = Callable[[int, int, np.ndarray], Any]  # (step, number of steps, latents) -> False cancels
 
 
-class Cancelled(SdliteError):
-    """A callback returned False."""
+# An image of this many times the trained area, or less than this share of it, is warned about.
+FAMILIAR = (0.25, 2.5)
 
 
 @dataclass
 class PipelineOutput:
-    """`images` and `seeds` have one entry per picture; `timings` is seconds per stage of the whole call."""
+    """`images`, `seeds` and `metadata` have one entry per image; `timings` is seconds per stage of the whole call.
+
+    With `output_type="np"` images is float32 (B, H, W, 3) in [0, 1], with "latent" float32 (B, C, h, w). `metadata` says how an
+    image was made; PIL images have it in their `info`, and `sdlite.images.save` writes it into the file.
+    """
 
     images: list[Image]
     seeds: list[int]
     timings: dict[str, float]
     report: backends.Report
+    metadata: list[dict[str, str]]
 
 
 def _convert(artifact: Artifact) -> Artifact:
@@ -50,7 +58,34 @@ def _convert(artifact: Artifact) -> Artifact:
     return convert_cached(artifact)
 
 
-class Pipeline:
+def _loading(model: Any, precision: Any, backend: Any, device: Any, revision: Any, threads: Any, arithmetic: Any) -> None:
+    """Types of what a pipeline is loaded with; names are checked by those who know them.
+
+    Raises:
+        InputError: a wrong type, or a number of threads that no machine has.
+    """
+    if not isinstance(model, (str, Path)):
+        raise InputError(f"model is a {type(model).__name__}; accepted: an embedded name, a folder, or a hub id 'org/name'.")
+    arguments.text("backend", backend)
+    arguments.text("device", device)
+    for name, value in (("precision", precision), ("revision", revision), ("arithmetic", arithmetic)):
+        if value is not None:
+            arguments.text(name, value)
+    arguments.threads(threads)
+
+
+class _Class(type):
+    """The class answers diffusers' habits too: `Pipeline.from_single_file`."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(cls, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise habits.attribute(name, ["from_pretrained"])
+
+
+class Pipeline(metaclass=_Class):
     """Text-to-image with one student on one backend. Build it with `from_pretrained`."""
 
     def __init__(self, artifact: Artifact, networks: backends.Networks):
@@ -63,26 +98,32 @@ class Pipeline:
         own = artifact.sampler
         self.defaults = SamplerDefaults(own.get("num_inference_steps", 50), own.get("guidance_scale", 7.5))  # diffusers' for a plain folder
         self.tiling: tiling.Tiling | None = None
+        self._warned: set[str] = set()
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, precision: str | None = None, backend: str = "auto", device: str = "cpu",
-                        revision: str | None = None, threads: int | None = None, arithmetic: str | None = None) -> Pipeline:  # fmt: skip
+                        revision: str | None = None, threads: int | None = None, arithmetic: str | None = None,
+                        **others: Never) -> Pipeline:  # fmt: skip
         """Load a model.
 
         Args:
             model: name of an embedded model ("emoji"), a model folder, or a hub id "org/name".
             precision: "fp32", "fp16", "int8-dynamic" or "int8-static"; "bf16" for engines that were exported so (backend "tensorrt").
                 None: the first one that the artefact holds, or what the folder was exported in, else fp32.
-            backend: "auto" (see `report`), "onnxruntime" or "torch". "onnxruntime" converts a plain diffusers folder once, into the cache.
-            device: "cpu" or "cuda".
+            backend: "auto" (see `report`), "onnxruntime", "openvino", "tensorrt" or "torch". "onnxruntime" converts a plain diffusers
+                folder once, into the cache.
+            device: "cpu", "cuda"; "gpu" or "npu" on "openvino".
             revision: branch, tag or commit, for hub ids.
-            threads: CPU threads per network call; None is the engine's own choice.
+            threads: CPU threads per network call, 1 to 4 for each CPU (64 on small machines); None is the engine's own choice.
             arithmetic: what float layers are computed in: "float32", "bfloat16" or "float16", on "openvino". None: float32 for fp32; for fp16
                 and what int8 leaves in float, the CPU's half precision where it has one. The report says which it is.
+            others: none; diffusers' keywords are answered with ours.
 
         Raises:
             UnknownNameError, PrecisionError, MissingExtraError, ArtifactError, HubError: see `sdlite.errors`; each names the next step.
         """
+        habits.keywords(others, habits.LOAD, cls.from_pretrained.__kwdefaults__ or ())
+        _loading(model, precision, backend, device, revision, threads, arithmetic)
         artifact = Artifact.open(hub.resolve(model, revision))
         if precision is None:
             precision = next(iter(artifact.manifest.variants), "fp32") if artifact.manifest else artifact.exported or "fp32"
@@ -120,7 +161,8 @@ class Pipeline:
         Raises:
             InputError: not a multiple of the VAE's stride, or an overlap outside 0 to 1.
         """
-        chosen = tiling.Tiling(self.vae_config.get("sample_size") or 512 if size_px is None else size_px, overlap)
+        side = self.vae_config.get("sample_size") or 512 if size_px is None else arguments.integer("tile size_px", size_px)
+        chosen = tiling.Tiling(side, arguments.number("tile overlap", overlap))
         chosen.check(self.stride)
         self.disable_vae_tiling()
         self.tiling = chosen
@@ -139,7 +181,7 @@ class Pipeline:
 
     def encode_text(self, ids: np.ndarray) -> np.ndarray:
         """ids int64 (B, L) -> embeds float32 (B, L, D)."""
-        return self.networks.text_encoder(input_ids=ids)
+        return images.finite(self.networks.text_encoder(input_ids=ids), "the embeddings of the text encoder")
 
     def init_latents(self, noise: Sequence[Noise], height: int, width: int) -> np.ndarray:
         """One generator per image -> unit normal latents float32 (B, C, height/8, width/8)."""
@@ -158,50 +200,57 @@ class Pipeline:
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """latents (B, C, h, w) -> images uint8 (B, H, W, 3)."""
+        return images.to_uint8(self._pixels(latents))
+
+    def _pixels(self, latents: np.ndarray) -> np.ndarray:
+        """latents (B, C, h, w) -> the decoder's float32 (B, 3, H, W) in [-1, 1]."""
         z = latents / np.float32(self.vae_config.get("scaling_factor", 0.18215)) + np.float32(self.vae_config.get("shift_factor") or 0.0)
         if self.tiling is None:
-            return images.to_uint8(self.networks.vae_decoder(latent_sample=z))
-        return images.to_uint8(tiling.decode(lambda tile: self.networks.vae_decoder(latent_sample=tile), z, self.tiling, self.stride))
+            return self.networks.vae_decoder(latent_sample=z)
+        return tiling.decode(lambda tile: self.networks.vae_decoder(latent_sample=tile), z, self.tiling, self.stride)
 
     # --- the call ----------------------------------------------------------------------------------------------------
 
-    def __call__(self, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = None, num_inference_steps: int | None = None,
-                 guidance_scale: float | None = None, seed: int | Sequence[int] | None = None, num_images_per_prompt: int = 1,
-                 height: int | None = None, width: int | None = None, sampler: str | None = None, latents: np.ndarray | None = None,
-                 callback: Callback | None = None, progress: bool = False) -> PipelineOutput:  # fmt: skip
-        """Generate pictures.
+    def __call__(self, prompt: str | Sequence[str], *positional: Never, negative_prompt: str | Sequence[str] | None = None,
+                 num_inference_steps: int | None = None, guidance_scale: float | None = None, seed: int | Sequence[int] | None = None,
+                 num_images_per_prompt: int = 1, height: int | None = None, width: int | None = None, sampler: str | None = None,
+                 latents: np.ndarray | None = None, callback: Callback | None = None, progress: bool = False, generator: Any = None,
+                 output_type: str = "pil", callback_on_step_end: Callable[..., Any] | None = None, **others: Never) -> PipelineOutput:  # fmt: skip
+        """Generate images.
 
         Args:
-            prompt: one or several; each makes `num_images_per_prompt` pictures, in order.
+            prompt: one or several; each makes `num_images_per_prompt` images, in order.
             negative_prompt: what guidance leads away from; default "". Needs guidance_scale other than 1.
-            num_inference_steps, guidance_scale, sampler: default to the artefact's own. guidance g is u + g (c - u): 1 runs without
-                guidance (one network row per picture), 0 is the negative prompt's picture.
-            seed: picture i uses seed + i, or seed[i]; None draws one. Equal to diffusers with one CPU generator per picture.
+            num_inference_steps, guidance_scale, sampler: default to the model's own. guidance g is u + g (c - u): 1 runs without
+                guidance (one network row per image), 0 is the negative prompt's image.
+            seed: image i uses seed + i, or seed[i], 0 to 2**64 - 1; None draws one. Equal to diffusers with one CPU generator per image.
             height, width: pixels; default to the size that the student was trained at.
             latents: unit normal float (B, C, height/8, width/8) instead of the draw.
             callback: called after each step with (step from 1, steps, latents); return False to cancel.
             progress: show a tqdm bar.
+            generator: as in diffusers: one new torch CPU generator, or a list of one for each image, instead of seed.
+            output_type: "pil", "np" or "latent", as in diffusers.
+            callback_on_step_end: as in diffusers, with numpy latents: (pipe, step from 0, timestep, {"latents"}) -> dict.
+            positional, others: none; diffusers' habits are answered with ours.
 
         Raises:
             InputError, ShapeError, UnknownNameError: an argument is not accepted. Cancelled: by the callback.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise InputError("prompt is an empty list; give at least one string.")
-        if num_images_per_prompt < 1:
-            raise InputError(f"num_images_per_prompt={num_images_per_prompt}; at least 1.")
-        prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
-        negatives = self._negatives(negative_prompt, len(prompts), num_images_per_prompt)
-        steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        if not np.isfinite(scale):
-            raise InputError(f"guidance_scale={scale} is not a finite number.")
-        if negative_prompt is not None and scale == 1:
+        habits.positional(positional)
+        habits.keywords(others, habits.CALL, type(self).__call__.__kwdefaults__ or ())
+        arguments.one_of("output_type", output_type, habits.OUTPUTS)
+        repeat = arguments.integer("num_images_per_prompt", num_images_per_prompt, 1)
+        prompts = [p for p in arguments.texts("prompt", prompt) for _ in range(repeat)]
+        negatives = self._negatives(negative_prompt, len(prompts), repeat)
+        steps, scale = self._steps(num_inference_steps), self._guidance(guidance_scale)
+        if any(negatives) and scale == 1:
             raise InputError("negative_prompt has no effect at guidance_scale=1; raise guidance_scale or leave it out.")
-        solver = get_sampler(sampler if sampler is not None else self.default_sampler, self.schedule, steps)
-        seeds = self._seeds(seed, len(prompts))
+        name = self.default_sampler if sampler is None else arguments.text("sampler", sampler)
+        solver = get_sampler(name, self.schedule, steps)
+        seeds, noise = self._noise(seed, generator, len(prompts))
         height, width, start = self._size(height, width, latents, len(prompts))
-        noise = [Noise(s) for s in seeds]
+        self._familiar(height, width)
+        listen = self._listener(callback, callback_on_step_end, solver)
 
         timings: dict[str, float] = {}
         clock = time.perf_counter
@@ -216,13 +265,43 @@ class Pipeline:
         for step, x in enumerate(self._bar(run, total, progress), 1):
             if not np.isfinite(x).all():
                 raise InputError(f"latents are not finite after step {step}; the input latents, the weights or the precision are at fault.")
-            if callback is not None and callback(step, total, x) is False:
-                raise Cancelled(f"the callback cancelled after step {step} of {total}; nothing was written.")
+            listen(step, x)
         timings["unet"], mark = clock() - mark, clock()
-        pixels = self.decode(x)
+        about = self._metadata(prompts, negatives, seeds, name, steps, scale)
+        made = self._images(x, output_type, about)
         timings["vae_decoder"] = clock() - mark
         timings["total"] = clock() - begin
-        return PipelineOutput(images.to_pil(pixels), seeds, timings, self.report)
+        return PipelineOutput(made, seeds, timings, self.report, about)
+
+    def _images(self, latents: np.ndarray, output_type: str, about: Sequence[dict[str, str]]) -> Any:
+        """latents (B, C, h, w) -> PIL images that know how they were made, or an array."""
+        if output_type == "latent":
+            return latents
+        if output_type == "np":
+            return images.to_float(self._pixels(latents))
+        made = images.to_pil(self.decode(latents))
+        for image, data in zip(made, about, strict=True):
+            image.info.update(data)
+        return made
+
+    def _metadata(
+        self, prompts: Sequence[str], negatives: Sequence[str], seeds: Sequence[int], sampler: str, steps: int, scale: float
+    ) -> list[dict[str, str]]:
+        """How each image is made, as files keep it."""
+        r = self.report
+        shared = {
+            "model": r.model,
+            "precision": r.precision,
+            "backend": r.backend,
+            "engine": r.engine,
+            "device": r.device,
+            "sampler": sampler,
+            "steps": str(steps),
+            "guidance": str(scale),
+            "sdlite": __version__,
+        }
+        every = zip(prompts, negatives, seeds, strict=True)
+        return [{"prompt": p, "negative_prompt": n, "seed": str(s), **shared} for p, n, s in every]
 
     # --- arguments ---------------------------------------------------------------------------------------------------
 
@@ -241,22 +320,78 @@ class Pipeline:
         return iter(tqdm(run, total=steps, unit="step"))
 
     @staticmethod
-    def _negatives(negative: str | Sequence[str] | None, count: int, repeat: int) -> list[str]:
+    def _negatives(negative: Any, count: int, repeat: int) -> list[str]:
         if negative is None or isinstance(negative, str):
-            return [negative or ""] * count
-        out = [n for n in negative for _ in range(repeat)]
+            return [str(negative or "")] * count
+        out = [n for n in arguments.texts("negative_prompt", negative) for _ in range(repeat)]
         if len(out) != count:
             raise InputError(f"{len(out) // repeat} negative prompts for {count // repeat} prompts; give one, or one for each.")
         return out
 
-    @staticmethod
-    def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    def _steps(self, steps: Any) -> int:
+        return self.defaults.num_inference_steps if steps is None else arguments.integer("num_inference_steps", steps, 1)
+
+    def _guidance(self, scale: Any) -> float:
+        """The call's guidance; warns where the student was made to need none."""
+        if scale is None:
+            return self.defaults.guidance_scale
+        own = self.artifact.sampler.get("guidance_scale")
+        if arguments.number("guidance_scale", scale, 0) > 1 and own is not None and own <= 1:
+            self._warn(
+                f"{self.report.model} was trained to need no guidance (its own guidance_scale is {own:g}): guidance_scale={scale:g} "
+                "doubles the work and makes images worse; leave it out."
+            )
+        return float(scale)
+
+    def _noise(self, seed: Any, generator: Any, count: int) -> tuple[list[int], list[Any]]:
+        """Seeds and draws, one for each image."""
+        if generator is not None:
+            if seed is not None:
+                raise InputError("seed and generator are both given; give one of them.")
+            every = habits.generators(generator, count)
+            return [int(g.initial_seed()) for g in every], [habits.GeneratorNoise(g) for g in every]
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
-        seeds = [int(seed) + i for i in range(count)] if isinstance(seed, (int, np.integer)) else [int(s) for s in seed]
+        if isinstance(seed, (list, tuple, range, np.ndarray)):
+            seeds = arguments.integers("seed", seed, 0, arguments.SEEDS)
+        else:
+            first = arguments.integer("seed", seed, 0, arguments.SEEDS - count + 1)
+            seeds = [first + i for i in range(count)]
         if len(seeds) != count:
-            raise InputError(f"{len(seeds)} seeds for {count} pictures; give one, or one for each.")
-        return seeds
+            raise InputError(f"{len(seeds)} seeds for {count} images; give one, or one for each.")
+        return seeds, [Noise(s) for s in seeds]
+
+    def _listener(self, callback: Any, step_end: Any, solver: Sampler) -> Callable[[int, np.ndarray], None]:
+        """What is called after each step with (step from 1, latents)."""
+        if callback is not None:
+            arguments.function("callback", callback)
+        if step_end is not None:
+            arguments.function("callback_on_step_end", step_end)
+
+        def listen(step: int, x: np.ndarray) -> None:
+            if callback is not None and callback(step, len(solver), x) is False:
+                raise Cancelled(f"the callback cancelled after step {step} of {len(solver)}; nothing was written.")
+            if step_end is not None:
+                habits.step_end(step_end, self, step - 1, solver.timesteps[step - 1], x)
+
+        return listen
+
+    def _warn(self, text: str) -> None:
+        """Once in a pipeline's life."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, SdliteWarning, stacklevel=4)
+
+    def _familiar(self, height: int, width: int) -> None:
+        """Warn about an image far from the size that the student was trained at."""
+        sample = self.unet_config["sample_size"]
+        trained = [s * self.stride for s in ((sample, sample) if isinstance(sample, int) else sample)]
+        share = height * width / (trained[0] * trained[1])
+        if not FAMILIAR[0] <= share <= FAMILIAR[1]:
+            self._warn(
+                f"{self.report.model} was trained at {trained[0]}x{trained[1]} pixels: an image of {height}x{width} is {share:.3g} times "
+                "that area, and students repeat or lose their subject there; leave height and width out."
+            )
 
     def _size(self, height: int | None, width: int | None, latents: np.ndarray | None, count: int) -> tuple[int, int, np.ndarray | None]:
         sample, channels = self.unet_config["sample_size"], self.unet_config["in_channels"]
@@ -271,7 +406,10 @@ class Pipeline:
                 raise InputError("latents hold NaN or infinity; give finite unit normal numbers.")
             latents = np.ascontiguousarray(latents, np.float32)
             side = latents.shape[2:]
-        out = [side[0] * self.stride if height is None else height, side[1] * self.stride if width is None else width]
+        out = [
+            side[0] * self.stride if height is None else arguments.side("height", height),
+            side[1] * self.stride if width is None else arguments.side("width", width),
+        ]
         multiple = max(self.networks.size_multiple, self.stride)
         for label, value in zip(("height", "width"), out, strict=True):
             if value < multiple or value % multiple:
@@ -284,3 +422,26 @@ class Pipeline:
                 f"latents {latents.shape} are for {latents.shape[2] * self.stride}x{latents.shape[3] * self.stride} pixels, not {out[0]}x{out[1]}."
             )
         return out[0], out[1], latents
+
+    # --- diffusers' habits -------------------------------------------------------------------------------------------
+
+    def to(self, *wanted: Any, **named: Any) -> Pipeline:
+        """As in diffusers where the pipeline is there already; it does not move.
+
+        Raises:
+            InputError: another device or dtype than was loaded.
+        """
+        habits.moved([*wanted, *named.values()], self.report.device, self.report.precision)
+        return self
+
+    if not TYPE_CHECKING:  # a type checker knows the names from above, and finds those that are misspelt
+
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise habits.attribute(name, [n for n in dir(type(self)) if not n.startswith("_")])
+
+        def __setattr__(self, name, value):
+            if name in habits.ATTRIBUTES and value is not None:
+                raise habits.attribute(name, ())
+            object.__setattr__(self, name, value)

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from sdlite.errors import ArtifactError, InputError
+from sdlite.errors import ArtifactError, InputError, SdliteWarning
 
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
-class TruncationWarning(UserWarning):
+class TruncationWarning(SdliteWarning):
     """A prompt was longer than the text encoder's window; the message shows what was dropped."""
 
 

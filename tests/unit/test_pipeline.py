@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import sdlite
-from sdlite.errors import InputError, MissingExtraError, PrecisionError, ShapeError, UnknownNameError
+from sdlite import images
+from sdlite.artifact import Artifact
+from sdlite.errors import InputError, MissingExtraError, PrecisionError, SdliteWarning, ShapeError, UnknownNameError
 from sdlite.pipeline import Cancelled
 from sdlite.sampling import Noise
 from sdlite.tokenizer import TruncationWarning
@@ -103,13 +108,37 @@ def test_report_says_what_runs(emoji):
     ("arguments", "error", "text"),
     [
         ({"prompt": []}, InputError, "empty list"),
-        ({"prompt": [3]}, InputError, "a prompt is a str"),
+        ({"prompt": [3]}, InputError, r"prompt\[0\]=3; accepted: a string"),
         ({"prompt": "x", "sampler": "heun3"}, UnknownNameError, "choose one of ddim"),
         ({"prompt": "x", "height": 500}, ShapeError, "use 480 or 512"),
         ({"prompt": "x", "width": 0}, ShapeError, "not a positive multiple"),
         ({"prompt": "x", "num_inference_steps": 0}, InputError, "num_inference_steps=0"),
+        ({"prompt": "x", "num_inference_steps": 4.5}, InputError, "num_inference_steps=4.5; accepted: a whole number, at least 1"),
+        ({"prompt": "x", "num_inference_steps": 4.0}, InputError, "num_inference_steps=4.0"),
+        ({"prompt": "x", "num_inference_steps": "4"}, InputError, r"num_inference_steps='4' \(str\)"),
+        ({"prompt": "x", "num_inference_steps": True}, InputError, r"num_inference_steps=True \(bool\)"),
+        ({"prompt": None}, InputError, r"prompt=None \(NoneType\); accepted: a string or a list of strings"),
+        ({"prompt": {"prompt": "x"}}, InputError, r"\(dict\); accepted: a string"),
+        ({"prompt": b"x"}, InputError, r"\(bytes\); accepted: a string"),
+        ({"prompt": 3}, InputError, "prompt=3; accepted: a string"),
+        ({"prompt": "x", "negative_prompt": 3, "guidance_scale": 2}, InputError, "negative_prompt=3; accepted"),
+        ({"prompt": "x", "guidance_scale": "7"}, InputError, r"guidance_scale='7' \(str\); accepted: a finite number"),
+        ({"prompt": "x", "guidance_scale": -1}, InputError, "guidance_scale=-1; accepted"),
+        ({"prompt": "x", "seed": 1.5}, InputError, "seed=1.5; accepted: a whole number"),
+        ({"prompt": "x", "seed": "7"}, InputError, r"seed='7' \(str\)"),
+        ({"prompt": "x", "seed": True}, InputError, r"seed=True \(bool\)"),
+        ({"prompt": "x", "seed": 2**64}, InputError, f"0 to {2**64 - 1}"),
+        ({"prompt": ["x", "y"], "seed": 2**64 - 1}, InputError, f"0 to {2**64 - 2}"),
+        ({"prompt": "x", "seed": [1.5]}, InputError, r"seed\[0\]=1.5"),
+        ({"prompt": "x", "height": 64.0}, ShapeError, "height=64.0; accepted: a whole number"),
+        ({"prompt": "x", "width": "64"}, ShapeError, r"width='64' \(str\)"),
+        ({"prompt": "x", "height": 10**9}, ShapeError, "at most 16384"),
+        ({"prompt": "x", "num_images_per_prompt": 1.5}, InputError, "num_images_per_prompt=1.5"),
+        ({"prompt": "x", "latents": np.zeros((1, 8, 8, 8), object)}, ShapeError, "latents are object"),
+        ({"prompt": "x", "sampler": 3}, InputError, "sampler=3; accepted: a string"),
+        ({"prompt": "x", "callback": 3}, InputError, "callback=3; accepted: a function"),
         ({"prompt": "x", "num_inference_steps": 1001}, InputError, "1 to 1000"),
-        ({"prompt": "x", "guidance_scale": float("nan")}, InputError, "finite"),
+        ({"prompt": "x", "guidance_scale": float("nan")}, InputError, "guidance_scale=nan; accepted: a finite number"),
         ({"prompt": "x", "seed": -1}, InputError, "seed=-1"),
         ({"prompt": "x", "seed": [1, 2]}, InputError, "2 seeds for 1"),
         ({"prompt": "x", "num_images_per_prompt": 0}, InputError, "at least 1"),
@@ -126,9 +155,14 @@ def test_bad_call_gives_one_clear_error(emoji, arguments, error, text):
         emoji(**arguments)
 
 
-def test_misspelt_argument_fails(emoji):
-    with pytest.raises(TypeError):
-        emoji("x", steps=3)
+def test_numpy_numbers_strings_and_iterables_are_taken(emoji):
+    a = pixels(emoji("pizza", seed=3, height=64, num_images_per_prompt=2, guidance_scale=1, **FAST))
+    b = emoji(np.array(["pizza"]), seed=np.uint64(3), height=np.int64(64), num_images_per_prompt=np.int32(2), guidance_scale=np.float32(1),
+              num_inference_steps=np.int16(2))  # fmt: skip
+    assert (pixels(b) == a).all()
+    c = emoji((p for p in (np.str_("pizza"), "pizza")), seed=np.array([3, 4]), negative_prompt="", **FAST)
+    assert (pixels(c) == a).all()
+    assert (c.seeds, {type(s) for s in c.seeds}) == ([3, 4], {int})
 
 
 @pytest.mark.parametrize(
@@ -139,12 +173,26 @@ def test_misspelt_argument_fails(emoji):
         ({"backend": "tflite"}, UnknownNameError, "choose one of auto"),
         ({"device": "tpu"}, UnknownNameError, "choose one of cpu"),
         ({"revision": "main"}, InputError, "is a local one"),
+        ({"precision": 16}, InputError, "precision=16; accepted: a string"),
+        ({"backend": None}, InputError, r"backend=None \(NoneType\); accepted: a string"),
+        ({"device": 0}, InputError, "device=0; accepted: a string"),
+        ({"revision": 5}, InputError, "revision=5"),
+        ({"threads": 0}, InputError, "threads=0; accepted: a whole number, 1 to "),
+        ({"threads": -2}, InputError, "threads=-2"),
+        ({"threads": 100000}, InputError, "threads=100000"),
+        ({"threads": 1.5}, InputError, "threads=1.5"),
     ],
 )
 def test_bad_load_gives_one_clear_error(arguments, error, text):
     pytest.importorskip("onnxruntime", reason="needs the cpu extra")
     with pytest.raises(error, match=text):
         sdlite.Pipeline.from_pretrained("emoji", **arguments)
+
+
+@pytest.mark.parametrize("model", [None, 3, b"emoji"])
+def test_model_that_is_no_name_is_one_clear_error(model):
+    with pytest.raises(InputError, match="accepted: an embedded name, a folder"):
+        sdlite.Pipeline.from_pretrained(model)
 
 
 def test_unknown_model_names_the_embedded_ones():
@@ -166,7 +214,84 @@ def test_plain_folder_without_torch_says_what_to_install(monkeypatch, plain):
         sdlite.Pipeline.from_pretrained(plain)
 
 
-def test_network_that_gives_nan_is_an_error_not_a_black_picture(emoji, monkeypatch):
-    monkeypatch.setattr(emoji.networks, "unet", lambda **kw: np.full_like(kw["sample"], np.nan))
-    with pytest.raises(InputError, match="not finite after step 1"):
+@pytest.mark.parametrize(
+    ("network", "stage"), [("text_encoder", "text encoder"), ("unet", "not finite after step 1"), ("vae_decoder", "VAE decoder")]
+)
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_network_that_gives_nan_is_an_error_not_a_black_picture(emoji, monkeypatch, network, stage, number):
+    right = getattr(emoji.networks, network)
+
+    def broken(**inputs):
+        out = right(**inputs).copy()
+        out.flat[7] = number
+        return out
+
+    monkeypatch.setattr(emoji.networks, network, broken)
+    with pytest.raises(InputError, match=stage):
         emoji("pizza", seed=0, **FAST)
+
+
+def test_tile_that_is_nan_is_an_error_too(emoji, monkeypatch):
+    right = emoji.networks.vae_decoder
+    monkeypatch.setattr(emoji.networks, "vae_decoder", lambda latent_sample: right(latent_sample=latent_sample) * np.float32("nan"))
+    emoji.enable_vae_tiling(48)
+    try:
+        with pytest.raises(InputError, match="VAE decoder"):
+            emoji("pizza", seed=0, **FAST)
+    finally:
+        emoji.disable_vae_tiling()
+
+
+# --- what is done and probably not wanted -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(emoji):
+    """The same networks in a pipeline that has not warned yet."""
+    return sdlite.Pipeline(emoji.artifact, emoji.networks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"height": 512, "width": 512}, "trained at 64x64 pixels: an image of 512x512 is 64 times"),
+        ({"guidance_scale": 7.5}, "trained to need no guidance"),
+    ],
+)
+def test_what_the_student_was_not_trained_for_is_warned_about_once(fresh, arguments, text):
+    with pytest.warns(SdliteWarning, match=text) as caught:
+        fresh("pizza", seed=0, num_inference_steps=1, **arguments)
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SdliteWarning)
+        fresh("ghost", seed=0, num_inference_steps=1, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"height": 96, "width": 96}, {"guidance_scale": 1.0}, {"guidance_scale": 0.0}])
+def test_what_it_was_trained_for_is_not(fresh, arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SdliteWarning)
+        fresh("pizza", seed=0, num_inference_steps=1, **arguments)
+
+
+def test_plain_folder_has_guidance_without_a_warning(plain, emoji):
+    pipe = sdlite.Pipeline(Artifact.open(plain), emoji.networks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SdliteWarning)
+        pipe("pizza", seed=0, num_inference_steps=1, guidance_scale=7.5)
+
+
+# --- how an image was made --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_image_knows_how_it_was_made_and_files_keep_it(emoji, tmp_path, ending):
+    out = emoji(["pizza", "ghost"], seed=5, **FAST)
+    assert out.images[1].info["prompt"] == "ghost"
+    images.save(out.images[1], tmp_path / f"a.{ending}")
+    with Image.open(tmp_path / f"a.{ending}") as image:
+        kept = image.text if ending == "png" else json.loads(image.getexif().get_ifd(0x8769)[0x9286][8:])
+    assert kept == out.metadata[1]
+    assert {k: kept[k] for k in ("prompt", "seed", "steps", "guidance", "model", "sampler")} == {
+        "prompt": "ghost", "seed": "6", "steps": "2", "guidance": "1.0", "model": "emoji", "sampler": "ddim",
+    }  # fmt: skip

@@ -1,0 +1,124 @@
+"""What enters from outside is checked for type and range here: `name=value`, what is accepted, in one line.
+
+numpy's integers and floats are numbers, bool is not, and nothing is rounded or parsed: 4.0 is no whole number, "4" is none.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+
+from sdlite.errors import InputError, ShapeError, UnknownNameError
+
+MOST_PIXELS = 16384  # a side; more is a typing error, and would ask for memory until there is none
+SEEDS = 2**64 - 1
+
+
+def most_threads() -> int:
+    """Threads that a call may ask for: four for each CPU, 64 on small machines and 1024 on large ones."""
+    return min(1024, max(64, 4 * (os.cpu_count() or 1)))
+
+
+def _wrong(name: str, value: Any, accepted: str) -> InputError:
+    kind = "" if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) else f" ({type(value).__name__})"
+    return InputError(f"{name}={reprlib.repr(value)}{kind}; accepted: {accepted}.")
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if high is None:
+        return "" if low is None else f", at least {low}"
+    return f", {low} to {high}" if low is not None else f", at most {high}"
+
+
+def _inside(value: float, low: float | None, high: float | None) -> bool:
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """A whole number of `low` to `high`, both included."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not _inside(int(value), low, high):
+        raise _wrong(name, value, f"a whole number{_range(low, high)}")
+    return int(value)
+
+
+def number(name: str, value: Any, low: float | None = None, high: float | None = None) -> float:
+    """A finite number of `low` to `high`, both included."""
+    known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not known or not math.isfinite(value) or not _inside(float(value), low, high):
+        raise _wrong(name, value, f"a finite number{_range(low, high)}")
+    return float(value)
+
+
+def text(name: str, value: Any) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise _wrong(name, value, "a string")
+    return str(value)
+
+
+def one_of(name: str, value: Any, accepted: Sequence[str]) -> str:
+    """One of these strings."""
+    if text(name, value) not in accepted:
+        raise UnknownNameError(f"{name}={value!r} is not known; choose one of {', '.join(accepted)}.")
+    return str(value)
+
+
+def function(name: str, value: Any) -> Callable[..., Any]:
+    """Something that can be called."""
+    if not callable(value):
+        raise _wrong(name, value, "a function")
+    return value
+
+
+def threads(value: Any, name: str = "threads") -> int | None:
+    """CPU threads; None is the engine's own choice."""
+    return None if value is None else integer(name, value, 1, most_threads())
+
+
+def texts(name: str, value: Any) -> list[str]:
+    """One string, or several in a list, tuple, array or generator."""
+    if isinstance(value, str):
+        return [str(value)]
+    return _several(name, value, text, "a string or a list of strings")
+
+
+def lines(name: str, value: Any) -> list[str]:
+    """Strings in a list, tuple, array or generator; one string alone would be taken for its letters."""
+    if isinstance(value, str):
+        raise _wrong(name, value, "a list of strings")
+    return _several(name, value, text, "a list of strings")
+
+
+def integers(name: str, value: Any, low: int | None = None, high: int | None = None) -> list[int]:
+    """Whole numbers of `low` to `high` in a list, tuple, array or generator."""
+    return _several(name, value, lambda n, v: integer(n, v, low, high), f"a list of whole numbers{_range(low, high)}")
+
+
+def _several(name: str, value: Any, one: Callable[[str, Any], Any], accepted: str) -> list[Any]:
+    single = isinstance(value, np.ndarray) and value.ndim == 0
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, Set)) or single:
+        raise _wrong(name, value, accepted)
+    out = [one(f"{name}[{i}]", v) for i, v in enumerate(value)]
+    if not out:
+        raise InputError(f"{name} is an empty list; accepted: {accepted}.")
+    return out
+
+
+def side(name: str, value: Any) -> int:
+    """Height or width in pixels; what it must be a multiple of is the model's."""
+    try:
+        return integer(name, value, high=MOST_PIXELS)
+    except InputError as e:
+        raise ShapeError(str(e)) from None
+
+
+def size(name: str, value: Any) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise _wrong(name, value, "two whole numbers, height and width in pixels")
+    return side(f"{name}[0]", value[0]), side(f"{name}[1]", value[1])
