@@ -110,8 +110,8 @@ class Pipeline(metaclass=_Class):
             model: name of an embedded model ("emoji"), a model folder, or a hub id "org/name".
             precision: "fp32", "fp16", "int8-dynamic" or "int8-static"; "bf16" for engines that were exported so (backend "tensorrt").
                 None: the first one that the artefact holds, or what the folder was exported in, else fp32.
-            backend: "auto" (see `report`), "onnxruntime", "openvino", "tensorrt" or "torch". "onnxruntime" converts a plain diffusers
-                folder once, into the cache.
+            backend: "auto" (see `report`), "onnxruntime", "openvino", "tensorrt" or "torch". The first two convert a plain
+                diffusers folder once, into the cache.
             device: "cpu", "cuda"; "gpu" or "npu" on "openvino".
             revision: branch, tag or commit, for hub ids.
             threads: CPU threads per network call, 1 to 4 for each CPU (64 on small machines); None is the engine's own choice.
@@ -133,7 +133,7 @@ class Pipeline(metaclass=_Class):
                 "dynamic onnx profile."
             )
         note = None
-        if backend == "onnxruntime" and artifact.manifest is None and precision in ("fp32", "fp16"):
+        if backend in ("onnxruntime", "openvino") and artifact.manifest is None and precision in ("fp32", "fp16"):
             artifact, note = _convert(artifact), f"converted to ONNX from {artifact.folder}, once, into the cache"
         pipe = cls(artifact, backends.load(artifact, precision, backend, device, threads, arithmetic))
         pipe.report.notes += [note] if note else []

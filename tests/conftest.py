@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach a network; the hub test overrides it for its local server
+os.environ.setdefault("SDLITE_OPENVINO_CACHE", "0")  # tests leave nothing in the user's cache; those of the cache switch it on
 
 EMOJI = Path(__file__).parent.parent / "sdlite" / "models" / "emoji"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,13 @@ from sdlite.errors import MissingExtraError, PrecisionError, UnknownNameError
 
 class Network(Protocol):
     def __call__(self, **inputs: np.ndarray) -> np.ndarray: ...
+
+
+def words_of(e: Exception) -> str:
+    """What an engine says of its own error, in one line: without the lines that only name places in its source."""
+    lines = [line.strip() for line in str(e).splitlines()]
+    said = [line for line in lines if line and not _PLACE.match(line)] or [line for line in lines if line]
+    return " ".join(said)[:300] or type(e).__name__
 
 
 class RowByRow:
@@ -98,6 +106,7 @@ class Backend(Protocol):
     def notes(self, precision: str, device: str) -> list[str]: ...
 
 
+_PLACE = re.compile(r"Exception from \S+:\d+:?$|Check '.*' failed at \S+:\d+:?$")
 ENGINES_ONLY = ("bf16",)  # precisions of exported engines that no artefact holds as ONNX
 # name -> (module, the package that it needs, the extra that installs it)
 _BACKENDS = {

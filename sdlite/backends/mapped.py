@@ -51,7 +51,7 @@ def trim() -> None:
 
 
 @contextmanager
-def released(folder: Path) -> Iterator[None]:
+def released(*folders: Path) -> Iterator[None]:
     """`release` while an engine compiles whenever file pages become many, so that they and the packed weights are not both in memory, and once
     at the end; then `trim`."""
     done, before = threading.Event(), resident()  # other libraries' pages are not ours to count
@@ -59,7 +59,8 @@ def released(folder: Path) -> Iterator[None]:
     def work() -> None:
         while not done.wait(_EVERY):
             if resident() - before > _WORTH:
-                release(folder)
+                for folder in folders:
+                    release(folder)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -68,5 +69,6 @@ def released(folder: Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        release(folder)
+        for folder in folders:
+            release(folder)
         trim()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import onnxruntime as ort
 
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, NetworkReport
+from sdlite.backends import Network, NetworkReport, words_of
 from sdlite.errors import ArtifactError, PrecisionError, UnknownNameError
 
 import numpy as np  # isort: skip
@@ -56,9 +56,7 @@ class Session:
         try:
             self.session = ort.InferenceSession(path, session_options(threads, size), providers=[self.provider])
         except Exception as e:  # onnxruntime raises many unrelated types
-            raise ArtifactError(
-                f"{path} cannot be loaded by onnxruntime ({str(e).splitlines()[0][:200]}); run `sdlite verify` on the model."
-            ) from e
+            raise ArtifactError(f"{path} cannot be loaded by onnxruntime ({words_of(e)}); run `sdlite verify` on the model.") from e
         if self.provider not in self.session.get_providers():  # a listed provider still falls back in silence
             raise UnknownNameError(
                 f"device={device!r}: onnxruntime lists {self.provider} but could not start it; check the CUDA and cuDNN libraries."

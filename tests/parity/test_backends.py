@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 
@@ -125,7 +127,7 @@ def test_plain_diffusers_folder_runs_on_torch(plain, want):
     assert pipe.defaults.num_inference_steps == 50
 
 
-def test_plain_diffusers_folder_is_converted_once_for_onnxruntime(plain, want, tmp_path, monkeypatch, caplog):
+def test_plain_diffusers_folder_is_converted_once_for_both_engines(plain, want, tmp_path, monkeypatch, caplog):
     pytest.importorskip("onnxscript", reason="needs the export extra")
     monkeypatch.setenv("SDLITE_CACHE", str(tmp_path / "cache"))
     pipe = sdlite.Pipeline.from_pretrained(plain, backend="onnxruntime", threads=1)
@@ -135,6 +137,10 @@ def test_plain_diffusers_folder_is_converted_once_for_onnxruntime(plain, want, t
     caplog.clear()
     sdlite.Pipeline.from_pretrained(plain, backend="onnxruntime", threads=1)
     assert caplog.text == ""
+    if importlib.util.find_spec("openvino"):  # the same copy, not a refusal
+        pipe = sdlite.Pipeline.from_pretrained(plain, backend="openvino", precision="fp32", threads=1)
+        assert caplog.text == ""
+        assert psnr(pixels(pipe(PROMPTS, latents=LATENTS, sampler="ddim", **CALL).images), want) >= 50
     [made] = (tmp_path / "cache" / "onnx").iterdir()
     assert (made / "unet/model.onnx").stat().st_size < 1_000_000, "weights were written into the graph instead of shared"
 
