@@ -59,8 +59,15 @@ def jobs(model: str, precisions: Sequence[str] | None = None, backend_names: Seq
             able = ["torch"]
         out += [Job(model, p, b, **settings) for b in (backend_names or able)]
     if not out:
+        lacking = [p for p in precisions or () if p not in held]
+        made = [p for p in lacking if p.startswith("int8")]
+        way = (
+            f"make one: sdlite quantize {model} --precision {made[0]} --out DIR"
+            if made
+            else "pip install 'sdlite[cpu]', or name --backends"
+        )
         raise InputError(
-            f"no installed engine runs {', '.join(precisions or held)} of {artifact.name}: pip install 'sdlite[cpu]', or name --backends."
+            f"no installed engine runs {', '.join(precisions or held)} of {artifact.name}, which holds {', '.join(held)}: {way}."
         )
     return out
 

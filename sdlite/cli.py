@@ -11,11 +11,13 @@ import json
 import signal
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdlite import arguments
 from sdlite._version import __version__
 from sdlite.errors import InputError, MissingExtraError, SdliteError
 
@@ -28,32 +30,103 @@ ADVISE: dict[str, Any] = {
 }  # what `distill advise` takes when not said
 
 
+# option -> what is accepted: whole numbers, and others. What depends on the model is checked where it is known.
+WHOLE: dict[str, tuple[int | None, int | None]] = {
+    "threads": (1, arguments.most_threads()),
+    "steps": (1, None),
+    "seed": (0, arguments.SEEDS),
+    "num": (1, None),
+    "height": (None, arguments.MOST_PIXELS),
+    "width": (None, arguments.MOST_PIXELS),
+    "vae_tile_size": (None, arguments.MOST_PIXELS),
+    "samples": (1, None),
+    "gate_prompts": (1, None),
+    "batch": (1, None),
+}
+NUMBERS: dict[str, tuple[float | None, float | None]] = {
+    "guidance": (0, None),
+    "psnr_mean": (0, None),
+    "psnr_worst": (0, None),
+    "ssim_mean": (0, 1),
+    "max_float": (0, 1),
+    "seconds": (0, None),
+    "max_minutes": (0, None),
+    "memory": (None, None),
+    "minutes": (None, None),
+    "images_per_second": (None, None),
+}
+MODEL = "embedded name, folder, or hub id org/name"
+REVISION = "branch, tag or commit of a hub id; default: its main branch"
+THREADS = "CPU threads; default: the engine's choice"
+EXAMPLES = {
+    "generate": """
+        sdlite generate "a red apple on a blue background" --seed 1 --out apple.png
+        sdlite generate "a fox" --num 9 --grid --out foxes.png
+        sdlite generate "a fox" --model my-model --backend openvino --steps 20 --guidance 4 --negative-prompt "blurry" --out fox.jpg""",
+    "quantize": """
+        sdlite quantize my-model --precision int8-static --prompts prompts.txt --out my-int8
+        sdlite quantize emoji --precision int8-dynamic --psnr-mean 40 --out emoji-int8""",
+    "export": """
+        sdlite export --list
+        sdlite export emoji --target ncnn-fp16 --out emoji-ncnn
+        sdlite export my-int8 --target web-int8 --reference my-model --out site""",
+    "distill": """
+        sdlite distill advise --device phone --memory 2 --minutes 240 --out recipe.toml
+        sdlite distill doctor recipe.toml --teacher my-sd --data pictures/
+        sdlite distill recipe.toml --teacher my-sd --data pictures/ --out run --max-minutes 120
+        sdlite distill recipe.toml --teacher my-sd --data pictures/ --out run --resume""",
+    "bench": """
+        sdlite bench emoji
+        sdlite bench my-int8 --backends onnxruntime openvino --threads 2 --out rows.jsonl""",
+    "info": """
+        sdlite info emoji
+        sdlite info org/name --revision v1.0 --json""",
+    "verify": """
+        sdlite verify my-model""",
+    "models": """
+        sdlite models""",
+}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a default where there is one and the text does not say it; keeps the lines of examples."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or "default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
-    ap = argparse.ArgumentParser(prog="sdlite", description="Run compressed Stable Diffusion students.")
+    ap = argparse.ArgumentParser(
+        prog="sdlite", description="Run compressed Stable Diffusion students.", epilog="sdlite COMMAND --help shows options and examples."
+    )
     ap.add_argument("--version", action="version", version=f"sdlite {__version__}")
     sub = ap.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        p = sub.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        epilog = "examples:\n" + textwrap.indent(textwrap.dedent(EXAMPLES[name]).strip("\n"), "  ")
+        p = sub.add_parser(name, help=text, description=textwrap.fill(text, 100), epilog=epilog, formatter_class=_Help)
         p.set_defaults(run=run)
         return p
 
     g = command("generate", _generate, "Make pictures from a prompt.")
-    g.add_argument("prompt")
-    g.add_argument("--model", default="emoji", help="embedded name, folder, or hub id org/name")
-    g.add_argument("--revision", help="branch, tag or commit of a hub id")
+    g.add_argument("prompt", help="what is painted; English for the embedded model")
+    g.add_argument("--model", default="emoji", help=MODEL)
+    g.add_argument("--revision", help=REVISION)
     g.add_argument("--precision", help="fp32, fp16, int8-dynamic or int8-static; default: the first one the model holds")
-    g.add_argument("--backend", default="auto", help="auto, onnxruntime or torch")
-    g.add_argument("--device", default="cpu", help="cpu or cuda")
-    g.add_argument("--threads", type=int, help="CPU threads; default: the engine's choice")
-    g.add_argument("--negative-prompt")
+    g.add_argument("--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt or torch")
+    g.add_argument("--device", default="cpu", help="cpu or cuda; gpu or npu with openvino")
+    g.add_argument("--arithmetic", help="openvino computes floats in float32, bfloat16 or float16; default: by precision and CPU")
+    g.add_argument("--threads", type=int, help=THREADS)
+    g.add_argument("--negative-prompt", help="what guidance leads away from; needs a guidance above 1")
     g.add_argument("--steps", type=int, help="default: the model's own")
     g.add_argument("--guidance", type=float, help="default: the model's own; 1 is none")
-    g.add_argument("--sampler", help="default: the model's own")
-    g.add_argument("--seed", type=int, help="picture i uses seed + i; default: drawn, and written into the PNG")
+    g.add_argument("--sampler", help="ddim, euler, dpm++2m, ...; a wrong name lists them; default: the model's own")
+    g.add_argument("--seed", type=int, help="picture i uses seed + i; default: drawn, and written into the file")
     g.add_argument("--num", type=int, default=1, help="number of pictures")
-    g.add_argument("--height", type=int)
-    g.add_argument("--width", type=int)
+    g.add_argument("--height", type=int, help="pixels; default: what the model was trained at")
+    g.add_argument("--width", type=int, help="pixels; default: what the model was trained at")
     g.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory, slightly other pixels")
     g.add_argument(
         "--vae-tile-size", type=int, metavar="PX", help="the same, in tiles of at most PX pixels; default: the autoencoder's own size"
@@ -63,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--quiet", action="store_true", help="no progress bar, no report")
 
     q = command("quantize", _quantize, "Make an int8 model from a float one, compare the two, write it when the gate holds.")
-    q.add_argument("model", help="embedded name, folder, or hub id org/name")
+    q.add_argument("model", help=MODEL)
     q.add_argument("--precision", required=True, help="int8-static or int8-dynamic")
     q.add_argument("--out", type=Path, required=True, help="new folder")
     q.add_argument("--prompts", type=Path, help="calibration prompts, one a line; default: the model's own")
@@ -71,26 +144,26 @@ def _parser() -> argparse.ArgumentParser:
     q.add_argument("--steps", type=int, help="sampling steps while calibrating and comparing; default: the model's own")
     q.add_argument("--observer", default="mse", help="min-max, percentile or mse")
     q.add_argument("--scheme", default="u8s7", help="u8s7 (exact on every x86), u8s8 (VNNI or ARM only) or s8s8 (TensorRT)")
-    q.add_argument("--height", type=int)
-    q.add_argument("--width", type=int)
+    q.add_argument("--height", type=int, help="pixels while calibrating and comparing; with --width; default: the model's own")
+    q.add_argument("--width", type=int, help="pixels; with --height")
     q.add_argument("--gate-prompts", type=int, default=16, help="prompts that are compared with the float model")
     q.add_argument("--psnr-mean", type=float, default=36.0, help="dB that the gate wants on average")
     q.add_argument("--psnr-worst", type=float, default=30.0, help="dB that the gate wants of every picture")
-    q.add_argument("--ssim-mean", type=float, default=0.98)
+    q.add_argument("--ssim-mean", type=float, default=0.98, help="structural similarity that the gate wants on average")
     q.add_argument("--max-float", type=float, default=0.3, help="share of the weights that may go back to float")
     q.add_argument("--engine", action="append", help="check on this backend; again for more; default: all installed")
-    q.add_argument("--threads", type=int)
-    q.add_argument("--quiet", action="store_true")
+    q.add_argument("--threads", type=int, help=THREADS)
+    q.add_argument("--quiet", action="store_true", help="no progress bar, no report")
 
     e = command("export", _export, "Export a model to a device's runtime and check it against the original.")
-    e.add_argument("model", nargs="?", help="embedded name, folder, or hub id org/name")
+    e.add_argument("model", nargs="?", help=MODEL)
     e.add_argument("--target", help="built-in profile (--list) or a profile.toml")
     e.add_argument("--out", type=Path, help="new folder")
     e.add_argument("--prompts", type=Path, help="pictures that are compared, one prompt a line; default: two of the model's own")
     e.add_argument("--steps", type=int, help="sampling steps of those pictures; default: the model's own")
     e.add_argument("--fuse-schedule", action="store_true", help="onnx, fixed shapes: compute what depends on step or prompt alone once")
     e.add_argument("--reference", help="the float model that MODEL was quantised from: its pictures are compared too")
-    e.add_argument("--threads", type=int)
+    e.add_argument("--threads", type=int, help=THREADS)
     e.add_argument("--list", action="store_true", help="show the built-in profiles")
 
     d = command(
@@ -114,29 +187,43 @@ def _parser() -> argparse.ArgumentParser:
     d.add_argument("--images-per-second", type=float, help="advise: of training on this machine, from a run's stats.jsonl")
 
     b = command("bench", _bench, "Measure seconds and memory of a model on this machine, each precision and backend in its own process.")
-    b.add_argument("model", nargs="?", default="emoji", help="embedded name, folder, or hub id org/name")
+    b.add_argument("model", nargs="?", default="emoji", help=MODEL)
     b.add_argument("--precisions", nargs="+", help="default: those that the model holds")
     b.add_argument("--backends", nargs="+", help="default: the installed ones that have the precision; torch only for plain folders")
     b.add_argument("--steps", type=int, help="default: the model's own")
     b.add_argument("--guidance", type=float, help="default: the model's own; 1 is none")
-    b.add_argument("--height", type=int)
-    b.add_argument("--width", type=int)
+    b.add_argument("--height", type=int, help="pixels; default: what the model was trained at")
+    b.add_argument("--width", type=int, help="pixels; default: what the model was trained at")
     b.add_argument("--batch", type=int, default=1, help="pictures of one call")
-    b.add_argument("--threads", type=int, help="CPU threads; default: the engine's choice")
+    b.add_argument("--threads", type=int, help=THREADS)
     b.add_argument("--seconds", type=float, help="how long each row is repeated; default: all rows together in under two minutes")
     b.add_argument("--out", type=Path, help="JSONL file that the rows are added to, with all samples")
 
     i = command("info", _info, "Show what a model is, what it holds and what it would run on.")
-    i.add_argument("model", nargs="?", default="emoji")
-    i.add_argument("--revision")
-    i.add_argument("--json", action="store_true")
+    i.add_argument("model", nargs="?", default="emoji", help=MODEL)
+    i.add_argument("--revision", help=REVISION)
+    i.add_argument("--json", action="store_true", help="all of it, for programs")
 
     v = command("verify", _verify, "Check every file of a model against its manifest.")
-    v.add_argument("model", nargs="?", default="emoji")
-    v.add_argument("--revision")
+    v.add_argument("model", nargs="?", default="emoji", help=MODEL)
+    v.add_argument("--revision", help=REVISION)
 
     command("models", _models, "List the embedded models.")
     return ap
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Every number that was given, under its option's name.
+
+    Raises:
+        InputError: out of range, or not finite.
+    """
+    for name, value in vars(args).items():
+        option = "--" + name.replace("_", "-")
+        if value is not None and name in WHOLE:
+            arguments.integer(option, value, *WHOLE[name])
+        elif value is not None and name in NUMBERS:
+            arguments.number(option, value, *NUMBERS[name])
 
 
 def _out_paths(out: Path, count: int, as_grid: bool) -> list[Path]:
@@ -155,29 +242,22 @@ def _generate(args: argparse.Namespace) -> None:
 
     paths = _out_paths(args.out, args.num, args.grid)
     pipe = Pipeline.from_pretrained(
-        args.model, precision=args.precision, backend=args.backend, device=args.device, revision=args.revision, threads=args.threads
-    )
+        args.model, precision=args.precision, backend=args.backend, device=args.device, revision=args.revision, threads=args.threads,
+        arithmetic=args.arithmetic,
+    )  # fmt: skip
     if args.vae_tiling or args.vae_tile_size is not None:
         pipe.enable_vae_tiling(args.vae_tile_size)
     out = pipe(
         args.prompt, negative_prompt=args.negative_prompt, num_inference_steps=args.steps, guidance_scale=args.guidance, seed=args.seed,
         num_images_per_prompt=args.num, height=args.height, width=args.width, sampler=args.sampler, progress=not args.quiet,
     )  # fmt: skip
-    steps = pipe.defaults.num_inference_steps if args.steps is None else args.steps
-    guidance = pipe.defaults.guidance_scale if args.guidance is None else args.guidance
-    r = out.report
-    data = {
-        "prompt": args.prompt, "negative_prompt": args.negative_prompt or "", "model": r.model, "precision": r.precision, "backend": r.backend,
-        "engine": r.engine, "device": r.device, "sampler": args.sampler or pipe.default_sampler, "steps": str(steps), "guidance": str(guidance),
-        "sdlite": __version__,
-    }  # fmt: skip
     if args.grid and args.num > 1:
-        images.save(images.grid(out.images), paths[0], {**data, "seed": ",".join(map(str, out.seeds))})
+        images.save(images.grid(out.images), paths[0], {**out.metadata[0], "seed": ",".join(map(str, out.seeds))})
     else:
-        for path, image, seed in zip(paths, out.images, out.seeds, strict=True):
-            images.save(image, path, {**data, "seed": str(seed)})
+        for path, image in zip(paths, out.images, strict=True):
+            images.save(image, path)
     if not args.quiet:
-        print(r)
+        print(out.report)
     seeds = str(out.seeds[0]) if len(out.seeds) == 1 else f"{out.seeds[0]} to {out.seeds[-1]}"
     shown = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
     print(f"wrote {shown} ({len(out.images)} picture{'s' * (len(out.images) > 1)}, seed {seeds}, {out.timings['total']:.2f} s)")
@@ -295,8 +375,6 @@ def _advise(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from sdlite import bench
 
-    if args.batch < 1 or (args.seconds is not None and args.seconds < 0):
-        raise InputError(f"--batch {args.batch} --seconds {args.seconds}: at least 1, and not negative.")
     todo = bench.jobs(
         args.model, args.precisions, args.backends, steps=args.steps, guidance=args.guidance, height=args.height, width=args.width,
         batch=args.batch, threads=args.threads, seconds=args.seconds,
@@ -420,6 +498,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("distill needs --out")
     warnings.showwarning = lambda message, *_, **__: print(f"sdlite: warning: {message}", file=sys.stderr)
     try:
+        _check(args)
         with _terminable():
             args.run(args)
     except SdliteError as e:

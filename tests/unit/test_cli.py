@@ -9,7 +9,7 @@ import time
 import pytest
 from PIL import Image
 
-from sdlite.cli import main
+from sdlite.cli import _parser, main
 
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 FAST = ["--steps", "1", "--threads", "1", "--quiet"]
@@ -53,6 +53,29 @@ def test_tiles_of_a_size_are_taken(tmp_path):
         (["generate", "x", "--out", "{}/a.png", "--vae-tile-size", "60"], "use 56 or 64"),
         (["generate", "x", "--out", "{}/a.png", "--vae-tile-size", "0"], "size_px=0 is not a positive multiple"),
         (["verify", "{}"], "model_index.json"),
+        (["generate", "x", "--out", "{}/a.png", "--threads", "0"], "--threads=0; accepted: a whole number, 1 to "),
+        (["generate", "x", "--out", "{}/a.png", "--threads", "-2"], "--threads=-2; accepted: a whole number, 1 to "),
+        (["generate", "x", "--out", "{}/a.png", "--threads", "100000"], "--threads=100000; accepted: a whole number, 1 to "),
+        (["generate", "x", "--out", "{}/a.png", "--steps", "0"], "--steps=0; accepted: a whole number, at least 1"),
+        (["generate", "x", "--out", "{}/a.png", "--steps", "2000"], "1 to 1000"),
+        (["generate", "x", "--out", "{}/a.png", "--num", "0"], "--num=0; accepted: a whole number, at least 1"),
+        (["generate", "x", "--out", "{}/a.png", "--seed", "-1"], "--seed=-1; accepted: a whole number, 0 to "),
+        (["generate", "x", "--out", "{}/a.png", "--seed", str(2**64)], "accepted: a whole number, 0 to "),
+        (["generate", "x", "--out", "{}/a.png", "--guidance", "nan"], "--guidance=nan; accepted: a finite number"),
+        (["generate", "x", "--out", "{}/a.png", "--guidance", "-1"], "--guidance=-1.0; accepted"),
+        (["generate", "x", "--out", "{}/a.png", "--width", "1000000"], "--width=1000000; accepted"),
+        (["generate", "x", "--out", "{}/a.png", "--arithmetic", "float8"], "float8"),
+        (["quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", "--samples", "0"], "--samples=0; accepted"),
+        (["quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", "--threads", "0"], "--threads=0; accepted"),
+        (["quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", "--max-float", "2"], "--max-float=2.0; accepted"),
+        (["quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", "--psnr-mean", "nan"], "--psnr-mean=nan; accepted"),
+        (["quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", "--gate-prompts", "0"], "--gate-prompts=0; accepted"),
+        (["export", "emoji", "--target", "onnx", "--out", "{}/e", "--steps", "0"], "--steps=0; accepted"),
+        (["export", "emoji", "--target", "onnx", "--out", "{}/e", "--threads", "100000"], "--threads=100000; accepted"),
+        (["bench", "emoji", "--threads", "0"], "--threads=0; accepted"),
+        (["bench", "emoji", "--seconds", "inf"], "--seconds=inf; accepted"),
+        (["bench", "emoji", "--guidance", "-2"], "--guidance=-2.0; accepted"),
+        (["distill", "advise", "--minutes", "nan"], "--minutes=nan; accepted"),
     ],
 )
 def test_error_is_one_line_and_exit_code_1(tmp_path, capsys, arguments, text):
@@ -68,6 +91,47 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as e:
         main(arguments)
     assert e.value.code == 2
+
+
+def test_help_shows_every_option_with_its_text_and_no_empty_default(capsys):
+    for command in ("generate", "quantize", "export", "distill", "bench", "info", "verify", "models"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert "default: None" not in text
+        assert "default: False" not in text
+        assert "examples:\n  sdlite " + command in text
+    parsers = next(a.choices for a in _parser()._actions if isinstance(a.choices, dict))
+    assert [(c, a.dest) for c, p in parsers.items() for a in p._actions if not a.help] == []
+
+
+def test_what_is_probably_not_wanted_is_said(tmp_path, capsys):
+    arguments = ["generate", "x", "--guidance", "7.5", "--height", "192", "--width", "64", "--out", str(tmp_path / "a.png"), *FAST]
+    assert main(arguments) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert [line.startswith("sdlite: warning: emoji was trained ") for line in said] == [True, True]
+
+
+def test_jpeg_keeps_how_it_was_made(tmp_path):
+    assert main(["generate", "red apple", "--seed", "7", "--out", str(tmp_path / "a.jpg"), *FAST]) == 0
+    kept = json.loads(Image.open(tmp_path / "a.jpg").getexif().get_ifd(0x8769)[0x9286][8:])
+    assert (kept["prompt"], kept["seed"]) == ("red apple", "7")
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"), [("text_encoder/model.safetensors", "text encoder"), ("vae_decoder/model.onnx.data", "VAE decoder")]
+)
+def test_weights_that_hold_nan_are_an_error_not_a_black_picture(copy, tmp_path, capsys, file, stage):
+    """As a merged VAE in float16 does."""
+    from sdlite.artifact import Artifact, write_manifest
+
+    with open(copy / file, "r+b") as weights:
+        weights.seek(-4096, 2)
+        weights.write(b"\x00\x7e" * 2048)  # float16's NaN
+    write_manifest(copy, Artifact.open(copy).manifest)
+    assert main(["generate", "x", "--model", str(copy), "--out", str(tmp_path / "black.png"), *FAST]) == 1
+    assert f"{stage} are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "black.png").exists()
 
 
 def test_info_json_has_the_student_the_sampler_and_the_variants(capsys):
@@ -129,7 +193,10 @@ def test_bench_rows_without_seconds_share_the_budget(monkeypatch):
         (["--precisions", "fp8"], "fp8"),
         (["--backends", "tflite"], "tflite"),
         (["--batch", "0"], "at least 1"),
-        (["--precisions", "int8-static"], "no installed engine runs int8-static of emoji"),
+        (
+            ["--precisions", "int8-static"],
+            "runs int8-static of emoji, which holds fp16, fp32: make one: sdlite quantize emoji --precision int8-static",
+        ),
     ],
 )
 def test_bench_refuses_what_cannot_run(arguments, words, capsys):
