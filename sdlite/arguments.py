@@ -17,6 +17,7 @@ from sdlite.errors import InputError, ShapeError, UnknownNameError
 
 MOST_PIXELS = 16384  # a side; more is a typing error, and would ask for memory until there is none
 SEEDS = 2**64 - 1
+MODEL = "an embedded name, a folder, or a hub id 'org/name'"
 
 
 def most_threads() -> int:
@@ -73,6 +74,18 @@ def function(name: str, value: Any) -> Callable[..., Any]:
     if not callable(value):
         raise _wrong(name, value, "a function")
     return value
+
+
+def path(name: str, value: Any, accepted: str = "a path") -> str | os.PathLike[str]:
+    """A string or a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise _wrong(name, value, accepted)
+    return value
+
+
+def optional(check: Callable[..., Any], name: str, value: Any, *limits: Any) -> Any:
+    """`check` of what is not None."""
+    return None if value is None else check(name, value, *limits)
 
 
 def threads(value: Any, name: str = "threads") -> int | None:

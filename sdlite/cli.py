@@ -47,7 +47,7 @@ NUMBERS: dict[str, tuple[float | None, float | None]] = {
     "guidance": (0, None),
     "psnr_mean": (0, None),
     "psnr_worst": (0, None),
-    "ssim_mean": (0, 1),
+    "ssim_mean": (-1, 1),
     "max_float": (0, 1),
     "seconds": (0, None),
     "max_minutes": (0, None),

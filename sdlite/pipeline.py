@@ -64,13 +64,11 @@ def _loading(model: Any, precision: Any, backend: Any, device: Any, revision: An
     Raises:
         InputError: a wrong type, or a number of threads that no machine has.
     """
-    if not isinstance(model, (str, Path)):
-        raise InputError(f"model is a {type(model).__name__}; accepted: an embedded name, a folder, or a hub id 'org/name'.")
+    arguments.path("model", model, arguments.MODEL)
     arguments.text("backend", backend)
     arguments.text("device", device)
     for name, value in (("precision", precision), ("revision", revision), ("arithmetic", arithmetic)):
-        if value is not None:
-            arguments.text(name, value)
+        arguments.optional(arguments.text, name, value)
     arguments.threads(threads)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sdlite import hub
+from sdlite import arguments, hub
 from sdlite._version import __version__
 from sdlite.artifact import PARTS, Artifact, sha256, writing
 from sdlite.backends import RowByRow
@@ -63,6 +63,12 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         ExportError: the converter refuses the graph, or the gate does not hold; nothing is written.
     """
     begin = time.perf_counter()
+    arguments.path("model", model, arguments.MODEL)
+    arguments.path("target", target, "a profile's name or file")
+    arguments.optional(arguments.path, "reference", reference, arguments.MODEL)
+    prompts = arguments.optional(arguments.lines, "prompts", prompts)
+    arguments.optional(arguments.integer, "num_inference_steps", num_inference_steps, 1)
+    arguments.threads(threads)
     profile = profiles.load(target)
     if fuse_schedule:
         if profile.target != "onnx":

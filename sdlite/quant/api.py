@@ -9,13 +9,13 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sdlite import hub
+from sdlite import arguments, hub
 from sdlite._version import __version__
 from sdlite.artifact import PARTS, Artifact, Manifest, write_manifest, writing
 from sdlite.errors import InputError, PrecisionError, QuantizationError, UnknownNameError
@@ -67,12 +67,17 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
         UnknownNameError, PrecisionError, InputError: an argument is not accepted, or there are no calibration prompts.
         QuantizationError: the gate does not hold; nothing is written.
     """
-    if precision not in QUANTISED:
+    if not isinstance(model, Pipeline):
+        arguments.path("model", model, arguments.MODEL)
+    arguments.threads(threads)
+    if arguments.text("precision", precision) not in QUANTISED:
         raise UnknownNameError(f"precision={precision!r} cannot be quantised to; choose one of {', '.join(QUANTISED)}.")
-    if scheme not in insert.SCHEMES:
+    if arguments.text("scheme", scheme) not in insert.SCHEMES:
         raise UnknownNameError(f"scheme={scheme!r} is not known; choose one of {', '.join(insert.SCHEMES)}.")
     calibration, gate = dataclasses.replace(calibration or Calibration()), dataclasses.replace(gate or Gate())
     calibration.check()
+    gate.check()
+    _kept(keep_float)
     with tempfile.TemporaryDirectory(prefix="sdlite-quantize-") as scratch:
         pipe = _float_pipeline(model, Path(scratch), threads)
         _prompts(pipe, calibration, gate)
@@ -85,6 +90,20 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
             own = (pipe.artifact.manifest.calibration or {}) if pipe.artifact.manifest else {}
             candidate = _static(work, insert.SCHEMES[scheme], own.get("keep_float", {}) if keep_float is None else keep_float)
         return _until_it_holds(work, candidate, Path(out))
+
+
+def _kept(keep_float: Any) -> None:
+    """Parts and regular expressions of `keep_float`, or an InputError."""
+    if keep_float is None:
+        return
+    if not isinstance(keep_float, Mapping) or set(keep_float) - set(PARTS):
+        raise InputError(f"keep_float={keep_float!r}; accepted: a dict of {', '.join(PARTS)} to regular expressions of module names.")
+    for part, expressions in keep_float.items():
+        for expression in arguments.lines(f"keep_float[{part!r}]", expressions) if len(expressions) else ():
+            try:
+                re.compile(expression)
+            except re.error as e:
+                raise InputError(f"keep_float[{part!r}]: {expression!r} is not a regular expression ({e}).") from e
 
 
 def _float_pipeline(model: Pipeline | str | Path, scratch: Path, threads: int | None) -> Pipeline:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sdlite import arguments
 from sdlite.artifact import PARTS, Artifact
 from sdlite.backends import Network, Networks, Report, get_backend, mapped
 from sdlite.errors import InputError
@@ -45,12 +46,22 @@ class Calibration:
     size: tuple[int, int] | None = None
 
     def check(self) -> None:
-        if self.samples < 1:
-            raise InputError(f"calibration samples={self.samples}; at least 1.")
-        if self.observer not in OBSERVERS:
+        """Types and ranges.
+
+        Raises:
+            InputError, UnknownNameError: an attribute is not accepted.
+        """
+        arguments.integer("calibration samples", self.samples, 1)
+        arguments.integer("calibration seed", self.seed, 0, arguments.SEEDS - self.samples + 1)
+        arguments.optional(arguments.integer, "calibration num_inference_steps", self.num_inference_steps, 1)
+        arguments.optional(arguments.number, "calibration guidance_scale", self.guidance_scale, 0)
+        arguments.optional(arguments.number, "smooth_alpha", self.smooth_alpha, 0, 1)
+        arguments.optional(arguments.size, "calibration size", self.size)
+        if arguments.text("observer", self.observer) not in OBSERVERS:
             raise InputError(f"observer={self.observer!r} is not known; choose one of {', '.join(OBSERVERS)}.")
-        if not 50 < self.percentile <= 100:
+        if not 50 < arguments.number("percentile", self.percentile) <= 100:
             raise InputError(f"percentile={self.percentile}; accepted: above 50, at most 100.")
+        self.prompts = arguments.optional(arguments.lines, "calibration prompts", self.prompts)
         if self.prompts is not None and not [p for p in self.prompts if p.strip()]:
             raise InputError("the calibration prompts are empty; give at least one line of text, better 16 or more.")
 

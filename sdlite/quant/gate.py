@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sdlite import images
+from sdlite import arguments, images
 from sdlite.artifact import PARTS
 from sdlite.pipeline import Pipeline
 from sdlite.quant.calibrate import Call, Tape, with_networks
@@ -41,6 +41,24 @@ class Gate:
     size: tuple[int, int] | None = None
     max_float: float = 0.3
     engines: Sequence[str] | None = None
+
+    def check(self) -> None:
+        """Types and ranges.
+
+        Raises:
+            InputError: an attribute is not accepted.
+        """
+        for name in ("psnr_mean", "psnr_worst"):
+            arguments.number(name, getattr(self, name), 0)
+        arguments.number("ssim_mean", self.ssim_mean, -1, 1)
+        arguments.number("max_float", self.max_float, 0, 1)
+        self.prompts = arguments.optional(arguments.lines, "gate prompts", self.prompts)
+        arguments.integer("num_prompts", self.num_prompts, 1)
+        self.seeds = arguments.integers("gate seeds", self.seeds, 0, arguments.SEEDS)
+        arguments.optional(arguments.integer, "gate num_inference_steps", self.num_inference_steps, 1)
+        arguments.optional(arguments.number, "gate guidance_scale", self.guidance_scale, 0)
+        arguments.optional(arguments.size, "gate size", self.size)
+        self.engines = arguments.optional(arguments.lines, "engines", self.engines)
 
 
 @dataclass

@@ -248,6 +248,23 @@ def test_float16_of_a_model_that_holds_float32_only(target, wide, tmp_path):
         export(wide, tmp_path / "x", target="onnx-int8")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"model": None}, r"model=None \(NoneType\); accepted: an embedded name"),
+        ({"target": 3}, "target=3; accepted: a profile's name or file"),
+        ({"reference": 3}, "reference=3; accepted: an embedded name"),
+        ({"prompts": "a fox"}, r"prompts='a fox' \(str\); accepted: a list of strings"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5; accepted: a whole number"),
+        ({"threads": 100000}, "threads=100000; accepted: a whole number, 1 to"),
+    ],
+)
+def test_argument_that_is_not_accepted_is_one_line_before_any_work(tmp_path, arguments, text):
+    given = {"model": EMOJI, "target": "onnx", **arguments}
+    with pytest.raises(InputError, match=text):
+        export(given.pop("model"), tmp_path / "x", **given)
+
+
 def test_errors(tmp_path, plain):
     with pytest.raises(UnknownNameError, match=r"choose one of .*onnx"):
         export(EMOJI, tmp_path / "x", target="gameboy")

@@ -367,6 +367,41 @@ def test_errors(tmp_path, emoji, plain):
     assert (tmp_path / "full/file").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"model": None}, r"model=None \(NoneType\); accepted: an embedded name"),
+        ({"precision": 8}, "precision=8; accepted: a string"),
+        ({"scheme": ["u8s7"]}, r"scheme=\['u8s7'\] \(list\); accepted: a string"),
+        ({"threads": 0}, "threads=0; accepted: a whole number, 1 to"),
+        ({"keep_float": {"vae": ["conv"]}}, "accepted: a dict of text_encoder, unet, vae_decoder"),
+        ({"keep_float": {"unet": "conv"}}, r"keep_float\['unet'\]='conv' \(str\); accepted: a list of strings"),
+        ({"keep_float": {"unet": ["("]}}, "is not a regular expression"),
+        ({"calibration": Calibration(samples=1.5)}, "calibration samples=1.5"),
+        ({"calibration": Calibration(prompts="a fox")}, r"calibration prompts='a fox' \(str\); accepted: a list of strings"),
+        ({"calibration": Calibration(num_inference_steps=0)}, "calibration num_inference_steps=0"),
+        ({"calibration": Calibration(guidance_scale="7")}, "calibration guidance_scale='7'"),
+        ({"calibration": Calibration(percentile="99")}, "percentile='99'"),
+        ({"calibration": Calibration(observer=None)}, "observer=None"),
+        ({"calibration": Calibration(smooth_alpha=2)}, "smooth_alpha=2; accepted: a finite number, 0 to 1"),
+        ({"calibration": Calibration(size=64)}, "calibration size=64; accepted: two whole numbers"),
+        ({"calibration": Calibration(seed=-1)}, "calibration seed=-1"),
+        ({"gate": Gate(psnr_mean=float("nan"))}, "psnr_mean=nan; accepted: a finite number"),
+        ({"gate": Gate(ssim_mean="1")}, "ssim_mean='1'"),
+        ({"gate": Gate(max_float=2)}, "max_float=2; accepted: a finite number, 0 to 1"),
+        ({"gate": Gate(num_prompts=0)}, "num_prompts=0"),
+        ({"gate": Gate(seeds=[])}, "gate seeds is an empty list"),
+        ({"gate": Gate(prompts=[3])}, r"gate prompts\[0\]=3"),
+        ({"gate": Gate(engines="onnxruntime")}, "engines='onnxruntime'"),
+    ],
+)
+def test_argument_that_is_not_accepted_is_one_line_before_any_work(tmp_path, arguments, text):
+    given = {"model": "emoji", "precision": "int8-static", **arguments}
+    with pytest.raises(InputError, match=text) as e:
+        quantize(given.pop("model"), given.pop("precision"), out=tmp_path / "x", **given)
+    assert "\n" not in str(e.value)
+
+
 def test_quantised_model_cannot_be_quantised_again(static, tmp_path):
     with pytest.raises(PrecisionError, match="no float ONNX graphs"):
         quantize(static[0], "int8-static", out=tmp_path / "x", **QUICK)
