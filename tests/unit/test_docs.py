@@ -1,13 +1,150 @@
-"""What the documents say is what the repository holds."""
+"""What the documents say is what the repository holds, and every snippet in them runs."""
 
 from __future__ import annotations
 
+import pkgutil
 import re
+import shlex
+import shutil
+import tomllib
 from pathlib import Path
 
+import pytest
+
 from benchmarks import report
+from sdlite import cli
+from tests.conftest import EMOJI
 
 ROOT = Path(__file__).parent.parent.parent
+HIDDEN = (".", "node_modules", "runs")
+DOCUMENTS = sorted(
+    p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.md") if not any(part.startswith(HIDDEN) for part in p.relative_to(ROOT).parts)
+)
+# What a snippet says -> what the test runs: less of what takes long. Conversion has tests of its own (tests/parity).
+SUBSTITUTIONS = {
+    "convert(": "__import__('inspect').signature(convert).bind(",
+    "Calibration(prompts=[...])": "Calibration(prompts=['a fox', 'a red apple', 'pizza', 'a ghost'], samples=4)",
+    "Gate(psnr_mean=36)": "Gate(psnr_mean=36, num_prompts=2, engines=['onnxruntime'])",
+    'out="my-int8"': 'out="my-int8-too"',
+    "--precision int8-static --prompts": "--samples 4 --gate-prompts 2 --engine onnxruntime --precision int8-static --prompts",
+}
+RUN = ("generate", "quantize", "info", "verify", "models")  # commands that are run; of others the arguments are read
+LISTED = ["export", "--list"]
+JAVASCRIPT = ("sdlite.js", "Pipeline.load")
+FILES = ("sdlite.json",)
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    """(language, text) of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / document).read_text(), re.S | re.M)
+
+
+def spans(document: str) -> list[str]:
+    """Every `inline code` outside blocks."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(), flags=re.S | re.M)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def options(command: str) -> set[str]:
+    """Option names of a command of sdlite."""
+    parsers = next(a.choices for a in cli._parser()._actions if isinstance(a.choices, dict))
+    return {o for a in parsers[command]._actions for o in a.option_strings}
+
+
+def shell(text: str) -> list[list[str]]:
+    """Commands of a bash block, without comments; `[--option]` is read as given."""
+    lines = text.replace("\\\n", " ").splitlines()
+    commands = [c for line in lines for c in re.sub(r"\s#.*", "", line).split("&&")]
+    return [shlex.split(re.sub(r"\[(--[^\]]*)\]", r"\1", c)) for c in commands if c.strip()]
+
+
+def run_shell(text: str) -> None:
+    for command, *arguments in shell(text):
+        if Path(command).name == "sdlite":
+            args = cli._parser().parse_args(arguments)
+            if args.command in RUN or arguments == LISTED:
+                assert cli.main([*arguments, *(["--threads", "1"] if args.command in ("generate", "quantize") else [])]) == 0
+            elif args.command == "export":
+                from sdlite.exporters import profile
+
+                assert profile.load(args.target)
+        elif Path(command).name == "bash":
+            assert (ROOT / arguments[0]).is_file()
+        else:
+            assert Path(command).name in ("python3", "pip"), f"{command}: neither run nor read by this test"
+
+
+def run_python(text: str, names: dict[str, object]) -> None:
+    exec(compile(text, "snippet", "exec"), names)
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, plain):
+    """A folder with what the documents speak of."""
+    (tmp_path / "my-diffusers-folder").symlink_to(plain)
+    (tmp_path / "run").mkdir()
+    for model in ("my-artefact", "run/artefact"):
+        (tmp_path / model).symlink_to(EMOJI)
+    shutil.copy(ROOT / "export/calibration/emoji.txt", tmp_path / "prompts.txt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d)])
+def test_every_block_runs_in_the_documents_order(document, desk):
+    for package in ("onnxruntime", "onnx", "onnxscript"):
+        pytest.importorskip(package, reason="needs the dev extra")
+    names: dict[str, object] = {}
+    for language, text in blocks(document):
+        for said, done in SUBSTITUTIONS.items():
+            text = text.replace(said, done)
+        if language == "python":
+            run_python(text, names)
+        elif language == "bash":
+            run_shell(text)
+        elif language == "toml":
+            from sdlite.distill.recipe import Recipe
+
+            (desk / "recipe.toml").write_text(text)
+            assert Recipe.load(desk / "recipe.toml").stages
+        else:
+            pytest.fail(f"{document}: a block of language {language!r} is not run by this test")
+    if document == "README.md":
+        assert (desk / "apple.png").stat().st_size > 500
+        assert len(names["out"].images) == 4
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_in_the_text_exist(document):
+    for span in spans(document):
+        words = span.split()
+        given = {w.split("=")[0] for w in words if w.startswith("--")}
+        if words[0] == "sdlite" and len(words) > 1:
+            assert given <= options(words[1]), span
+        elif words[:2] == ["python", "-m"]:
+            file = ROOT / (words[2].replace(".", "/") + ".py")
+            assert file.is_file(), span
+            assert all(f'"{o}"' in file.read_text() for o in given), span
+        elif words[0] == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file(), span
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_names_in_the_text_exist(document, emoji):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for span in spans(document):
+        if (name := re.match(r"sdlite(\.\w+)+", span)) and name[0] not in (*JAVASCRIPT, *FILES):
+            assert pkgutil.resolve_name(name[0]), span
+        if (name := re.match(r"(?:pipe|Pipeline)\.(\w+)", span)) and name[0] not in JAVASCRIPT:
+            assert hasattr(emoji, name[1]), span
+    for given in re.findall(r"sdlite\[([\w,-]+)\]", (ROOT / document).read_text()):
+        assert set(given.split(",")) <= set(extras), given
+
+
+@pytest.mark.parametrize("command", cli.EXAMPLES)
+def test_examples_of_the_help_are_read_by_the_parser(command):
+    for name, *arguments in shell(cli.EXAMPLES[command]):
+        assert (name, cli._parser().parse_args(arguments).command) == ("sdlite", command)
 
 
 def test_models_md_is_generated_from_the_committed_results():
@@ -28,16 +165,6 @@ def test_readme_names_every_sampler_and_extra():
     extras = re.search(r"\[project\.optional-dependencies\](.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.S)[1]
     for extra in re.findall(r"^(\w+) = ", extras, re.M):
         assert f"`{extra}`" in readme, extra
-
-
-def test_readme_example_runs(tmp_path, monkeypatch):
-    import pytest
-
-    pytest.importorskip("onnxruntime", reason="needs the cpu extra")
-    code = re.search(r"```python\n(import sdlite.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    assert (tmp_path / "apple.png").stat().st_size > 500
 
 
 def test_export_matrix_is_generated_from_the_committed_results():
