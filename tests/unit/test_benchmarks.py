@@ -234,3 +234,12 @@ def test_strategies_are_shown_with_spread_and_aids_are_judged_by_the_same_seeds(
     assert "feature + output against task: KID lower by 105.0 ± 7.1, the same 2 seeds: it helps." in text
     assert "mask against feature + output: KID lower by 19.0 ± 1.4, the same 2 seeds: it helps." in text
     assert "multi-scale against feature + output: KID lower by -5.0 ± 21.2, the same 2 seeds: it makes no difference beyond" in text
+
+
+def test_seeds_of_the_embedded_student_hardly_differ_and_prompts_do(emoji):
+    """README says so where seeds are explained; a student whose seeds differ makes that sentence wrong."""
+    from benchmarks.seeds import RESULTS, apart, paint
+
+    assert 28 < apart(paint(emoji, ["a house"] * 4, [0, 1, 2, 3]))["psnr_mean"] < 45
+    assert apart(paint(emoji, ["a house", "a cat", "a rocket"], [0, 0, 0]))["psnr_mean"] < 12
+    assert [r["images"] for r in map(json.loads, RESULTS.read_text().splitlines()) if r["prompt"] == "a house"] == [16]
