@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sdlite import families
 from sdlite.errors import ArtifactError, InputError
 
 MANIFEST = "sdlite.json"
@@ -114,21 +114,6 @@ def safe_path(path: str) -> PurePosixPath:
     return p
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that diffusers and transformers load by default: one file or its shards, not variants such as `.fp16`.
-
-    Raises:
-        ArtifactError: there are none; pickles and variants that are there are named.
-    """
-    every = sorted(folder.glob("*.safetensors"))
-    plain = [p for p in every if re.fullmatch(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors", p.name)]
-    if not plain:
-        others = [p.name for p in every] + [p.name for p in sorted(folder.glob("*")) if p.suffix in PICKLES]
-        seen = f"only {', '.join(others)}" if others else "no weights"
-        raise ArtifactError(f"{folder} holds {seen}; only safetensors without a variant name are loaded. Save or convert them so.")
-    return plain
-
-
 class Artifact:
     """An opened model folder."""
 
@@ -137,11 +122,15 @@ class Artifact:
         self.index = read_json(folder / "model_index.json")
 
     @classmethod
-    def open(cls, folder: str | Path) -> Artifact:
+    def open(cls, folder: str | Path, *, any_kind: bool = False) -> Artifact:
         """Read the manifest (or accept a plain diffusers folder); file contents are verified when they are loaded.
 
+        Args:
+            any_kind: open pipelines that sdlite does not run too, to look at them.
+
         Raises:
-            ArtifactError: not a model folder, or a manifest that is damaged, unsafe or of another major version.
+            ArtifactError: not a model folder, a pipeline that sdlite does not run, or a manifest that is damaged, unsafe or of
+                another major version.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -151,7 +140,14 @@ class Artifact:
                 f"{folder} has no model_index.json, so it is not a diffusers pipeline folder; give the folder that holds it."
             )
         path = folder / MANIFEST
-        return cls(folder, Manifest.from_dict(read_json(path)) if path.exists() else None)
+        out = cls(folder, Manifest.from_dict(read_json(path)) if path.exists() else None)
+        if not any_kind and (why := out.refusal()):
+            raise ArtifactError(why)
+        return out
+
+    def refusal(self) -> str:
+        """Why sdlite does not run this kind of model, in one line; "" where it does."""
+        return families.refusal(str(self.folder), self.index, self.config)
 
     @property
     def name(self) -> str:

@@ -415,16 +415,20 @@ def _open(args: argparse.Namespace) -> Any:
     from sdlite import hub
     from sdlite.artifact import Artifact
 
-    return Artifact.open(hub.resolve(args.model, args.revision))
+    return Artifact.open(hub.resolve(args.model, args.revision), any_kind=True)
 
 
 def _info(args: argparse.Namespace) -> None:
     artifact = _open(args)
-    info = _describe(artifact)
+    refusal = artifact.refusal()
+    info = {"name": artifact.name, "format": None, "not_supported": refusal} if refusal else _describe(artifact)
     if args.json:
         print(json.dumps(info, indent=1, ensure_ascii=False))
         return
     print(f"{info['name']}  ({artifact.folder})")
+    if refusal:
+        print(f"  {refusal}")
+        return
     if info["format"] is None:
         print("  plain diffusers folder: runs with backend='torch'")
     for k, v in info["student"].items():

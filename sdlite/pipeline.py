@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Never
 
 import numpy as np
 
-from sdlite import arguments, backends, habits, hub, images, tiling
+from sdlite import arguments, backends, families, habits, hub, images, tiling
 from sdlite._version import __version__
 from sdlite.artifact import Artifact, SamplerDefaults, writing
 from sdlite.errors import ArtifactError, InputError, MissingExtraError, SdliteWarning, ShapeError
@@ -92,7 +92,7 @@ class Pipeline(metaclass=_Class):
         self.scheduler_config = artifact.config("scheduler")
         self.schedule = Schedule.from_config(self.scheduler_config)
         self.unet_config, self.vae_config = artifact.config("unet"), artifact.config("vae")
-        self.stride = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        self.stride = families.vae_stride(self.vae_config)
         own = artifact.sampler
         self.defaults = SamplerDefaults(own.get("num_inference_steps", 50), own.get("guidance_scale", 7.5))  # diffusers' for a plain folder
         self.tiling: tiling.Tiling | None = None

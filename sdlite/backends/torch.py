@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sdlite.artifact import Artifact, weight_files
+from sdlite.artifact import Artifact
 from sdlite.backends import Network, NetworkReport
-from sdlite.errors import ArtifactError, MissingExtraError, UnknownNameError
+from sdlite.errors import MissingExtraError, UnknownNameError
 from sdlite.spec import SPECS
+from sdlite.torch_networks import open_network
+from sdlite.weights import dtypes, weight_files, weight_index
 
 PRECISIONS = ("fp32", "fp16", "int8-dynamic")
 DEVICES = ("cpu", "cuda")
@@ -27,29 +28,6 @@ def notes(precision: str, device: str) -> list[str]:
     if precision == "int8-dynamic":
         return ["int8-dynamic: Linear layers by torchao, made while loading; convolutions stay float32"]
     return []
-
-
-def vae_class(config: dict[str, Any]) -> Any:
-    """diffusers' class of a vae/config.json: `AutoencoderKL`, or `AutoencoderTiny` (TAESD and our tiny decoders).
-
-    Raises:
-        ArtifactError: another class. diffusers would load it all the same, with random weights.
-    """
-    import diffusers
-
-    name = config.get("_class_name", "AutoencoderKL")
-    if name not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise ArtifactError(f"the vae is a {name}; accepted: AutoencoderKL and AutoencoderTiny. Save the pipeline with one of these.")
-    return getattr(diffusers, name)
-
-
-def _class(artifact: Artifact, part: str) -> Any:
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    if part == "vae_decoder":
-        return vae_class(artifact.config("vae"))
-    return {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}[part]
 
 
 def _quantise_linear(module: torch.nn.Module) -> int:
@@ -98,32 +76,17 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
     weights = weight_files(folder)
     if artifact.manifest:
         artifact.verify([w.relative_to(artifact.folder).as_posix() for w in weights])
-    return _load(artifact, part, folder, weights, precision, device, threads)
-
-
-def _load(artifact: Artifact, part: str, folder: Path, weights: list[Path], precision: str, device: str,
-          threads: int | None) -> tuple[Network, NetworkReport]:  # fmt: skip
-    dtype = torch.float16 if precision == "fp16" else torch.float32
-    network = _class(artifact, part)
-    try:
-        loaded, info = network.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except Exception as e:  # safetensors, diffusers and transformers each raise their own
-        raise ArtifactError(
-            f"{folder} cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:200]}); fetch or save the model again."
-        ) from e
-    missing = [k for k in info["missing_keys"] if "position_ids" not in k]
-    if missing:
-        raise ArtifactError(f"{folder} lacks {len(missing)} tensors (first: {missing[0]}); weights and config.json do not belong together.")
-    module = loaded.eval().requires_grad_(False).to(dtype)
+    module = open_network(folder).eval().requires_grad_(False)
     if part == "vae_decoder":
         module.encoder = None
+    if precision == "fp16":
+        module = module.half()
     if device == "cpu":
-        module = module.float()  # after rounding to `dtype`
-    size = sum(w.stat().st_size for w in weights)
+        module = module.float()  # after rounding
     arithmetic = str(next(module.parameters()).dtype).removeprefix("torch.")
     if precision == "int8-dynamic":
         arithmetic = f"int8 Linear ({_quantise_linear(module)} layers), rest float32"
-    file = f"{folder.name}/{weights[0].name}" + (f" and {len(weights) - 1} more" if len(weights) > 1 else "")
-    return Module(part, module.to(device), device, threads), NetworkReport(
-        part, file, size, str(dtype).removeprefix("torch."), arithmetic, 0.0
-    )
+    size = sum(w.stat().st_size for w in weights)
+    file = f"{source}/{weights[0].name}" + (f" and {len(weights) - 1} more" if len(weights) > 1 else "")
+    storage = " and ".join(dtypes(weight_index(weights)))
+    return Module(part, module.to(device), device, threads), NetworkReport(part, file, size, storage, arithmetic, 0.0)

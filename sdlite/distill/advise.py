@@ -187,7 +187,7 @@ def _teacher(folder: str | Path | None) -> tuple[Any, Any, int]:
         from transformers import CLIPTextConfig, CLIPTextModel
 
         from sdlite.artifact import Artifact
-        from sdlite.backends.torch import vae_class
+        from sdlite.torch_networks import vae_class
 
         artifact = Artifact.open(folder)
         text = CLIPTextModel(CLIPTextConfig(**artifact.config("text_encoder")))

@@ -52,8 +52,8 @@ from typing import Any
 
 import torch
 
-from sdlite.artifact import Artifact, read_json, sha256, weight_files
-from sdlite.backends.torch import vae_class
+from sdlite import families
+from sdlite.artifact import Artifact, read_json, sha256
 from sdlite.distill import data, report, stages, tasks
 from sdlite.distill.cache import CachedLatents
 from sdlite.distill.parts import TextEncoderTask, TinyDecoderTask, smaller_text_encoder, tiny_vae
@@ -62,6 +62,9 @@ from sdlite.distill.targets import cache_targets
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.errors import InputError
 from sdlite.tokenizer import ClipTokenizer
+from sdlite.torch_networks import open_network
+from sdlite.tryout import try_out
+from sdlite.weights import weight_files
 
 KINDS: dict[str, Any] = {
     "output": tasks.StudentTask,
@@ -253,20 +256,14 @@ class Teacher:
     """A diffusers SD-1.x/2.x folder, opened for training."""
 
     def __init__(self, folder: str | Path):
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextModel
-
         self.artifact = Artifact.open(folder)
         root = self.artifact.folder
-        for part in ("unet", "text_encoder", "vae"):
-            weight_files(root / part)  # says what is wrong before a library does
         self.scheduler = self.artifact.config("scheduler")
-        self.unet = UNet2DConditionModel.from_pretrained(root / "unet", use_safetensors=True).float()
-        self.text_encoder = CLIPTextModel.from_pretrained(root / "text_encoder", use_safetensors=True).float()
-        self.vae = _load(root / "vae").float().eval().requires_grad_(False)
+        self.unet, self.text_encoder = open_network(root / "unet"), open_network(root / "text_encoder")
+        self.vae = open_network(root / "vae").eval().requires_grad_(False)
         self.tokenizer = ClipTokenizer.from_pretrained(root / "tokenizer")
         size = self.unet.config.sample_size
-        self.pixels = (size if isinstance(size, int) else size[0]) * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.pixels = (size if isinstance(size, int) else size[0]) * families.vae_stride(self.vae.config)
 
     @torch.no_grad()
     def encode(self, pictures: list[Any]) -> torch.Tensor:
@@ -283,14 +280,18 @@ class Teacher:
             guidance_scale=guidance_scale, seed=seed,
         )  # fmt: skip
 
+    def _stamp(self, part: str) -> str:
+        """What tells one network's weights from another's: the hash of its file, or of all its shards."""
+        return "".join(sha256(f) for f in weight_files(self.artifact.folder / part))
+
     def source(self, path: str | Path, cache: Path, progress: bool) -> CachedLatents:
         found = data.read(path)
-        key: dict[str, Any] = {"vae": sha256(weight_files(self.artifact.folder / "vae")[0]), "scale": self.vae.config.scaling_factor}
+        key: dict[str, Any] = {"vae": self._stamp("vae"), "scale": self.vae.config.scaling_factor}
         if not found.prompts_only and not hasattr(self.vae, "quant_conv"):
             raise InputError(f"{self.artifact.folder} has a {type(self.vae).__name__}, whose encoder need not be trained; give a teacher with an "
                              "AutoencoderKL to train on pictures, or prompts alone.")  # fmt: skip
         if found.prompts_only:
-            key |= {"made_by": sha256(weight_files(self.artifact.folder / "unet")[0]), "steps": 25, "guidance_scale": 4.0}
+            key |= {"made_by": self._stamp("unet"), "steps": 25, "guidance_scale": 4.0}
             count = [0]
 
             def encode(prompts: list[Any]) -> torch.Tensor:
@@ -339,10 +340,10 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
     """
     begin, out = time.monotonic(), Path(out)
     stamp = hashlib.sha256(repr((recipe.student, recipe.stages)).encode()).hexdigest()
+    taught = Teacher(teacher)  # before anything is written: what is wrong with it must not leave a run behind
     state = _processes()
     if state.is_main_process:
         _same_recipe(out, stamp, resume)
-    taught = Teacher(teacher)
     with state.main_process_first():
         source = taught.source(data, out / "latents.safetensors", progress and state.is_main_process)
     if source.skipped and state.is_main_process:
@@ -381,12 +382,14 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
             state.wait_for_everyone()  # the next stage reads what the main process wrote
         else:
             results[stage.name] = json.loads((folder / "done.json").read_text())
-        made[stage.makes], last = _load(folder / "model" / stage.makes, made[stage.makes]), folder
+        made[stage.makes], last = open_network(folder / "model" / stage.makes), folder
     assert last is not None
     artefact = out / "artefact" if export else None
     if state.is_main_process:
         if artefact is not None:
             _convert(recipe, taught, Path(data), len(source), last, artefact, sampler, prompts)
+        else:
+            try_out(last / "model")
         print(f"wrote {report.write(out, recipe.name, about, folders, finished=True)}")
     state.wait_for_everyone()
     return {"finished": True, "stages": results, "artefact": artefact, "seconds": time.monotonic() - begin}
@@ -442,12 +445,6 @@ def _guided(recipe: Recipe, stage: Stage) -> bool:
     """Whether an earlier stage has put guidance into the student, so that it is its own teacher from here on."""
     before = recipe.stages[: recipe.stages.index(stage)]
     return any(s.kind in ("guidance", "progressive", "consistency") for s in before)
-
-
-def _load(folder: Path, like: Any = None) -> Any:
-    """A network of a diffusers folder: the class of `like`, or, for a vae, what its config says."""
-    cls = vae_class(read_json(folder / "config.json")) if folder.name == "vae" else type(like)
-    return cls.from_pretrained(folder, use_safetensors=True)
 
 
 def _copy(student: Any) -> Any:

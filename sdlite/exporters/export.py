@@ -232,7 +232,7 @@ def _torch_networks(artifact: Artifact, profile: Profile, recording: Recording) 
 
     from sdlite.exporters.onnx import networks
 
-    for p, (network, _, _) in networks(artifact.folder).items():
+    for p, network in networks(artifact.folder).items():
         seen = recording.calls[p][0][0]
         batch = profile.batch or 1
         rows = [np.repeat(seen[t.name][:1], batch, axis=0) if seen[t.name].ndim else seen[t.name] for t in SPECS[p].inputs]
@@ -300,6 +300,7 @@ def _companions(artifact: Artifact, out: Path) -> None:
     for part in {SPECS[p].source for p in PARTS}:
         (out / part).mkdir(exist_ok=True)
         shutil.copy(artifact.folder / part / "config.json", out / part / "config.json")
+    shutil.copy(artifact.folder / "vae" / "config.json", out / "vae_decoder" / "config.json")  # where optimum looks
     shutil.copy(artifact.folder / "model_index.json", out / "model_index.json")
     manifest = artifact.manifest
     assert manifest is not None

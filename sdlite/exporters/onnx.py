@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from sdlite._version import __version__
-from sdlite.artifact import Artifact, Manifest, read_json, weight_files, write_manifest, writing
-from sdlite.backends.torch import vae_class
-from sdlite.errors import ArtifactError, InputError
+from sdlite.artifact import Artifact, Manifest, read_json, write_manifest, writing
+from sdlite.families import vae_stride
 from sdlite.spec import SPECS, IOSpec
+from sdlite.torch_networks import open_network
+from sdlite.tryout import try_out
+from sdlite.weights import Stored, dtypes, stem, weight_files, weight_index, widen
 
 log = logging.getLogger("sdlite")
 OPSET = 18
+_COPIED = ("tokenizer", "scheduler", "text_encoder", "unet", "vae")
 _ONNX_TYPES = {"F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16}
 
 
@@ -65,28 +67,70 @@ class _VaeDecoder(nn.Module):
         return out
 
 
-def networks(folder: Path) -> dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]]:
-    """part -> (wrapped network in float32, example inputs, dynamic shapes)."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel
+class _Upsample(nn.Module):
+    """diffusers' Upsample2D that is told its size: nearest neighbors, then its convolution."""
 
-    text = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, attn_implementation="eager").float()
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).float()
-    vae = vae_class(read_json(folder / "vae" / "config.json")).from_pretrained(folder / "vae", use_safetensors=True).float()
-    if unet.config.time_cond_proj_dim is not None:
-        raise InputError("the UNet takes a guidance embedding (time_cond_proj_dim), which this exporter does not carry yet.")
-    side = unet.config.sample_size if isinstance(unet.config.sample_size, int) else unet.config.sample_size[0]
-    length = text.config.max_position_embeddings
-    # 63: with 64 the tracer refuses, refines and starts again; the graph itself takes any batch
-    b, h, w = (torch.export.Dim(n, min=lo, max=hi) for n, lo, hi in (("batch", 1, 63), ("h", 1, 256), ("w", 1, 256)))
-    multiple = 2 ** (len(unet.config.block_out_channels) - 1)
-    latent = {0: b, 2: multiple * h, 3: multiple * w}
-    sample = torch.randn(2, unet.config.in_channels, side, side)
-    embeds = torch.randn(2, length, unet.config.cross_attention_dim)
+    def __init__(self, original: Any, sizes: list[Any]):
+        super().__init__()
+        self.conv, self.sizes = original.conv, sizes
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
+        out: Tensor = self.conv(nn.functional.interpolate(hidden_states, size=self.sizes.pop(), mode="nearest"))
+        return out
+
+
+def free_sizes(unet: Any) -> bool:
+    """Make a UNet upsample to the size that its way down had, for every size, in place.
+
+    diffusers does so only where the size is no multiple of the UNet's own (8 latents in SD-1.x), which a traced graph cannot
+    ask. Where it is one, nothing changes.
+
+    Returns:
+        Whether it could be done: not for upsamplers of another kind than Stable Diffusion's.
+    """
+    from diffusers.models.upsampling import Upsample2D
+
+    ups = [b.upsamplers for b in unet.up_blocks if getattr(b, "upsamplers", None)]
+    downs = [b.downsamplers for b in unet.down_blocks if getattr(b, "downsamplers", None)]
+    plain = all(len(u) == 1 and type(u[0]) is Upsample2D and isinstance(getattr(u[0], "conv", None), nn.Conv2d) for u in ups)
+    if not plain or len(ups) != len(downs):
+        return False
+    sizes: list[Any] = []
+    for down in downs:
+        down[0].register_forward_pre_hook(lambda module, given: sizes.append(given[0].shape[2:]))
+    for up in ups:
+        up[0] = _Upsample(up[0], sizes)
+    unet.num_upsamplers = 0  # no size is anything but a multiple of 1: nothing to ask
+    return True
+
+
+def networks(folder: Path) -> dict[str, nn.Module]:
+    """part -> wrapped network in float32, called with the arrays of its `IOSpec`."""
     return {
-        "text_encoder": (_TextEncoder(text), (torch.zeros(2, length, dtype=torch.int64),), {"input_ids": {0: b}}),
-        "unet": (_Unet(unet), (sample, torch.tensor(500.0), embeds), {"sample": latent, "timestep": None, "encoder_hidden_states": {0: b}}),
-        "vae_decoder": (_VaeDecoder(vae), (sample,), {"latent_sample": {0: b, 2: h, 3: w}}),
+        "text_encoder": _TextEncoder(open_network(folder / "text_encoder", attn_implementation="eager")),
+        "unet": _Unet(open_network(folder / "unet")),
+        "vae_decoder": _VaeDecoder(open_network(folder / "vae")),
+    }
+
+
+def _examples(parts: dict[str, Any], multiple: int) -> dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]]:
+    """part -> example inputs and the shapes that stay free. `multiple`: of latents, that the UNet can be called with."""
+    text, unet = parts["text_encoder"].module.config, parts["unet"].module.config
+    side = unet.sample_size if isinstance(unet.sample_size, int) else unet.sample_size[0]
+    length = text.max_position_embeddings
+    # 63: with 64 the tracer refuses, refines and starts again; 9: below it the UNet's innermost sides are 1, which the tracer
+    # takes for always so. The graph itself takes any batch and any size.
+    b, h, w = (
+        torch.export.Dim("batch", min=1, max=63),
+        *(torch.export.Dim(n, min=9 if multiple == 1 else 1, max=2048 // multiple) for n in "hw"),
+    )
+    sample = torch.randn(2, unet.in_channels, *[max(16, side // multiple * multiple)] * 2)
+    embeds = torch.randn(2, length, text.hidden_size)
+    free = {0: b, 2: multiple * h if multiple > 1 else h, 3: multiple * w if multiple > 1 else w}
+    return {
+        "text_encoder": ((torch.zeros(2, length, dtype=torch.int64),), {"input_ids": {0: b}}),
+        "unet": ((sample, torch.tensor(500.0), embeds), {"sample": free, "timestep": None, "encoder_hidden_states": {0: b}}),
+        "vae_decoder": ((sample,), {"latent_sample": {0: b, 2: h, 3: w}}),
     }
 
 
@@ -101,55 +145,26 @@ def trace(part: str, wrapped: nn.Module, inputs: tuple[Tensor, ...], shapes: dic
     return program.model
 
 
-def _safetensors_index(path: Path) -> dict[str, dict[str, Any]]:
-    """name -> {dtype, shape, offset, length} with absolute offsets. Format: 8-byte header length, JSON, data."""
-    with open(path, "rb") as f:
-        (n,) = struct.unpack("<Q", f.read(8))
-        header = json.loads(f.read(n))
-    return {
-        k: {
-            "dtype": v["dtype"],
-            "shape": v["shape"],
-            "offset": 8 + n + v["data_offsets"][0],
-            "length": v["data_offsets"][1] - v["data_offsets"][0],
-        }
-        for k, v in header.items()
-        if k != "__metadata__"
-    }
-
-
 def _link_weights(model: onnx.ModelProto, weights: list[Path], prefix: str) -> int:
     """Point every initializer that stands in `weights` at its bytes there. Returns how many bytes stay inside the graph.
 
-    float16 gets a Cast; a matrix that the tracer has transposed gets a Transpose (both are folded when a session loads).
+    Found by its name without `prefix`, or by its values: libraries rename modules, and the tracer transposes matrices. float16
+    gets a Cast, a transposed matrix a Transpose (both are folded when a session loads).
     """
-    index = {k: (path, v) for path in weights for k, v in _safetensors_index(path).items()}
-    transposed: dict[tuple[Any, ...], list[str]] = {}
-    for name, (path, entry) in index.items():
-        if len(entry["shape"]) == 2:
-            transposed.setdefault(_fingerprint(_read(path, entry).T), []).append(name)
+    index = {k: s for k, s in weight_index(weights).items() if s.dtype in _ONNX_TYPES}
+    values = _by_value(index)
     kept, nodes, made, inside = [], [], set(), 0
     for init in model.graph.initializer:
-        name, turn = init.name.removeprefix(prefix), False
-        found = index.get(name)
-        if found is None and len(init.dims) == 2 and init.data_type == onnx.TensorProto.FLOAT:
-            array = onnx.numpy_helper.to_array(init)
-            name = next((n for n in transposed.get(_fingerprint(array), ()) if np.array_equal(_read(*index[n]).T, array)), "")
-            found, turn = index.get(name), True
-        if found is None or init.data_type != onnx.TensorProto.FLOAT or (not turn and list(init.dims) != found[1]["shape"]):
+        name, turn = _find(init, prefix, index, values)
+        if not name:
             kept.append(init)
             inside += len(init.raw_data)
             continue
-        path, entry = found
-        stored, half = "weights." + name, entry["dtype"] == "F16"
+        found = index[name]
+        stored, half = "weights." + name, found.dtype == "F16"
         if stored not in made:
             made.add(stored)
-            tensor = onnx.TensorProto(
-                name=stored, dims=entry["shape"], data_type=_ONNX_TYPES[entry["dtype"]], data_location=onnx.TensorProto.EXTERNAL
-            )
-            for k, v in (("location", path.name), ("offset", entry["offset"]), ("length", entry["length"])):
-                tensor.external_data.add(key=k, value=str(v))
-            kept.append(tensor)
+            kept.append(_external(stored, found))
             if half:
                 nodes.append(onnx.helper.make_node("Cast", [stored], [stored + ".f32"], name=stored + "/cast", to=onnx.TensorProto.FLOAT))
         value = stored + ".f32" if half else stored
@@ -162,14 +177,46 @@ def _link_weights(model: onnx.ModelProto, weights: list[Path], prefix: str) -> i
     return inside
 
 
-def _read(path: Path, entry: dict[str, Any]) -> np.ndarray:
-    dtype = {"F32": np.float32, "F16": np.float16}[entry["dtype"]]
-    shape = tuple(entry["shape"])
-    return np.memmap(path, dtype=dtype, mode="r", offset=entry["offset"], shape=shape).astype(np.float32)
+_Values = dict[tuple[Any, ...], list[tuple[str, bool]]]
 
 
-def _fingerprint(matrix: np.ndarray) -> tuple[Any, ...]:
-    return (*matrix.shape, matrix[:4, :4].tobytes())
+def _by_value(index: dict[str, Stored]) -> _Values:
+    """Fingerprint -> names of tensors with it, and whether of their transpose."""
+    out: _Values = {}
+    for name, s in index.items():
+        corner = s.read(*(slice(4) for _ in s.shape))
+        out.setdefault(_fingerprint(s.shape, corner), []).append((name, False))
+        if len(s.shape) == 2:
+            out.setdefault(_fingerprint(s.shape[::-1], corner.T), []).append((name, True))
+    return out
+
+
+def _find(init: onnx.TensorProto, prefix: str, index: dict[str, Stored], values: _Values) -> tuple[str, bool]:
+    """Name of the stored tensor that an initializer is, and whether transposed; "" where there is none."""
+    if init.data_type != onnx.TensorProto.FLOAT:
+        return "", False
+    name = init.name.removeprefix(prefix)
+    if name in index and index[name].shape == tuple(init.dims):
+        return name, False
+    if np.prod(init.dims) < 16:  # a constant, or as good as one
+        return "", False
+    array = onnx.numpy_helper.to_array(init)
+    for name, turn in values.get(_fingerprint(array.shape, array[tuple(slice(4) for _ in array.shape)]), ()):
+        if np.array_equal(index[name].read().T if turn else index[name].read(), array):
+            return name, turn
+    return "", False
+
+
+def _fingerprint(shape: tuple[int, ...], corner: np.ndarray) -> tuple[Any, ...]:
+    return (*shape, corner.tobytes())
+
+
+def _external(name: str, stored: Stored) -> onnx.TensorProto:
+    """An initializer whose values are the bytes of a stored tensor."""
+    tensor = onnx.TensorProto(name=name, dims=stored.shape, data_type=_ONNX_TYPES[stored.dtype], data_location=onnx.TensorProto.EXTERNAL)
+    for k, v in (("location", stored.path.name), ("offset", stored.offset), ("length", stored.length)):
+        tensor.external_data.add(key=k, value=str(v))
+    return tensor
 
 
 def _strip(model: onnx.ModelProto) -> None:
@@ -193,7 +240,7 @@ def _own_weights(folder: Path, model: onnx.ModelProto, dtype: str) -> None:
         if i.data_type == onnx.TensorProto.FLOAT and np.prod(i.dims) >= 16
     }
     path = folder / "model.onnx.data"
-    save_file({k: np.ascontiguousarray(v.astype(np.float16 if dtype == "F16" else np.float32)) for k, v in arrays.items()}, path)
+    save_file({k: np.ascontiguousarray(v.astype(dtype)) for k, v in arrays.items()}, path)
     _link_weights(model, [path], "")
 
 
@@ -210,7 +257,7 @@ def convert(
     """Make an artefact: the diffusers folder, ONNX graphs for its three networks, and the manifest.
 
     Args:
-        folder: diffusers SD-1.x/2.x pipeline folder with safetensors in float32 or float16.
+        folder: diffusers SD-1.x/2.x pipeline folder with safetensors in float32, float16 or bfloat16 (written as float32).
         out: new or empty folder; written beside and renamed when whole.
         name: what reports call the model; default: the folder's name.
         student: what the manifest says of its making (teacher, recipe, data, licence); `unet_parameters` is counted here.
@@ -222,37 +269,61 @@ def convert(
         `out`.
 
     Raises:
-        ArtifactError: not a diffusers folder, or no safetensors. InputError: a UNet that this exporter does not carry.
+        ArtifactError: not a diffusers folder, a pipeline that sdlite does not run, or weights that are missing, damaged or not
+            those of the config; also where what was written does not open again.
     """
     source, out = Artifact.open(folder), Path(out)
     with writing(out) as tmp:
-        for part in ("tokenizer", "scheduler", "text_encoder", "unet", "vae"):
-            shutil.copytree(
-                source.folder / part,
-                tmp / part,
-                ignore=lambda d, names: [n for n in names if not n.endswith((".json", ".txt", ".safetensors"))],
-            )
-        (tmp / "model_index.json").write_text(json.dumps(source.index, indent=1))
-        for path in tmp.rglob("*.json"):
-            _drop_paths(path)
-        entries: dict[str, dict[str, Any]] = {}
-        parts = networks(source.folder)
-        for part, (wrapped, inputs, shapes) in parts.items():
-            entries[part] = _write_part(tmp, part, SPECS[part], wrapped, inputs, shapes)
-        unet: Any = parts["unet"][0].module
-        counts = {f"{p}_parameters": sum(q.numel() for q in w.parameters()) for p, (w, _, _) in parts.items()}
-        counts["vae_parameters"] = counts.pop("vae_decoder_parameters")
-        manifest = Manifest(name=name or source.folder.name, student={**counts, **(student or {})}, sampler=sampler or {})
+        _copy(source, tmp)
+        manifest = Manifest(name=name or source.folder.name, sampler=sampler or {})
+        manifest.student = {**_write_graphs(tmp, manifest), **(student or {})}
         if calibration_prompts:
             manifest.calibration = {"prompts": list(calibration_prompts)}
         if keep_float:
             manifest.calibration = {**(manifest.calibration or {}), "keep_float": {k: list(v) for k, v in keep_float.items()}}
-        # float16 storage is exact in float32: one set of files is both variants.
-        manifest.variants = dict.fromkeys(("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",), entries)
-        vae_stride = 2 ** (len(parts["vae_decoder"][0].module.config.block_out_channels) - 1)
-        manifest.size_multiple = vae_stride * 2 ** (len(unet.config.block_out_channels) - 1)
         write_manifest(tmp, manifest)
+        try_out(tmp)
     return out
+
+
+def _copy(source: Artifact, out: Path) -> None:
+    """The parts that the model runs with and nothing else; model_index.json names no other.
+
+    Networks that are neither all float32 nor all float16 are cast to float32, which is exact.
+    """
+    for part in _COPIED:
+        folder, weights = source.folder / part, list[Path]()
+        (out / part).mkdir()
+        if part not in ("tokenizer", "scheduler"):
+            weights = weight_files(folder)
+            if dtypes(weight_index(weights)) not in (["float16"], ["float32"]):
+                widen(weights, out / part / f"{stem(part)}.safetensors")
+                weights = []
+        names = {f"{stem(part)}.safetensors.index.json"} if len(weights) < 2 else set[str]()
+        files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".txt") and p.name not in names]
+        for path in files + weights:
+            shutil.copyfile(path, out / part / path.name)  # without its mode: a folder that is read only makes one that is not
+    index = {k: v if k in _COPIED or not isinstance(v, list) or k.startswith("_") else [None, None] for k, v in source.index.items()}
+    if "safety_checker" in index:
+        index["requires_safety_checker"] = False
+    (out / "model_index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    for path in out.rglob("*.json"):
+        _drop_paths(path)
+
+
+def _write_graphs(root: Path, manifest: Manifest) -> dict[str, int]:
+    """The graphs of the networks in `root`, and what the manifest says of them. Returns their parameters."""
+    parts: dict[str, Any] = dict(networks(root))
+    unet = parts["unet"].module
+    multiple = 1 if free_sizes(unet) else 2 ** (len(unet.config.block_out_channels) - 1)
+    manifest.size_multiple = vae_stride(read_json(root / "vae" / "config.json")) * multiple
+    examples = _examples(parts, multiple)
+    entries = {p: _write_part(root, p, SPECS[p], parts[p], *examples[p]) for p in parts}
+    # float16 storage is exact in float32: one set of files is both variants.
+    manifest.variants = dict.fromkeys(("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",), entries)
+    counts = {f"{p}_parameters": sum(q.numel() for q in w.parameters()) for p, w in parts.items()}
+    counts["vae_parameters"] = counts.pop("vae_decoder_parameters")
+    return counts
 
 
 def _drop_paths(path: Path) -> None:
@@ -286,10 +357,7 @@ def _write_part(
     root: Path, part: str, spec: IOSpec, wrapped: nn.Module, inputs: tuple[Tensor, ...], shapes: dict[str, Any]
 ) -> dict[str, Any]:
     weights = weight_files(root / spec.source)
-    dtypes = {v["dtype"] for w in weights for v in _safetensors_index(w).values()} - {"I64"}
-    if not dtypes <= {"F32", "F16"} or len(dtypes) != 1:
-        raise ArtifactError(f"{spec.source}/ holds weights of type {sorted(dtypes)}; accepted: all float32 or all float16.")
-    dtype = dtypes.pop()
+    [dtype] = dtypes(weight_index(weights))
     model = ir.to_proto(trace(part, wrapped, inputs, shapes))
     _strip(model)
     (root / part).mkdir(exist_ok=True)
@@ -304,5 +372,5 @@ def _write_part(
     onnx.checker.check_model(root / part / "model.onnx")
     return {
         "file": f"{part}/model.onnx", "weights": files, "opset": OPSET,
-        "storage": "float16" if dtype == "F16" else "float32", "arithmetic": "float32",
+        "storage": dtype, "arithmetic": "float32",
     }  # fmt: skip

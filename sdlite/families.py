@@ -1,0 +1,89 @@
+"""Which kind of model a pipeline folder is, and whether sdlite runs it: read from its JSON files, before any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+RUNS = (
+    "sdlite runs text-to-image models with the parts of Stable Diffusion 1.x and 2.x: a CLIPTextModel, a UNet2DConditionModel "
+    "that is told latents, timestep and text, and an AutoencoderKL or AutoencoderTiny"
+)
+PARTS = {
+    "text_encoder": ("CLIPTextModel",),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+}
+# Components of a pipeline that change nothing in its images, or that we have our own of.
+UNUSED = ("tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
+# Keys of a UNet's config that mean an input which nobody feeds.
+UNFED = {
+    "time_cond_proj_dim": "a guidance embedding",
+    "addition_embed_type": "further embeddings (SDXL: pooled text and sizes)",
+    "class_embed_type": "a class embedding",
+    "num_class_embeds": "a class or noise level",
+    "encoder_hid_dim_type": "image embeddings",
+    "encoder_hid_dim": "projected embeddings",
+}
+
+
+def class_name(index: Mapping[str, Any]) -> str:
+    """The pipeline's class as model_index.json names it."""
+    name = index.get("_class_name") or "pipeline of no named class"
+    return str(name[-1] if isinstance(name, list) else name)  # a custom pipeline is [module, class]
+
+
+def vae_stride(config: Mapping[str, Any]) -> int:
+    """Pixels per latent: each block of a VAE but one halves the size.
+
+    Args:
+        config: content of vae/config.json. AutoencoderTiny has no `block_out_channels` of its own: diffusers adds that key
+            in memory.
+    """
+    tiny = config.get("_class_name") == "AutoencoderTiny"
+    blocks = config.get("decoder_block_out_channels", (64,) * 4) if tiny else config.get("block_out_channels", (64,))
+    return int(2 ** (len(blocks) - 1))
+
+
+def unknown_parts(index: Mapping[str, Any]) -> str:
+    """Why the components that model_index.json names are not those that we run; "" where they are."""
+    named = {k: v for k, v in index.items() if isinstance(v, list) and any(v) and not k.startswith("_")}
+    if missing := [p for p in PARTS if p not in named]:
+        more = sorted(set(named) - set(PARTS) - set(UNUSED))
+        return f"it has no {missing[0]}" + (f", but {', '.join(more)}" if more else "")
+    if more := sorted(set(named) - set(PARTS) - set(UNUSED)):
+        return f"it also has {', '.join(more)}"
+    for part, accepted in PARTS.items():
+        if (kind := str(named[part][-1])) not in accepted:
+            return f"its {part} is of class {kind}"
+    return ""
+
+
+def unfed_inputs(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+    """Why the UNet cannot be called with latents, timestep and text alone; "" where it can."""
+    for key, what in UNFED.items():
+        if unet.get(key) is not None:
+            return f"its UNet wants {what} ({key}={unet[key]!r})"
+    takes, gives = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if takes != gives:
+        return f"its UNet takes {takes} channels, the latents have {gives}"
+    if (out := unet.get("out_channels", 4)) != gives:
+        return f"its UNet gives {out} channels, the latents have {gives}"
+    if (rgb := vae.get("out_channels", 3)) != 3:
+        return f"its VAE gives {rgb} channels instead of 3"
+    wide, width = unet.get("cross_attention_dim"), text.get("hidden_size")
+    if isinstance(wide, int) and isinstance(width, int) and wide != width:
+        return f"its UNet reads text of width {wide}, its text encoder gives {width}"
+    return ""
+
+
+def refusal(folder: str, index: Mapping[str, Any], config: Callable[[str], Mapping[str, Any]]) -> str:
+    """One line that says why sdlite does not run a pipeline; "" where it does.
+
+    Args:
+        folder: what the line calls the model.
+        index: content of model_index.json.
+        config: part -> content of its config.json; asked only where the parts are those that we run.
+    """
+    why = unknown_parts(index) or unfed_inputs(*(config(p) for p in ("unet", "vae", "text_encoder")))
+    return f"{folder} is a {class_name(index)}, which is not supported: {why}. {RUNS}." if why else ""

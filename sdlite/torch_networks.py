@@ -1,0 +1,122 @@
+"""The networks of a diffusers folder as torch modules: opened here and nowhere else, and only when every tensor is in its file.
+
+diffusers and transformers fill what they do not find with random numbers and leave out what they do not know; both are errors
+here. Used by the torch backend, the converter, the exporters that start from torch, and distillation.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sdlite.artifact import read_json
+from sdlite.errors import ArtifactError
+from sdlite.weights import Stored, cause, dtypes, weight_files, weight_index
+
+# What files of CLIP's text encoder may hold besides it: a buffer that is computed, and the rest of CLIP, which no pipeline uses.
+HARMLESS = {"text_encoder": r"(.*\.)?position_ids|(text_projection|visual_projection)\.weight|logit_scale|vision_model\..*"}
+
+
+def vae_class(config: dict[str, Any]) -> Any:
+    """diffusers' class of a vae/config.json: `AutoencoderKL`, or `AutoencoderTiny` (TAESD and our tiny decoders).
+
+    Raises:
+        ArtifactError: another class. diffusers would load it all the same, with random weights.
+    """
+    import diffusers
+
+    name = config.get("_class_name", "AutoencoderKL")
+    if name not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise ArtifactError(f"the vae is a {name}; accepted: AutoencoderKL and AutoencoderTiny. Save the pipeline with one of these.")
+    return getattr(diffusers, name)
+
+
+def open_network(folder: Path, **options: Any) -> Any:
+    """The network of one folder of a pipeline (`text_encoder`, `unet` or `vae`), in float32, whatever it is stored in.
+
+    Args:
+        options: more for `from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        ArtifactError: weights are missing, are no safetensors, are damaged, or are not exactly those of the folder's
+            config.json.
+    """
+    config = read_json(folder / "config.json")
+    files = weight_files(folder)
+    stored = weight_index(files)
+    dtypes(stored)
+    try:
+        with _quiet():
+            network, info = _class(folder.name, config).from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except ArtifactError:
+        raise
+    except Exception as e:  # safetensors, diffusers and transformers each raise their own
+        first = (str(e).splitlines() or [""])[0][:200]
+        raise ArtifactError(f"{folder} cannot be loaded ({type(e).__name__}: {first}); fetch or save the model again.") from e
+    harmless = HARMLESS.get(folder.name, "(?!)")
+    left = sorted(k for k in info["unexpected_keys"] if not re.fullmatch(harmless, k))
+    missing = sorted(k for k in info["missing_keys"] if not re.fullmatch(harmless, k))
+    if missing or left or info["mismatched_keys"]:
+        raise ArtifactError(_misfit(files, missing, left, _shapes(network, info["mismatched_keys"], stored), stored))
+    return network.float()
+
+
+def _class(part: str, config: dict[str, Any]) -> Any:
+    if part == "vae":
+        return vae_class(config)
+    if part == "unet":
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel
+
+
+def _shapes(network: Any, mismatched: list[Any], stored: dict[str, Stored]) -> list[str]:
+    """What is said of each tensor of another shape. transformers 4 gives names alone, the others (name, stored, wanted)."""
+    out = []
+    for entry in mismatched:
+        name = entry if isinstance(entry, str) else entry[0]
+        has = stored[name].shape if isinstance(entry, str) else tuple(entry[1])
+        out.append(f"{name}, {has} instead of {tuple(network.state_dict()[name].shape)}")
+    return sorted(out)
+
+
+def _misfit(files: list[Path], missing: list[str], left: list[str], other: list[str], stored: Collection[str]) -> str:
+    """What does not fit, in one line: how many tensors, the first of each kind, the cause where it is known."""
+    said = []
+    if missing:
+        said.append(f"lacks {len(missing)} of the network's tensors (first: {missing[0]})")
+    if left:
+        said.append(f"holds {len(left)} that the network does not have (first: {left[0]})")
+    if other:
+        said.append(f"holds {len(other)} of another shape than config.json's (first: {other[0]})")
+    file = files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+    why = cause(stored) or "weights and config.json do not belong together: fetch or save the model again"
+    return f"{files[0].parent}/{file} {' and '.join(said)}; {why}."
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What the libraries would warn of is an error of ours, in one line."""
+    import transformers
+
+    loggers = [logging.getLogger(n) for n in ("diffusers", "transformers")]
+    levels, bars = [x.level for x in loggers], transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    for x in loggers:
+        x.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for x, level in zip(loggers, levels, strict=True):
+            x.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

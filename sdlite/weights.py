@@ -1,0 +1,199 @@
+"""Which safetensors files a network has, and what stands in them: read from names and headers alone, without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdlite.artifact import PICKLES, read_json
+from sdlite.errors import ArtifactError
+
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what a network may be stored in
+LFS = b"version https://git-lfs"
+# Traits of names that a network does not have, what they come from and what to do.
+_CAUSES = (
+    ("_orig_mod.", "it was saved compiled: save module._orig_mod, the network inside"),
+    ("module.", "it was saved inside DistributedDataParallel: save its .module, the network inside"),
+    (
+        ".base_layer.",
+        "a LoRA was fused but not unloaded: after fuse_lora() call unload_lora_weights(), then save_pretrained()",
+    ),
+    ("lora_", "it is or holds a LoRA: load it with diffusers, fuse_lora(), unload_lora_weights(), save_pretrained()"),
+    (
+        "model.diffusion_model.",
+        "it is a single-file checkpoint: save it with StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: `dtype` in safetensors' spelling, `offset` and `length` in bytes of the whole file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+    def read(self, *at: slice) -> np.ndarray:
+        """Its values, or those at `at`, as float32, which holds each accepted dtype exactly."""
+        kind = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[self.dtype]
+        raw = np.memmap(self.path, dtype=kind, mode="r", offset=self.offset, shape=self.shape)[at]
+        if self.dtype == "BF16":
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw.astype(np.float32)
+
+
+def stem(part: str) -> str:
+    """How the weights of a folder of a pipeline are called: by transformers' rule or diffusers'."""
+    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
+def select(names: Collection[str], part: str, where: str, listed: Callable[[str], dict[str, Any]]) -> list[str]:
+    """The weight files among `names` that diffusers and transformers load by default: one file, or its shards.
+
+    Args:
+        names: file names of the folder of a pipeline.
+        part: name of that folder.
+        where: what errors call it.
+        listed: name of an index file -> its content.
+
+    Raises:
+        ArtifactError: there are none (pickles and variants that are there are named), or shards without an index.
+    """
+    base = stem(part)
+    single, index = f"{base}.safetensors", f"{base}.safetensors.index.json"
+    if index in names and not (base == "model" and single in names):  # transformers prefers the single file
+        return _listed(listed(index), names, f"{where}/{index}")
+    shards = sorted(n for n in names if re.fullmatch(rf"{base}-\d+-of-\d+\.safetensors", n))
+    if shards and index not in names:
+        raise ArtifactError(
+            f"{where} holds {len(shards)} shards (first: {shards[0]}) and no {index} that lists them; "
+            "fetch the index too, or remove left-over shards."
+        )
+    if single in names:
+        return [single]
+    others = sorted(n for n in names if n.endswith((".safetensors", *PICKLES)))
+    seen = f"only {', '.join(others)}" if others else "no weights"
+    raise ArtifactError(f"{where} holds {seen}; accepted: {single}, or shards that {index} lists.{_way_out(others)}")
+
+
+def _way_out(others: Collection[str]) -> str:
+    if variants := [n.split(".")[1] for n in others if re.fullmatch(r"\w+\.[\w-]+\.safetensors", n)]:
+        return f" A variant: load it with diffusers (variant={variants[0]!r}) and save_pretrained() without one."
+    if any(n.endswith(PICKLES) for n in others):
+        return " Pickles can run code and are never loaded: load with diffusers what you trust, and save_pretrained()."
+    return " Save or fetch the model again."
+
+
+def _listed(index: dict[str, Any], names: Collection[str], where: str) -> list[str]:
+    weights = index.get("weight_map")
+    found = sorted(set(weights.values())) if isinstance(weights, dict) else []
+    if not found or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(n)) for n in found):
+        raise ArtifactError(f"{where} has no weight_map of safetensors files beside it; fetch or save the model again.")
+    if missing := [n for n in found if n not in names]:
+        raise ArtifactError(f"{where} lists {missing[0]}, which is missing; fetch or save the model again.")
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """`select` on a folder."""
+    names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
+    return [folder / n for n in select(names, folder.name, str(folder), lambda n: read_json(folder / n))]
+
+
+def weight_index(paths: Iterable[Path]) -> dict[str, Stored]:
+    """Tensor name -> where it stands, of all `paths`. Format: 8-byte header length, JSON, data.
+
+    Raises:
+        ArtifactError: a file is not safetensors or is cut off, or two files hold one name.
+    """
+    out: dict[str, Stored] = {}
+    for path in paths:
+        found = _header(path)
+        if twice := sorted(out.keys() & found.keys()):
+            raise ArtifactError(
+                f"{path} and {out[twice[0]].path.name} both hold {twice[0]}; remove left-over shards or save the model again."
+            )
+        out |= found
+    return out
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        head = f.read(8)
+        if (head + f.read(len(LFS))).startswith(LFS):
+            raise ArtifactError(
+                f"{path} is a git-lfs pointer of {size} bytes, not the weights; run `git lfs pull`, or fetch the model again."
+            )
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        f.seek(8)
+        raw = f.read(length) if length <= size else b""
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        out = {
+            name: Stored(
+                path, str(e["dtype"]), tuple(e["shape"]), 8 + length + e["data_offsets"][0],
+                e["data_offsets"][1] - e["data_offsets"][0],
+            )
+            for name, e in header.items()
+        }  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ArtifactError(f"{path} is not a safetensors file, or is cut off in its header; fetch or save the model again.") from e
+    if size < (end := max((s.offset + s.length for s in out.values()), default=0)):
+        raise ArtifactError(f"{path} has {size} bytes, its header says {end}: it is cut off. Fetch the model again.")
+    return out
+
+
+def dtypes(index: dict[str, Stored]) -> list[str]:
+    """What the weights of a network are stored in: "float32", "float16", "bfloat16".
+
+    Raises:
+        ArtifactError: another kind, such as integers or float8.
+    """
+    kinds: dict[str, str] = {}
+    for name, stored in index.items():
+        if name.split(".")[-1] != "position_ids":  # the one buffer of integers that is saved
+            kinds.setdefault(stored.dtype, name)
+    if unknown := sorted(set(kinds) - set(FLOATS)):
+        first = kinds[unknown[0]]
+        raise ArtifactError(
+            f"{index[first].path} holds {first} as {unknown[0]}; accepted: {', '.join(FLOATS.values())}. Save it in one of these."
+        )
+    return sorted(FLOATS[k] for k in kinds)
+
+
+def cause(names: Collection[str]) -> str:
+    """Why a file's names may not be the network's, and what to do; "" where it is not known."""
+    for trait, text in _CAUSES:
+        if any(n.startswith(trait) if trait == "module." else trait in n for n in names):
+            return text
+    return ""
+
+
+def widen(paths: list[Path], out: Path) -> None:
+    """Write the tensors of `paths` to one file in float32, each cast exactly, integers as they are; one tensor at a time."""
+    index, header, end = weight_index(paths), dict[str, Any](), 0
+    for name, s in index.items():
+        kind, length = ("F32", int(np.prod(s.shape)) * 4) if s.dtype in FLOATS else (s.dtype, s.length)
+        header[name] = {"dtype": kind, "shape": list(s.shape), "data_offsets": [end, end + length]}
+        end += length
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with open(out, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for s in index.values():
+            if s.dtype in FLOATS:
+                f.write(s.read().tobytes())
+            else:
+                f.write(np.memmap(s.path, dtype=np.uint8, mode="r", offset=s.offset, shape=(s.length,)).tobytes())
