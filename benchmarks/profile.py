@@ -25,6 +25,7 @@ from benchmarks.cases import Case
 from benchmarks.env import environment
 from benchmarks.peers import PROMPT, model_folder, quantised
 from sdlite.artifact import PARTS
+from sdlite.backends import RowByRow, rows
 
 RESULTS = Path(__file__).parent / "results" / "profile.jsonl"
 BACKENDS = {"sdlite-ort": "onnxruntime", "sdlite-openvino": "openvino"}
@@ -71,14 +72,18 @@ def stage_seconds(pipe: Any, case: Case) -> tuple[dict[str, float], dict[str, Wa
     return {**seconds, "glue": total - sum(seconds.values()), "total": total}, watched
 
 
+def alone(network: Any, inputs: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
+    """The compiled network below, and what it is called with: where rows go one by one, the first."""
+    return (network.network, next(rows(inputs))) if isinstance(network, RowByRow) else (network, inputs)
+
+
 def openvino_kinds(network: Any, inputs: dict[str, np.ndarray]) -> Counter[str]:
     """Seconds by kind and kernel type of one call; the network is compiled again with counters on."""
     network.options["PERF_COUNT"] = True
-    network.shapes = None if network.shapes is None else {}
-    network.request = None
+    network.requests.clear()
     network(**inputs), network(**inputs)
     out: Counter[str] = Counter()
-    for node in network.request.profiling_info:
+    for node in next(iter(network.requests.values())).profiling_info:
         if node.status.name == "EXECUTED":
             out[f"{node.node_type} {node.exec_type.rsplit('_', 1)[-1]}"] += node.real_time.total_seconds()
     return out
@@ -110,7 +115,9 @@ def profile(case: Case, folder: Path) -> dict[str, Any]:
     files = {n.part: folder / n.file for n in pipe.report.networks}
     kinds = {}
     for p, w in watched.items():
-        found = openvino_kinds(w.network, w.inputs) if case.engine == "sdlite-openvino" else ort_kinds(files[p], w.inputs, case.threads)
+        found = (
+            openvino_kinds(*alone(w.network, w.inputs)) if case.engine == "sdlite-openvino" else ort_kinds(files[p], w.inputs, case.threads)
+        )
         kinds[p] = dict(found.most_common())
     return {"seconds": seconds, "kinds": kinds}
 
@@ -141,8 +148,8 @@ def variants(case: Case, folder: Path, repeats: int) -> list[dict[str, Any]]:
     _, watched = stage_seconds(pipe, replace(case, steps=1))
     rows = []
     for part in ("unet", "vae_decoder"):
-        network, inputs = watched[part].network, watched[part].inputs
-        network.request = network.model = None  # memory
+        network, inputs = alone(watched[part].network, watched[part].inputs)
+        network.requests.clear()  # memory
         want: np.ndarray | None = None
         for hint, shapes, extra in WAYS:
             out, samples = compiled_as(network, inputs, hint, shapes, extra, repeats)

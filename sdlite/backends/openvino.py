@@ -9,6 +9,8 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +21,7 @@ import openvino as ov
 
 from sdlite import cpu
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, NetworkReport, compiled, mapped, words_of
+from sdlite.backends import Network, NetworkReport, RowByRow, compiled, mapped, words_of
 from sdlite.errors import ArtifactError, PrecisionError, SdliteError, UnknownNameError
 from sdlite.spec import SPECS
 
@@ -29,6 +31,14 @@ DEVICES = ("cpu", "gpu", "npu")
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 ARITHMETIC = tuple(HINTS)
 NARROW = 3  # pixels: feature maps from here on are right in fused half-precision subgraphs
+LARGE = 32 << 20  # bytes of a network whose rows are computed one by one on the CPU
+KEPT = 1 << 30  # bytes of weights that a network's compiled graphs may have together ...
+SHAPES = 8  # ... and how many there may be; the one used last is always kept
+ROWS = (
+    "an image of a batch is its seed's image alone, bit by bit: networks of 32 MiB and more compute "
+    "their rows one by one; smaller ones compute them together, which gave equal bits in fp32, fp16 "
+    "and int8-static (measured on AVX-512 with VNNI and BF16)"
+)
 
 
 def engine() -> str:
@@ -49,7 +59,9 @@ def arithmetic_of(precision: str, device: str, asked: str | None = None) -> str:
 
 def notes(precision: str, device: str, arithmetic: str | None = None) -> list[str]:
     chosen = arithmetic_of(precision, device, arithmetic)
-    out = ["compiled at the first call, for its shapes; other shapes compile once more, for any"]
+    out = ["compiled at the first call of each size; the sizes used last are kept"]
+    if device == "cpu":
+        out.append(ROWS)
     if device != "cpu" or arithmetic is not None:
         return out
     if precision == "fp16" and chosen == "float32":
@@ -107,13 +119,16 @@ def _linked(real: Sequence[Path], names: Sequence[str]) -> Path:
 
 
 class CompiledNetwork:
-    """One graph, compiled at its first call. float32 where the graph is float unless `arithmetic` says otherwise: OpenVINO's own choice of
-    bf16 would be another precision than asked.
+    """One graph, compiled for each shape that comes and run by one thread at a time. float32 where the graph is float unless `arithmetic` says
+    otherwise: OpenVINO's own choice of bf16 would be another precision than asked.
 
-    It is compiled for the shapes of the first call, which is a tenth to a quarter faster and plans memory ahead, and once more for any
-    shape when others come. Fused half-precision subgraphs of fixed shapes are wrong in OpenVINO 2026.4 where a feature map is two pixels
-    wide (the embedded UNet at 64 px: 3 dB from float32 on noise, unfused 32 dB; from three pixels on they agree), so they are not fused
-    there; `tests/parity/test_openvino.py`.
+    Fixed shapes are a tenth to a quarter faster than free ones, memory is planned ahead, and an answer does not depend on the calls
+    before it: a graph for any shape rounds otherwise than one for its first (int8-static: 40 dB apart). `keep` of the compiled graphs
+    stay in memory, those used last.
+
+    Fused half-precision subgraphs of fixed shapes are wrong in OpenVINO 2026.4 where a feature map is two pixels wide (the embedded UNet
+    at 64 px: 3 dB from float32 on noise, unfused 32 dB; from three pixels on they agree), so they are not fused there;
+    `tests/parity/test_openvino.py`.
     """
 
     def __init__(
@@ -126,10 +141,11 @@ class CompiledNetwork:
         arithmetic: str | None = None,
         weights: Sequence[str | Path] = (),
         hashes: Sequence[str] = (),
+        keep: int = SHAPES,
     ):
         """`weights`: files that the graph reads besides. `hashes`: SHA-256 of all files, for the cache of compiled networks; () keeps none."""
         self.core, self.name = ov.Core(), device.upper()
-        self.files, self.hashes = [Path(path), *map(Path, weights)], hashes
+        self.files, self.hashes, self.keep = [Path(path), *map(Path, weights)], hashes, keep
         if not any(d.split(".")[0] == self.name for d in self.core.available_devices):
             raise UnknownNameError(
                 f"device={device!r} is not seen by {engine()}; it sees {', '.join(self.core.available_devices).lower()}. Choose one of those or install the driver."
@@ -139,11 +155,16 @@ class CompiledNetwork:
         if threads is not None and device == "cpu":
             self.options["INFERENCE_NUM_THREADS"] = threads
         self.output = SPECS[part].output.name
-        self.request: ov.InferRequest | None = None
         self.half = arithmetic != "float32"
-        self.shapes: dict[str, list[int]] | None = {}  # {} before the first call, None: any
+        self.requests: OrderedDict[tuple[tuple[int, ...], ...], ov.InferRequest] = OrderedDict()
+        self._lock = threading.Lock()  # a request holds one answer, and `infer` lets other threads in
         self.mapped = self.files[0].parent  # what the weights are mapped from
         self._graph: ov.Model | None = self._read()
+
+    @property
+    def model(self) -> ov.CompiledModel:
+        """The compiled graph of the last call."""
+        return next(reversed(self.requests.values())).get_compiled_model()
 
     def _read(self) -> ov.Model:
         try:
@@ -158,45 +179,49 @@ class CompiledNetwork:
     def _damaged(self, e: Exception) -> ArtifactError:
         return ArtifactError(f"{self.files[0]} cannot be loaded by openvino ({words_of(e)}); run `sdlite verify` on the model.")
 
-    def _key(self, options: dict[str, object]) -> dict[str, Any]:
+    def _key(self, options: dict[str, object], shapes: dict[str, list[int]]) -> dict[str, Any]:
         """What the compiled network depends on."""
         device = [self.core.get_property(self.name, p) for p in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
         return {
             "files": list(self.hashes), "openvino": ov.get_version(), "device": [self.name, *map(str, device)],
-            "cpu": [cpu.name(), sorted(cpu.features())], "options": {k: str(v) for k, v in options.items()}, "shapes": self.shapes,
+            "cpu": [cpu.name(), sorted(cpu.features())], "options": {k: str(v) for k, v in options.items()}, "shapes": shapes,
         }  # fmt: skip
 
-    def _compile(self, shapes: dict[str, list[int]]) -> None:
+    def _compile(self, shapes: dict[str, list[int]]) -> ov.InferRequest:
         graph, self._graph = self._graph or self._read(), None  # not kept: with the compiled copy it would be two sets of weights
-        self.request = None
-        self.shapes = shapes if self.shapes == {} else None  # fixed the first time, any shape from then on
         options = self.options
         try:
-            if self.shapes is not None:
-                if graph.is_dynamic():
-                    graph.reshape(shapes)
-                if self.half and self.name == "CPU" and _narrowest(graph) < NARROW:
-                    options = {**options, "SNIPPETS_MODE": "DISABLE"}
+            if graph.is_dynamic():
+                graph.reshape(shapes)
+            if self.half and self.name == "CPU" and _narrowest(graph) < NARROW:
+                options = {**options, "SNIPPETS_MODE": "DISABLE"}
             size = sum(f.stat().st_size for f in self.files) if self.hashes else 0
-            with compiled.kept(self._key(options), size) if self.hashes else nullcontext() as cache:
+            with compiled.kept(self._key(options, shapes), size) if self.hashes else nullcontext() as cache:
                 if cache is not None:
                     options = {**options, "CACHE_DIR": str(cache)}
                 with mapped.released(self.mapped, *([cache] if cache else [])):
-                    self.model = self.core.compile_model(graph, self.name, options)
+                    model = self.core.compile_model(graph, self.name, options)
                     del graph
         except (OSError, SdliteError):
             raise
         except Exception as e:
             raise self._damaged(e) from e
-        self.request = self.model.create_infer_request()
+        return model.create_infer_request()
+
+    def _request(self, shapes: dict[str, list[int]]) -> ov.InferRequest:
+        key = tuple(tuple(shapes[k]) for k in sorted(shapes))
+        if key not in self.requests:
+            while len(self.requests) >= self.keep:
+                self.requests.popitem(last=False)
+            self.requests[key] = self._compile(shapes)
+        self.requests.move_to_end(key)
+        return self.requests[key]
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        shapes = {k: list(v.shape) for k, v in inputs.items()}
-        if self.request is None or (self.shapes is not None and shapes != self.shapes):
-            self._compile(shapes)
-        assert self.request is not None
-        self.request.infer(inputs)
-        out: np.ndarray = self.request.get_tensor(self.output).data.copy()
+        with self._lock:
+            request = self._request({k: list(v.shape) for k, v in inputs.items()})
+            request.infer(inputs)
+            out: np.ndarray = request.get_tensor(self.output).data.copy()
         return out
 
 
@@ -210,10 +235,12 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
     files = [entry["file"], *entry["weights"]]
     artifact.verify(files)
     chosen = arithmetic_of(precision, device, arithmetic)
+    size = sum(artifact.manifest.files[f]["bytes"] for f in files)
     network = CompiledNetwork(
         str(artifact.folder / entry["file"]), part, device, threads, precision, chosen,
         weights=[artifact.folder / w for w in entry["weights"]], hashes=[artifact.manifest.files[f]["sha256"] for f in files],
+        keep=min(SHAPES, max(1, KEPT // size)),
     )  # fmt: skip
-    size = sum(artifact.manifest.files[f]["bytes"] for f in files)
+    alone = device == "cpu" and size >= LARGE
     said = chosen if entry["arithmetic"] == "float32" else entry["arithmetic"].replace("float32", chosen)
-    return network, NetworkReport(part, entry["file"], size, entry["storage"], said, 0.0)
+    return RowByRow(network) if alone else network, NetworkReport(part, entry["file"], size, entry["storage"], said, 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import onnxruntime as ort
 
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, NetworkReport, words_of
+from sdlite.backends import Network, NetworkReport, RowByRow, words_of
 from sdlite.errors import ArtifactError, PrecisionError, UnknownNameError
 
 import numpy as np  # isort: skip
@@ -103,4 +103,6 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
     path = str(artifact.folder / entry["file"])
     size = sum(artifact.manifest.files[f]["bytes"] for f in files)
     session = (CudaSession if device == "cuda" else Session)(path, device, threads, size)
-    return session, NetworkReport(part, entry["file"], size, entry["storage"], entry["arithmetic"], 0.0)
+    # int8-dynamic has one activation scale for a whole tensor: an image must not set that of another
+    network = RowByRow(session) if precision == "int8-dynamic" else session
+    return network, NetworkReport(part, entry["file"], size, entry["storage"], entry["arithmetic"], 0.0)
