@@ -7,10 +7,12 @@ their torch module.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections import UserDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +63,55 @@ class Layer:
     axis: int  # output channels of the weight
 
 
+class Constants(UserDict[str, Weight]):
+    """A graph's constants by name. One that several inputs read cannot be changed in place: equal
+    tensors are stored once by torch's exporter, so a change that is meant for one node would reach
+    the others. `Graph.own` gives a node a copy of its own.
+    """
+
+    def __init__(self, graph: Graph, weights: Mapping[str, Weight]):
+        self._graph = graph
+        super().__init__()
+        self.data.update(weights)
+
+    def __setitem__(self, name: str, weight: Weight) -> None:
+        if name in self.data and (readers := self._graph.readers(name)) > 1:
+            raise ValueError(f"constant {name} is read by {readers} inputs; take a copy with Graph.own(node, index) before you change it.")
+        self.data[name] = weight
+
+
 class Graph:
     """An ONNX model as nodes and lazy weights."""
 
-    def __init__(self, proto: onnx.ModelProto, weights: dict[str, Weight]):
-        self.proto, self.weights = proto, weights
+    def __init__(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]):
+        self.proto = proto
+        self._weights = Constants(self, weights)
+
+    @property
+    def weights(self) -> Constants:
+        return self._weights
+
+    def readers(self, name: str) -> int:
+        """How many inputs of nodes read this tensor."""
+        return sum(x == name for n in self.nodes for x in n.input)
+
+    def own(self, node: NodeProto, index: int) -> str:
+        """The constant at this input of a node of the graph, as one that nothing else reads.
+
+        Returns:
+            Its name: the old one, or that of a copy where other inputs read it too.
+        """
+        name: str = node.input[index]
+        if self.readers(name) > 1:
+            copy = f"{name}@{node.name}.{index}"
+            self._weights[copy] = self._weights[name]
+            node.input[index] = copy
+        return str(node.input[index])
+
+    def store_as_half(self) -> None:
+        """Every float32 constant goes to the file in float16."""
+        halved = {k: dataclasses.replace(w, half=w.dtype == np.float32) for k, w in self._weights.items()}
+        self._weights = Constants(self, halved)
 
     @classmethod
     def load(cls, path: str | Path) -> Graph:
@@ -96,7 +142,7 @@ class Graph:
     def copy(self) -> Graph:
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        return Graph(proto, dict(self.weights))
+        return Graph(proto, self.weights)
 
     @property
     def nodes(self) -> Any:
@@ -110,7 +156,7 @@ class Graph:
     def prune(self) -> None:
         """Drop constants that no node uses."""
         used = {x for n in self.nodes for x in n.input}
-        self.weights = {k: v for k, v in self.weights.items() if k in used}
+        self._weights = Constants(self, {k: v for k, v in self.weights.items() if k in used})
 
     def outputs(self, names: Iterable[str]) -> Graph:
         """A copy that also returns these float tensors."""
@@ -147,8 +193,11 @@ class Graph:
         return [path, data] if large else [path]
 
     def layers(self) -> list[Layer]:
-        """Conv, MatMul and Gemm with a constant float weight of rank 2 or 4, in graph order."""
-        out = []
+        """Conv, MatMul and Gemm with a constant float weight of rank 2 or 4, in graph order. A name
+        that is taken (equal weights are stored once) gets a number: `conv1`, `conv1#2`.
+        """
+        out: list[Layer] = []
+        taken: dict[str, int] = {}
         for n in self.nodes:
             if n.op_type not in ("Conv", "MatMul", "Gemm") or len(n.input) < 2 or n.input[0] in self.weights:
                 continue
@@ -157,7 +206,10 @@ class Graph:
                 continue
             turned = n.op_type == "Gemm" and any(a.name == "transB" and a.i for a in n.attribute)
             axis = 0 if n.op_type == "Conv" or turned else 1
-            out.append(Layer(_module_name(n, w), n.name, n.op_type, n.input[0], n.input[1], n.output[0], w.size, axis))
+            name = _module_name(n, w)
+            taken[name] = taken.get(name, 0) + 1
+            name += f"#{taken[name]}" if taken[name] > 1 else ""
+            out.append(Layer(name, n.name, n.op_type, n.input[0], n.input[1], n.output[0], w.size, axis))
         return out
 
     def producers(self) -> dict[str, NodeProto]:

@@ -68,6 +68,7 @@ class _Inserter:
         self.out, self.ranges, self.scheme, self.twin = graph.copy(), ranges, scheme, twin
         self.graph = graph
         self.pairs: dict[str, tuple[str, np.ndarray]] = {}
+        self.stems: dict[tuple[str, int, bytes], str] = {}
 
     def pair(self, x: str, new: list[NodeProto], target: str | None = None) -> tuple[str, np.ndarray]:
         """Q and DQ after `x`; one pair for all readers. Returns (dequantised tensor, scale)."""
@@ -85,26 +86,27 @@ class _Inserter:
         self.pairs[x] = (y, scale)
         return self.pairs[x]
 
+    def weight(self, layer: Layer, bias: np.ndarray | None, input_scale: np.ndarray, new: list[NodeProto]) -> tuple[str, np.ndarray]:
+        """DQ of a layer's int8 weight; one for all layers that read it with the same scales along the
+        same axis. Returns (dequantised tensor, scales)."""
+        weight, scales = _weight(self.graph, layer, self.scheme, bias, input_scale)
+        key = (layer.weight, layer.axis, scales.tobytes())
+        if key not in self.stems:
+            same = sum(k[0] == layer.weight for k in self.stems)
+            stem = self.stems[key] = layer.weight + (f"/{same + 1}" if same else "")
+            held = [f"{stem}/int8", f"{stem}/scale", f"{stem}/zero"]
+            values = (weight, constant(scales), constant(np.zeros(len(scales), np.int8)))
+            self.out.weights.update(zip(held, values, strict=True))
+            dq = helper.make_node("DequantizeLinear", held, [f"{stem}/dq"], name=f"{stem}/dequantize", axis=layer.axis)
+            new.append(dq)
+        return f"{self.stems[key]}/dq", scales
+
     def layer(self, node: NodeProto, layer: Layer) -> list[NodeProto]:
         new: list[NodeProto] = []
         x, scale = self.pair(layer.input, new)
         bias = self.graph.weights[node.input[2]].array() if len(node.input) > 2 else None
-        stem = f"{layer.weight}/{scale:.6e}" if bias is not None else layer.weight
-        weight, scales = _weight(self.graph, layer, self.scheme, bias, scale)
-        self.out.weights[f"{stem}/int8"] = weight
-        self.out.weights[f"{stem}/scale"], self.out.weights[f"{stem}/zero"] = constant(scales), constant(np.zeros(len(scales), np.int8))
-        if f"{stem}/dq" not in self.pairs:
-            new.append(
-                helper.make_node(
-                    "DequantizeLinear",
-                    [f"{stem}/int8", f"{stem}/scale", f"{stem}/zero"],
-                    [f"{stem}/dq"],
-                    name=f"{stem}/dequantize",
-                    axis=layer.axis,
-                )
-            )
-            self.pairs[f"{stem}/dq"] = (f"{stem}/dq", scale)
-        inputs = [x, f"{stem}/dq"]
+        weight, scales = self.weight(layer, bias, scale, new)
+        inputs = [x, weight]
         if bias is not None and self.scheme.quantize_bias:
             both = (scales * scale).astype(np.float32)
             name = f"{layer.node}/bias"

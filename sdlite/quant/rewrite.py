@@ -26,13 +26,13 @@ def split_concat(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[st
     out: list[NodeProto] = []
     for n in graph.nodes:
         concat = producers.get(n.input[0]) if n.op_type == "Conv" else None
-        if n.name not in layers or concat is None or concat.op_type != "Concat" or len(concat.input) != 2 or concat.input[0] not in shapes:
+        if n.name not in layers or concat is None or not _halves(n, concat) or concat.input[0] not in shapes:
             out.append(n)
             continue
         width, weight = shapes[concat.input[0]][1], graph.weights[n.input[1]]
         halves = []
         for i, (x, part) in enumerate(zip(concat.input, (slice(0, width), slice(width, None)), strict=True)):
-            name = f"{n.input[1]}@{i}"
+            name = f"{n.input[1]}@{n.name}@{i}"  # by node: another may read the same weight at another width
             graph.weights[name] = _columns(weight, part)
             halves.append(NodeProto())
             halves[-1].CopyFrom(n)
@@ -45,6 +45,13 @@ def split_concat(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[st
     graph.replace(out)
     graph.prune()
     return done
+
+
+def _halves(conv: NodeProto, concat: NodeProto) -> bool:
+    """Whether a convolution reads all channels of two tensors side by side."""
+    groups = next((a.i for a in conv.attribute if a.name == "group"), 1)
+    axis = next((a.i for a in concat.attribute if a.name == "axis"), None)
+    return concat.op_type == "Concat" and len(concat.input) == 2 and axis == 1 and groups == 1
 
 
 def split_first_token(graph: Graph, tensor: str) -> list[str]:
@@ -86,6 +93,7 @@ def smooth(
         input tensor -> "layer norm" or "multiplied".
     """
     producers, consumers = graph.producers(), graph.consumers()
+    results = {o.name for o in graph.proto.graph.output}
     groups: dict[str, list[Layer]] = {}
     for layer in graph.layers():
         if layer.op in ("MatMul", "Gemm"):
@@ -102,10 +110,11 @@ def smooth(
         s = np.maximum(stats.values, 1e-5) ** alpha / np.maximum(w, 1e-5) ** (1 - alpha)
         s = (s / np.exp(np.log(s).mean())).astype(np.float32)
         norm = producers.get(x)
-        only = len(consumers[x]) == len(group)
+        only = len(consumers[x]) == len(group) and x not in results
         if norm is not None and norm.op_type == "LayerNormalization" and only and all(i in graph.weights for i in norm.input[1:]):
-            for i in norm.input[1:]:
-                graph.weights[i] = _scaled(graph.weights[i], 1 / s)
+            for i in range(1, len(norm.input)):
+                name = graph.own(norm, i)
+                graph.weights[name] = _scaled(graph.weights[name], 1 / s)
             done[x] = "layer norm"
         elif stats.values.max() > worth * np.median(stats.values):
             graph.weights[x + "@smooth"] = constant(1 / s)
@@ -116,8 +125,9 @@ def smooth(
             done[x] = "multiplied"
         else:
             continue
-        shared = {layer.weight: layer for layer in group}
-        for name, layer in shared.items():
+        nodes = {n.name: n for n in consumers[x]}
+        for layer in group:
+            name = graph.own(nodes[layer.node], 1)
             graph.weights[name] = _scaled(graph.weights[name], s[:, None] if layer.axis == 1 else s[None])
     if extra:
         graph.replace(_after(graph, extra))
@@ -152,7 +162,8 @@ def integer_embeddings(graph: Graph) -> dict[str, int]:
     done, out = {}, []
     for n in graph.nodes:
         table = graph.weights.get(n.input[0]) if n.op_type == "Gather" else None
-        if table is None or table.dtype != np.float32 or len(table.shape) != 2:
+        rows = not any(a.name == "axis" and a.i for a in n.attribute)
+        if table is None or not rows or table.dtype != np.float32 or len(table.shape) != 2:
             out.append(n)
             continue
         name = n.input[0]

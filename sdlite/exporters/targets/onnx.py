@@ -72,7 +72,7 @@ def _at(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
 def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
     source = Graph.load(graph)
     if profile.precision == "fp16":
-        source.weights = {k: dataclasses.replace(w, half=w.dtype == np.float32) for k, w in source.weights.items()}
+        source.store_as_half()
     if part == "unet" and profile.options.get("fuse_schedule"):
         return _hoisted(source, graph, out)
     files = source.save(out / "model.onnx")

@@ -77,13 +77,15 @@ def _symmetric(part: str, graph: Path) -> None:
 def _float_tables(graph: Path, out: Path) -> Path:
     """The graph whose int8 embedding tables hold the same numbers in float32: TensorRT takes int8 constants in front of DequantizeLinear alone."""
     held = Graph.load(graph)
-    tables = {n.input[0]: n.output[0] for n in held.nodes if n.op_type == "Gather" and n.input[0] in held.weights}
-    tables = {t: y for t, y in tables.items() if held.weights[t].dtype == np.int8}
-    if not tables:
+    gathers = [n for n in held.nodes if n.op_type == "Gather" and n.input[0] in held.weights]
+    gathers = [n for n in gathers if held.weights[n.input[0]].dtype == np.int8]
+    if not gathers:
         return graph
-    for name in tables:
+    for n in gathers:
+        name = held.own(n, 0)
         held.weights[name] = dataclasses.replace(held.weights[name], dtype=np.dtype(np.float32))
-    known = [v for v in held.proto.graph.value_info if v.name not in tables.values()]
+    changed = {n.output[0] for n in gathers}
+    known = [v for v in held.proto.graph.value_info if v.name not in changed]
     del held.proto.graph.value_info[:]
     held.proto.graph.value_info.extend(known)
     held.save(out)
