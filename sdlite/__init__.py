@@ -4,8 +4,9 @@
     pipe = sdlite.Pipeline.from_pretrained("emoji")
     pipe("a red apple on a blue background").images[0].save("apple.png")
 
-The public names are `Pipeline`, `quantize`, `export`, `convert` and `__version__`; errors are in `sdlite.errors`. Importing this
-package loads nothing heavy, and keeps the engines from reporting home (`sdlite.offline`).
+The public names are `Pipeline`, `quantize`, `export`, `convert` and `__version__`; errors are in
+`sdlite.errors`. Importing this package loads nothing heavy, and keeps the engines from reporting
+home (`sdlite.offline`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if not TYPE_CHECKING:  # a type checker knows the names from above, and finds those that are misspelt
+if not TYPE_CHECKING:  # a type checker has the names from above, and finds misspelt ones
 
     def __getattr__(name: str) -> object:
         if name not in _LAZY:

@@ -1,6 +1,7 @@
-"""What enters from outside is checked for type and range here: `name=value`, what is accepted, in one line.
+"""What enters from outside is checked for type and range here: `name=value`, then what is accepted.
 
-numpy's integers and floats are numbers, bool is not, and nothing is rounded or parsed: 4.0 is no whole number, "4" is none.
+numpy's integers and floats are numbers, bool is not, and nothing is rounded or parsed: 4.0 is no
+whole number, "4" is none.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ MODEL = "an embedded name, a folder, or a hub id 'org/name'"
 
 
 def most_threads() -> int:
-    """Threads that a call may ask for: four for each CPU, 64 on small machines and 1024 on large ones."""
+    """Threads that a call may ask for: four for each CPU, at least 64, at most 1024."""
     return min(1024, max(64, 4 * (os.cpu_count() or 1)))
 
 
 def _wrong(name: str, value: Any, accepted: str) -> InputError:
-    kind = "" if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) else f" ({type(value).__name__})"
+    plain = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    kind = "" if plain else f" ({type(value).__name__})"
     return InputError(f"{name}={reprlib.repr(value)}{kind}; accepted: {accepted}.")
 
 
@@ -42,7 +44,8 @@ def _inside(value: float, low: float | None, high: float | None) -> bool:
 
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     """A whole number of `low` to `high`, both included."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not _inside(int(value), low, high):
+    known = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not known or not _inside(int(value), low, high):
         raise _wrong(name, value, f"a whole number{_range(low, high)}")
     return int(value)
 
@@ -101,7 +104,7 @@ def texts(name: str, value: Any) -> list[str]:
 
 
 def lines(name: str, value: Any) -> list[str]:
-    """Strings in a list, tuple, array or generator; one string alone would be taken for its letters."""
+    """Strings in a list, tuple, array or generator; one alone would be taken for its letters."""
     if isinstance(value, str):
         raise _wrong(name, value, "a list of strings")
     return _several(name, value, text, "a list of strings")
@@ -109,7 +112,8 @@ def lines(name: str, value: Any) -> list[str]:
 
 def integers(name: str, value: Any, low: int | None = None, high: int | None = None) -> list[int]:
     """Whole numbers of `low` to `high` in a list, tuple, array or generator."""
-    return _several(name, value, lambda n, v: integer(n, v, low, high), f"a list of whole numbers{_range(low, high)}")
+    accepted = f"a list of whole numbers{_range(low, high)}"
+    return _several(name, value, lambda n, v: integer(n, v, low, high), accepted)
 
 
 def _several(name: str, value: Any, one: Callable[[str, Any], Any], accepted: str) -> list[Any]:

@@ -1,6 +1,8 @@
-"""What people know from diffusers and write here: it works where the meaning is the same, or is answered with our word for it.
+"""What people know from diffusers and write here works where the meaning is the same, or is answered
+with our word for it.
 
-The tables hold diffusers 0.39's names. A keyword's first entry are the values that ask for nothing: they are accepted.
+The tables hold diffusers 0.39's names. A keyword's first entry are the values that ask for nothing:
+they are accepted.
 """
 
 from __future__ import annotations
@@ -12,33 +14,33 @@ from typing import Any
 
 import numpy as np
 
-from sdlite import arguments
 from sdlite.errors import AttributeNameError, InputError, UnknownNameError
 
-_EMBEDS = "call the stages: pipe.encode_text(ids) makes embeddings, pipe.denoise(latents, embeds, ...) takes them"
+_EMBEDS = "call the stages: pipe.encode_text(ids) makes embeddings, pipe.denoise(...) takes them"
 _TIMES = "the sampler chooses its own: sampler= and num_inference_steps="
 _IP = "image prompts (IP-Adapter) are not supported"
 _HUB = "huggingface_hub's own settings hold"
+_UNSAFE = "there is none; check prompts and images in your app"
 _PARTS = "a pipeline is loaded whole: save the folder with that part in it, and load the folder"
 _ENGINE = "the engine plans its memory itself; pipe.enable_vae_tiling() lowers the decoder's"
-_LORA = "fuse it into the weights with diffusers (fuse_lora, unload_lora_weights, save_pretrained) and load that folder"
+_LORA = "with diffusers: fuse_lora, unload_lora_weights, save_pretrained; then load that folder"
 _LOAD = "pass it when the pipeline is loaded: Pipeline.from_pretrained(..., device=...)"
 
 Table = Mapping[str, tuple[tuple[Any, ...], str]]
 CALL: Table = {
     "timesteps": ((None,), _TIMES),
     "sigmas": ((None,), _TIMES),
-    "eta": ((None, 0.0), "no sampler takes eta; sampler='euler-ancestral' draws again in each step"),
+    "eta": ((None, 0.0), "no sampler takes it; sampler='euler-ancestral' draws in each step"),
     "prompt_embeds": ((None,), _EMBEDS),
     "negative_prompt_embeds": ((None,), _EMBEDS),
     "ip_adapter_image": ((None,), _IP),
     "ip_adapter_image_embeds": ((None,), _IP),
-    "return_dict": ((True,), "the answer is always a PipelineOutput: its .images is what the tuple's first entry was"),
-    "cross_attention_kwargs": ((None, {}), "the networks are called as they are; a LoRA's scale is fused into the weights"),
+    "return_dict": ((True,), "the answer is a PipelineOutput: .images is the tuple's first entry"),
+    "cross_attention_kwargs": ((None, {}), "a LoRA's scale is fused into the weights"),
     "guidance_rescale": ((None, 0.0), "it is not supported; leave it out"),
-    "clip_skip": ((None,), "it belongs to the model: set num_hidden_layers in text_encoder/config.json"),
-    "callback_on_step_end_tensor_inputs": ((None, ["latents"]), "callbacks are given latents alone"),
-    "callback_steps": ((None, 1), "callback= is called after each step: skip those that you do not want"),
+    "clip_skip": ((None,), "it is the model's: num_hidden_layers in text_encoder/config.json"),
+    "callback_on_step_end_tensor_inputs": ((None, ["latents"]), "callbacks see latents alone"),
+    "callback_steps": ((None, 1), "callback= is called after each step: skip some there"),
     "image": ((None,), "image to image is not supported"),
     "mask_image": ((None,), "inpainting is not supported"),
     "strength": ((None,), "image to image is not supported"),
@@ -47,11 +49,11 @@ LOAD: Table = {
     "torch_dtype": ((None,), "pass precision='fp32' or 'fp16'"),
     "dtype": ((None,), "pass precision='fp32' or 'fp16'"),
     "variant": ((None,), "pass precision='fp16' for half-precision weights"),
-    "use_safetensors": ((None, True), "pickles can run code and are never loaded; save the model as safetensors"),
-    "safety_checker": ((None,), "there is none; check prompts and images in your app"),
+    "use_safetensors": ((None, True), "pickles can run code: save the model as safetensors"),
+    "safety_checker": ((None,), _UNSAFE),
     "feature_extractor": ((None,), "it belongs to the safety checker, and there is none"),
     "image_encoder": ((None,), _IP),
-    "requires_safety_checker": ((None, False), "there is none; check prompts and images in your app"),
+    "requires_safety_checker": ((None, False), _UNSAFE),
     "scheduler": ((None,), "name the sampler in the call: pipe(..., sampler='euler')"),
     "text_encoder": ((), _PARTS),
     "tokenizer": ((), _PARTS),
@@ -73,11 +75,11 @@ LOAD: Table = {
     "quantization_config": ((None,), "make an int8 model with sdlite.quantize"),
 }
 ATTRIBUTES: Mapping[str, str] = {
-    "scheduler": "name the sampler in the call: pipe(..., sampler='euler'); the model's own is pipe.default_sampler",
+    "scheduler": "name the sampler in the call: sampler='euler'; the model's own is pipe.default_sampler",
     "unet": "it is pipe.networks.unet, a function of named numpy arrays",
-    "vae": "its decoder is pipe.networks.vae_decoder, a function of numpy arrays; in tiles by pipe.enable_vae_tiling()",
+    "vae": "its decoder is pipe.networks.vae_decoder; in tiles by pipe.enable_vae_tiling()",
     "text_encoder": "it is pipe.networks.text_encoder, a function of named numpy arrays",
-    "safety_checker": "there is none; check prompts and images in your app",
+    "safety_checker": _UNSAFE,
     "device": "it is pipe.report.device",
     "dtype": "it is pipe.report.precision",
     "config": "it is pipe.artifact, and pipe.defaults for steps and guidance",
@@ -95,9 +97,9 @@ ATTRIBUTES: Mapping[str, str] = {
     "load_lora_weights": _LORA,
     "fuse_lora": _LORA,
     "set_adapters": _LORA,
-    "load_textual_inversion": "save the folder with the tokens in it: diffusers' load_textual_inversion, then save_pretrained",
+    "load_textual_inversion": "with diffusers: load_textual_inversion, save_pretrained; load the folder",
     "load_ip_adapter": _IP,
-    "from_single_file": "open the file with diffusers' from_single_file, save_pretrained a folder, and load the folder",
+    "from_single_file": "with diffusers: from_single_file, save_pretrained; then load that folder",
     "from_pipe": "load each pipeline with Pipeline.from_pretrained",
     "encode_prompt": "it is two stages: pipe.encode_text(pipe.tokenize(prompts))",
     "decode_latents": "it is pipe.decode(latents)",
@@ -111,13 +113,15 @@ NAMES = {
     "num_images": "num_images_per_prompt",
 }
 OUTPUTS = ("pil", "np", "latent")
+_DTYPES = {"fp32": "torch.float32", "fp16": "torch.float16", "bf16": "torch.bfloat16"}
 
 
 def keywords(given: Mapping[str, Any], table: Table, known: Iterable[str]) -> None:
     """Refuse keywords that a function does not have, with the way to what they ask for.
 
     Raises:
-        InputError: diffusers', with a value that means something. UnknownNameError: nobody's; the nearest name is said.
+        InputError: diffusers', with a value that means something.
+        UnknownNameError: nobody's; the nearest name is said.
     """
     for name, value in given.items():
         if name not in table:
@@ -128,10 +132,11 @@ def keywords(given: Mapping[str, Any], table: Table, known: Iterable[str]) -> No
 
 
 def positional(given: Sequence[Any]) -> None:
-    """Refuse what comes after the prompt without a name: diffusers has height there, others have the negative prompt."""
+    """Refuse what comes after the prompt without a name: diffusers has height there."""
     if given:
         raise InputError(
-            f"{1 + len(given)} arguments without a name; only the prompt is: pipe(prompt, height=..., width=..., num_inference_steps=...)."
+            f"{1 + len(given)} arguments without a name; accepted: the prompt alone. Name the others: "
+            "pipe(prompt, height=..., width=..., num_inference_steps=...)."
         )
 
 
@@ -148,8 +153,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def moved(wanted: Sequence[Any], device: str, precision: str) -> None:
-    """`pipe.to(...)`: nothing where it is what was loaded, an error where it is not. torch's devices and dtypes count by name."""
-    same = {device, f"{device}:0", {"fp32": "torch.float32", "fp16": "torch.float16", "bf16": "torch.bfloat16"}.get(precision)}
+    """`pipe.to(...)`: nothing where it is what was loaded, an error where it is not.
+
+    torch's devices and dtypes count by name.
+    """
+    same = {device, f"{device}:0", _DTYPES.get(precision)}
     for w in wanted:
         if w is not None and str(w) not in same:
             what = "precision=" if str(w).startswith("torch.") else "device="
@@ -159,7 +167,7 @@ def moved(wanted: Sequence[Any], device: str, precision: str) -> None:
 
 
 class GeneratorNoise:
-    """Draws of a torch CPU generator, which moves on as it does in diffusers. Stands for `sampling.Noise`."""
+    """Draws of a torch CPU generator, which moves on as in diffusers. Stands for `sampling.Noise`."""
 
     def __init__(self, generator: Any):
         self.generator = generator
@@ -170,17 +178,18 @@ class GeneratorNoise:
 
 
 def generators(given: Any, count: int) -> list[Any]:
-    """`generator=`: one for each image; an image is then the one of `seed=generator.initial_seed()`.
+    """`generator=`: one for each image, which is then the image of `seed=generator.initial_seed()`.
 
     Raises:
-        InputError: not torch generators, one that is not on the CPU or was drawn from before, or another number of them.
+        InputError: not torch generators, one that is not on the CPU or was drawn from before, or
+            another number of them.
     """
     every = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(every) != count:
         raise InputError(f"{len(every)} generators for {count} images; give a list of one for each, or seed=.")
     for g in every:
         if not (type(g).__module__.startswith("torch") and hasattr(g, "initial_seed")):
-            raise InputError(f"generator={type(g).__name__}; accepted: torch.Generator, one for each image. Or pass seed=.")
+            raise InputError(f"generator={type(g).__name__}; accepted: torch.Generator, one an image. Or pass seed=.")
         if str(g.device) != "cpu":
             raise InputError(f"generator is on {g.device}, whose draws are other ones on each card; use torch.Generator('cpu'), or seed=.")
         fresh = type(g)().manual_seed(g.initial_seed())
@@ -189,16 +198,19 @@ def generators(given: Any, count: int) -> list[Any]:
                 f"generator was drawn from before: its seed {g.initial_seed()} no longer says which image comes. Give a new one, or seed=."
             )
     if len({id(g) for g in every}) != count:
-        raise InputError("generator: one generator stands twice in the list; give each image its own, or seed=.")
+        raise InputError("generator: one stands twice in the list; give each image its own, or seed=.")
     return every
 
 
 def step_end(callback: Any, pipe: Any, step: int, timestep: Any, latents: np.ndarray) -> None:
-    """diffusers' `callback_on_step_end(pipe, step, timestep, {"latents": ...})`; the latents that it returns go on."""
-    made = arguments.function("callback_on_step_end", callback)(pipe, step, timestep, {"latents": latents})
+    """diffusers' `callback_on_step_end(pipe, step, timestep, {"latents": ...})`.
+
+    The latents that it returns go on.
+    """
+    made = callback(pipe, step, timestep, {"latents": latents})
     if not isinstance(made, Mapping) or set(made) - {"latents"}:
         shown = ", ".join(map(str, made)) if isinstance(made, Mapping) else type(made).__name__
-        raise InputError(f"callback_on_step_end returned {shown}; accepted: a dict with 'latents', or an empty one.")
+        raise InputError(f"callback_on_step_end returned {shown}; accepted: a dict, with 'latents' or empty.")
     new = np.asarray(made.get("latents", latents))
     if new.shape != latents.shape:
         raise InputError(f"callback_on_step_end returned latents {new.shape}; accepted: {latents.shape}.")

@@ -39,8 +39,8 @@ def finite(array: np.ndarray, what: str) -> np.ndarray:
     """
     if not np.isfinite(array).all():
         raise InputError(
-            f"{what} are not finite (NaN or infinity): the weights are damaged, or too large for their precision; "
-            "run `sdlite verify` on the model, or load it with precision='fp32'."
+            f"{what} are not finite (NaN or infinity): the weights are damaged, or too large for their "
+            "precision; run `sdlite verify` on the model, or load it with precision='fp32'."
         )
     return array
 
@@ -66,7 +66,9 @@ def grid(images: Sequence[Image], columns: int | None = None) -> Image:
 
 
 def save(image: Image, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write beside and rename, with `metadata` in the file: text chunks in PNG, JSON in EXIF's UserComment in JPEG and WebP.
+    """Write beside and rename, with `metadata` in the file.
+
+    PNG has it as text chunks, JPEG and WebP as JSON in EXIF's UserComment.
 
     Args:
         metadata: default: what the image's `info` holds of it, as a pipeline's images do.

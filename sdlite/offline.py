@@ -1,9 +1,12 @@
-"""Engines that report home are told not to, before they are imported. `SDLITE_TELEMETRY=1` leaves them as they come.
+"""Engines that report home are told not to, before they are imported.
 
-- onnxruntime writes a device id and a queue of events into the user's cache folder and uploads them;
-  `ORT_DISABLE_TELEMETRY=1` stops it (its Privacy.md).
-- OpenVINO sends "import" to Google Analytics by the package `openvino_telemetry`, and writes files into `~/intel`. Where that
-  package cannot be imported OpenVINO takes its own stub (`openvino.tools.ovc.telemetry_stub`), so here it cannot.
+- onnxruntime writes a device id and a queue of events into the user's cache folder and uploads
+  them; `ORT_DISABLE_TELEMETRY=1` stops it (its Privacy.md).
+- OpenVINO sends "import" to Google Analytics by the package `openvino_telemetry`, and writes files
+  into `~/intel`. Where that package cannot be imported OpenVINO takes its own stub
+  (`openvino.tools.ovc.telemetry_stub`), so here it cannot.
+
+`SDLITE_TELEMETRY=1` in the environment leaves both as they come.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import sys
 
 
 def switch_off() -> None:
-    """Once, at `import sdlite`: the user's settings and what is already imported stay as they are."""
+    """At `import sdlite`: the user's settings and what is already imported stay as they are."""
     if os.environ.get("SDLITE_TELEMETRY") == "1":
         return
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

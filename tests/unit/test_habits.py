@@ -151,7 +151,12 @@ def test_attribute_is_answered(emoji, name):
 
 
 def test_nobodys_names_are_told_the_nearest(emoji):
-    for name, near in (("steps", "num_inference_steps"), ("guidence_scale", "guidance_scale"), ("sede", "seed"), ("negative_promt", "negative_prompt")):  # fmt: skip
+    for name, near in (
+        ("steps", "num_inference_steps"),
+        ("guidence_scale", "guidance_scale"),
+        ("sede", "seed"),
+        ("negative_promt", "negative_prompt"),
+    ):
         with pytest.raises(UnknownNameError, match=f"^{name}= is not an argument; did you mean '{near}'"):
             emoji("pizza", **{name: 1})
     with pytest.raises(UnknownNameError, match="did you mean 'precision'"):

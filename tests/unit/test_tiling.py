@@ -98,7 +98,10 @@ def test_pipeline_tiles_only_larger_pictures_and_says_so(emoji):
     assert (np.asarray(emoji("pizza", height=128, width=64, **FAST).images[0]) == plain).all()
 
 
-@pytest.mark.parametrize(("size", "overlap"), [(60, 0.25), (-8, 0.25), (64, 1.0), (64, -0.1)])
+@pytest.mark.parametrize(
+    ("size", "overlap"),
+    [(60, 0.25), (-8, 0.25), (64, 1.0), (64, -0.1), (64.0, 0.25), ("64", 0.25), (True, 0.25), (64, "0.25"), (64, float("nan"))],
+)
 def test_tile_that_cannot_be_is_refused(emoji, size, overlap):
     with pytest.raises(InputError, match="tile"):
         emoji.enable_vae_tiling(size, overlap)
