@@ -40,7 +40,7 @@ def finite(array: np.ndarray, what: str) -> np.ndarray:
     if not np.isfinite(array).all():
         raise InputError(
             f"{what} are not finite (NaN or infinity): the weights are damaged, or too large for their "
-            "precision; run `sdlite verify` on the model, or load it with precision='fp32'."
+            "precision. Load the model with precision='fp32', or fetch it again."
         )
     return array
 

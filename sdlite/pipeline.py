@@ -348,6 +348,8 @@ class Pipeline(metaclass=_Class):
                 raise InputError("seed and generator are both given; give one of them.")
             every = habits.generators(generator, count)
             return [int(g.initial_seed()) for g in every], [habits.GeneratorNoise(g) for g in every]
+        if hasattr(seed, "initial_seed"):
+            raise InputError("seed is a torch generator; pass it as generator=, or its seed as a whole number.")
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
         if isinstance(seed, (list, tuple, range, np.ndarray)):

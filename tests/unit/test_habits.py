@@ -54,6 +54,8 @@ def test_generator_that_would_give_another_image_is_refused(emoji, torch):
     ):
         with pytest.raises(InputError, match=text):
             emoji(["pizza"] * (2 if isinstance(given, list) else 1), generator=given, **FAST)
+    with pytest.raises(InputError, match="pass it as generator="):
+        emoji("pizza", seed=one, **FAST)
     with pytest.raises(InputError, match="both given"):
         emoji("pizza", generator=one, seed=1, **FAST)
 
