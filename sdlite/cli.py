@@ -335,7 +335,7 @@ def _distill(args: argparse.Namespace) -> None:
         from sdlite.distill.doctor import examine
 
         with tempfile.TemporaryDirectory(prefix="sdlite-doctor-") as scratch:
-            found = examine(read, args.teacher, args.data, Path(scratch) / "latents.safetensors")
+            found = examine(read, args.teacher, args.data, Path(scratch) / "latents.safetensors", export=not args.no_export)
         print(*found, sep="\n")
         if failed := sum(f.level == "fail" for f in found):
             raise InputError(f"{failed} of {len(found)} checks failed; see above.")

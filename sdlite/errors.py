@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 
 class SdliteError(Exception):
     """Base class: `except sdlite.errors.SdliteError` catches all that the package raises on purpose."""
@@ -57,3 +59,14 @@ class Cancelled(SdliteError):
 
 class SdliteWarning(UserWarning):
     """What is done as asked, and probably not what is wanted: `warnings.simplefilter("error", SdliteWarning)` refuses it."""
+
+
+def need(purpose: str, extra: str, *modules: str) -> None:
+    """Look for the modules that a long job comes to at its end, before it begins.
+
+    Raises:
+        MissingExtraError: one cannot be found; the message names all of them and the extra.
+    """
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if missing:
+        raise MissingExtraError(f"{purpose} needs {', '.join(missing)}: pip install 'sdlite[{extra}]'.")

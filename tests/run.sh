@@ -1,17 +1,32 @@
 #!/usr/bin/env bash
-# Lint, types and tests on a fresh machine: makes its own virtual environment (.venv-test) and installs all it needs.
+# Lint, types and tests on a fresh machine: makes its own virtual environment and installs all it needs.
+#
+#   bash tests/run.sh [pytest's arguments]                   tests/constraints.txt: the versions that we develop with, and the peers
+#   bash tests/run.sh newest|oldest [pytest's arguments]     tests/constraints-newest.txt, -oldest.txt: tests alone
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python3 -m venv .venv-test
-bin=$PWD/.venv-test/bin
-"$bin/pip" install --quiet --disable-pip-version-check -c tests/constraints.txt torch
-"$bin/pip" install --quiet --disable-pip-version-check -c tests/constraints.txt -e '.[dev,optimum,bench]'
+lane=main
+case "${1:-}" in newest | oldest) lane=$1 && shift ;; esac
+if [ "$lane" = main ]; then
+    home=.venv-test limits=tests/constraints.txt wanted='.[dev,optimum,bench]'
+else
+    home=.venv-$lane limits=tests/constraints-$lane.txt wanted='.[dev]'
+fi
+python3 -m venv "$home"
+bin=$PWD/$home/bin
+install=("$bin/pip" install --quiet --disable-pip-version-check -c "$limits")
+"${install[@]}" torch
+"${install[@]}" -e "$wanted"
 # CLIP's vocabulary for the published models' folders; its code and its dependencies are not used.
-"$bin/pip" install --quiet --disable-pip-version-check -c tests/constraints.txt --no-deps open_clip_torch
+"${install[@]}" --no-deps open_clip_torch
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-"$bin/ruff" check .
-"$bin/ruff" format --check .
-"$bin/mypy"
+if [ "$lane" = main ]; then
+    "$bin/ruff" check .
+    "$bin/ruff" format --check .
+    "$bin/mypy"
+elif [ $# -gt 0 ]; then
+    exec "$bin/python" -m pytest "$@"
+fi
 "$bin/python" -m pytest --ignore tests/unit/test_train.py --ignore tests/unit/test_targets.py "$@"
 # On their own: once OpenVINO is loaded, a SIGINT that the tests of loop and cached targets raise ends the whole process.
 "$bin/python" -m pytest tests/unit/test_train.py tests/unit/test_targets.py

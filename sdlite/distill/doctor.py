@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdlite.distill.recipe import Recipe, Teacher
+from sdlite.distill.recipe import Recipe, Teacher, packages
 from sdlite.distill.students import build, parameters
 from sdlite.distill.tasks import StudentTask, decode_scaled
 from sdlite.distill.train import step_generator
+from sdlite.errors import MissingExtraError
 from sdlite.sampling import Schedule
 
 
@@ -258,10 +259,19 @@ def temperature(features: Tensor, of_recipe: Sequence[float] = (1.0, 2.0, 4.0)) 
     return out
 
 
+def installed(export: bool) -> list[Finding]:
+    """Is all there that the run comes to at its end?"""
+    try:
+        packages(export)
+    except MissingExtraError as e:
+        return [Finding("fail", "packages", str(e))]
+    return [Finding("ok", "packages", "all that the run comes to is installed")]
+
+
 def examine(
-    recipe: Recipe, teacher: str | Path, data: str | Path, cache: Path, batch_size: int = 8, progress: bool = True
+    recipe: Recipe, teacher: str | Path, data: str | Path, cache: Path, batch_size: int = 8, progress: bool = True, export: bool = True
 ) -> list[Finding]:
-    """All checks, on the recipe's student, this teacher and this data.
+    """All checks, on the recipe's student, this teacher and this data; `export` as the run will be given it.
 
     Raises:
         InputError, ArtifactError: the folders or the data cannot be read at all.
@@ -272,6 +282,7 @@ def examine(
     out = architecture(student, taught.unet, taught.text_encoder, taught.vae) + target(taught.scheduler, few)
     if any(f.level == "fail" for f in out):
         return out
+    out += installed(export)
     source = taught.source(data, cache, progress)
     ends = (source.ids == taught.tokenizer.eos).int().argmax(1)
     out += settings(recipe, len(source))

@@ -60,7 +60,8 @@ from sdlite.distill.parts import TextEncoderTask, TinyDecoderTask, smaller_text_
 from sdlite.distill.students import PRESETS, StudentSpec, build, parameters, shape
 from sdlite.distill.targets import cache_targets
 from sdlite.distill.train import TrainConfig, fit
-from sdlite.errors import InputError
+from sdlite.errors import InputError, need
+from sdlite.exporters import CONVERT_NEEDS
 from sdlite.tokenizer import ClipTokenizer
 from sdlite.torch_networks import open_network
 from sdlite.tryout import try_out
@@ -323,6 +324,16 @@ def plan(recipe: Recipe, teacher: Teacher) -> str:
     return "\n".join(lines)
 
 
+def packages(export: bool) -> None:
+    """Look for all that a run comes to, its last step too, before it trains.
+
+    Raises:
+        MissingExtraError: something is not installed.
+    """
+    purpose = "distilling with its export (--no-export does without)" if export else "distilling"
+    need(purpose, "distill", "accelerate", "matplotlib", *(CONVERT_NEEDS if export else ()))
+
+
 def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Path, resume: bool = False, max_minutes: float | None = None,
         preview_prompts: list[str] | None = None, export: bool = True, progress: bool = True) -> dict[str, Any]:  # fmt: skip
     """Train every stage and write `out/artefact` (with `export`) or leave `out/<last stage>/model`; and `out/report.md`.
@@ -336,9 +347,10 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
         {"finished", "stages": {name: result}, "artefact": path or None, "seconds"}.
 
     Raises:
-        InputError, TrainingError, ArtifactError: see `Recipe`, `fit`, `Artifact`.
+        InputError, TrainingError, ArtifactError: see `Recipe`, `fit`, `Artifact`. MissingExtraError: see `packages`.
     """
     begin, out = time.monotonic(), Path(out)
+    packages(export)
     stamp = hashlib.sha256(repr((recipe.student, recipe.stages)).encode()).hexdigest()
     taught = Teacher(teacher)  # before anything is written: what is wrong with it must not leave a run behind
     state = _processes()

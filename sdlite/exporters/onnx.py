@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from sdlite._version import __version__
 from sdlite.artifact import Artifact, Manifest, read_json, write_manifest, writing
+from sdlite.errors import need
+from sdlite.exporters import CONVERT_NEEDS
 from sdlite.families import vae_stride
 from sdlite.spec import SPECS, IOSpec
 from sdlite.torch_networks import open_network
@@ -271,7 +273,9 @@ def convert(
     Raises:
         ArtifactError: not a diffusers folder, a pipeline that sdlite does not run, or weights that are missing, damaged or not
             those of the config; also where what was written does not open again.
+        MissingExtraError: a package of the extra `export` is not installed.
     """
+    need("making ONNX graphs", "export", *CONVERT_NEEDS)
     source, out = Artifact.open(folder), Path(out)
     with writing(out) as tmp:
         _copy(source, tmp)

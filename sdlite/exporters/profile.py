@@ -11,9 +11,9 @@ from typing import Any
 from sdlite.artifact import Artifact
 from sdlite.errors import InputError, UnknownNameError
 
-TARGETS = {  # runtime -> (module, the extra that installs it)
-    "onnx": ("sdlite.exporters.targets.onnx", "export"),
-    "openvino": ("sdlite.exporters.targets.openvino", "openvino"),
+TARGETS = {  # runtime -> (module, the extras that install it)
+    "onnx": ("sdlite.exporters.targets.onnx", "quantize"),
+    "openvino": ("sdlite.exporters.targets.openvino", "quantize,openvino"),
     "web": ("sdlite.exporters.targets.web", "quantize"),
     "ncnn": ("sdlite.exporters.targets.ncnn", "ncnn"),
     "executorch": ("sdlite.exporters.targets.executorch", "executorch"),

@@ -16,10 +16,23 @@ from sdlite.exporters.profile import Profile
 from sdlite.exporters.targets import NotRunnable
 from sdlite.spec import SPECS
 
-PACKAGES = ("coremltools", "torch")
+PACKAGES = ("coremltools", "torch", "diffusers", "transformers", "onnx-ir")
 PRECISIONS = ("fp32", "fp16")
 DYNAMIC = False
 OPTIONS = {"minimum_deployment_target"}  # a name of coremltools.target
+
+
+def _teach() -> None:
+    """Names of operations that coremltools 9.0 does not know, and has.
+
+    `alias` does nothing: torch 2.9 and later write it. `where` with a number for its second value: in the causal mask of transformers 5.
+    """
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY as known
+
+    for name, same in (("alias", ops.noop), ("where.scalarother", ops.where)):
+        if known.get_func(name) is None:
+            known.set_func_by_name(same, name)
 
 
 def convert_torch(part: str, network: Any, example: tuple[Any, ...], out: Path, profile: Profile) -> list[Path]:
@@ -27,12 +40,8 @@ def convert_torch(part: str, network: Any, example: tuple[Any, ...], out: Path, 
 
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     import coremltools as ct
-    from coremltools.converters.mil.frontend.torch.ops import noop
-    from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY as known
 
-    if "alias" not in known:  # torch 2.9 and later write it; coremltools 9.0 does not know that it does nothing
-        known.set_func_by_name(noop, "alias")
-
+    _teach()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(network.eval(), example, strict=False).run_decompositions({})

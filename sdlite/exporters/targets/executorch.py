@@ -17,7 +17,7 @@ from sdlite.exporters.profile import Profile
 from sdlite.exporters.targets import NotRunnable
 from sdlite.spec import SPECS
 
-PACKAGES = ("executorch", "torch")
+PACKAGES = ("executorch", "torch", "diffusers", "transformers", "onnx-ir")
 PRECISIONS = ("fp32",)
 DYNAMIC = False
 OPTIONS = {"delegate"}

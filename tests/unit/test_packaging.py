@@ -1,0 +1,214 @@
+"""pyproject.toml against the code: errors name extras that exist and bring what is missing, bounds are those that were run, nothing is left out."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sdlite import _LAZY, errors
+from sdlite.backends import _BACKENDS
+from sdlite.exporters import CONVERT_NEEDS
+from sdlite.exporters.profile import TARGETS
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+MODULES = {  # package -> the module that it brings, where the two names differ
+    "pillow": "PIL", "optimum-onnx": "optimum", "onnxruntime-gpu": "onnxruntime", "cuda-python": "cuda", "tensorrt-rtx-cu13": "tensorrt_rtx",
+    "mnn": "MNN",
+}  # fmt: skip
+
+
+def asked(lines):
+    """(package in lower case, lower bound or None) of requirement lines; own extras are followed."""
+    for line in lines:
+        if line.startswith("sdlite["):
+            for extra in line[len("sdlite[") : line.index("]")].split(","):
+                yield from asked(EXTRAS[extra])
+        else:
+            name, bound = re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?(?:[>=]=([\w.]+))?", line).groups()
+            yield name.lower().replace("_", "-"), bound
+
+
+def modules(extras):
+    """Top-level modules that `pip install 'sdlite[extras]'` asks for by name."""
+    lines = [*PROJECT["dependencies"], *(line for e in extras.split(",") for line in EXTRAS[e])]
+    return {MODULES.get(p, p.replace("-", "_")) for p, _ in asked(lines)}
+
+
+def named():
+    """(file, the extras that an error there names)."""
+    for path in sorted((ROOT / "sdlite").rglob("*.py")):
+        for extras in re.findall(r"sdlite\[([\w,-]+)\]", path.read_text()):
+            yield path.name, extras
+
+
+def imports(path, seen=None):
+    """Modules from elsewhere that importing one of ours brings in, and ours that it imports, all the way down."""
+    seen = {} if seen is None else seen
+    if path in seen:
+        return seen
+    seen[path] = set()
+    file = ROOT / (path.replace(".", "/") + ".py")
+    file = file if file.exists() else ROOT / path.replace(".", "/") / "__init__.py"
+    for node in top_level(ast.parse(file.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("sdlite"):
+            names += [f"{node.module}.{a.name}" for a in node.names]
+        for name in names:
+            if name.split(".")[0] != "sdlite":
+                seen[path].add(name.split(".")[0])
+            elif (ROOT / (name.replace(".", "/") + ".py")).exists() or (ROOT / name.replace(".", "/") / "__init__.py").exists():
+                imports(name, seen)
+    return seen
+
+
+def top_level(tree):
+    """Import statements that run when the module is imported."""
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif isinstance(node, ast.Try):
+            yield from (n for n in node.body if isinstance(n, (ast.Import, ast.ImportFrom)))
+
+
+def foreign(path):
+    return set().union(*imports(path).values()) - set(sys.stdlib_module_names)
+
+
+def test_every_extra_that_an_error_names_exists():
+    found = list(named())
+    assert len(found) > 10
+    assert [(f, e) for f, e in found if not set(e.split(",")) <= set(EXTRAS)] == []
+
+
+@pytest.mark.parametrize("name", [n for n, (_, extra) in _LAZY.items() if extra])
+def test_extra_brings_what_a_public_function_imports(name):
+    module, extra = _LAZY[name]
+    assert foreign(module) <= modules(extra)
+
+
+@pytest.mark.parametrize("name", _BACKENDS)
+def test_extra_brings_what_a_backend_imports(name):
+    module, package, extra = _BACKENDS[name]
+    assert foreign(module) | {package} <= modules(extra)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_extra_brings_what_a_target_imports_and_asks_for(name):
+    path, extras = TARGETS[name]
+    wanted = {MODULES.get(p.lower(), p.replace("-", "_")) for p in importlib.import_module(path).PACKAGES}
+    held = modules(extras)
+    assert wanted | foreign(path) | foreign("sdlite.exporters.export") | {"onnxruntime"} <= held  # onnxruntime judges each
+    if hasattr(importlib.import_module(path), "convert_torch"):
+        assert foreign("sdlite.exporters.onnx") <= held
+
+
+def test_distill_brings_its_last_step():
+    assert {*CONVERT_NEEDS, "accelerate", "matplotlib"} | foreign("sdlite.distill.recipe") | foreign("sdlite.distill.doctor") <= modules(
+        "distill"
+    )
+    assert {*CONVERT_NEEDS} | foreign("sdlite.exporters.onnx") <= modules("export")
+
+
+def test_targets_are_all_but_those_that_need_a_package_index_of_their_own():
+    assert set(EXTRAS["targets"][0][len("sdlite[") : -1].split(",")) == set(",".join(e for _, e in TARGETS.values()).split(",")) - {
+        "tensorrt"
+    }
+
+
+@pytest.mark.parametrize(("export", "missing"), [(True, "onnx_ir"), (True, "matplotlib"), (False, "accelerate")])
+def test_distilling_says_what_is_missing_before_it_trains(export, missing, monkeypatch, tmp_path):
+    pytest.importorskip("torch", reason="needs the distill extra")
+    from sdlite.distill import doctor, recipe
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else found(name, *a))
+    read = recipe.Recipe.parse({"stage": [{"kind": "output", "images": 1}]})
+    with pytest.raises(errors.MissingExtraError, match=rf"{missing}.*sdlite\[distill\]"):
+        recipe.run(
+            read,
+            teacher=tmp_path / "none",
+            data=tmp_path / "none",
+            out=tmp_path / "out",
+            export=export,
+        )
+    assert not (tmp_path / "out").exists()
+    assert [f.level for f in doctor.installed(export)] == ["fail"]
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    assert [f.level for f in doctor.installed(export)] == ["ok"]
+
+
+def pins(name):
+    lines = (ROOT / "tests" / f"constraints{name}.txt").read_text().splitlines()
+    return {k.lower().replace("_", "-"): v for k, v in (x.split("==") for x in lines if x and not x.startswith("#"))}
+
+
+def test_lower_bounds_are_the_versions_that_the_oldest_lane_runs():
+    oldest, run = (
+        pins("-oldest"),
+        {e for e in EXTRAS if e not in ("cuda", "tensorrt", "optimum", "peers", "bench", "dev")},
+    )
+    bounds = dict(asked([*PROJECT["dependencies"], *(line for e in run for line in EXTRAS[e])]))
+    assert {p: (b, oldest.get(p)) for p, b in bounds.items() if b != oldest.get(p)} == {}
+
+
+def test_newest_lane_is_nowhere_older_than_the_main_lane_and_has_no_optimum():
+    def key(version):
+        return [int(n) for n in re.findall(r"\d+", version)]
+
+    main, newest = pins(""), pins("-newest")
+    assert "optimum" not in newest
+    assert {p: (main[p], v) for p, v in newest.items() if p in main and key(v) < key(main[p])} == {}
+
+
+def test_metadata_tells_the_truth():
+    said = {c.rsplit(" :: ", 1)[1] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)}
+    assert PROJECT["requires-python"] == ">=3.11"
+    assert said == {"3.11", "3.12", "3.13"}
+    assert "Typing :: Typed" in PROJECT["classifiers"]
+    assert (ROOT / "sdlite" / "py.typed").exists()
+    assert "urls" not in PROJECT  # there is no address yet; a made-up one is worse than none
+    assert all((ROOT / f).exists() for f in PROJECT["license-files"])
+
+
+def test_old_python_is_refused_in_one_line():
+    """By setup.py, which an old pip runs before it looks for dependencies; with this Python's version taken for an older one."""
+    code = "import sys; sys.version_info = (3, 10, 13, 'final', 0); exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "sdlite needs Python 3.11 or newer, and this is Python 3.10: make the environment with a newer one."
+    ]
+
+
+@pytest.mark.slow
+def test_wheel_is_built_without_a_warning_and_holds_every_file_of_the_package(tmp_path):
+    """With pip's newest setuptools, from the files that git knows."""
+    files = subprocess.run(["git", "ls-files", "sdlite", "export", "*.toml", "*.py", "*.md", "LICENSE", "NOTICE"], cwd=ROOT, check=True,
+                           capture_output=True, text=True).stdout.split("\n")  # fmt: skip
+    source = tmp_path / "source"
+    for f in filter(None, files):
+        (source / f).parent.mkdir(parents=True, exist_ok=True)
+        (source / f).write_bytes((ROOT / f).read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(tmp_path), str(source)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    said = done.stdout + done.stderr
+    assert not [x for x in said.splitlines() if re.search("would be ignored|deprecat", x, re.I)]
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py311-none-any.whl")
+    held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    wanted = {f.replace("export/", "sdlite/exporters/assets/", 1) if f.startswith("export/") else f for f in files}
+    assert held == {f for f in wanted if f.startswith("sdlite/")}
