@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 import pytest
 
 from tests.conftest import EMOJI
 
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RUN = """
 import sys, sdlite
 from sdlite.errors import SdliteError
@@ -28,13 +28,26 @@ except SdliteError as e:
 """
 
 
+RESOLVE = """
+import sys, sdlite.hub
+from sdlite.errors import SdliteError
+try:
+    folder = sdlite.hub.resolve({repo!r}, {revision!r})
+    print("OK", *sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()))
+except SdliteError as e:
+    print(type(e).__name__, e)
+"""
+
+
 class Hub(ThreadingHTTPServer):
-    """Serves EMOJI as org/emoji. `cut`: file -> how many requests break off half way; `change`: files served with one wrong byte."""
+    """Serves `repos`: name -> revision -> files; EMOJI is org/emoji. `cut`: file -> how many requests break off half way; `change`:
+    files served with one wrong byte."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = {p.relative_to(EMOJI).as_posix(): p.read_bytes() for p in EMOJI.rglob("*") if p.is_file()}
         self.files["unet/evil.bin"] = b"pickle"
+        self.repos = {"org/emoji": {"main": self.files, "v1": self.files}}
         self.cut: dict[str, int] = {}
         self.change: set[str] = set()
         self.served: list[tuple[str, str, str | None]] = []
@@ -43,6 +56,10 @@ class Hub(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+
+def commit(revision: str, files: dict[str, bytes]) -> str:
+    return hashlib.sha1("\n".join([revision, *sorted(files)]).encode()).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -58,20 +75,30 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body: bool):
-        path = self.path.split("?")[0]
-        if path.startswith("/api/models/org/emoji/revision/"):
-            revision = path.rsplit("/", 1)[1]
-            if revision not in ("main", "v1", COMMIT):
-                return self.error("RevisionNotFound", body)
-            return self.json({"id": "org/emoji", "sha": COMMIT, "siblings": [{"rfilename": f} for f in self.server.files]}, body)
-        if path.startswith("/api/models/org/emoji/tree/"):
-            rows = [{"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for f, d in self.server.files.items()]
-            return self.json(rows, body)
-        prefix = "/org/emoji/resolve/"
-        if not path.startswith(prefix):
+        path = self.path.split("?")[0].removeprefix("/api/models").lstrip("/")
+        org, name, what, *rest = [*path.split("/", 3), "revision", "main"] if path.count("/") == 1 else path.split("/", 3)
+        repo = self.server.repos.get(f"{org}/{name}")
+        if repo is None:
             return self.error("RepoNotFound", body)
-        name = path[len(prefix) :].split("/", 1)[1]
-        data = self.server.files[name]
+        if what == "refs":
+            kinds = {"branches": "main", "tags": "v", "pullRequests": "refs/"}
+            rows = {
+                k: [{"name": r, "ref": r, "targetCommit": commit(r, f)} for r, f in repo.items() if r.startswith(v)]
+                for k, v in kinds.items()
+            }
+            return self.json({**rows, "converts": []}, body)
+        revision, _, name = rest[0].partition("/") if what == "resolve" else (rest[0], "", "")
+        revision = unquote(revision)
+        revision = next((r for r in repo if revision in (r, commit(r, repo[r]))), None)
+        if revision is None:
+            return self.error("RevisionNotFound", body)
+        files = repo[revision]
+        if what == "revision":
+            return self.json({"id": path, "sha": commit(revision, files), "siblings": [{"rfilename": f} for f in files]}, body)
+        if what == "tree":
+            rows = [{"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for f, d in files.items()]
+            return self.json(rows, body)
+        data = files[unquote(name)]
         if name in self.server.change:
             data = data[:-1] + bytes([data[-1] ^ 1])
         start = 0
@@ -80,8 +107,8 @@ class Handler(BaseHTTPRequestHandler):
         if body:
             self.server.served.append((name, self.command, self.headers.get("Range")))
         self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha1(self.server.files[name]).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha1(files[unquote(name)]).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit(revision, files))
         self.send_header("Content-Length", str(len(data) - start))
         self.send_header("Accept-Ranges", "bytes")
         if start:
@@ -121,11 +148,15 @@ def hub():
     server.server_close()
 
 
-def run(url, home, revision=None, **env):
+def run(url, home, revision=None, code=RUN, repo="org/emoji", **env):
     env = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "3", **env}  # fmt: skip
     out = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RUN.format(revision=revision)], capture_output=True, text=True, env=env, timeout=120
+        [sys.executable, "-W", "ignore", "-c", code.format(revision=revision, repo=repo)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
     )
     assert out.stdout, out.stderr[-2000:]
     return out.stdout.strip().splitlines()[-1]
@@ -165,3 +196,117 @@ def test_changed_file_is_refused_by_its_hash(hub, tmp_path):
     said = run(hub.url, tmp_path)
     assert said.startswith("ArtifactError")
     assert "SHA-256" in said
+
+
+# --- which files are fetched: decided before any weights --------------------------------------
+
+SD = {
+    "_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "feature_extractor": ["transformers", "CLIPImageProcessor"],
+}  # fmt: skip
+TEXT = {f"tokenizer/{n}": b"{}" for n in ("vocab.json", "merges.txt", "tokenizer_config.json")} | {"scheduler/scheduler_config.json": b"{}"}
+WEIGHTS = {f"{p}.safetensors": b"weights" for p in ("text_encoder/model", *(f"{p}/diffusion_pytorch_model" for p in ("unet", "vae")))}
+
+
+def pipeline(index=SD, unet=None, weights=WEIGHTS):
+    """Files of a repository whose weights are never read."""
+    configs = {"unet": {"in_channels": 4, "cross_attention_dim": 16, **(unet or {})}, "vae": {}, "text_encoder": {"hidden_size": 16}}
+    files = {f"{p}/config.json": json.dumps(c).encode() for p, c in configs.items()}
+    return {"model_index.json": json.dumps(index).encode(), **files, **TEXT, **weights}
+
+
+def resolve(hub, home, files, revision=None, **more):
+    """What `hub.resolve` says of a repository that holds `files`."""
+    hub.repos["org/x"] = {"main": files, **more}
+    return run(hub.url, home, revision, code=RESOLVE, repo="org/x")
+
+
+CLUTTER = [
+    "v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/model.onnx", "unet/model.onnx_data", "vae_decoder/model.onnx",
+    "vae_decoder/config.json", "text_encoder/model.onnx", "text_encoder/flax_model.msgpack", "safety_checker/model.safetensors",
+    "feature_extractor/preprocessor_config.json", "scheduler/.ipynb_checkpoints/scheduler_config-checkpoint.json", "README.md", "[odd]*.png",
+]  # fmt: skip
+
+
+def test_plain_pipeline_is_fetched_without_what_it_does_not_need(hub, tmp_path):
+    said = resolve(hub, tmp_path, pipeline() | dict.fromkeys(CLUTTER, b"gigabytes"))
+    assert said.split() == ["OK", *sorted(pipeline())]
+    assert {n for n, _, _ in hub.served} <= set(pipeline())
+
+
+def test_shards_are_fetched_as_the_index_lists_them(hub, tmp_path):
+    stem = "unet/diffusion_pytorch_model"
+    shards = [f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = json.dumps({"weight_map": {str(i): s.removeprefix("unet/") for i, s in enumerate(shards)}}).encode()
+    sharded = {k: v for k, v in WEIGHTS.items() if not k.startswith("unet")}
+    want = pipeline(weights=sharded) | dict.fromkeys(shards, b"w") | {f"{stem}.safetensors.index.json": index}
+    said = resolve(hub, tmp_path, want | {f"{stem}.safetensors": b"stale", f"{stem}-00001-of-00003.safetensors": b"stale"})
+    assert said.split() == ["OK", *sorted(want)]
+
+
+@pytest.mark.parametrize(
+    ("index", "unet", "says"),
+    [
+        ({"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "X"]}, {}, "StableDiffusionXLPipeline"),
+        ({"_class_name": "LatentConsistencyModelPipeline"}, {"time_cond_proj_dim": 256}, "guidance embedding"),
+    ],
+    ids=["sdxl", "lcm"],
+)
+def test_other_kinds_are_refused_before_their_weights_are_fetched(hub, tmp_path, index, unet, says):
+    said = resolve(hub, tmp_path, pipeline(SD | index, unet))
+    assert said.startswith("ArtifactError org/x is a ")
+    assert says in said
+    assert all(n.endswith(".json") for n, _, _ in hub.served)
+
+
+def test_pickles_alone_are_refused_with_the_revisions_that_have_safetensors(hub, tmp_path):
+    pickles = {k.replace("safetensors", "bin"): b"p" for k in WEIGHTS}
+    more = {"refs/pr/2": pipeline(weights=pickles), "refs/pr/6": pipeline()}
+    said = resolve(hub, tmp_path, pipeline(weights=pickles), **more)
+    assert said.startswith("HubError")
+    assert "org/x/text_encoder holds only model.bin" in said
+    assert "revisions have safetensors: refs/pr/6; pass revision='refs/pr/6'" in said
+    assert resolve(hub, tmp_path, pipeline(weights=pickles), "refs/pr/6", **more).split() == ["OK", *sorted(pipeline())]
+
+
+def test_variants_alone_are_named(hub, tmp_path):
+    said = resolve(hub, tmp_path, pipeline(weights={k.replace(".safe", ".fp16.safe"): v for k, v in WEIGHTS.items()}))
+    assert "HubError org/x/text_encoder holds only model.fp16.safetensors" in said
+    assert "variant='fp16'" in said
+    assert all(n.endswith(".json") for n, _, _ in hub.served)
+
+
+def test_everything_that_a_manifest_lists_is_fetched(hub, tmp_path):
+    manifest = {"format": "1.0", "files": {n: {"sha256": "0", "bytes": 1} for n in (*pipeline(), "unet/odd name [8].onnx", "README.md")}}
+    files = pipeline() | {"sdlite.json": json.dumps(manifest).encode(), "unet/odd name [8].onnx": b"o", "unet/other.onnx": b"o"}
+    said = resolve(hub, tmp_path, files)
+    assert said == "HubError hub model org/x lacks README.md, which its own list names; tell its author, or take another revision."
+    said = resolve(hub, tmp_path, files | {"README.md": b"r"})
+    assert said == "OK " + " ".join(sorted({*files, "README.md"} - {"unet/other.onnx"}))
+
+
+def test_exported_folder_is_fetched_as_its_report_lists_it(hub, tmp_path):
+    report = {"files": {"unet/model.pte": {}, "vae_decoder/model.pte": {}}}
+    want = pipeline(weights={"unet/model.pte": b"m", "vae_decoder/model.pte": b"m"}) | {
+        "export-report.json": json.dumps(report).encode(),
+        "student.json": b"{}",
+    }
+    assert resolve(hub, tmp_path, want | {"unet/model.onnx": b"foreign"}).split() == ["OK", *sorted(want)]
+
+
+def test_repository_of_single_files_is_named(hub, tmp_path):
+    said = resolve(hub, tmp_path, {"dreamshaper_8.safetensors": b"gigabytes", "README.md": b"r"})
+    assert "no model_index.json" in said
+    assert "dreamshaper_8.safetensors: make a folder of it" in said
+    assert hub.served == []
+
+
+@pytest.mark.parametrize("path", ["models/dreamshaper.safetensors", "/models/v1-5.ckpt", "sd.safetensors"])
+def test_single_file_is_not_taken_for_a_hub_id(path):
+    from sdlite import hub
+    from sdlite.errors import UnknownNameError
+
+    with pytest.raises(UnknownNameError, match=r"single file.*from_single_file"):
+        hub.resolve(path)
