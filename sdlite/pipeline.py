@@ -141,7 +141,7 @@ class Pipeline(metaclass=_Class):
         """Copy the whole artefact to `folder` (new or empty), verified, all or nothing."""
         if self.artifact.manifest:
             self.artifact.verify()
-        out = Path(folder)
+        out = Path(arguments.path("folder", folder))
         with writing(out) as tmp:
             shutil.copytree(
                 self.artifact.folder, tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
@@ -175,7 +175,7 @@ class Pipeline(metaclass=_Class):
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """prompts -> ids int64 (B, L); one warning shows what did not fit the window."""
-        return self.tokenizer(prompts)
+        return self.tokenizer(arguments.texts("prompts", prompts))
 
     def encode_text(self, ids: np.ndarray) -> np.ndarray:
         """ids int64 (B, L) -> embeds float32 (B, L, D)."""
@@ -261,8 +261,6 @@ class Pipeline(metaclass=_Class):
         run = self.denoise(x, embeds, noise, solver, uncond=uncond, guidance_scale=scale)
         total = len(solver)  # pndm takes its second step twice
         for step, x in enumerate(self._bar(run, total, progress), 1):
-            if not np.isfinite(x).all():
-                raise InputError(f"latents are not finite after step {step}; the input latents, the weights or the precision are at fault.")
             listen(step, x)
         timings["unet"], mark = clock() - mark, clock()
         about = self._metadata(prompts, negatives, seeds, name, steps, scale)
@@ -362,13 +360,15 @@ class Pipeline(metaclass=_Class):
         return seeds, [Noise(s) for s in seeds]
 
     def _listener(self, callback: Any, step_end: Any, solver: Sampler) -> Callable[[int, np.ndarray], None]:
-        """What is called after each step with (step from 1, latents)."""
+        """What is called after each step with (step from 1, latents): they must be numbers, then the callbacks have a look."""
         if callback is not None:
             arguments.function("callback", callback)
         if step_end is not None:
             arguments.function("callback_on_step_end", step_end)
 
         def listen(step: int, x: np.ndarray) -> None:
+            if not np.isfinite(x).all():
+                raise InputError(f"latents are not finite after step {step}; the input latents, the weights or the precision are at fault.")
             if callback is not None and callback(step, len(solver), x) is False:
                 raise Cancelled(f"the callback cancelled after step {step} of {len(solver)}; nothing was written.")
             if step_end is not None:

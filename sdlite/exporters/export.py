@@ -64,6 +64,7 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
     """
     begin = time.perf_counter()
     arguments.path("model", model, arguments.MODEL)
+    arguments.path("out", out)
     arguments.path("target", target, "a profile's name or file")
     arguments.optional(arguments.path, "reference", reference, arguments.MODEL)
     prompts = arguments.optional(arguments.lines, "prompts", prompts)

@@ -23,6 +23,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from sdlite import arguments
 from sdlite._version import __version__
 from sdlite.artifact import Artifact, Manifest, read_json, write_manifest, writing
 from sdlite.errors import need
@@ -276,7 +277,7 @@ def convert(
         MissingExtraError: a package of the extra `export` is not installed.
     """
     need("making ONNX graphs", "export", *CONVERT_NEEDS)
-    source, out = Artifact.open(folder), Path(out)
+    source, out = Artifact.open(Path(arguments.path("folder", folder))), Path(arguments.path("out", out))
     with writing(out) as tmp:
         _copy(source, tmp)
         manifest = Manifest(name=name or source.folder.name, sampler=sampler or {})

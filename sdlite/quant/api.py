@@ -69,6 +69,7 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
     """
     if not isinstance(model, Pipeline):
         arguments.path("model", model, arguments.MODEL)
+    arguments.path("out", out)
     arguments.threads(threads)
     if arguments.text("precision", precision) not in QUANTISED:
         raise UnknownNameError(f"precision={precision!r} cannot be quantised to; choose one of {', '.join(QUANTISED)}.")

@@ -195,6 +195,16 @@ def test_model_that_is_no_name_is_one_clear_error(model):
         sdlite.Pipeline.from_pretrained(model)
 
 
+def test_stages_and_folders_are_checked_too(emoji):
+    assert (emoji.tokenize("pizza") == emoji.tokenize(["pizza"])).all()  # not its letters
+    for call, text in (
+        (lambda: emoji.tokenize(None), "prompts=None"),
+        (lambda: emoji.save_pretrained(3), "folder=3; accepted: a path"),
+    ):
+        with pytest.raises(InputError, match=text):
+            call()
+
+
 def test_unknown_model_names_the_embedded_ones():
     with pytest.raises(UnknownNameError, match="emoji"):
         sdlite.Pipeline.from_pretrained("emojy")

@@ -528,6 +528,7 @@ def test_errors(tmp_path, emoji, plain):
     [
         ({"model": None}, r"model=None \(NoneType\); accepted: an embedded name"),
         ({"precision": 8}, "precision=8; accepted: a string"),
+        ({"out": 3}, "out=3; accepted: a path"),
         ({"scheme": ["u8s7"]}, r"scheme=\['u8s7'\] \(list\); accepted: a string"),
         ({"threads": 0}, "threads=0; accepted: a whole number, 1 to"),
         ({"keep_float": {"vae": ["conv"]}}, "accepted: a dict of text_encoder, unet, vae_decoder"),
@@ -552,9 +553,9 @@ def test_errors(tmp_path, emoji, plain):
     ],
 )
 def test_argument_that_is_not_accepted_is_one_line_before_any_work(tmp_path, arguments, text):
-    given = {"model": "emoji", "precision": "int8-static", **arguments}
+    given = {"model": "emoji", "precision": "int8-static", "out": tmp_path / "x", **arguments}
     with pytest.raises(InputError, match=text) as e:
-        quantize(given.pop("model"), given.pop("precision"), out=tmp_path / "x", **given)
+        quantize(given.pop("model"), given.pop("precision"), **given)
     assert "\n" not in str(e.value)
 
 
