@@ -17,6 +17,7 @@ import numpy as np
 from sdlite.errors import InputError, ShapeError, UnknownNameError
 
 MOST_PIXELS = 16384  # a side; more is a typing error, and would ask for memory until there is none
+MOST_IMAGES = 4096  # of a prompt in one call, which is one batch
 SEEDS = 2**64 - 1
 MODEL = "an embedded name, a folder, or a hub id 'org/name'"
 

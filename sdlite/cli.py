@@ -35,13 +35,13 @@ WHOLE: dict[str, tuple[int | None, int | None]] = {
     "threads": (1, arguments.most_threads()),
     "steps": (1, None),
     "seed": (0, arguments.SEEDS),
-    "num": (1, None),
+    "num": (1, arguments.MOST_IMAGES),
     "height": (None, arguments.MOST_PIXELS),
     "width": (None, arguments.MOST_PIXELS),
     "vae_tile_size": (None, arguments.MOST_PIXELS),
     "samples": (1, None),
     "gate_prompts": (1, None),
-    "batch": (1, None),
+    "batch": (1, arguments.MOST_IMAGES),
 }
 NUMBERS: dict[str, tuple[float | None, float | None]] = {
     "guidance": (0, None),

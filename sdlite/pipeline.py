@@ -237,7 +237,7 @@ class Pipeline(metaclass=_Class):
         habits.positional(positional)
         habits.keywords(others, habits.CALL, type(self).__call__.__kwdefaults__ or ())
         arguments.one_of("output_type", output_type, habits.OUTPUTS)
-        repeat = arguments.integer("num_images_per_prompt", num_images_per_prompt, 1)
+        repeat = arguments.integer("num_images_per_prompt", num_images_per_prompt, 1, arguments.MOST_IMAGES)
         prompts = [p for p in arguments.texts("prompt", prompt) for _ in range(repeat)]
         negatives = self._negatives(negative_prompt, len(prompts), repeat)
         steps, scale = self._steps(num_inference_steps), self._guidance(guidance_scale)

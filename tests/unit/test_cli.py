@@ -58,7 +58,7 @@ def test_tiles_of_a_size_are_taken(tmp_path):
         (["generate", "x", "--out", "{}/a.png", "--threads", "100000"], "--threads=100000; accepted: a whole number, 1 to "),
         (["generate", "x", "--out", "{}/a.png", "--steps", "0"], "--steps=0; accepted: a whole number, at least 1"),
         (["generate", "x", "--out", "{}/a.png", "--steps", "2000"], "1 to 1000"),
-        (["generate", "x", "--out", "{}/a.png", "--num", "0"], "--num=0; accepted: a whole number, at least 1"),
+        (["generate", "x", "--out", "{}/a.png", "--num", "0"], "--num=0; accepted: a whole number, 1 to 4096"),
         (["generate", "x", "--out", "{}/a.png", "--seed", "-1"], "--seed=-1; accepted: a whole number, 0 to "),
         (["generate", "x", "--out", "{}/a.png", "--seed", str(2**64)], "accepted: a whole number, 0 to "),
         (["generate", "x", "--out", "{}/a.png", "--guidance", "nan"], "--guidance=nan; accepted: a finite number"),
@@ -192,7 +192,7 @@ def test_bench_rows_without_seconds_share_the_budget(monkeypatch):
     [
         (["--precisions", "fp8"], "fp8"),
         (["--backends", "tflite"], "tflite"),
-        (["--batch", "0"], "at least 1"),
+        (["--batch", "0"], "--batch=0; accepted: a whole number, 1 to 4096"),
         (
             ["--precisions", "int8-static"],
             "runs int8-static of emoji, which holds fp16, fp32: make one: sdlite quantize emoji --precision int8-static",
