@@ -88,7 +88,7 @@ class Pipeline(metaclass=_Class):
 
     def __init__(self, artifact: Artifact, networks: backends.Networks):
         self.artifact, self.networks, self.report = artifact, networks, networks.report
-        self.tokenizer = ClipTokenizer.from_pretrained(artifact.folder / "tokenizer")
+        self.tokenizer = ClipTokenizer.from_pretrained(artifact.folder / "tokenizer", artifact.config("text_encoder"))
         self.scheduler_config = artifact.config("scheduler")
         self.schedule = Schedule.from_config(self.scheduler_config)
         self.unet_config, self.vae_config = artifact.config("unet"), artifact.config("vae")

@@ -40,7 +40,8 @@ def inputs(folder: Path, prompt: str, seed: int = 0, steps: int | None = None) -
     end = 1.0 if schedule.set_alpha_to_one in (None, True) else bar[0]
     here = np.array([bar[int(t)] for t in times])
     to = np.array([bar[int(t) - stride] if t >= stride else end for t in times])
-    ids = ClipTokenizer.from_pretrained(folder / "tokenizer")([prompt, ""])
+    text_encoder = json.loads((folder / "text_encoder/config.json").read_text())
+    ids = ClipTokenizer.from_pretrained(folder / "tokenizer", text_encoder)([prompt, ""])
     shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
     parts = [
         np.array([ids.shape[1], *shape, n], "<i4"), np.array([defaults["guidance_scale"], vae["scaling_factor"]], "<f4"), ids.astype("<i4"),

@@ -1,68 +1,10 @@
-// sdlite in a browser: tokenizer, seeded noise, DDIM with guidance, and three ONNX networks on onnxruntime-web (wasm or WebGPU).
+// sdlite in a browser: seeded noise, DDIM with guidance, and three ONNX networks on onnxruntime-web (wasm or WebGPU).
 // The same seed gives the picture that Python's sdlite.Pipeline gives. Names follow diffusers.
 
 import * as ort from "./ort/ort.webgpu.bundle.min.mjs";
+import { ClipTokenizer } from "./tokenizer.js";
 
-// --- tokenizer: CLIP's byte-pair encoding, as sdlite/tokenizer.py ------------------------------------------------------
-
-const WORDS = /'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+/gu;
-
-function byteLetters() {
-  const printable = [];
-  for (const [from, to] of [[33, 126], [161, 172], [174, 255]]) for (let b = from; b <= to; b++) printable.push(b);
-  const table = [];
-  let next = 256;
-  for (let b = 0; b < 256; b++) table[b] = String.fromCharCode(printable.includes(b) ? b : next++);
-  return table;
-}
-
-export class ClipTokenizer {
-  constructor(vocab, merges, maxLength) {
-    this.vocab = vocab;
-    this.maxLength = maxLength;
-    this.rank = new Map(merges.map((line, i) => [line, i]));
-    this.letters = byteLetters();
-  }
-
-  static async fromPretrained(base) {
-    const get = async (name) => {
-      const answer = await fetch(`${base}/${name}`);
-      if (!answer.ok) throw new Error(`${base}/${name}: HTTP ${answer.status}; export the folder again`);
-      return answer.text();
-    };
-    const vocab = JSON.parse(await get("vocab.json"));
-    const merges = (await get("merges.txt")).split("\n").filter((line) => line && !line.startsWith("#version"));
-    return new ClipTokenizer(vocab, merges, JSON.parse(await get("tokenizer_config.json")).model_max_length);
-  }
-
-  word(text) {
-    let parts = Array.from(new TextEncoder().encode(text), (b) => this.letters[b]);
-    parts[parts.length - 1] += "</w>";
-    while (parts.length > 1) {
-      let best = Infinity, at = -1;
-      for (let i = 0; i + 1 < parts.length; i++) {
-        const rank = this.rank.get(`${parts[i]} ${parts[i + 1]}`) ?? Infinity;
-        if (rank < best) [best, at] = [rank, i];
-      }
-      if (at < 0) break;
-      parts.splice(at, 2, parts[at] + parts[at + 1]);
-    }
-    return parts.map((p) => this.vocab[p] ?? this.vocab["<|endoftext|>"]);
-  }
-
-  // prompt -> {ids: BigInt64Array of maxLength, truncated: boolean}
-  encode(prompt) {
-    const all = prompt.split(/(<\|startoftext\|>|<\|endoftext\|>)/).flatMap((text, i) => {
-      if (i % 2) return [this.vocab[text]];
-      return (text.normalize("NFC").replace(/\s+/gu, " ").toLowerCase().match(WORDS) ?? []).flatMap((w) => this.word(w));
-    });
-    const kept = all.slice(0, this.maxLength - 2);
-    const [start, end] = [this.vocab["<|startoftext|>"], this.vocab["<|endoftext|>"]];
-    const ids = new BigInt64Array(this.maxLength).fill(BigInt(end));
-    [start, ...kept, end].forEach((id, i) => (ids[i] = BigInt(id)));
-    return { ids, truncated: kept.length < all.length };
-  }
-}
+export { ClipTokenizer };
 
 // --- noise: torch.randn on the CPU, as sdlite/sampling.py --------------------------------------------------------------
 
@@ -152,7 +94,7 @@ export class Pipeline {
     if (provider === "webgpu" && !navigator.gpu) throw new Error("this browser has no WebGPU; choose wasm");
     const pipe = new Pipeline();
     pipe.settings = await (await fetch(`${base}/sdlite-web.json`)).json();
-    pipe.tokenizer = await ClipTokenizer.fromPretrained(`${base}/tokenizer`);
+    pipe.tokenizer = await ClipTokenizer.load(`${base}/sdlite-tokenizer.json`);
     pipe.sessions = {};
     for (const part of ["text_encoder", "unet", "vae_decoder"]) {
       onProgress(`loading ${part}`);
@@ -180,12 +122,13 @@ export class Pipeline {
   }
 
   async encode(prompt) {
-    const { ids, truncated } = this.tokenizer.encode(prompt);
-    if (truncated) console.warn(`the text encoder reads ${ids.length - 2} tokens; the rest of the prompt was dropped`);
-    return this.run("text_encoder", { input_ids: { type: "int64", data: ids, dims: [1, ids.length] } });
+    const { ids, dropped } = this.tokenizer.encode(prompt);
+    const out = await this.run("text_encoder", { input_ids: { type: "int64", data: ids, dims: [1, ids.length] } });
+    const warnings = dropped ? [`the text encoder reads ${ids.length - 2} tokens; dropped: ${dropped}`] : [];
+    return { ...out, warnings };
   }
 
-  // -> {pixels: Uint8ClampedArray RGBA, width, height, seconds}
+  // -> {pixels: Uint8ClampedArray RGBA, width, height, seconds, warnings: what of a prompt did not fit}
   async generate({ prompt, negative_prompt = "", seed = 0, num_inference_steps, guidance_scale, latents, onStep = () => true }) {
     const begin = performance.now(), { schedule, latent_shape: shape, scaling_factor: scaling, shift_factor: shift, sampler } = this.settings;
     const n = num_inference_steps ?? sampler.num_inference_steps, scale = guidance_scale ?? sampler.guidance_scale;
@@ -213,6 +156,7 @@ export class Pipeline {
     const [height, width] = image.dims.slice(2), plane = width * height;
     const pixels = new Uint8ClampedArray(4 * plane).fill(255);
     for (let c = 0; c < 3; c++) for (let i = 0; i < plane; i++) pixels[4 * i + c] = (image.data[c * plane + i] / 2 + 0.5) * 255;
-    return { pixels, width, height, seconds: (performance.now() - begin) / 1000 };
+    const warnings = [...cond.warnings, ...(uncond?.warnings ?? [])];
+    return { pixels, width, height, seconds: (performance.now() - begin) / 1000, warnings };
   }
 }

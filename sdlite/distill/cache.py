@@ -67,6 +67,7 @@ class CachedLatents:
         key = {
             **key,
             "size": size,
+            "tokenizer": tokenizer.digest(),
             "items": hashlib.sha256("\n".join(f"{i.key}\t{i.caption}" for i in captions.items).encode()).hexdigest(),
         }
         stamp = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -262,7 +262,8 @@ class Teacher:
         self.scheduler = self.artifact.config("scheduler")
         self.unet, self.text_encoder = open_network(root / "unet"), open_network(root / "text_encoder")
         self.vae = open_network(root / "vae").eval().requires_grad_(False)
-        self.tokenizer = ClipTokenizer.from_pretrained(root / "tokenizer")
+        config = self.artifact.config("text_encoder")
+        self.tokenizer = ClipTokenizer.from_pretrained(root / "tokenizer", config)
         size = self.unet.config.sample_size
         self.pixels = (size if isinstance(size, int) else size[0]) * families.vae_stride(self.vae.config)
 

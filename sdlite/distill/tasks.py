@@ -6,6 +6,8 @@ Both see a `LatentSource` (images already encoded, captions already tokenized) a
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from sdlite import tokenizer_files
 from sdlite.distill import losses
 from sdlite.distill.features import Taps, matched_taps
 from sdlite.distill.losses import feature_loss, output_loss
@@ -364,12 +367,29 @@ def decode_scaled(vae: Any, z: Tensor) -> Tensor:
 
 
 def save_pipeline(folder: Path, parts: dict[str, Any], scheduler: dict[str, Any]) -> None:
-    """Write UNet, text encoder, VAE, tokenizer and DDIM scheduler as a diffusers `StableDiffusionPipeline` folder (safetensors)."""
+    """Write a diffusers `StableDiffusionPipeline` folder (safetensors) with a DDIM scheduler.
+
+    The tokenizer's files are the teacher's own, byte for byte: each transformers saves others.
+    """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTokenizer
 
     pipe = StableDiffusionPipeline(
-        vae=parts["vae"], text_encoder=parts["text_encoder"], tokenizer=CLIPTokenizer.from_pretrained(parts["tokenizer_folder"]),
-        unet=parts["unet"], scheduler=DDIMScheduler.from_config(scheduler), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder"],
+        tokenizer=None,
+        unet=parts["unet"],
+        scheduler=DDIMScheduler.from_config(scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe._optional_components = [*pipe._optional_components, "tokenizer"]  # no warning of it
     pipe.save_pretrained(folder, safe_serialization=True)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for path in (parts["tokenizer_folder"] / name for name in tokenizer_files.FILES):
+        if path.exists():
+            shutil.copyfile(path, folder / "tokenizer" / path.name)
+    index = folder / "model_index.json"
+    about = json.loads(index.read_text(encoding="utf-8"))
+    about["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    index.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ def exported(tmp_path):
     folder = tmp_path / "export"
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(EMOJI / part, folder / part)
-    for part in ("unet", "vae"):
+    for part in ("text_encoder", "unet", "vae"):
         (folder / part).mkdir()
         shutil.copy(EMOJI / part / "config.json", folder / part / "config.json")
     (folder / "student.json").write_text('{"sampler": {"name": "ddim", "num_inference_steps": 3, "guidance_scale": 2.0}}')

@@ -72,12 +72,24 @@ def test_tokenizer_and_noise_are_pythons(page):
     tokenizer = ClipTokenizer.from_pretrained(folder / "tokenizer")
     opened.evaluate("import('./sdlite.js').then((m) => (globalThis.lib = m, true))")
     for prompt in prompts:
-        script = f"lib.ClipTokenizer.fromPretrained('tokenizer').then((t) => Array.from(t.encode({json.dumps(prompt)}).ids, Number))"
+        script = f"lib.ClipTokenizer.load('sdlite-tokenizer.json').then((t) => Array.from(t.encode({json.dumps(prompt)}).ids, Number))"
         with pytest.warns(sdlite.tokenizer.TruncationWarning) if len(prompt) > 100 else contextlib.nullcontext():
             assert opened.evaluate(script) == tokenizer([prompt])[0].tolist(), prompt
     for seed in (0, 1, 2**32 + 5):
         got = opened.evaluate(f"Array.from(lib.noise('{seed}', 512))")
         np.testing.assert_allclose(got, Noise(seed).normal((512,)), atol=1e-5)
+
+
+def test_a_prompt_that_does_not_fit_is_said_on_the_page(page):
+    _, opened = page
+    opened.evaluate("document.getElementById('steps').value = 1, document.getElementById('seed').value = 7")
+    for prompt, shown in (("red apple and " * 10 + "zebra", True), ("red apple", False)):
+        opened.evaluate(f"document.getElementById('prompt').value = {json.dumps(prompt)}")
+        opened.evaluate("document.getElementById('status').textContent = '', true")
+        opened.click("#go")
+        opened.wait("document.getElementById('status').textContent.endsWith('on wasm')", 120)
+        said = opened.evaluate("document.getElementById('warning').textContent")
+        assert said.startswith("the text encoder reads 26 tokens; dropped: ") and said.endswith("zebra") if shown else said == ""
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])

@@ -29,6 +29,7 @@ from sdlite.exporters.targets import NotRunnable
 from sdlite.exporters.targets import onnx as onnx_target
 from sdlite.sampling import Schedule
 from sdlite.spec import SPECS
+from sdlite.tokenizer import ClipTokenizer
 
 PACKAGES = ("onnx", "onnxruntime")
 PRECISIONS = ("fp32", "fp16", "int8-static")
@@ -55,7 +56,7 @@ def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
 
 
 def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[int, ...]) -> list[Path]:
-    """The page, the runtime and `sdlite-web.json`: what the JavaScript reads instead of the configs."""
+    """The page, the runtime, and `sdlite-*.json`: what the JavaScript reads instead of configs."""
     made = [Path(shutil.copy(f, out / f.name)) for f in sorted((assets() / "web").iterdir())]
     (out / "ort").mkdir()
     for name, data in runtime(profile).items():
@@ -77,8 +78,12 @@ def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[
             "final_alpha": 1.0 if schedule.set_alpha_to_one in (None, True) else float(bar[0]), "alphas_cumprod": bar.tolist(),
         },
     }  # fmt: skip
-    (out / "sdlite-web.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
-    return [*made, out / "sdlite-web.json"]
+    config = artifact.config("text_encoder")
+    tokenizer = ClipTokenizer.from_pretrained(artifact.folder / "tokenizer", config)
+    for name, content in (("web", settings), ("tokenizer", tokenizer.to_json())):
+        made.append(out / f"sdlite-{name}.json")
+        made[-1].write_text(json.dumps(content) + "\n", encoding="utf-8")
+    return made
 
 
 def runtime(profile: Profile) -> dict[str, bytes]:
