@@ -131,13 +131,14 @@ def keywords(given: Mapping[str, Any], table: Table, known: Iterable[str]) -> No
             raise InputError(f"{name}= is diffusers' and not taken here: {way}.")
 
 
-def positional(given: Sequence[Any]) -> None:
-    """Refuse what comes after the prompt without a name: diffusers has height there."""
+def positional(given: Sequence[Any], first: str, example: str) -> None:
+    """Refuse what comes after the first argument without a name: other libraries have others there.
+
+    Raises:
+        InputError: there is something.
+    """
     if given:
-        raise InputError(
-            f"{1 + len(given)} arguments without a name; accepted: the prompt alone. Name the others: "
-            "pipe(prompt, height=..., width=..., num_inference_steps=...)."
-        )
+        raise InputError(f"{1 + len(given)} arguments without a name; accepted: {first} alone. Name the others: {example}.")
 
 
 def attribute(name: str, known: Iterable[str]) -> AttributeNameError:

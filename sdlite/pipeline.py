@@ -99,7 +99,7 @@ class Pipeline(metaclass=_Class):
         self._warned: set[str] = set()
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, *, precision: str | None = None, backend: str = "auto", device: str = "cpu",
+    def from_pretrained(cls, model: str | Path, *positional: Never, precision: str | None = None, backend: str = "auto", device: str = "cpu",
                         revision: str | None = None, threads: int | None = None, arithmetic: str | None = None,
                         **others: Never) -> Pipeline:  # fmt: skip
         """Load a model.
@@ -115,11 +115,12 @@ class Pipeline(metaclass=_Class):
             threads: CPU threads per network call, 1 to 4 for each CPU (64 on small machines); None is the engine's own choice.
             arithmetic: what float layers are computed in: "float32", "bfloat16" or "float16", on "openvino". None: float32 for fp32; for fp16
                 and what int8 leaves in float, the CPU's half precision where it has one. The report says which it is.
-            others: none; diffusers' keywords are answered with ours.
+            positional, others: none; diffusers' keywords are answered with ours.
 
         Raises:
             UnknownNameError, PrecisionError, MissingExtraError, ArtifactError, HubError: see `sdlite.errors`; each names the next step.
         """
+        habits.positional(positional, "the model", "Pipeline.from_pretrained(model, precision=..., backend=...)")
         habits.keywords(others, habits.LOAD, cls.from_pretrained.__kwdefaults__ or ())
         _loading(model, precision, backend, device, revision, threads, arithmetic)
         artifact = Artifact.open(hub.resolve(model, revision))
@@ -209,7 +210,7 @@ class Pipeline(metaclass=_Class):
 
     # --- the call ----------------------------------------------------------------------------------------------------
 
-    def __call__(self, prompt: str | Sequence[str], *positional: Never, negative_prompt: str | Sequence[str] | None = None,
+    def __call__(self, prompt: str | Sequence[str] = (), *positional: Never, negative_prompt: str | Sequence[str] | None = None,
                  num_inference_steps: int | None = None, guidance_scale: float | None = None, seed: int | Sequence[int] | None = None,
                  num_images_per_prompt: int = 1, height: int | None = None, width: int | None = None, sampler: str | None = None,
                  latents: np.ndarray | None = None, callback: Callback | None = None, progress: bool = False, generator: Any = None,
@@ -234,7 +235,7 @@ class Pipeline(metaclass=_Class):
         Raises:
             InputError, ShapeError, UnknownNameError: an argument is not accepted. Cancelled: by the callback.
         """
-        habits.positional(positional)
+        habits.positional(positional, "the prompt", "pipe(prompt, height=..., num_inference_steps=...)")
         habits.keywords(others, habits.CALL, type(self).__call__.__kwdefaults__ or ())
         arguments.one_of("output_type", output_type, habits.OUTPUTS)
         repeat = arguments.integer("num_images_per_prompt", num_images_per_prompt, 1, arguments.MOST_IMAGES)

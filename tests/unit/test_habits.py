@@ -169,9 +169,18 @@ def test_nobodys_names_are_told_the_nearest(emoji):
         sdlite.Pipeline.from_single_file("x.safetensors")
 
 
-def test_only_the_prompt_has_a_place(emoji):
+def test_only_the_first_argument_has_a_place(emoji):
     with pytest.raises(InputError, match=r"3 arguments without a name.*height="):
         emoji("pizza", 64, 64)
+    with pytest.raises(InputError, match=r"2 arguments without a name.*precision="):
+        sdlite.Pipeline.from_pretrained("emoji", "fp16")
+
+
+def test_prompt_that_is_left_out_is_asked_for(emoji):
+    with pytest.raises(InputError, match="prompt is an empty list; accepted: a string"):
+        emoji()
+    with pytest.raises(InputError, match="prompt_embeds= is diffusers'"):
+        emoji(prompt_embeds=np.zeros((1, 16, 128)))
 
 
 def test_pipeline_without_a_safety_checker_may_be_told_so_and_copied(emoji):
