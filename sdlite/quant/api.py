@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from sdlite import arguments, hub
-from sdlite._version import __version__
 from sdlite.artifact import PARTS, Artifact, Manifest, write_manifest, writing
-from sdlite.errors import InputError, PrecisionError, QuantizationError, UnknownNameError
+from sdlite.errors import InputError, PrecisionError, QuantizationError, SdliteWarning, UnknownNameError
 from sdlite.pipeline import Pipeline
 from sdlite.quant import gate as gates
-from sdlite.quant import insert, rewrite
+from sdlite.quant import insert, reports, rewrite
 from sdlite.quant.calibrate import Calibration, Call, Session, let_go, on_demand, walk
+from sdlite.quant.dynamic import build_dynamic
 from sdlite.quant.gate import Comparison, Gate
 from sdlite.quant.graph import Graph, Layer
 from sdlite.quant.metrics import sqnr
@@ -30,8 +31,6 @@ from sdlite.quant.observe import ChannelMax, Histogram, choose_range
 
 log = logging.getLogger("sdlite")
 QUANTISED = ("int8-static", "int8-dynamic")
-REPORT = "quantize-report.json"
-GRID = "quantize-grid.png"
 
 # Kept in float, by torch module name: few parameters, and each error there reaches every pixel or every layer.
 KEEP_FLOAT: dict[str, tuple[str, ...]] = {
@@ -56,7 +55,7 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
         scheme: "u8s7" (static, default) gives weights 7 bits: x86 CPUs without VNNI saturate u8 x s8 products, and a gate on the
             machine that quantises cannot see the machine that runs. "u8s8" where every target has VNNI or is ARM; "s8s8" for TensorRT.
         keep_float: part -> regular expressions of torch module names that stay float; default: the artefact's own (`calibration.keep_float`
-            in its manifest), else `KEEP_FLOAT`.
+            in its manifest), else `KEEP_FLOAT`. A part that is not named has its `KEEP_FLOAT`.
         threads: CPU threads of the sessions.
         progress: show tqdm bars.
 
@@ -65,7 +64,8 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
 
     Raises:
         UnknownNameError, PrecisionError, InputError: an argument is not accepted, or there are no calibration prompts.
-        QuantizationError: the gate does not hold; nothing is written.
+        QuantizationError: the gate does not hold; no model is written, and the report and the grid of images go
+            to `out`.failed.
     """
     if not isinstance(model, Pipeline):
         arguments.path("model", model, arguments.MODEL)
@@ -82,14 +82,19 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
     with tempfile.TemporaryDirectory(prefix="sdlite-quantize-") as scratch:
         pipe = _float_pipeline(model, Path(scratch), threads)
         _prompts(pipe, calibration, gate)
-        work = _Work(pipe, precision, Path(scratch), calibration, gate, threads, progress)
+        doubts = _doubts(calibration, gate) if precision == "int8-static" else []
+        for doubt in doubts:
+            warnings.warn(doubt, SdliteWarning, stacklevel=2)
+        work = _Work(pipe, precision, Path(scratch), calibration, gate, threads, progress, doubts)
+        own = (pipe.artifact.manifest.calibration or {}) if pipe.artifact.manifest else {}
+        asked = own.get("keep_float", {}) if keep_float is None else keep_float
+        keep = {p: asked.get(p, KEEP_FLOAT[p]) for p in PARTS}
+        candidate: Callable[[Iterable[str]], dict[str, Any]]
         if precision == "int8-dynamic":
-            from sdlite.quant.dynamic import build_dynamic
-
-            candidate: Callable[[Iterable[str]], dict[str, Any]] = build_dynamic(work)
+            graphs = {p: work.graph(p) for p in PARTS}
+            candidate = build_dynamic(graphs, {p: _quantisable(g, keep[p]) for p, g in graphs.items()})
         else:
-            own = (pipe.artifact.manifest.calibration or {}) if pipe.artifact.manifest else {}
-            candidate = _static(work, insert.SCHEMES[scheme], own.get("keep_float", {}) if keep_float is None else keep_float)
+            candidate = _static(work, insert.SCHEMES[scheme], keep)
         return _until_it_holds(work, candidate, Path(out))
 
 
@@ -145,6 +150,25 @@ def _prompts(pipe: Pipeline, calibration: Calibration, gate: Gate) -> None:
         raise InputError("the gate has no prompts or no seeds; give at least one of each.")
 
 
+def _doubts(calibration: Calibration, gate: Gate) -> list[str]:
+    """What the prompts cannot show, in words."""
+    assert calibration.prompts is not None
+    assert gate.prompts is not None
+    shown = set(calibration.prompts[: calibration.samples])
+    out = []
+    if len(shown) == 1:
+        out.append(
+            f"ranges are measured on a single prompt ({next(iter(shown))!r}), so other prompts may leave them; give 16 or more that are "
+            "like your users'."
+        )
+    if both := len(shown & set(gate.prompts)):
+        out.append(
+            f"{both} of the gate's {len(set(gate.prompts))} prompts were calibrated on too, so the gate cannot tell how the model does "
+            f"on others; give more prompts than samples ({calibration.samples}), or Gate(prompts=[...])."
+        )
+    return out
+
+
 @dataclasses.dataclass
 class _Work:
     pipe: Pipeline
@@ -154,6 +178,7 @@ class _Work:
     gate: Gate
     threads: int | None
     progress: bool
+    warnings: list[str]
 
     def let_go(self) -> None:
         """Close the float networks and remove the graphs of finished passes."""
@@ -177,11 +202,10 @@ class _Work:
 # --- static ----------------------------------------------------------------------------------------------------------
 
 
-def _static(work: _Work, scheme: insert.Scheme, keep_float: dict[str, Sequence[str]]) -> Callable[[Iterable[str]], dict[str, Any]]:
+def _static(work: _Work, scheme: insert.Scheme, keep: dict[str, Sequence[str]]) -> Callable[[Iterable[str]], dict[str, Any]]:
     graphs = {p: work.graph(p) for p in PARTS}
     floats = {p: g.total_bytes() for p, g in graphs.items()}
     total = {p: sum(w.size for w in g.weights.values() if w.dtype == np.float32) for p, g in graphs.items()}
-    keep = {p: keep_float.get(p, KEEP_FLOAT[p]) for p in PARTS}
     rewrites = _rewrite(work, graphs, keep)
     layers = {p: _quantisable(g, keep[p]) for p, g in graphs.items()}
     histograms = _histograms(work, graphs, layers)
@@ -365,22 +389,38 @@ def _until_it_holds(work: _Work, build: Callable[[Iterable[str]], dict[str, Any]
             history.append({"float_layers": len(back), "psnr_mean": {c.engine: c.psnr_mean for c in results}, "failures": failures})
             if not failures:
                 break
-            count = max(1, len(order) // 20)
-            more = [k for k in order if k not in back][:count]
+            more = [k for k in order if k not in back][: max(1, len(order) // 20)]
             if not more or sum(sizes[k] for k in [*back, *more]) > budget:
-                worst = min(results[0].networks.items(), key=lambda kv: kv[1])
-                raise QuantizationError(
-                    f"the gate does not hold: {'; '.join(failures)}; worst network {worst[0]} ({worst[1]:.1f} dB), worst picture {results[0].worst}"
-                    + (f"; {len(back)} layers are back in float and max_float={work.gate.max_float} allows no more" if order else "")
-                    + ". Nothing was written. Give more calibration samples, another observer, a larger max_float, or lower the gate on purpose."
-                )
+                report = _report(work, parts, results, back, history)
+                raise QuantizationError(_failure(work, results, failures, back, reports.keep_failed(out, report, reference, made)))
             back += more
             log.info("the gate does not hold (%s); back to float: %s", "; ".join(failures), ", ".join(more))
         report = _report(work, parts, results, back, history)
-        (tmp / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        gates.side_by_side(reference, made, tmp / GRID)
+        reports.write(tmp, report, reference, made)
         _manifest(work, parts, tmp, results)
     return report
+
+
+def _failure(work: _Work, results: list[Comparison], failures: list[str], back: list[str], kept: str) -> str:
+    """The error's words: what fails, how far the search went, where the images are, and what this mode lets one do."""
+    part, ratio = min(results[0].networks.items(), key=lambda kv: kv[1])
+    said = f"the gate does not hold: {'; '.join(failures)}; worst network {part} ({ratio:.1f} dB), worst picture {results[0].worst}"
+    if work.precision == "int8-dynamic":
+        advice = (
+            "Keep the worst network's layers in float (keep_float), try int8-static, which searches for them, or lower the gate on purpose."
+        )
+    else:
+        said += f"; {len(back)} layers are back in float and max_float={work.gate.max_float} allows no more"
+        advice = "Give more calibration samples, another observer, a larger max_float, or lower the gate on purpose."
+    return f"{said}. No model was written; {kept}. {advice}"
+
+
+def _report(
+    work: _Work, parts: dict[str, Any], results: list[Comparison], back: list[str], history: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return reports.report(
+        work.pipe, work.precision, work.calibration, work.gate, parts, results, back_to_float=back, search=history, warnings=work.warnings
+    )
 
 
 def _write(work: _Work, parts: dict[str, Any], folder: Path) -> None:
@@ -443,47 +483,3 @@ def _check(work: _Work, folder: Path, reference: np.ndarray, floats: dict[str, l
         results.append(result)
         shown = made if i == 0 else shown
     return results, shown
-
-
-def _report(
-    work: _Work, parts: dict[str, Any], results: list[Comparison], back: list[str], history: list[dict[str, Any]]
-) -> dict[str, Any]:
-    assert work.gate.prompts is not None
-    return {
-        "sdlite": __version__,
-        "model": work.pipe.artifact.name,
-        "precision": work.precision,
-        "engine_of_reference": work.pipe.report.engine,
-        "calibration": {
-            k: v for k, v in dataclasses.asdict(work.calibration).items() if work.precision == "int8-static"
-        },
-        "gate": dataclasses.asdict(work.gate),
-        "engines": [r.to_dict() for r in results],
-        "back_to_float": back,
-        "search": history,
-        "networks": {
-            p: {k: built[k] for k in ("scheme", "bytes", "float_bytes", "float_share", "rewrites", "layers") if k in built}
-            for p, built in parts.items()
-        },
-    }  # fmt: skip
-
-
-def table(report: dict[str, Any]) -> str:
-    """The report in a few lines, for the screen."""
-    lines = [f"{report['model']}: {report['precision']}"]
-    for p, n in report["networks"].items():
-        worst = min((r for r in n["layers"] if r["sqnr"] is not None), key=lambda r: r["sqnr"], default=None)
-        lines.append(
-            f"  {p:<13} {n['float_bytes'] / 1e6:8.2f} -> {n['bytes'] / 1e6:8.2f} MB ({n['bytes'] / n['float_bytes']:.2f}x), "
-            f"{n['float_share']:6.1%} of the weights in float" + (f"; worst layer {worst['name']} {worst['sqnr']:.1f} dB" if worst else "")
-        )
-    for e in report["engines"]:
-        networks = ", ".join(f"{p} {'inf' if v is None or v == float('inf') else f'{v:.1f}'} dB" for p, v in e["networks"].items())
-        worst_psnr = "inf" if e["psnr_worst"] is None else f"{e['psnr_worst']:.1f}"
-        lines.append(
-            f"  {e['engine']}: {e['pictures']} pictures, PSNR mean {e['psnr_mean']:.1f} worst {worst_psnr} dB, SSIM {e['ssim_mean']:.4f}, "
-            f"structure distance {e['structure_distance_mean']:.4f}; {networks}"
-        )
-    if report["back_to_float"]:
-        lines.append(f"  back to float: {', '.join(report['back_to_float'])}")
-    return "\n".join(lines)

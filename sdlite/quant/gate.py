@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sdlite import arguments, images
+from sdlite import arguments
 from sdlite.artifact import PARTS
 from sdlite.pipeline import Pipeline
 from sdlite.quant.calibrate import Call, Tape, with_networks
@@ -134,9 +133,3 @@ def compare(reference: np.ndarray, floats: dict[str, list[Call]], pipe: Pipeline
         worst=f"{prompts[at // len(gate.seeds)]!r}, seed {gate.seeds[at % len(gate.seeds)]}",
         networks=ratios,
     ), made
-
-
-def side_by_side(reference: np.ndarray, made: np.ndarray, path: Path, limit: int = 16) -> None:
-    """A grid: float picture left, quantised right, pair after pair."""
-    pairs = [x for a, b in zip(reference[:limit], made[:limit], strict=True) for x in (a, b)]
-    images.save(images.grid(images.to_pil(np.stack(pairs)), 8), path, {"what": "float left, quantised right"})

@@ -21,9 +21,9 @@ from sdlite import Pipeline
 from sdlite.artifact import PARTS, Artifact
 from sdlite.backends import mapped
 from sdlite.cli import main
-from sdlite.errors import InputError, PrecisionError, QuantizationError, UnknownNameError
+from sdlite.errors import InputError, PrecisionError, QuantizationError, SdliteError, SdliteWarning, UnknownNameError
 from sdlite.images import to_uint8
-from sdlite.quant import Calibration, Gate, insert, quantize, rewrite, table
+from sdlite.quant import Calibration, Gate, insert, quantize, reports, rewrite, table
 from sdlite.quant.calibrate import Session, let_go, on_demand, read_prompts, walk
 from sdlite.quant.graph import Graph, constant
 from sdlite.quant.metrics import psnr, ssim, structure_distance
@@ -414,6 +414,8 @@ def test_an_image_of_a_static_batch_is_that_seed_alone(static, backend):
 
 def test_dynamic(tmp_path, emoji):
     report = quantize(EMOJI, "int8-dynamic", out=tmp_path / "d", **QUICK)
+    assert all(n["bytes"] <= n["float_bytes"] for n in report["networks"].values()), "what stays float keeps its float16 storage"
+    assert report["warnings"] == []
     assert 0 < report["networks"]["unet"]["float_share"] < 0.9
     assert report["networks"]["vae_decoder"]["float_share"] == 1
     pipe = Pipeline.from_pretrained(tmp_path / "d", precision="int8-dynamic", threads=1)
@@ -484,9 +486,74 @@ def _shuffled(monkeypatch, only="up_blocks.1.resnets.1.conv2"):
 @pytest.mark.parametrize("damage", [_double_scale, _wrong_zero, _shuffled])
 def test_gate_fails_on_purpose_and_nothing_is_written(damage, tmp_path, monkeypatch):
     damage(monkeypatch)
-    with pytest.raises(QuantizationError, match=r"gate does not hold.*worst network.*Nothing was written"):
+    with pytest.raises(
+        QuantizationError,
+        match=r"gate does not hold.*worst network.*max_float=0 allows.*No model was written; its report and images are in .*bad\.failed",
+    ):
         quantize(EMOJI, "int8-static", out=tmp_path / "bad", **quick(max_float=0))
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.failed"]
+    assert sorted(p.name for p in (tmp_path / "bad.failed").iterdir()) == ["quantize-grid.png", "quantize-report.json"]
+    report = json.loads((tmp_path / "bad.failed/quantize-report.json").read_text())
+    assert report["holds"] is False
+    assert report["search"][-1]["failures"]
+    assert len(report["networks"]["unet"]["layers"]) > 50
+
+
+def test_a_later_failure_takes_the_place_of_the_former(tmp_path):
+    failed = tmp_path / "q.failed"
+    failed.mkdir()
+    (failed / "mine.txt").write_text("a user's file")
+    for wanted in (90.0, 80.0):
+        with pytest.raises(QuantizationError, match=r"keep_float\), try int8-static") as e:
+            quantize(EMOJI, "int8-dynamic", out=tmp_path / "q", **quick(psnr_mean=wanted))
+        assert not re.search("sample|observer|max_float", str(e.value)), "this mode has none"
+        assert json.loads((failed / "quantize-report.json").read_text())["gate"]["psnr_mean"] == wanted
+    assert sorted(p.name for p in failed.iterdir()) == ["mine.txt", "quantize-grid.png", "quantize-report.json"]
+    assert not (tmp_path / "q").exists()
+    with pytest.raises(SdliteError):
+        Pipeline.from_pretrained(failed)
+    (tmp_path / "r.failed").write_text("a file where the folder should be")
+    with pytest.raises(QuantizationError, match=r"gate does not hold.*report could not be written either"):
+        quantize(EMOJI, "int8-dynamic", out=tmp_path / "r", **quick(psnr_mean=90))
+
+
+def test_prompts_that_show_little_are_said_to(tmp_path):
+    one = {"calibration": Calibration(prompts=["pizza"], samples=2, num_inference_steps=1),
+           "gate": Gate(seeds=(0,), num_inference_steps=1, psnr_mean=0, psnr_worst=0, ssim_mean=-1, engines=["onnxruntime"]), "threads": 1}  # fmt: skip
+    with pytest.warns(SdliteWarning) as seen:
+        report = quantize(EMOJI, "int8-static", out=tmp_path / "one", **one)
+    assert [str(w.message) for w in seen if w.category is SdliteWarning] == report["warnings"]
+    assert re.search("single prompt .*'pizza'", report["warnings"][0])
+    assert re.search("1 of the gate's 1 prompts were calibrated on too", report["warnings"][1])
+    assert f"warning: {report['warnings'][0]}" in table(report)
+    assert json.loads((tmp_path / "one/quantize-report.json").read_text())["warnings"] == report["warnings"]
+
+
+def test_a_model_that_does_not_get_smaller_is_said_to(static):
+    parts = static[1]["networks"]
+    assert static[1]["warnings"] == []
+    assert static[1]["holds"] is True
+    assert reports._growth("int8-dynamic", parts) == []
+    larger = {p: {**n, "bytes": n["float_bytes"]} for p, n in parts.items()}
+    assert re.match("int8-dynamic has 18.8 MB of weights, the float model 18.8 MB: ", reports._growth("int8-dynamic", larger)[0])
+
+
+def test_the_grid_names_what_it_shows(static, tmp_path):
+    from PIL import Image
+
+    out, report = static
+    assert report["grid"]["columns"] == ["float", "int8-static"]
+    assert report["grid"]["engines"] == ["onnxruntime", "onnxruntime"]
+    assert report["grid"]["pairs"] == [{"prompt": p, "seed": 0} for p in PROMPTS[4:]]
+    with Image.open(out / "quantize-grid.png") as image:
+        assert image.text["columns"] == " | ".join(report["grid"]["columns"])
+    white = np.full((2, 64, 64, 3), 255, np.uint8)
+    plain = np.asarray(reports.grid(white, white, ["", ""], [("", 0), ("", 0)]))
+    named = np.asarray(reports.grid(white, white, ["float", "int8"], [("a fox", 0), ("word " * 99, 0)]))
+    assert plain.shape == named.shape
+    assert (named[:18] != plain[:18]).any(), "the columns' names"
+    assert all((named != plain)[18:40, x : x + 256].any() for x in (0, 270)), "a prompt over each pair"
+    assert (named[:, 270 + 258 :] == 255).all(), "a long prompt is cut"
 
 
 def test_search_puts_the_bad_layer_back_to_float(tmp_path, monkeypatch):
