@@ -24,6 +24,7 @@ from typing import Any
 
 from sdlite import families
 from sdlite.errors import ArtifactError, InputError
+from sdlite.sampling import known_sampler, sampler_of
 
 MANIFEST = "sdlite.json"
 FORMAT = "1.0"
@@ -160,6 +161,43 @@ class Artifact:
             return self.manifest.sampler
         exported = self.folder / "student.json"
         return dict(read_json(exported).get("sampler", {})) if exported.exists() else {}
+
+    @property
+    def sampler_name(self) -> str:
+        """The model's own sampler, or what its scheduler is to us.
+
+        Raises:
+            UnknownNameError, InputError: a scheduler that we do not have.
+        """
+        return str(self.sampler.get("name") or sampler_of(self.config("scheduler")))
+
+    @property
+    def sampler_defaults(self) -> SamplerDefaults:
+        """The model's own steps and guidance, or those of diffusers' pipeline."""
+        own = self.sampler
+        return SamplerDefaults(own.get("num_inference_steps", 50), own.get("guidance_scale", 7.5))
+
+    @property
+    def samples_with(self) -> dict[str, Any]:
+        """What a call samples with when it does not say: {name, num_inference_steps, guidance_scale}.
+
+        Raises:
+            UnknownNameError, InputError: a scheduler that we do not have.
+        """
+        return {"name": self.sampler_name, **dataclasses.asdict(self.sampler_defaults)}
+
+    def with_sampler(self, name: str | None) -> Artifact:
+        """The same model, opened, with another sampler of its own: what is made of it keeps that one.
+
+        Raises:
+            UnknownNameError: no such sampler.
+        """
+        if name is None:
+            return self
+        known_sampler(name)
+        assert self.manifest is not None
+        manifest = dataclasses.replace(self.manifest, sampler={**self.manifest.sampler, "name": name})
+        return Artifact(self.folder, manifest)
 
     @property
     def exported(self) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 from sdlite import backends, hub
 from sdlite.artifact import PRECISIONS, Artifact
 from sdlite.errors import InputError, UnknownNameError
+from sdlite.sampling import known_sampler
 
 PROMPT = "a red apple on a blue background"
 BUDGET = 100.0  # seconds for all rows together, loading and first pictures included, when nobody says how long to repeat
@@ -31,6 +32,7 @@ class Job:
     backend: str
     steps: int | None = None
     guidance: float | None = None
+    sampler: str | None = None
     height: int | None = None
     width: int | None = None
     batch: int = 1
@@ -46,6 +48,7 @@ def jobs(model: str, precisions: Sequence[str] | None = None, backend_names: Seq
         UnknownNameError: a precision or backend does not exist. InputError: nothing is left that could run.
     """
     artifact = Artifact.open(hub.resolve(model, None))
+    known_sampler(settings.get("sampler") or artifact.sampler_name)
     held = list(artifact.manifest.variants) if artifact.manifest else ["fp32"]
     for p in precisions or ():
         if p not in PRECISIONS:
@@ -81,7 +84,8 @@ def measure(job: Job) -> dict[str, Any]:
 
     def picture(pipe: Pipeline) -> Any:
         return pipe(
-            [PROMPT] * job.batch, seed=0, num_inference_steps=job.steps, guidance_scale=job.guidance, height=job.height, width=job.width
+            [PROMPT] * job.batch, seed=0, num_inference_steps=job.steps, guidance_scale=job.guidance, height=job.height, width=job.width,
+            sampler=job.sampler,
         )  # fmt: skip
 
     begin = time.perf_counter()

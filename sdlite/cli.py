@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import signal
 import sys
@@ -121,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--threads", type=int, help=THREADS)
     g.add_argument("--negative-prompt", help="what guidance leads away from; needs a guidance above 1")
     g.add_argument("--steps", type=int, help="default: the model's own")
-    g.add_argument("--guidance", type=float, help="default: the model's own; 1 is none")
+    g.add_argument("--guidance", type=float, help="default: the model's own; 0 to 1 is none")
     g.add_argument("--sampler", help="ddim, euler, dpm++2m, ...; a wrong name lists them; default: the model's own")
     g.add_argument("--seed", type=int, help="picture i uses seed + i; default: drawn, and written into the file")
     g.add_argument("--num", type=int, default=1, help="number of pictures")
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     q.add_argument("--prompts", type=Path, help="calibration prompts, one a line; default: the model's own")
     q.add_argument("--samples", type=int, default=16, help="calibration pictures")
     q.add_argument("--steps", type=int, help="sampling steps while calibrating and comparing; default: the model's own")
+    q.add_argument("--sampler", help="for calibration and comparison, and the new model's own; default: the model's own")
     q.add_argument("--observer", default="mse", help="min-max, percentile or mse")
     q.add_argument("--scheme", default="u8s7", help="u8s7 (exact on every x86), u8s8 (VNNI or ARM only) or s8s8 (TensorRT)")
     q.add_argument("--height", type=int, help="pixels while calibrating and comparing; with --width; default: the model's own")
@@ -161,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument("--out", type=Path, help="new folder")
     e.add_argument("--prompts", type=Path, help="pictures that are compared, one prompt a line; default: two of the model's own")
     e.add_argument("--steps", type=int, help="sampling steps of those pictures; default: the model's own")
+    e.add_argument("--sampler", help="of those pictures, and the export's own; default: the model's own")
     e.add_argument("--fuse-schedule", action="store_true", help="onnx, fixed shapes: compute what depends on step or prompt alone once")
     e.add_argument("--reference", help="the float model that MODEL was quantised from: its pictures are compared too")
     e.add_argument("--threads", type=int, help=THREADS)
@@ -191,7 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     b.add_argument("--precisions", nargs="+", help="default: those that the model holds")
     b.add_argument("--backends", nargs="+", help="default: the installed ones that have the precision; torch only for plain folders")
     b.add_argument("--steps", type=int, help="default: the model's own")
-    b.add_argument("--guidance", type=float, help="default: the model's own; 1 is none")
+    b.add_argument("--guidance", type=float, help="default: the model's own; 0 to 1 is none")
+    b.add_argument("--sampler", help="default: the model's own")
     b.add_argument("--height", type=int, help="pixels; default: what the model was trained at")
     b.add_argument("--width", type=int, help="pixels; default: what the model was trained at")
     b.add_argument("--batch", type=int, default=1, help="pictures of one call")
@@ -273,7 +277,7 @@ def _quantize(args: argparse.Namespace) -> None:
         raise InputError("--height and --width go together.")
     size = None if args.height is None else (args.height, args.width)
     report = quantize(
-        args.model, args.precision, out=args.out, scheme=args.scheme, threads=args.threads, progress=not args.quiet,
+        args.model, args.precision, out=args.out, scheme=args.scheme, threads=args.threads, progress=not args.quiet, sampler=args.sampler,
         calibration=Calibration(
             prompts=read_prompts(args.prompts) if args.prompts else None, samples=args.samples, num_inference_steps=args.steps,
             observer=args.observer, size=size,
@@ -314,6 +318,7 @@ def _export(args: argparse.Namespace) -> None:
         fuse_schedule=args.fuse_schedule,
         reference=args.reference,
         threads=args.threads,
+        sampler=args.sampler,
     )
     print(table(report))
     print(f"wrote {args.out} ({sum(f['bytes'] for f in report['files'].values()) / 1e6:.2f} MB of networks)")
@@ -376,7 +381,7 @@ def _bench(args: argparse.Namespace) -> None:
     from sdlite import bench
 
     todo = bench.jobs(
-        args.model, args.precisions, args.backends, steps=args.steps, guidance=args.guidance, height=args.height, width=args.width,
+        args.model, args.precisions, args.backends, steps=args.steps, guidance=args.guidance, sampler=args.sampler, height=args.height, width=args.width,
         batch=args.batch, threads=args.threads, seconds=args.seconds,
     )  # fmt: skip
     print(bench.HEADER, flush=True)
@@ -391,22 +396,28 @@ def _bench(args: argparse.Namespace) -> None:
         print(f"wrote {args.out}")
 
 
-def _describe(artifact: Any) -> dict[str, Any]:
-    from sdlite.sampling import sampler_of
+def _sampler(artifact: Any) -> dict[str, Any]:
+    """What a call samples with; `note` says what to do where the model's scheduler is not one of ours."""
+    try:
+        return dict(artifact.samples_with)
+    except SdliteError as e:
+        return {"name": None, **dataclasses.asdict(artifact.sampler_defaults), "note": str(e)}
 
+
+def _describe(artifact: Any) -> dict[str, Any]:
     m = artifact.manifest
     scheduler = artifact.config("scheduler")
     if m is None:
         return {
             "name": artifact.name, "format": None, "student": {}, "variants": {}, "files": {},
-            "sampler": {"name": sampler_of(scheduler), "num_inference_steps": 50, "guidance_scale": 7.5},
+            "sampler": _sampler(artifact),
         }  # fmt: skip
     variants = {
         p: {part: {**e, "bytes": sum(m.files[f]["bytes"] for f in (e["file"], *e["weights"]))} for part, e in parts.items()}
         for p, parts in m.variants.items()
     }
     return {
-        "name": artifact.name, "format": m.format, "student": m.student, "sampler": {"prediction_type": scheduler.get("prediction_type"), **m.sampler},
+        "name": artifact.name, "format": m.format, "student": m.student, "sampler": {"prediction_type": scheduler.get("prediction_type"), **_sampler(artifact)},
         "variants": variants, "quality": m.quality, "calibration": m.calibration, "total_bytes": sum(f["bytes"] for f in m.files.values()),
     }  # fmt: skip
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from sdlite import arguments, backends, families, habits, hub, images, tiling
 from sdlite._version import __version__
-from sdlite.artifact import Artifact, SamplerDefaults, writing
+from sdlite.artifact import Artifact, writing
 from sdlite.errors import ArtifactError, InputError, MissingExtraError, SdliteWarning, ShapeError
 from sdlite.errors import Cancelled as Cancelled
-from sdlite.sampling import Noise, Sampler, Schedule, denoise, get_sampler, sampler_of
+from sdlite.sampling import Noise, Sampler, Schedule, denoise, get_sampler, guided
+from sdlite.spec import latent_size
 from sdlite.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ class Pipeline(metaclass=_Class):
         self.schedule = Schedule.from_config(self.scheduler_config)
         self.unet_config, self.vae_config = artifact.config("unet"), artifact.config("vae")
         self.stride = families.vae_stride(self.vae_config)
-        own = artifact.sampler
-        self.defaults = SamplerDefaults(own.get("num_inference_steps", 50), own.get("guidance_scale", 7.5))  # diffusers' for a plain folder
+        self.defaults = artifact.sampler_defaults
         self.tiling: tiling.Tiling | None = None
         self._warned: set[str] = set()
 
@@ -219,9 +219,9 @@ class Pipeline(metaclass=_Class):
 
         Args:
             prompt: one or several; each makes `num_images_per_prompt` images, in order.
-            negative_prompt: what guidance leads away from; default "". Needs guidance_scale other than 1.
-            num_inference_steps, guidance_scale, sampler: default to the model's own. guidance g is u + g (c - u): 1 runs without
-                guidance (one network row per image), 0 is the negative prompt's image.
+            negative_prompt: what guidance leads away from; default "". Needs guidance_scale above 1.
+            num_inference_steps, guidance_scale, sampler: default to the model's own. guidance g is u + g (c - u) above 1; 0 to 1
+                runs without guidance, one network row per image, as in diffusers.
             seed: image i uses seed + i, or seed[i], 0 to 2**64 - 1; None draws one. Equal to diffusers with one CPU generator per image.
             height, width: pixels; default to the size that the student was trained at.
             latents: unit normal float (B, C, height/8, width/8) instead of the draw.
@@ -242,8 +242,10 @@ class Pipeline(metaclass=_Class):
         prompts = [p for p in arguments.texts("prompt", prompt) for _ in range(repeat)]
         negatives = self._negatives(negative_prompt, len(prompts), repeat)
         steps, scale = self._steps(num_inference_steps), self._guidance(guidance_scale)
-        if any(negatives) and scale == 1:
-            raise InputError("negative_prompt has no effect at guidance_scale=1; raise guidance_scale or leave it out.")
+        if any(negatives) and not guided(scale):
+            raise InputError(
+                f"negative_prompt has no effect at guidance_scale={scale:g}, which is no guidance; raise it above 1, or leave the prompt out."
+            )
         name = self.default_sampler if sampler is None else arguments.text("sampler", sampler)
         solver = get_sampler(name, self.schedule, steps)
         seeds, noise = self._noise(seed, generator, len(prompts))
@@ -254,13 +256,13 @@ class Pipeline(metaclass=_Class):
         timings: dict[str, float] = {}
         clock = time.perf_counter
         begin = mark = clock()
-        ids = self.tokenize(prompts if scale == 1 else [*prompts, *negatives])
+        ids = self.tokenize([*prompts, *negatives] if guided(scale) else prompts)
         embeds = self.encode_text(ids)
-        embeds, uncond = (embeds, None) if scale == 1 else np.split(embeds, 2)
+        embeds, uncond = np.split(embeds, 2) if guided(scale) else (embeds, None)
         timings["text_encoder"], mark = clock() - mark, clock()
         x = self.init_latents(noise, height, width) if start is None else start
         run = self.denoise(x, embeds, noise, solver, uncond=uncond, guidance_scale=scale)
-        total = len(solver)  # pndm takes its second step twice
+        total = len(solver)  # pndm takes its second step twice, heun calls the network twice a step
         for step, x in enumerate(self._bar(run, total, progress), 1):
             listen(step, x)
         timings["unet"], mark = clock() - mark, clock()
@@ -305,8 +307,7 @@ class Pipeline(metaclass=_Class):
     @property
     def default_sampler(self) -> str:
         """The artefact's own sampler."""
-        own = self.artifact.sampler.get("name")
-        return own or sampler_of(self.scheduler_config)
+        return self.artifact.sampler_name
 
     @staticmethod
     def _bar(run: Iterator[np.ndarray], steps: int, progress: bool) -> Iterator[np.ndarray]:
@@ -385,8 +386,7 @@ class Pipeline(metaclass=_Class):
 
     def _familiar(self, height: int, width: int) -> None:
         """Warn about an image far from the size that the student was trained at."""
-        sample = self.unet_config["sample_size"]
-        trained = [s * self.stride for s in ((sample, sample) if isinstance(sample, int) else sample)]
+        trained = [s * self.stride for s in latent_size(self.unet_config)]
         share = height * width / (trained[0] * trained[1])
         if not FAMILIAR[0] <= share <= FAMILIAR[1]:
             self._warn(
@@ -395,8 +395,7 @@ class Pipeline(metaclass=_Class):
             )
 
     def _size(self, height: int | None, width: int | None, latents: np.ndarray | None, count: int) -> tuple[int, int, np.ndarray | None]:
-        sample, channels = self.unet_config["sample_size"], self.unet_config["in_channels"]
-        side = (sample, sample) if isinstance(sample, int) else sample
+        side, channels = latent_size(self.unet_config), self.unet_config["in_channels"]
         if latents is not None:
             latents = np.asarray(latents)
             if latents.ndim != 4 or latents.shape[:2] != (count, channels) or latents.dtype.kind != "f":

@@ -6,7 +6,12 @@ h,w latent size, H,W pixels (8h, 8w for an SD autoencoder).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from sdlite.errors import ArtifactError
 
 
 @dataclass(frozen=True)
@@ -47,4 +52,28 @@ VAE_DECODER = IOSpec(
     (Tensor("latent_sample", ("B", "C", "h", "w"), "float32", "latents divided by scaling_factor"),),
     Tensor("sample", ("B", "3", "H", "W"), "float32", "pixels, about -1 to 1"),
 )
+
+
+def latent_size(unet: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) of the latents that a U-Net was made for, from its config.json.
+
+    As diffusers' pipeline has it: in files from before diffusers 0.9 a size below 64 is an oversight
+    and means 64 (`StableDiffusionPipeline.__init__`).
+
+    Raises:
+        ArtifactError: `sample_size` is neither a number nor a pair of them.
+    """
+    side = unet.get("sample_size")
+    if isinstance(side, int) and not isinstance(side, bool) and side > 0:
+        version = re.match(r"0\.(\d+)", str(unet.get("_diffusers_version", "")))
+        side = 64 if version and int(version[1]) < 9 and side < 64 else side
+        return side, side
+    if isinstance(side, (list, tuple)) and len(side) == 2 and all(isinstance(s, int) and s > 0 for s in side):
+        return side[0], side[1]
+    raise ArtifactError(
+        f"unet/config.json: sample_size={side!r}; accepted: a whole number, or [height, width], in latents "
+        "(64 for SD-1.x). Correct the file."
+    )
+
+
 SPECS: dict[str, IOSpec] = {s.part: s for s in (TEXT_ENCODER, UNET, VAE_DECODER)}

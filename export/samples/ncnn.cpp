@@ -57,7 +57,7 @@ static void picture(const std::string& folder, const std::string& inputs, const 
         t[0] = in.timesteps[i];
         const ncnn::Mat sample = to_mat(x, in.width, in.height, in.channels);
         std::vector<float> v = from_mat(unet({sample, t, embeds}));
-        if (in.guidance != 1.f) guide(in, from_mat(unet({sample, t, no_embeds})), v);
+        if (in.guidance > 1.f) guide(in, from_mat(unet({sample, t, no_embeds})), v);
         ddim(in, i, v, x);
     }
     for (float& value : x) value /= in.scaling_factor;

@@ -112,7 +112,7 @@ int main(int argc, char** argv) try {
     };
     for (int i = 0; i < in.steps; i++) {
         std::vector<float> v = predict(i, embeds);
-        if (in.guidance != 1.f) guide(in, predict(i, no_embeds), v);
+        if (in.guidance > 1.f) guide(in, predict(i, no_embeds), v);
         ddim(in, i, v, x);
     }
     for (float& value : x) value /= in.scaling_factor;

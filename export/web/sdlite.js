@@ -1,4 +1,4 @@
-// sdlite in a browser: seeded noise, DDIM with guidance, and three ONNX networks on onnxruntime-web (wasm or WebGPU).
+// sdlite in a browser: seeded noise, three samplers with guidance, three ONNX networks on onnxruntime-web (wasm or WebGPU).
 // The same seed gives the picture that Python's sdlite.Pipeline gives. Names follow diffusers.
 
 import * as ort from "./ort/ort.webgpu.bundle.min.mjs";
@@ -6,7 +6,7 @@ import { ClipTokenizer } from "./tokenizer.js";
 
 export { ClipTokenizer };
 
-// --- noise: torch.randn on the CPU, as sdlite/sampling.py --------------------------------------------------------------
+// --- noise: torch.randn on the CPU, as sdlite/sampling/noise.py --------------------------------------------------------------
 
 class MersenneTwister {
   constructor(seed) {
@@ -35,53 +35,133 @@ class MersenneTwister {
   }
 }
 
-// n standard normal numbers, n a multiple of 16
-export function noise(seed, n) {
-  if (n % 16) throw new Error(`${n} noise values; a multiple of 16 is needed`);
-  const bits = new MersenneTwister(Number(BigInt(seed) % 4294967296n));
-  const out = new Float32Array(n);
-  for (let i = 0; i < n; i++) out[i] = (bits.next() & 0xffffff) * 2 ** -24;
-  for (let i = 0; i < n; i += 16) {
-    for (let k = i; k < i + 8; k++) {
-      const radius = Math.sqrt(-2 * Math.log(Math.fround(1 - out[k])));
-      const theta = Math.fround(2 * Math.PI) * out[k + 8];
-      out[k] = radius * Math.cos(theta);
-      out[k + 8] = radius * Math.sin(theta);
-    }
+// Draws of one seed, one after another: n standard normal numbers, n a multiple of 16.
+class Noise {
+  constructor(seed) {
+    this.bits = new MersenneTwister(Number(BigInt(seed) % 4294967296n));
   }
-  return out;
+
+  normal(n) {
+    if (n % 16) throw new Error(`${n} noise values; a multiple of 16 is needed`);
+    const out = new Float32Array(n);
+    for (let i = 0; i < n; i++) out[i] = (this.bits.next() & 0xffffff) * 2 ** -24;
+    for (let i = 0; i < n; i += 16) {
+      for (let k = i; k < i + 8; k++) {
+        const radius = Math.sqrt(-2 * Math.log(Math.fround(1 - out[k])));
+        const theta = Math.fround(2 * Math.PI) * out[k + 8];
+        out[k] = radius * Math.cos(theta);
+        out[k + 8] = radius * Math.sin(theta);
+      }
+    }
+    return out;
+  }
 }
 
-// --- DDIM, eta 0: Song et al. 2020, eq. 12 -----------------------------------------------------------------------------
+export function noise(seed, n) {
+  return new Noise(seed).normal(n);
+}
+
+// --- samplers, as sdlite/sampling/solvers.py: {times, start, scaled(i, x), step(i, output, x, draw)} -------------------
 
 function rint(x) {  // halves to even, as numpy rounds
   const down = Math.floor(x);
   return x - down === 0.5 ? down + (down % 2) : Math.round(x);
 }
 
-export function timesteps({ timestep_spacing: spacing, num_train_timesteps: total, steps_offset: offset }, n) {
+// descending, not rounded for linspace
+function spaced({ timestep_spacing: spacing, num_train_timesteps: total, steps_offset: offset }, n) {
   if (!(Number.isInteger(n) && n >= 1 && n <= total)) throw new Error(`${n} steps; accepted: 1 to ${total}`);
   return Array.from({ length: n }, (_, i) => {
     if (spacing === "trailing") return rint(total - (i * total) / n) - 1;
-    if (spacing === "linspace") return n === 1 ? 0 : rint(((n - 1 - i) * (total - 1)) / (n - 1));
+    if (spacing === "linspace") return n === 1 ? 0 : ((n - 1 - i) * (total - 1)) / (n - 1);
     return (n - 1 - i) * Math.floor(total / n) + offset;
   });
 }
 
-function step(schedule, t, n, output, x) {
-  const bar = schedule.alphas_cumprod, before = t - Math.floor(schedule.num_train_timesteps / n);
-  const [alpha, sigma] = [Math.sqrt(bar[t]), Math.sqrt(1 - bar[t])];
-  const to = before >= 0 ? bar[before] : schedule.final_alpha;
-  const next = new Float32Array(x.length);
-  for (let i = 0; i < x.length; i++) {
-    let x0, eps;
-    if (schedule.prediction_type === "epsilon") [x0, eps] = [(x[i] - sigma * output[i]) / alpha, output[i]];
-    else if (schedule.prediction_type === "sample") [x0, eps] = [output[i], (x[i] - alpha * output[i]) / sigma];
-    else [x0, eps] = [alpha * x[i] - sigma * output[i], alpha * output[i] + sigma * x[i]];
-    if (schedule.clip_sample) x0 = Math.min(Math.max(x0, -schedule.clip_sample_range), schedule.clip_sample_range);
-    next[i] = Math.sqrt(to) * x0 + Math.sqrt(1 - to) * eps;
+export function timesteps(schedule, n) {
+  const times = spaced(schedule, n).map(rint), total = schedule.num_train_timesteps;
+  if (times[0] >= total) throw new Error(`${n} steps; accepted: 1 to ${total - 1}`);
+  return times;
+}
+
+// Float32Array of f(i), as long as x
+const each = (x, f) => Float32Array.from(x, (_, i) => f(i));
+
+// the network's output at alpha-bar a as [x_0, eps]
+function split(kind, a, output, x) {
+  const [alpha, sigma] = [Math.sqrt(a), Math.sqrt(1 - a)];
+  if (kind === "epsilon") return [each(x, (i) => (x[i] - sigma * output[i]) / alpha), output];
+  if (kind === "sample") return [output, each(x, (i) => (x[i] - alpha * output[i]) / sigma)];
+  return [each(x, (i) => alpha * x[i] - sigma * output[i]), each(x, (i) => alpha * output[i] + sigma * x[i])];
+}
+
+const blend = (a, x0, eps) => each(x0, (i) => Math.sqrt(a) * x0[i] + Math.sqrt(1 - a) * eps[i]);
+
+// Song et al. 2020, eq. 12, eta 0
+function ddim(schedule, n) {
+  const bar = schedule.alphas_cumprod, times = timesteps(schedule, n), stride = Math.floor(schedule.num_train_timesteps / n);
+  return {
+    times,
+    step(i, output, x) {
+      const to = times[i] - stride;
+      return blend(to >= 0 ? bar[to] : schedule.final_alpha, ...split(schedule.prediction_type, bar[times[i]], output, x));
+    },
+  };
+}
+
+// Luo et al. 2023, algorithm 3
+function lcm(schedule, n) {
+  const bar = schedule.alphas_cumprod, origin = schedule.original_inference_steps;
+  if (!(Number.isInteger(n) && n >= 1 && n <= origin)) throw new Error(`${n} steps; accepted: 1 to ${origin}`);
+  const stride = Math.floor(schedule.num_train_timesteps / origin);
+  const times = Array.from({ length: n }, (_, i) => (origin - Math.floor(i * (origin / n))) * stride - 1);
+  return {
+    times,
+    step(i, output, x, draw) {
+      const [x0] = split(schedule.prediction_type, bar[times[i]], output, x), scaled = (times[i] * schedule.timestep_scaling) ** 2;
+      const skip = 0.25 / (scaled + 0.25), out = Math.sqrt(scaled / (scaled + 0.25));
+      const clean = each(x, (k) => out * x0[k] + skip * x[k]);
+      return i === n - 1 ? clean : blend(bar[times[i + 1]], clean, draw());
+    },
+  };
+}
+
+// Karras et al. 2022, algorithm 1 without churn
+function euler(schedule, n) {
+  const table = schedule.alphas_cumprod.map((a) => Math.sqrt((1 - a) / a)), last = table.length - 1;
+  if (schedule.rescale_betas_zero_snr) table[last] = 4096;
+  const times = spaced(schedule, n).map(Math.fround);
+  const sigmas = times.map((t) => {
+    const low = Math.min(Math.floor(t), last), high = Math.min(low + 1, last);
+    return table[low] + (Math.min(t, last) - low) * (table[high] - table[low]);
+  });
+  sigmas.push(0);
+  return {
+    times,
+    start: schedule.timestep_spacing === "leading" ? Math.sqrt(sigmas[0] ** 2 + 1) : sigmas[0],
+    scaled: (i, x) => x.map((v) => v / Math.sqrt(sigmas[i] ** 2 + 1)),
+    step(i, output, x) {
+      const s = sigmas[i], kind = schedule.prediction_type, [a, b] = [s / Math.sqrt(s ** 2 + 1), 1 / (s ** 2 + 1)];
+      const clean = (k) => (kind === "epsilon" ? x[k] - s * output[k] : kind === "sample" ? output[k] : b * x[k] - a * output[k]);
+      return each(x, (k) => x[k] + ((x[k] - clean(k)) / s) * (sigmas[i + 1] - s));
+    },
+  };
+}
+
+const SAMPLERS = { ddim, lcm, euler };
+
+export function sampler(name, schedule, n) {
+  if (!(name in SAMPLERS)) {
+    throw new Error(`this page samples with ${Object.keys(SAMPLERS).join(", ")}, not ${name}: export the model with --sampler ddim`);
   }
-  return next;
+  return { start: 1, scaled: (i, x) => x, ...SAMPLERS[name](schedule, n) };
+}
+
+// whether g asks for guidance: above 1, as in diffusers
+export function guided(scale, negative = "") {
+  if (!(Number.isFinite(scale) && scale >= 0)) throw new Error(`guidance ${scale}; accepted: 0 or more, and 0 to 1 is none`);
+  if (negative && scale <= 1) throw new Error(`a negative prompt has no effect at guidance ${scale}; raise it above 1`);
+  return scale > 1;
 }
 
 // --- pipeline ----------------------------------------------------------------------------------------------------------
@@ -94,6 +174,7 @@ export class Pipeline {
     if (provider === "webgpu" && !navigator.gpu) throw new Error("this browser has no WebGPU; choose wasm");
     const pipe = new Pipeline();
     pipe.settings = await (await fetch(`${base}/sdlite-web.json`)).json();
+    sampler(pipe.settings.sampler.name, pipe.settings.schedule, 1);  // refuses before the networks are fetched
     pipe.tokenizer = await ClipTokenizer.load(`${base}/sdlite-tokenizer.json`);
     pipe.sessions = {};
     for (const part of ["text_encoder", "unet", "vae_decoder"]) {
@@ -130,25 +211,27 @@ export class Pipeline {
 
   // -> {pixels: Uint8ClampedArray RGBA, width, height, seconds, warnings: what of a prompt did not fit}
   async generate({ prompt, negative_prompt = "", seed = 0, num_inference_steps, guidance_scale, latents, onStep = () => true }) {
-    const begin = performance.now(), { schedule, latent_shape: shape, scaling_factor: scaling, shift_factor: shift, sampler } = this.settings;
-    const n = num_inference_steps ?? sampler.num_inference_steps, scale = guidance_scale ?? sampler.guidance_scale;
-    const cond = await this.encode(prompt), uncond = scale === 1 ? null : await this.encode(negative_prompt);
-    const size = shape.reduce((a, b) => a * b);
-    let x = latents ? Float32Array.from(latents) : noise(seed, size);
+    const begin = performance.now(), { schedule, latent_shape: shape, scaling_factor: scaling, shift_factor: shift } = this.settings;
+    const own = this.settings.sampler, scale = guidance_scale ?? own.guidance_scale;
+    const solver = sampler(own.name, schedule, num_inference_steps ?? own.num_inference_steps), n = solver.times.length;
+    const uncond = guided(scale, negative_prompt) ? await this.encode(negative_prompt) : null, cond = await this.encode(prompt);
+    const size = shape.reduce((a, b) => a * b), draws = new Noise(seed);
+    let x = latents ? Float32Array.from(latents) : draws.normal(size);
     if (x.length !== size) throw new Error(`${x.length} latents; ${size} are needed, shape ${shape}`);
-    const unet = (embeds, t) => this.run("unet", {
-      sample: { type: "float32", data: x, dims: shape },
+    x = x.map((v) => v * solver.start);
+    const unet = (embeds, data, t) => this.run("unet", {
+      sample: { type: "float32", data, dims: shape },
       timestep: { type: "float32", data: Float32Array.of(t), dims: [] },
       encoder_hidden_states: { type: "float32", data: embeds.data, dims: embeds.dims },
     });
-    const times = timesteps(schedule, n);
-    for (const [i, t] of times.entries()) {
-      let out = (await unet(cond, t)).data;
+    for (const [i, t] of solver.times.entries()) {
+      const given = solver.scaled(i, x);
+      let out = (await unet(cond, given, t)).data;
       if (uncond) {
-        const u = (await unet(uncond, t)).data;
+        const u = (await unet(uncond, given, t)).data;
         out = out.map((c, k) => u[k] + scale * (c - u[k]));
       }
-      x = step(schedule, t, n, out, x);
+      x = solver.step(i, out, x, () => draws.normal(size));
       if (onStep(i + 1, n) === false) throw new Error(`cancelled after step ${i + 1} of ${n}`);
     }
     const z = x.map((v) => v / scaling + shift);

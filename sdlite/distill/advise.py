@@ -18,6 +18,7 @@ import torch
 from sdlite.distill.recipe import Recipe
 from sdlite.distill.students import PRESETS, StudentSpec, parameters, shape
 from sdlite.errors import InputError, UnknownNameError
+from sdlite.spec import latent_size
 
 TABLE = Path(__file__).parent / "measured.json"
 # device -> precision, bytes of a weight in it, the next command
@@ -111,18 +112,18 @@ def macs(network: Any, tokens: int = 77) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     network, c = shape(network, StudentSpec()), network.config
-    side = c.sample_size if isinstance(c.sample_size, int) else c.sample_size[0]
+    size = latent_size(c)
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, c.in_channels, side, side), torch.zeros(()), torch.zeros(1, tokens, c.cross_attention_dim))
+        network(torch.zeros(1, c.in_channels, *size), torch.zeros(()), torch.zeros(1, tokens, c.cross_attention_dim))
     return int(counter.get_total_flops() // 2)
 
 
-def decoder_macs(vae: Any, side: int) -> int:
-    """Multiply-accumulates of decoding one picture of `side` x `side` latents."""
+def decoder_macs(vae: Any, size: tuple[int, int]) -> int:
+    """Multiply-accumulates of decoding one picture of latents of `size`, height and width."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        vae.decode(torch.zeros(1, vae.config.latent_channels, side, side, device=next(vae.parameters()).device))
+        vae.decode(torch.zeros(1, vae.config.latent_channels, *size, device=next(vae.parameters()).device))
     return int(counter.get_total_flops() // 2)
 
 
@@ -153,7 +154,7 @@ def advise(*, device: str, memory_gb: float, minutes: float, wish: str, teacher:
     student = shape(unet, PRESETS[preset] if preset else StudentSpec())
     work = [macs(unet), macs(student)]
     stages, calls, said = _stages(table, wish, preset)
-    reasons += said + _decoder(stages, vae, unet.config.sample_size, calls * work[1], calls, wish)
+    reasons += said + _decoder(stages, vae, latent_size(unet.config), calls * work[1], calls, wish)
     reasons += _budget(table, stages, minutes, images_per_second, work)
     precision, _, then = DEVICES[device]
     reasons.append(
@@ -222,14 +223,13 @@ def _size(unet: Any, rest: int, device: str, memory_gb: float, wish: str) -> tup
     ]
 
 
-def _decoder(stages: list[dict[str, Any]], vae: Any, side: Any, work: int, calls: int, wish: str) -> list[str]:
+def _decoder(stages: list[dict[str, Any]], vae: Any, size: tuple[int, int], work: int, calls: int, wish: str) -> list[str]:
     """In place: a tiny-decoder stage where decoding is most of the work and the wish is speed. Returns why."""
     from sdlite.distill.parts import tiny_vae
 
-    side = side if isinstance(side, int) else side[0]
     with torch.device("meta"):
         tiny = tiny_vae(vae)
-    old, new = decoder_macs(vae, side), decoder_macs(tiny, side)
+    old, new = decoder_macs(vae, size), decoder_macs(tiny, size)
     text = f"decoder: {old / 1e9:.3g} GMACs against {work / 1e9:.3g} of {calls} UNet calls; TAESD's shape takes {new / 1e9:.3g}, its quality is not measured yet by us"
     if new >= old or 2 * old < work:
         return [text.split("; ")[0] + ": it stays"]

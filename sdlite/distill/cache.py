@@ -27,14 +27,25 @@ from sdlite.tokenizer import ClipTokenizer
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
-    """Centre crop, Lanczos resize, RGB on white: float32 (3, size, size) in [-1, 1]."""
+    """`to_size`, as high as wide."""
+    return to_size(image, (size, size))
+
+
+def to_size(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Centre crop, Lanczos resize, RGB on white: float32 (3, height, width) in [-1, 1].
+
+    Args:
+        size: height and width in pixels.
+    """
+    height, width = size
     if image.mode in ("RGBA", "LA", "P"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    wide = min(image.width, image.height * width // height)
+    high = min(image.height, image.width * height // width)
+    left, top = (image.width - wide) // 2, (image.height - high) // 2
+    image = image.crop((left, top, left + wide, top + high)).resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
@@ -54,11 +65,11 @@ class CachedLatents:
 
     @classmethod
     def build(cls, captions: Captions, tokenizer: ClipTokenizer, encode: Callable[[list[Any]], Tensor], path: Path, *, key: dict[str, Any],
-              size: int, batch: int = 16, progress: bool = True) -> CachedLatents:  # fmt: skip
+              size: tuple[int, int], batch: int = 16, progress: bool = True) -> CachedLatents:  # fmt: skip
         """Read the cache at `path`, or make it.
 
         Args:
-            encode: list of float32 (3, size, size) arrays, or of captions when there are only prompts -> scaled latents (B, C, h, w).
+            encode: list of float32 (3, *size) arrays, or of captions when there are only prompts -> scaled latents (B, C, h, w).
             key: what determines the latents besides the data (VAE hash, teacher, steps).
 
         Raises:
@@ -66,7 +77,7 @@ class CachedLatents:
         """
         key = {
             **key,
-            "size": size,
+            "size": size[0] if size[0] == size[1] else size,
             "tokenizer": tokenizer.digest(),
             "items": hashlib.sha256("\n".join(f"{i.key}\t{i.caption}" for i in captions.items).encode()).hexdigest(),
         }
@@ -89,7 +100,7 @@ class CachedLatents:
 
         for item in tqdm(captions.items, desc="latents", unit="img", disable=not progress):
             try:
-                waiting.append(item.caption if item.open is None else to_square(item.open(), size))
+                waiting.append(item.caption if item.open is None else to_size(item.open(), size))
             except (OSError, ValueError, SyntaxError) as e:  # Pillow raises all three for damaged files
                 skipped[item.key] = str(e)
                 continue

@@ -20,7 +20,7 @@ from sdlite.distill.students import build, parameters
 from sdlite.distill.tasks import StudentTask, decode_scaled
 from sdlite.distill.train import step_generator
 from sdlite.errors import MissingExtraError
-from sdlite.sampling import Schedule
+from sdlite.sampling import Schedule, guided
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def settings(recipe: Recipe, samples: int) -> list[Finding]:
                 )
             )
         later = recipe.stages[recipe.stages.index(s) + 1 :]
-        if s.kind == "output" and s.options.get("caption_dropout", 0.1) == 0 and not any(o.guidance != 1 for o in later):
+        if s.kind == "output" and s.options.get("caption_dropout", 0.1) == 0 and not any(guided(o.guidance) for o in later):
             out.append(
                 Finding("warn", "settings", f"{s.name}: caption_dropout = 0, so the student knows no empty caption, and guidance needs one")
             )
@@ -173,11 +173,15 @@ def preprocessing(latents: Tensor, used: int, skipped: int, truncated: int) -> l
     """Do the latents look like what the teacher was trained on: about zero mean, unit variance, finite?"""
     mean, std = float(latents.float().mean()), float(latents.float().std())
     out = []
+    top = float(latents.float().abs().max())
     if not torch.isfinite(latents.float()).all():
         out.append(Finding("fail", "preprocessing", "latents hold NaN or infinity: the VAE overflows (fp16?) or a picture is damaged"))
     elif not 0.5 < std < 2 or abs(mean) > 0.5:
         out.append(Finding("fail", "preprocessing", f"latents have mean {mean:.2f}, deviation {std:.2f}, not about 0 and 1: is scaling_factor applied, "
                            "are pixels in [-1, 1]?"))  # fmt: skip
+    elif top <= 1:
+        text = f"no latent is beyond {top:.2f}, although their deviation is {std:.2f}: they were clipped to ±1, as schedulers for pixels do"
+        out.append(Finding("fail", "preprocessing", text + " (clip_sample); make the data again without"))
     else:
         out.append(Finding("ok", "preprocessing", f"latents have mean {mean:.2f}, deviation {std:.2f}"))
     share = skipped / max(used + skipped, 1)

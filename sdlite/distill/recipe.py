@@ -62,6 +62,8 @@ from sdlite.distill.targets import cache_targets
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.errors import InputError, need
 from sdlite.exporters import CONVERT_NEEDS
+from sdlite.sampling import guided, known_sampler
+from sdlite.spec import latent_size
 from sdlite.tokenizer import ClipTokenizer
 from sdlite.torch_networks import open_network
 from sdlite.tryout import try_out
@@ -201,14 +203,17 @@ class Recipe:
         out: dict[str, Any] = {"name": own, "num_inference_steps": 25, "guidance_scale": 4.0}
         _known("[sampler]", self.sampler, set(out))
         if unet:
-            out["guidance_scale"] = 1.0 if any(s.guidance != 1 for s in unet) else 4.0
+            out["guidance_scale"] = 1.0 if any(guided(s.guidance) for s in unet) else 4.0
             if unet[-1].kind == "consistency":
                 out |= {"name": "lcm", "num_inference_steps": 4}
             elif (steps := _steps(unet[-1])) is not None:
                 out["num_inference_steps"] = steps
         else:
             out |= {k: v for k, v in (teachers or {}).items() if k in out}
-        return {**out, **self.sampler}
+        out |= self.sampler
+        known_sampler(out["name"])
+        guided(out["guidance_scale"])  # says what is out of range
+        return out
 
 
 def _steps(stage: Stage) -> int | None:
@@ -220,7 +225,7 @@ def _steps(stage: Stage) -> int | None:
 
 def _ordered(made: list[Stage]) -> None:
     """Refuse UNet stages after the other parts' stages, and guidance on top of guidance."""
-    guided: Stage | None = None
+    into: Stage | None = None
     for before, stage in itertools.pairwise([None, *made]):
         assert stage is not None
         if before is not None and before.makes != "unet" and (stage.makes == "unet" or stage.kind == before.kind):
@@ -229,12 +234,12 @@ def _ordered(made: list[Stage]) -> None:
                 "they are made for the UNet that is shipped."
             )
         asked = stage.options.get("guidance_scale", 1.0) if stage.kind in ("progressive", "adversarial") else 1.0
-        if guided is not None and asked != 1 and guided.name.split("-")[0] != stage.name.split("-")[0]:
+        if into is not None and guided(asked) and into.name.split("-")[0] != stage.name.split("-")[0]:
             raise InputError(
-                f"stage {stage.name} asks for guidance_scale={asked:g}, but {guided.name} has put guidance into the student "
+                f"stage {stage.name} asks for guidance_scale={asked:g}, but {into.name} has put guidance into the student "
                 "already; say guidance_scale = 1.0, or leave it out."
             )
-        guided = stage if stage.guidance != 1 else guided
+        into = stage if guided(stage.guidance) else into
 
 
 def _known(where: str, given: dict[str, Any], known: set[str]) -> None:
@@ -264,8 +269,10 @@ class Teacher:
         self.vae = open_network(root / "vae").eval().requires_grad_(False)
         config = self.artifact.config("text_encoder")
         self.tokenizer = ClipTokenizer.from_pretrained(root / "tokenizer", config)
-        size = self.unet.config.sample_size
-        self.pixels = (size if isinstance(size, int) else size[0]) * families.vae_stride(self.vae.config)
+        height, width = latent_size(self.unet.config)
+        self.unet.register_to_config(sample_size=height if height == width else [height, width])  # students have it from here
+        stride = families.vae_stride(self.vae.config)
+        self.size = (height * stride, width * stride)  # pixels
 
     @torch.no_grad()
     def encode(self, pictures: list[Any]) -> torch.Tensor:
@@ -273,6 +280,12 @@ class Teacher:
         z = self.vae.encode(torch.stack([torch.from_numpy(p) for p in pictures])).latent_dist.mean
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return (z - shift) * self.vae.config.scaling_factor
+
+    @property
+    def shown_size(self) -> str:
+        """Of its pictures, as people say it."""
+        height, width = self.size
+        return f"{height} px" if height == width else f"{height}x{width} px"
 
     def make(self, prompts: list[str], *, num_inference_steps: int, guidance_scale: float, seed: int) -> torch.Tensor:
         """Latents (B, C, h, w) that the teacher paints for the prompts: data when there is none."""
@@ -294,6 +307,7 @@ class Teacher:
                              "AutoencoderKL to train on pictures, or prompts alone.")  # fmt: skip
         if found.prompts_only:
             key |= {"made_by": self._stamp("unet"), "steps": 25, "guidance_scale": 4.0}
+            key["scheduler"] = self.scheduler
             count = [0]
 
             def encode(prompts: list[Any]) -> torch.Tensor:
@@ -301,15 +315,15 @@ class Teacher:
                 return self.make(prompts, num_inference_steps=25, guidance_scale=4.0, seed=count[0])
         else:
             encode = self.encode
-        few = max(1, min(16, 2**20 // self.pixels**2))  # pictures at once: 16 to 256 px, 4 at 512 px
-        return CachedLatents.build(found, self.tokenizer, encode, cache, key=key, size=self.pixels, batch=few, progress=progress)
+        few = max(1, min(16, 2**20 // (self.size[0] * self.size[1])))  # pictures at once: 16 to 256 px, 4 at 512 px
+        return CachedLatents.build(found, self.tokenizer, encode, cache, key=key, size=self.size, batch=few, progress=progress)
 
 
 def plan(recipe: Recipe, teacher: Teacher) -> str:
     """What `run` would do, in a few lines (`--dry-run`)."""
     student = shape(teacher.unet, recipe.student)
     a, b = parameters(student), parameters(teacher.unet)
-    lines = [f"{recipe.name}: UNet {a:,} parameters, {a / b:.1%} of the teacher's {b:,}; {teacher.pixels} px"]
+    lines = [f"{recipe.name}: UNet {a:,} parameters, {a / b:.1%} of the teacher's {b:,}; {teacher.shown_size}"]
     for s in recipe.stages:
         said = "".join(f", {k}={v}" for k, v in s.options.items())
         lines.append(f"  {s.name}: {s.config.max_images:,} images, batch {s.config.batch_size}, lr {s.config.lr:g}{said}")

@@ -102,6 +102,6 @@ def about_run(recipe: Any, taught: Any, student: Any, source: Any, data: Path) -
     return {
         "student": f"{mine:,} UNet parameters, {mine / theirs:.1%} of the teacher's {theirs:,}",
         "teacher": taught.artifact.name,
-        "data": f"{len(source):,} pictures of {data.name}, {len(source.skipped)} left out, {taught.pixels} px",
+        "data": f"{len(source):,} pictures of {data.name}, {len(source.skipped)} left out, {taught.shown_size}",
         "recipe": ", ".join(s.name for s in recipe.stages),
     }

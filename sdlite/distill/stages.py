@@ -19,6 +19,7 @@ from sdlite.distill.losses import huber_loss, output_loss
 from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder, Forward, LatentSource, _Denoising, probe
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
+from sdlite.sampling import guided
 
 
 class Solver(Forward):
@@ -94,7 +95,7 @@ class _FromTeacher(_Denoising):
     @torch.no_grad()
     def teach(self, x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
         """The teacher's output (B, C, h, w), guided by `guidance_scale`."""
-        if self.guidance_scale == 1:
+        if not guided(self.guidance_scale):
             out: Tensor = self.teacher(x, t, embeds).sample
             return out
         empty = self.embeds(self.source.empty_ids[None].to(x.device)).expand_as(embeds)

@@ -25,6 +25,7 @@ from sdlite.distill.train import Batch
 from sdlite.errors import InputError
 from sdlite.images import grid, to_pil, to_uint8
 from sdlite.sampling import Noise, Schedule, denoise, get_sampler
+from sdlite.spec import latent_size
 
 # Zero-terminal-SNR v-prediction with trailing spacing: stable at few steps (Salimans and Ho 2022; Lin et al. 2023, arXiv:2305.08891).
 V_ZERO_SNR: dict[str, Any] = {
@@ -312,8 +313,7 @@ class StudentTask(_Denoising):
 def probe(unet: Any) -> None:
     """One forward of zeros at the network's own size, where it is: for what hooks want to see."""
     c, device = unet.config, next(unet.parameters()).device
-    side = (c.sample_size, c.sample_size) if isinstance(c.sample_size, int) else tuple(c.sample_size)
-    unet(torch.zeros(1, c.in_channels, *side, device=device), 0, torch.zeros(1, 2, c.cross_attention_dim, device=device))
+    unet(torch.zeros(1, c.in_channels, *latent_size(c), device=device), 0, torch.zeros(1, 2, c.cross_attention_dim, device=device))
 
 
 @torch.no_grad()
@@ -340,7 +340,7 @@ def paint(parts: dict[str, Any], schedule: Schedule, *, prompts: list[str], num_
     embeds = text_encoder(ids)[0].cpu().numpy()
     cond, uncond = embeds[:-1], np.repeat(embeds[-1:], len(prompts), axis=0)
     noise = [Noise(seed + i) for i in range(len(prompts))]
-    x = np.stack([n.normal((config.in_channels, config.sample_size, config.sample_size)) for n in noise])
+    x = np.stack([n.normal((config.in_channels, *latent_size(config))) for n in noise])
     solver = get_sampler(sampler, schedule, num_inference_steps)
 
     def network(**inputs: np.ndarray) -> np.ndarray:
@@ -348,8 +348,7 @@ def paint(parts: dict[str, Any], schedule: Schedule, *, prompts: list[str], num_
         out: np.ndarray = unet(**given).sample.cpu().numpy()
         return out
 
-    guided: dict[str, Any] = {} if guidance_scale == 1 else {"uncond": uncond, "guidance_scale": guidance_scale}
-    for latents in denoise(network, x, cond, noise, solver, **guided):
+    for latents in denoise(network, x, cond, noise, solver, uncond=uncond, guidance_scale=guidance_scale):
         x = latents
     return torch.from_numpy(x).to(device)
 

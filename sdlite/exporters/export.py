@@ -32,6 +32,7 @@ from sdlite.exporters.targets import NotRunnable
 from sdlite.pipeline import Pipeline
 from sdlite.quant.calibrate import let_go, on_demand
 from sdlite.quant.graph import Graph
+from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS
 
 REPORT = "export-report.json"
@@ -42,7 +43,8 @@ _HANDED = {
 
 
 def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: Sequence[str] | None = None, num_inference_steps: int | None = None,
-           fuse_schedule: bool = False, reference: str | Path | None = None, threads: int | None = None) -> dict[str, Any]:  # fmt: skip
+           fuse_schedule: bool = False, reference: str | Path | None = None, threads: int | None = None,
+           sampler: str | None = None) -> dict[str, Any]:  # fmt: skip
     """Export the three networks to a runtime, check them, and write them with tokenizer, scheduler and configs.
 
     Args:
@@ -54,6 +56,7 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         fuse_schedule: the UNet as three graphs, see `sdlite.exporters.hoist`; onnx profiles of fixed shapes.
         reference: embedded name, folder or hub id of the float model that `model` was quantised from: the pictures are compared with its
             too, and the gate's `reference` holds. Without it an int8 export is compared with the quantised model only.
+        sampler: what those pictures are sampled with, and the export's own; default: the model's.
 
     Returns:
         The report, as written to `export-report.json`.
@@ -81,14 +84,19 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         raise InputError(
             f"{artifact.folder} has no {profile.precision} ONNX graphs; make an artefact of it first: sdlite.exporters.onnx.convert."
         )
+    artifact = artifact.with_sampler(arguments.optional(arguments.text, "sampler", sampler))
+    assert artifact.manifest is not None
     source = _source(artifact, profile)
+    known_sampler(artifact.sampler_name)  # before any work
+    if hasattr(module, "check"):
+        module.check(artifact)
     room.check(artifact, profile, source, Path(out))
     pipe = on_demand(artifact, threads, source)
     own = (artifact.manifest.calibration or {}).get("prompts")
     shown = list(prompts or (own[:2] if isinstance(own, list) else ["a red apple", "a house with a garden"]))
     size = {"height": profile.height or None, "width": profile.width or None}
     with room.watched(profile), tempfile.TemporaryDirectory(prefix="sdlite-export-") as scratch, writing(Path(out)) as tmp:
-        recording = record(pipe, shown, num_inference_steps=num_inference_steps, **size)
+        recording = record(pipe, shown, num_inference_steps=num_inference_steps, sampler=artifact.sampler_name, **size)
         let_go(pipe)
         graphs = {p: _graph(artifact, p, profile, source, recording, Path(scratch), getattr(module, "FREE_SIZE", True)) for p in PARTS}
         calibration = None
@@ -306,7 +314,8 @@ def _companions(artifact: Artifact, out: Path) -> None:
     manifest = artifact.manifest
     assert manifest is not None
     (out / "student.json").write_text(
-        json.dumps({"name": manifest.name, "student": manifest.student, "sampler": manifest.sampler}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"name": manifest.name, "student": manifest.student, "sampler": artifact.samples_with}, indent=1) + "\n",
+        encoding="utf-8",
     )
 
 

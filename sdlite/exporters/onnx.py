@@ -29,7 +29,8 @@ from sdlite.artifact import Artifact, Manifest, read_json, write_manifest, writi
 from sdlite.errors import need
 from sdlite.exporters import CONVERT_NEEDS
 from sdlite.families import vae_stride
-from sdlite.spec import SPECS, IOSpec
+from sdlite.sampling import known_sampler
+from sdlite.spec import SPECS, IOSpec, latent_size
 from sdlite.torch_networks import open_network
 from sdlite.tryout import try_out
 from sdlite.weights import Stored, dtypes, stem, weight_files, weight_index, widen
@@ -119,7 +120,7 @@ def networks(folder: Path) -> dict[str, nn.Module]:
 def _examples(parts: dict[str, Any], multiple: int) -> dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]]:
     """part -> example inputs and the shapes that stay free. `multiple`: of latents, that the UNet can be called with."""
     text, unet = parts["text_encoder"].module.config, parts["unet"].module.config
-    side = unet.sample_size if isinstance(unet.sample_size, int) else unet.sample_size[0]
+    side = latent_size(unet)[0]
     length = text.max_position_embeddings
     # 63: with 64 the tracer refuses, refines and starts again; 9: below it the UNet's innermost sides are 1, which the tracer
     # takes for always so. The graph itself takes any batch and any size.
@@ -264,7 +265,8 @@ def convert(
         out: new or empty folder; written beside and renamed when whole.
         name: what reports call the model; default: the folder's name.
         student: what the manifest says of its making (teacher, recipe, data, licence); `unet_parameters` is counted here.
-        sampler: {name, num_inference_steps, guidance_scale} defaults for a call.
+        sampler: {name, num_inference_steps, guidance_scale} defaults for a call, any of them; the rest is
+            as diffusers' pipeline has it.
         calibration_prompts: what `sdlite.quantize` shows the student when its caller gives no prompts.
         keep_float: what `sdlite.quantize` leaves in float when its caller does not say.
 
@@ -278,6 +280,8 @@ def convert(
     """
     need("making ONNX graphs", "export", *CONVERT_NEEDS)
     source, out = Artifact.open(Path(arguments.path("folder", folder))), Path(arguments.path("out", out))
+    if sampler and "name" in sampler:
+        known_sampler(sampler["name"])
     with writing(out) as tmp:
         _copy(source, tmp)
         manifest = Manifest(name=name or source.folder.name, sampler=sampler or {})

@@ -28,6 +28,7 @@ from sdlite.quant.gate import Comparison, Gate
 from sdlite.quant.graph import Graph, Layer
 from sdlite.quant.metrics import sqnr
 from sdlite.quant.observe import ChannelMax, Histogram, choose_range
+from sdlite.sampling import known_sampler
 
 log = logging.getLogger("sdlite")
 QUANTISED = ("int8-static", "int8-dynamic")
@@ -42,7 +43,7 @@ KEEP_FLOAT: dict[str, tuple[str, ...]] = {
 
 def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, calibration: Calibration | None = None,
              gate: Gate | None = None, scheme: str = "u8s7", keep_float: dict[str, Sequence[str]] | None = None,
-             threads: int | None = None, progress: bool = False) -> dict[str, Any]:  # fmt: skip
+             threads: int | None = None, progress: bool = False, sampler: str | None = None) -> dict[str, Any]:  # fmt: skip
     """Quantise a pipeline to int8, compare it with the float one, and write it as an artefact.
 
     Args:
@@ -58,6 +59,7 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
             in its manifest), else `KEEP_FLOAT`. A part that is not named has its `KEEP_FLOAT`.
         threads: CPU threads of the sessions.
         progress: show tqdm bars.
+        sampler: what calibration and gate sample with, and the new model's own; default: the model's.
 
     Returns:
         The report, as written to `quantize-report.json`.
@@ -78,9 +80,10 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
     calibration, gate = dataclasses.replace(calibration or Calibration()), dataclasses.replace(gate or Gate())
     calibration.check()
     gate.check()
+    arguments.optional(arguments.text, "sampler", sampler)
     _kept(keep_float)
     with tempfile.TemporaryDirectory(prefix="sdlite-quantize-") as scratch:
-        pipe = _float_pipeline(model, Path(scratch), threads)
+        pipe = _float_pipeline(model, Path(scratch), threads, sampler)
         _prompts(pipe, calibration, gate)
         doubts = _doubts(calibration, gate) if precision == "int8-static" else []
         for doubt in doubts:
@@ -112,15 +115,16 @@ def _kept(keep_float: Any) -> None:
                 raise InputError(f"keep_float[{part!r}]: {expression!r} is not a regular expression ({e}).") from e
 
 
-def _float_pipeline(model: Pipeline | str | Path, scratch: Path, threads: int | None) -> Pipeline:
+def _float_pipeline(model: Pipeline | str | Path, scratch: Path, threads: int | None, sampler: str | None) -> Pipeline:
     if isinstance(model, Pipeline):
         if model.report.backend != "onnxruntime" or model.report.precision not in ("fp32", "fp16"):
             raise PrecisionError(
                 f"the pipeline is {model.report.precision} on {model.report.backend}; quantising starts from fp32 (or fp16) on onnxruntime: "
                 "Pipeline.from_pretrained(model, precision='fp32', backend='onnxruntime')."
             )
-        return on_demand(model.artifact, threads)
+        return on_demand(model.artifact.with_sampler(sampler), threads)
     artifact = Artifact.open(hub.resolve(model, None))
+    known_sampler(sampler or artifact.sampler_name)  # before any work
     if artifact.manifest is None:
         from sdlite.exporters.onnx import convert
 
@@ -129,7 +133,7 @@ def _float_pipeline(model: Pipeline | str | Path, scratch: Path, threads: int | 
     if not artifact.has_onnx("fp32"):
         held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
         raise PrecisionError(f"{artifact.name} holds no float ONNX graphs (it holds: {held}); quantise the float model that it came from.")
-    return on_demand(artifact, threads)
+    return on_demand(artifact.with_sampler(sampler), threads)
 
 
 def _prompts(pipe: Pipeline, calibration: Calibration, gate: Gate) -> None:

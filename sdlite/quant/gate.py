@@ -13,6 +13,7 @@ from sdlite.artifact import PARTS
 from sdlite.pipeline import Pipeline
 from sdlite.quant.calibrate import Call, Tape, with_networks
 from sdlite.quant.metrics import psnr, sqnr, ssim, structure_distance
+from sdlite.spec import latent_size
 
 
 @dataclass
@@ -89,7 +90,7 @@ def pictures(pipe: Pipeline, prompts: Sequence[str], gate: Gate) -> np.ndarray:
     """uint8 (prompts x seeds, H, W, 3)."""
     height, width = gate.size or (None, None)
     every = [(p, s) for p in prompts for s in gate.seeds]
-    side = (pipe.unet_config["sample_size"] or 64) * pipe.stride if height is None else max(height, width or 0)
+    side = max(latent_size(pipe.unet_config)) * pipe.stride if height is None else max(height, width or 0)
     batch = max(1, min(16, (1 << 17) // (side * side)))
     out = []
     for i in range(0, len(every), batch):

@@ -202,9 +202,8 @@ def test_pictures_of_the_reference_and_the_memory_ceiling(tmp_path, plain):
     report = export(EMOJI, tmp_path / "out", reference=EMOJI, **arguments)
     assert report["parity"]["reference"] == [100.0]
     other = shutil.copytree(EMOJI, tmp_path / "other")  # draws other pictures: the model was not made of this one
-    manifest = json.loads((other / "sdlite.json").read_text())
-    manifest["sampler"]["name"] = "euler-ancestral"
-    (other / "sdlite.json").write_text(json.dumps(manifest))
+    scheduler = other / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("trailing", "leading"))
     with pytest.raises(ExportError, match=r"PSNR to the reference .* wanted 40"):
         export(EMOJI, tmp_path / "x", reference=other, **arguments)
     with pytest.raises(PrecisionError, match="no float ONNX graphs"):

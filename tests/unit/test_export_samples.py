@@ -120,6 +120,22 @@ def test_shared_header_samples_as_python_does(exported, tmp_path):
     assert (tmp_path / "p.ppm").read_bytes() == b"P6 2 1 255\n" + bytes([0, 128, 0, 255, 255, 255])
 
 
+@pytest.mark.parametrize("name", ["lcm", "euler"])
+def test_inputs_refuse_another_sampler_than_the_headers(exported, name):
+    (exported / "student.json").write_text(f'{{"sampler": {{"name": "{name}", "num_inference_steps": 3, "guidance_scale": 1.0}}}}')
+    with pytest.raises(ValueError, match=f"sampler is '{name}', and picture.h has ddim alone"):
+        _inputs()(exported, "red apple")
+
+
+def test_samples_take_guidance_up_to_one_for_none(exported):
+    """As everywhere: 0 to 1 is one network call a step; out of range is said where inputs.bin is made."""
+    for sample in ("ncnn.cpp", "tensorrt.cpp"):
+        assert "if (in.guidance > 1.f) guide(" in (SAMPLES / sample).read_text()
+    (exported / "student.json").write_text('{"sampler": {"name": "ddim", "num_inference_steps": 3, "guidance_scale": -1.0}}')
+    with pytest.raises(ValueError, match="0 to 1 is no guidance"):
+        _inputs()(exported, "red apple")
+
+
 def test_inputs_refuse_a_student_that_the_header_cannot_sample(exported):
     path = exported / "scheduler" / "scheduler_config.json"
     path.write_text(path.read_text().replace("v_prediction", "epsilon"))

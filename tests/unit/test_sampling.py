@@ -4,20 +4,21 @@ import numpy as np
 import pytest
 
 from sdlite.errors import InputError, UnknownNameError
-from sdlite.sampling import SAMPLERS, Noise, Schedule, get_sampler, guide, sampler_of
+from sdlite.sampling import SAMPLERS, Noise, Schedule, denoise, get_sampler, guide, guided, sampler_of
 
-V = Schedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", timestep_spacing="trailing",
-             rescale_betas_zero_snr=True, clip_sample=False)  # fmt: skip
-EPS = Schedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+V = Schedule.from_config({**SD, "prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True})
+EPS = Schedule.from_config(SD)
+ROUGH = {"pndm": 0.2, "pndm-rk": 0.2, "lms": 0.1, "lms-karras": 0.1, "ddpm": 0.05, "deis": 0.15, "deis-karras": 0.15, "tcd": 0.15}
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 30])
 def test_a_perfect_network_lands_on_the_picture(sampler, steps):
-    """If the network always knows x_0, every solver must end at x_0 (PNDM's multistep estimate: nearly, with enough steps)."""
-    schedule = EPS if sampler == "pndm" else V
-    if sampler == "pndm" and steps < 30:
-        pytest.skip("pndm extrapolates the slope: it is only right in the limit of many steps")
+    """If the network always knows x_0, every solver must end at x_0; PNDM's, LMS's and DEIS's estimates nearly, with enough steps."""
+    schedule = EPS if sampler.startswith(("pndm", "lms", "deis", "heun", "tcd")) else V
+    if sampler.startswith(("pndm", "lms", "deis", "tcd")) and steps < 30:
+        pytest.skip("ends at the table's smallest sigma or extrapolates the slope: right in the limit of many steps")
     x0 = np.random.default_rng(1).standard_normal((2, 4, 4, 4)).astype(np.float32)
     solver = get_sampler(sampler, schedule, steps)
     noise = [Noise(0), Noise(1)]
@@ -29,14 +30,34 @@ def test_a_perfect_network_lands_on_the_picture(sampler, steps):
         if hasattr(solver, "sigmas"):
             a = 1 / (1 + float(solver.sigmas[i]) ** 2)
         eps = (xt - np.sqrt(a) * x0) / np.sqrt(1 - a)
-        out = eps if sampler == "pndm" else np.sqrt(a) * eps - np.sqrt(1 - a) * x0
+        out = eps if schedule is EPS else np.sqrt(a) * eps - np.sqrt(1 - a) * x0
         x = solver.step(i, out.astype(np.float32), x, noise)
-    assert np.abs(x - x0).max() < (0.2 if sampler == "pndm" else 0.02)
+    assert np.abs(x - x0).max() < ROUGH.get(sampler, 0.02)
 
 
 def test_guidance_formula_at_its_fixed_points():
     u, c = np.float32([1.0]), np.float32([3.0])
     assert [float(guide(u, c, g)[0]) for g in (0, 1, 2, 0.5)] == [1, 3, 5, 2]
+
+
+def test_guidance_up_to_one_is_none_as_in_diffusers():
+    assert [guided(g) for g in (0, 0.0, 0.5, 1, 1.0, 1.01, 7.5)] == [False] * 5 + [True] * 2
+    for bad in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="0 to 1 is no guidance"):
+            guided(bad)
+    calls = []
+
+    def unet(sample, timestep, encoder_hidden_states):
+        calls.append(len(sample))
+        return sample * encoder_hidden_states.mean()
+
+    x, embeds = np.ones((1, 4, 4, 4), np.float32), np.ones((1, 2, 3), np.float32)
+    for g, rows in ((0.0, 1), (0.5, 1), (1.0, 1), (2.0, 2)):
+        calls.clear()
+        made = list(denoise(unet, x, embeds, [Noise(0)], get_sampler("ddim", EPS, 2), uncond=0 * embeds, guidance_scale=g))
+        assert calls == [rows] * 2
+        if g <= 1:
+            assert (made[-1] == list(denoise(unet, x, embeds, [Noise(0)], get_sampler("ddim", EPS, 2)))[-1]).all()
 
 
 def test_noise_of_a_batch_is_noise_of_its_seeds():
@@ -59,20 +80,45 @@ def test_unknown_schedule_settings_are_refused(bad):
         Schedule.from_config(bad)
 
 
+@pytest.mark.parametrize("bad", [{"num_train_timesteps": 0}, {"num_train_timesteps": 10.5}, {"trained_betas": [0.1, 0.2]}])
+def test_a_schedule_of_no_or_other_length_is_refused(bad):
+    with pytest.raises(InputError, match="num_train_timesteps"):
+        Schedule.from_config(bad)
+
+
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"_class_name": "HeunDiscreteScheduler"}, "choose one with sampler="),
-        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order=3"),
-        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas"),
-        ({"_class_name": "PNDMScheduler"}, "skip_prk_steps"),
+        ({"_class_name": "KDPM2DiscreteScheduler"}, "nearest is 'heun-karras'"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas=True of EulerDiscreteScheduler"),
+        ({"_class_name": "DDIMScheduler", "new_knob": 3}, "new_knob=3 is not a setting"),
     ],
 )
 def test_a_scheduler_that_we_do_not_have_is_never_replaced(config, text):
-    with pytest.raises((UnknownNameError, InputError), match=text):
+    with pytest.raises((UnknownNameError, InputError), match=text) as refused:
         sampler_of(config)
+    assert "sampler= (--sampler)" in str(refused.value)
+
+
+def test_a_setting_that_a_sampler_reads_is_checked_there():
+    schedule = Schedule.from_config({"_class_name": "EulerDiscreteScheduler", **SD, "final_sigmas_type": "tiny"})
+    with pytest.raises(InputError, match="final_sigmas_type='tiny'; accepted: 'zero', 'sigma_min'"):
+        get_sampler("euler", schedule, 4)
+    assert len(get_sampler("ddim", schedule, 4)) == 4
+
+
+def test_what_the_file_says_of_the_solver_goes_with_any_sampler_that_knows_the_key():
+    """As in diffusers when a pipeline's scheduler is changed: spacing goes with all, `set_alpha_to_one` where there is one."""
+    file = Schedule.from_config({"_class_name": "PNDMScheduler", **SD, "timestep_spacing": "trailing", "set_alpha_to_one": False})
+    assert get_sampler("ddim", file, 4).timesteps.tolist() == [999, 749, 499, 249]
+    assert get_sampler("ddim", file, 4).final == file.alphas_cumprod()[0]
+    assert get_sampler("ddim", Schedule.from_config({"_class_name": "PNDMScheduler", **SD}), 4).final == 1
 
 
 def test_lcm_takes_at_most_its_training_grid():
     with pytest.raises(InputError, match="original_inference_steps=50"):
         get_sampler("lcm", EPS, 51)
+
+
+def test_heun_calls_the_network_twice_a_step():
+    assert get_sampler("heun", EPS, 3).timesteps.tolist() == [999, 499.5, 499.5, 0, 0]

@@ -136,9 +136,9 @@ def test_guidance_target():
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.5, 8.0])
 def test_guidance_scale_is_lcms_w_plus_one(scale):
-    """LCM says c + w (c - u); its pipeline is given guidance_scale = w + 1. Ours is guidance_scale everywhere."""
+    """LCM says c + w (c - u); its pipeline is given guidance_scale = w + 1. Ours is guidance_scale everywhere; below 1 it is none."""
     stage = real(GuidanceTask, guidance_scale=scale)
-    x, t, w = torch.randn(3, 4, 4, 4), torch.tensor([3, 500, 999]), scale - 1
+    x, t, w = torch.randn(3, 4, 4, 4), torch.tensor([3, 500, 999]), max(scale, 1) - 1
     embeds = stage.embeds(torch.arange(12).view(3, 4))
     with torch.no_grad():
         c, u = (stage.teacher(x, t, e).sample for e in (embeds, stage.embeds(Source.empty_ids[None]).expand(3, -1, -1)))

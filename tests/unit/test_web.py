@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
 import sdlite
-from sdlite.errors import ExportError, MissingExtraError
+from sdlite.artifact import Artifact
+from sdlite.errors import ExportError, InputError, MissingExtraError
 from sdlite.exporters import browser, profile
 from sdlite.exporters.export import export
 from sdlite.exporters.targets import web
@@ -100,8 +104,139 @@ def test_timesteps_are_pythons(page, spacing):
     schedule = {"timestep_spacing": spacing, "num_train_timesteps": 1000, "steps_offset": 1}
     opened.evaluate("import('./sdlite.js').then((m) => (globalThis.lib = m, true))")
     for n in (1, 4, 16, 25, 50):
-        want = get_sampler("ddim", Schedule(**schedule), n).timesteps.tolist()
+        want = get_sampler("ddim", Schedule.from_config(schedule), n).timesteps.tolist()
         assert opened.evaluate(f"lib.timesteps({json.dumps(schedule)}, {n})") == want, n
+
+
+# --- the page's code in Node.js, without a browser -------------------------------------------------------------------
+
+_ORT = "export const env = { wasm: {} }; export class Tensor {}; export const InferenceSession = {};"
+_LOOPS = """
+import { readFileSync } from "node:fs";
+import { sampler, noise } from "./sdlite.js";
+const out = JSON.parse(readFileSync("cases.json")).map(({ name, schedule, steps }) => {
+  const size = 256, solver = sampler(name, schedule, steps), draws = noise(7, size * 60);
+  let at = 0;
+  const draw = () => draws.slice(at, (at += size));
+  let x = draw().map((v) => v * solver.start);
+  solver.times.forEach((t, i) => {
+    const given = solver.scaled(i, x);
+    x = solver.step(i, given.map((v) => Math.sin(v + t / 400) * 0.7), x, draw);
+  });
+  return { times: Array.from(solver.times), x: Array.from(x) };
+});
+console.log(JSON.stringify(out));
+"""
+_CALLS = """
+import { Pipeline, guided, sampler } from "./sdlite.js";
+const tell = (f) => { try { return f(); } catch (e) { return e.message; } };
+const said = [
+  tell(() => sampler("pndm", {}, 4)), tell(() => guided(NaN)), tell(() => guided(-1)), tell(() => guided(0.5, "blue")),
+  guided(0, ""), guided(1), guided(1.01, "blue"),
+];
+const pipe = new Pipeline();
+pipe.settings = { sampler: { name: "ddim", num_inference_steps: 2, guidance_scale: 1 }, latent_shape: [1, 4, 2, 2], scaling_factor: 1,
+  shift_factor: 0, schedule: { num_train_timesteps: 1000, timestep_spacing: "trailing", steps_offset: 1, prediction_type: "epsilon",
+  final_alpha: 1, alphas_cumprod: Array.from({ length: 1000 }, (_, i) => 0.999 - i * 0.0009) } };
+const calls = [];
+pipe.tokenizer = { encode: () => ({ ids: [1n], dropped: "" }) };
+pipe.run = async (part, feeds) => {
+  calls.push(part);
+  return part === "unet" ? { data: feeds.sample.data.map((v) => v / 2) } : { data: new Float32Array(48), dims: [1, 3, 4, 4] };
+};
+for (const guidance_scale of [undefined, 0, 0.5, 1, 2]) {
+  calls.length = 0;
+  await pipe.generate({ prompt: "x", seed: 1, guidance_scale });
+  said.push(calls.filter((c) => c === "unet").length);
+}
+console.log(JSON.stringify(said));
+"""
+
+
+@pytest.fixture
+def node(tmp_path):
+    """Run a module beside the page's sdlite.js; its one line of JSON."""
+    if shutil.which("node") is None:
+        pytest.skip("no Node.js on this machine")
+    (tmp_path / "ort").mkdir()
+    (tmp_path / "ort" / "ort.webgpu.bundle.min.mjs").write_text(_ORT)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    for file in ("sdlite.js", "tokenizer.js"):
+        shutil.copy(profile.assets() / "web" / file, tmp_path)
+
+    def run(script, cases=()):
+        (tmp_path / "cases.json").write_text(json.dumps(cases))
+        (tmp_path / "script.js").write_text(script)
+        done = subprocess.run(["node", "script.js"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+def _with_scheduler(copy, name, config):
+    """The embedded model with another sampler and scheduler config."""
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    opened = Artifact.open(copy)
+    opened.manifest.sampler = {**opened.manifest.sampler, **({} if name is None else {"name": name})}
+    if name is None:
+        opened.manifest.sampler.pop("name")
+    return opened
+
+
+def test_the_pages_samplers_are_pythons(node, copy):
+    from sdlite.sampling import Schedule, get_sampler
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    cases, want = [], []
+    for name, kind, spacing, zero, steps in itertools.product(
+        ("ddim", "lcm", "euler"), ("epsilon", "v_prediction", "sample"), ("trailing", "leading", "linspace"), (False, True), (1, 3, 4, 25)
+    ):
+        if zero and kind == "epsilon":
+            continue  # says nothing about x_0 there
+        config = {**betas, "prediction_type": kind, "timestep_spacing": spacing, "rescale_betas_zero_snr": zero, "set_alpha_to_one": False}
+        cases.append({"name": name, "steps": steps, "schedule": web.schedule_of(_with_scheduler(copy, name, config))})
+        solver, draws = get_sampler(name, Schedule.from_config(config), steps), Noise(7).normal((256 * 60,))
+        x, at = draws[:256].reshape(1, 1, 16, 16) * np.float32(solver.init_noise_sigma), [256]
+
+        class Drawn:
+            def normal(self, shape, draws=draws, at=at):
+                at[0] += 256
+                return draws[at[0] - 256 : at[0]].reshape(shape)
+
+        for i, t in enumerate(solver.timesteps):
+            given = solver.scale_model_input(i, x)
+            x = solver.step(i, (np.sin(given + np.float32(t / 400)) * 0.7).astype(np.float32), x, [Drawn()])
+        want.append((solver.timesteps, x.reshape(-1)))
+    for case, made, (times, x) in zip(cases, node(_LOOPS, cases), want, strict=True):
+        what = str({**case, "schedule": {k: v for k, v in case["schedule"].items() if k != "alphas_cumprod"}})
+        np.testing.assert_allclose(made["times"], times, rtol=1e-6, err_msg=what)
+        exact = 2e-3 if case["name"] == "euler" and case["schedule"]["rescale_betas_zero_snr"] else 2e-4  # float32 at sigma = 4096
+        np.testing.assert_allclose(made["x"], x, atol=exact * max(1.0, float(np.abs(x).max())), err_msg=what)
+
+
+def test_the_page_refuses_other_samplers_and_takes_guidance_as_python_does(node):
+    pndm, nan, negative, blue, *rest = node(_CALLS)
+    assert "ddim, lcm, euler, not pndm: export the model with --sampler ddim" in pndm
+    assert "0 to 1 is none" in nan
+    assert "0 to 1 is none" in negative
+    assert "no effect at guidance 0.5" in blue
+    assert rest == [False, False, True, 2, 2, 2, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("pndm", {"_class_name": "DDIMScheduler"}),
+        (None, {"_class_name": "UniPCMultistepScheduler"}),
+        (None, {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"}),
+        ("euler-karras", {"_class_name": "EulerDiscreteScheduler"}),
+    ],
+)
+def test_an_export_of_another_sampler_is_refused_before_any_work(copy, name, config):
+    with pytest.raises(InputError, match=r"target web samples with ddim, lcm, euler; .*--sampler ddim"):
+        web.check(_with_scheduler(copy, name, config))
+    web.check(_with_scheduler(copy, "ddim", config))
 
 
 def test_a_broken_sampler_is_seen_by_the_click_and_errors_are_shown(page):

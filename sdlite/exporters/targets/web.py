@@ -22,12 +22,14 @@ import numpy as np
 import onnx
 
 from sdlite.artifact import Artifact
-from sdlite.errors import ExportError, MissingExtraError, UnknownNameError
+from sdlite.errors import ExportError, InputError, MissingExtraError, UnknownNameError
 from sdlite.exporters import browser
 from sdlite.exporters.profile import Profile, assets
 from sdlite.exporters.targets import NotRunnable
 from sdlite.exporters.targets import onnx as onnx_target
-from sdlite.sampling import Schedule
+from sdlite.sampling import Schedule, get_sampler
+from sdlite.sampling.schedule import STEPS_OFFSET
+from sdlite.sampling.solvers import DDIM
 from sdlite.spec import SPECS
 from sdlite.tokenizer import ClipTokenizer
 
@@ -40,6 +42,7 @@ PROVIDERS = ("wasm", "webgpu")
 VERSION = "1.30.0"
 SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
 LARGE = 128 << 20  # bytes of a network
+SAMPLERS = ("ddim", "lcm", "euler")  # of sdlite.js
 FILES = ("ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm")
 
 
@@ -55,6 +58,38 @@ def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
     return files[:1]
 
 
+def check(artifact: Artifact) -> None:
+    """Refuse a model whose sampler the page does not have.
+
+    Raises:
+        InputError: another sampler, or an Euler with settings that the page does not read.
+    """
+    name, said = artifact.sampler_name, Schedule.from_config(artifact.config("scheduler")).settings
+    own = {k: said[k] for k in ("interpolation_type", "final_sigmas_type") if name == "euler" and k in said}
+    if name not in SAMPLERS or set(own.values()) - {"linear", "zero"}:
+        raise InputError(
+            f"target web samples with {', '.join(SAMPLERS)}; this model's sampler is {name!r}{f' with {own}' if own else ''}. "
+            "Export it with one of them: sampler='ddim' (--sampler ddim)."
+        )
+
+
+def schedule_of(artifact: Artifact) -> dict[str, Any]:
+    """What sdlite.js reads of the scheduler, for its three samplers."""
+    schedule = Schedule.from_config(artifact.config("scheduler"))
+    own = get_sampler(artifact.sampler_name, schedule, 1)
+    return {
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "timestep_spacing": own.timestep_spacing,
+        "steps_offset": STEPS_OFFSET,
+        "prediction_type": schedule.prediction_type,
+        "rescale_betas_zero_snr": schedule.rescale_betas_zero_snr,
+        "final_alpha": float(DDIM(schedule, 1).final),
+        "original_inference_steps": schedule.settings.get("original_inference_steps", 50),
+        "timestep_scaling": schedule.settings.get("timestep_scaling", 10.0),
+        "alphas_cumprod": schedule.alphas_cumprod().tolist(),
+    }
+
+
 def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[int, ...]) -> list[Path]:
     """The page, the runtime, and `sdlite-*.json`: what the JavaScript reads instead of configs."""
     made = [Path(shutil.copy(f, out / f.name)) for f in sorted((assets() / "web").iterdir())]
@@ -63,20 +98,12 @@ def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[
         (out / "ort" / name).write_bytes(data)
         made.append(out / "ort" / name)
     assert artifact.manifest is not None
-    config = json.loads((artifact.folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     vae = json.loads((artifact.folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    schedule = Schedule.from_config(config)
-    bar = schedule.alphas_cumprod()
     settings = {
-        "name": artifact.manifest.name, "sampler": artifact.manifest.sampler, "latent_shape": latent_shape,
+        "name": artifact.manifest.name, "sampler": artifact.samples_with, "latent_shape": latent_shape,
         "weights": {p: next((f.name for f in (out / p).glob("*.data")), None) for p in SPECS},
-        "scaling_factor": vae["scaling_factor"], "shift_factor": vae.get("shift_factor") or 0.0,
-        "schedule": {
-            "num_train_timesteps": schedule.num_train_timesteps, "timestep_spacing": schedule.timestep_spacing or "leading",
-            "steps_offset": schedule.steps_offset, "prediction_type": schedule.prediction_type,
-            "clip_sample": schedule.clip_sample in (None, True), "clip_sample_range": schedule.clip_sample_range,
-            "final_alpha": 1.0 if schedule.set_alpha_to_one in (None, True) else float(bar[0]), "alphas_cumprod": bar.tolist(),
-        },
+        "scaling_factor": vae.get("scaling_factor", 0.18215), "shift_factor": vae.get("shift_factor") or 0.0,
+        "schedule": schedule_of(artifact),
     }  # fmt: skip
     config = artifact.config("text_encoder")
     tokenizer = ClipTokenizer.from_pretrained(artifact.folder / "tokenizer", config)

@@ -1,0 +1,64 @@
+"""The sampling loop and classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from sdlite.errors import InputError
+from sdlite.sampling.noise import Noise
+from sdlite.sampling.solvers import Sampler
+
+Array = np.ndarray
+
+
+def guide(uncond: Array, cond: Array, guidance_scale: float) -> Array:
+    """u + g (c - u): Ho and Salimans 2022, arXiv:2207.12598, in diffusers' convention (g = 1 is c)."""
+    return uncond + np.float32(guidance_scale) * (cond - uncond)
+
+
+def guided(guidance_scale: float) -> bool:
+    """Whether g asks for guidance: above 1, as in diffusers; 0 to 1 is one network call a step without.
+
+    Raises:
+        InputError: NaN, infinite or negative.
+    """
+    if not (np.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise InputError(f"guidance_scale={guidance_scale} is not a finite number from 0 up; 0 to 1 is no guidance.")
+    return guidance_scale > 1
+
+
+def denoise(
+    unet: Callable[..., Array],
+    latents: Array,
+    embeds: Array,
+    noise: Sequence[Noise],
+    solver: Sampler,
+    *,
+    uncond: Array | None = None,
+    guidance_scale: float = 1.0,
+) -> Iterator[Array]:
+    """The sampling loop: unit normal latents (B, C, h, w) -> latents after each network call.
+
+    Args:
+        unet: called with the names of the U-Net's IOSpec; guided steps are one call with 2 B rows, the
+            negative prompt's first.
+        embeds: (B, L, D) of the prompts.
+        noise: the images' generators, for samplers that draw again.
+        uncond: embeds (B, L, D) of the negative prompt; None runs without guidance.
+        guidance_scale: 0 to 1 runs without guidance too.
+    """
+    x = latents * np.float32(solver.init_noise_sigma)
+    if not guided(guidance_scale):
+        uncond = None
+    both = embeds if uncond is None else np.concatenate([uncond, embeds])
+    for i, t in enumerate(solver.timesteps):
+        scaled = solver.scale_model_input(i, x)
+        rows = scaled if uncond is None else np.concatenate([scaled, scaled])
+        out = unet(sample=rows, timestep=np.array(t, np.float32), encoder_hidden_states=both)
+        if uncond is not None:
+            without, with_prompt = np.split(out, 2)
+            out = guide(without, with_prompt, guidance_scale)
+        x = solver.step(i, out, x, noise)
+        yield x
