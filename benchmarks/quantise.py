@@ -3,8 +3,9 @@
     python -m benchmarks.quantise emoji --samples 16
     python -m benchmarks.quantise shape:bk-tiny shape:sd14 --samples 2 8 --size 512
 
-Shapes have random weights: their pictures mean nothing, so the gate measures and lets everything pass; time, memory and bytes are real.
-Rows go to benchmarks/results/quantise.jsonl.
+Shapes have random weights. Their images mean nothing, but how close the integer network comes to the float one does: nothing in it is
+an outlier, so what is far here is a fault. The gate measures and lets everything pass. `alone` is the PSNR of an image of which one
+network is integer and the others float. Rows go to benchmarks/results/quantise.jsonl.
 """
 
 from __future__ import annotations
@@ -27,6 +28,27 @@ RESULTS = Path(__file__).parent / "results" / "quantise.jsonl"
 PROMPTS = Path(__file__).parents[1] / "export" / "calibration"
 
 
+def one_by_one(folder: str, quantised: Path, threads: int, gate: dict[str, Any]) -> dict[str, float]:
+    """part -> PSNR in dB of the gate's first image with that network alone in integer, on onnxruntime."""
+    import sdlite
+    from sdlite.artifact import PARTS, Artifact
+    from sdlite.quant.calibrate import let_go, on_demand, with_networks
+    from sdlite.quant.metrics import psnr
+
+    floats = on_demand(Artifact.open(folder), threads)
+    height, width = gate["size"] or (None, None)
+
+    def image(pipe: sdlite.Pipeline) -> Any:
+        steps = gate["num_inference_steps"]
+        made = pipe(gate["prompts"][0], seed=gate["seeds"][0], num_inference_steps=steps, height=height, width=width)
+        let_go(floats)
+        return made.images[0]
+
+    want, networks = image(floats), {p: getattr(floats.networks, p) for p in PARTS}
+    made = sdlite.Pipeline.from_pretrained(quantised, backend="onnxruntime", threads=threads)
+    return {p: psnr(want, image(with_networks(floats, {**networks, p: getattr(made.networks, p)}))) for p in PARTS}
+
+
 def worker(job: dict[str, Any]) -> dict[str, Any]:
     from sdlite.quant import Calibration, Gate, quantize, read_prompts
 
@@ -45,11 +67,12 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
                       seeds=(0, 1) if emoji else (0,), num_inference_steps=steps, size=size, max_float=0),
         )  # fmt: skip
         seconds = time.perf_counter() - begin
+        alone = one_by_one(job["folder"], Path(tmp) / "out", job["threads"], report["gate"])
         stray = sorted(p.name for p in set(Path(tempfile.gettempdir()).iterdir()) - before - {Path(tmp)})
     networks = {p: {k: n[k] for k in ("bytes", "float_bytes", "float_share")} for p, n in report["networks"].items()}
     return {
         "seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "stray_files": stray, "networks": networks,
-        "engines": report["engines"], "gate_prompts": len(report["gate"]["prompts"]), "gate_seeds": len(report["gate"]["seeds"]),
+        "engines": report["engines"], "alone": alone, "gate_prompts": len(report["gate"]["prompts"]), "gate_seeds": len(report["gate"]["seeds"]),
     }  # fmt: skip
 
 
@@ -103,6 +126,8 @@ def main() -> None:
                 print(
                     f"  {e['engine']}: PSNR mean {e['psnr_mean']:.1f} worst {e['psnr_worst']:.1f} dB, SSIM {e['ssim_mean']:.4f}, {e['networks']}"
                 )
+            if "alone" in row:
+                print("  integer alone: " + ", ".join(f"{p} {v:.1f} dB" for p, v in row["alone"].items()))
 
 
 if __name__ == "__main__":

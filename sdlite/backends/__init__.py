@@ -156,6 +156,16 @@ def choose(artifact: Artifact, precision: str) -> tuple[str, str]:
     )
 
 
+def _held(artifact: Artifact, precision: str) -> None:
+    """Refuse what a quantized model cannot be: it holds integer graphs and no float weights for any backend."""
+    variants = artifact.manifest.variants if artifact.manifest else {}
+    if variants and precision not in variants and all(v.startswith("int8") for v in variants):
+        raise PrecisionError(
+            f"{artifact.name} was quantized and holds {', '.join(variants)}, not {precision}; leave precision out, or "
+            "load the float model that it was made from."
+        )
+
+
 def load(artifact: Artifact, precision: str, backend: str = "auto", device: str = "cpu", threads: int | None = None,
          arithmetic: str | None = None) -> Networks:  # fmt: skip
     """Load the three networks of an artefact. `arithmetic` is what float layers are computed in; None is the backend's choice.
@@ -166,6 +176,7 @@ def load(artifact: Artifact, precision: str, backend: str = "auto", device: str 
     """
     if precision not in (known := (*PRECISIONS, *ENGINES_ONLY)):
         raise UnknownNameError(f"precision={precision!r} is not known; choose one of {', '.join(known)}.")
+    _held(artifact, precision)
     name, reason = choose(artifact, precision) if backend == "auto" else (backend, "as asked")
     module = get_backend(name)
     if device not in module.DEVICES:

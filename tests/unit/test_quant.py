@@ -346,8 +346,9 @@ def test_static_artefact_loads_and_is_close(static, emoji):
     assert pipe.report.networks[1].storage == "int8"
     assert "int8" in str(pipe.report)
     assert Pipeline.from_pretrained(out, threads=1).report.precision == "int8-static"
-    with pytest.raises(PrecisionError, match="int8-static"):
-        Pipeline.from_pretrained(out, precision="fp32", backend="onnxruntime")
+    for backend in ("auto", "onnxruntime", "torch"):
+        with pytest.raises(PrecisionError, match=r"emoji was quantized and holds int8-static, not fp16; leave precision out"):
+            Pipeline.from_pretrained(out, precision="fp16", backend=backend)
 
 
 def test_static_report(static):
