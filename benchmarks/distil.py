@@ -168,7 +168,7 @@ class Bench:
             times.append(time.perf_counter() - begin)
         unet = self.load(folder / "unet")
         return {
-            "parameters": parameters(unet), "macs": macs(unet), "calls": s.steps * (1 if s.guidance == 1 else 2), "steps": s.steps,
+            "parameters": parameters(unet), "macs": macs(unet), "calls": s.steps * (1 if s.guidance <= 1 else 2), "steps": s.steps,
             "guidance": s.guidance, "sampler": s.sampler, "identity@1": float(scored["identity@1"]), "exact@1": float(scored["exact@1"]),
             "colour": float(scored["colour"]), "heldout@1": float(held["exact@1"]),
             "kid": kid(scored["features"], p.real(p.prompts)), "fid": fid(scored["features"], p.real(p.prompts)), "paired_psnr": float(np.mean(paired)), "seconds_per_image": float(np.median(times)),

@@ -60,7 +60,7 @@ def measure(folder: Path, steps: int, guidance: float, pictures: int, threads: i
         samples: dict[str, list[float]] = {n: [] for n in PROFILES}
         worst = 0.0
         for i in range(pictures + 1):
-            prompts = [draw("encoder_hidden_states") for _ in range(1 if guidance == 1 else 2)]
+            prompts = [draw("encoder_hidden_states") for _ in range(1 if guidance <= 1 else 2)]
             for name in PROFILES[:: 1 if i % 2 else -1]:
                 samples[name].append(picture(unets[name], inputs, times, prompts))
             given = {**inputs, "timestep": times[0], "encoder_hidden_states": prompts[0]}

@@ -74,7 +74,7 @@ class DecoderTask:
         return torch.cat([z[:n], made]).float()
 
     def output(self, x: Tensor, t: Tensor, input_ids: Tensor) -> Tensor:
-        if self.guidance_scale == 1:
+        if self.guidance_scale <= 1:
             out: Tensor = self.unet(x, t, self.encode(input_ids)).sample
             return out
         embeds = self.encode(torch.cat([input_ids, self.source.empty_ids.expand(len(t), -1)]))

@@ -100,7 +100,7 @@ def test_optimum_opens_the_artefact_and_makes_the_same_pictures(want):
 def test_every_sampler_runs_and_agrees_between_backends(emoji, torch_pipe):
     from sdlite.sampling import SAMPLERS
 
-    for sampler in set(SAMPLERS) - {"pndm"}:
+    for sampler in set(SAMPLERS) - {"pndm", "pndm-rk"}:
         a, b = (pixels(p("pizza", seed=2, num_inference_steps=4, sampler=sampler).images) for p in (emoji, torch_pipe))
         assert psnr(a, b) >= 50, sampler
 

@@ -13,6 +13,7 @@ import pytest
 from sdlite.errors import InputError, SdliteError, UnknownNameError
 from sdlite.sampling import SAMPLERS, Schedule, get_sampler, sampler_of
 from sdlite.sampling.schedule import DEFAULTS
+from sdlite.spec import latent_size
 from tests.helpers import psnr
 
 torch = pytest.importorskip("torch", reason="needs the torch extra")
@@ -156,6 +157,22 @@ def test_defaults_are_the_signatures_of_diffusers(name):
         pytest.skip(f"diffusers' {name} needs {e.name}")
     signature = inspect.signature(inspect.unwrap(kind.__init__)).parameters
     assert {k: p.default for k, p in signature.items() if k != "self"} == DEFAULTS[name]
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("side", [8, 32, 63, 64, 96, [16, 24]])
+@pytest.mark.parametrize("version", [None, "0.2.2", "0.6.0.dev0", "0.8.1", "0.9.0.dev0", "0.9.0", "0.10.0.dev0", "0.39.0"])
+def test_the_size_of_a_model_is_diffusers(side, version):
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=side, block_out_channels=(4,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=1,
+        mid_block_type=None, layers_per_block=1,
+    )  # fmt: skip
+    unet.register_to_config(**({} if version is None else {"_diffusers_version": version}))
+    config = dict(unet.config)
+    none = dict.fromkeys(("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
+    want = diffusers.StableDiffusionPipeline(**none, unet=unet, requires_safety_checker=False).unet.config.sample_size
+    assert latent_size(config) == (tuple(want) if isinstance(want, list) else (want, want))
 
 
 # --- numbers of steps --------------------------------------------------------------------------------------------------------------------
