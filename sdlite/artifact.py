@@ -20,11 +20,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdlite import families
 from sdlite.errors import ArtifactError, InputError
 from sdlite.sampling import known_sampler, sampler_of
+
+if TYPE_CHECKING:
+    from sdlite.exported import Export
 
 MANIFEST = "sdlite.json"
 FORMAT = "1.0"
@@ -105,11 +108,17 @@ class Manifest:
         return out
 
 
-def safe_path(path: str) -> PurePosixPath:
-    """A relative POSIX path that stays inside the folder and is not a pickle."""
+def plain_path(path: str, listing: str = MANIFEST) -> PurePosixPath:
+    """A relative POSIX path that stays inside the folder; `listing` is the file that names it."""
     p = PurePosixPath(path)
     if not path or p.is_absolute() or ".." in p.parts or "\\" in path or ":" in path:
-        raise ArtifactError(f"{MANIFEST} names {path!r}, which is not a plain path inside the model folder; do not use this model.")
+        raise ArtifactError(f"{listing} names {path!r}, which is not a plain path inside the model folder; do not use this model.")
+    return p
+
+
+def safe_path(path: str) -> PurePosixPath:
+    """A plain path that is not a pickle."""
+    p = plain_path(path)
     if p.suffix.lower() in PICKLES:
         raise ArtifactError(f"{MANIFEST} names {path!r}, a pickle format that can run code; only safetensors and ONNX are loaded.")
     return p
@@ -118,8 +127,8 @@ def safe_path(path: str) -> PurePosixPath:
 class Artifact:
     """An opened model folder."""
 
-    def __init__(self, folder: Path, manifest: Manifest | None):
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: Path, manifest: Manifest | None, export: Export | None = None):
+        self.folder, self.manifest, self.export = folder, manifest, export
         self.index = read_json(folder / "model_index.json")
 
     @classmethod
@@ -141,7 +150,10 @@ class Artifact:
                 f"{folder} has no model_index.json, so it is not a diffusers pipeline folder; give the folder that holds it."
             )
         path = folder / MANIFEST
-        out = cls(folder, Manifest.from_dict(read_json(path)) if path.exists() else None)
+        from sdlite.exported import Export
+
+        listed = path.exists()
+        out = cls(folder, Manifest.from_dict(read_json(path)) if listed else None, None if listed else Export.open(folder))
         if not any_kind and (why := out.refusal()):
             raise ArtifactError(why)
         return out
@@ -152,15 +164,13 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        return self.manifest.name if self.manifest and self.manifest.name else self.folder.name
+        given = self.manifest.name if self.manifest else self.export.report.get("model") if self.export else None
+        return str(given or self.folder.name)
 
     @property
     def sampler(self) -> dict[str, Any]:
         """Name, steps and guidance that the model is made for; {} for a plain diffusers folder."""
-        if self.manifest:
-            return self.manifest.sampler
-        exported = self.folder / "student.json"
-        return dict(read_json(exported).get("sampler", {})) if exported.exists() else {}
+        return self.manifest.sampler if self.manifest else dict(self._student().get("sampler", {}))
 
     @property
     def sampler_name(self) -> str:
@@ -200,10 +210,19 @@ class Artifact:
         return Artifact(self.folder, manifest)
 
     @property
-    def exported(self) -> str | None:
-        """Precision of the folder's exported networks; None where `sdlite export` did not write it."""
-        about = self.folder / "export-report.json"
-        return str(read_json(about).get("profile", {}).get("precision")) if about.exists() else None
+    def student(self) -> dict[str, Any]:
+        """How the model was made and how large it is; {} for a plain diffusers folder."""
+        return self.manifest.student if self.manifest else dict(self._student().get("student", {}))
+
+    def _student(self) -> dict[str, Any]:
+        """student.json, which an export carries."""
+        path = self.folder / "student.json"
+        return read_json(path) if path.exists() else {}
+
+    @property
+    def listing(self) -> Manifest | Export | None:
+        """What names the folder's networks and their files' hashes."""
+        return self.manifest or self.export
 
     def has_onnx(self, precision: str) -> bool:
         return bool(self.manifest and set(PARTS) <= set(self.manifest.variants.get(precision, {})))
@@ -212,34 +231,37 @@ class Artifact:
         return read_json(self.folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
 
     def verify(self, paths: Iterable[str] | None = None) -> list[str]:
-        """Check size and SHA-256 of `paths` (default: every file of the manifest); returns what was checked.
+        """Check size and SHA-256 of `paths` (default: every file of the manifest, or of an export's report); returns what was checked.
 
         Raises:
             ArtifactError: the first file that is missing, cut off, or changed, named with what was expected.
         """
-        if self.manifest is None:
+        if self.listing is None:
             raise ArtifactError(
                 f"{self.folder} has no {MANIFEST}, so there is nothing to verify it against; save it with Pipeline.save_pretrained."
             )
-        checked = sorted(self.manifest.files) if paths is None else list(paths)
+        said = "manifest" if self.manifest else "report"
+        checked = sorted(self.listing.files) if paths is None else list(paths)
         for path in checked:
-            entry, file = self.manifest.files[path], self.folder / safe_path(path)
+            entry, file = self.listing.files[path], self.folder / plain_path(path)
             if not file.is_file():
                 raise ArtifactError(f"{file} is missing; fetch or save the model again.")
             if not file.resolve().is_relative_to(self.folder.resolve()) and not _in_hub_cache(self.folder, file):
                 raise ArtifactError(f"{file} is a link that leaves the model folder; do not use this model.")
             if (size := file.stat().st_size) != entry["bytes"]:
                 raise ArtifactError(
-                    f"{file} has {size} bytes, the manifest says {entry['bytes']}; it is cut off or changed. Fetch the model again."
+                    f"{file} has {size} bytes, its {said} says {entry['bytes']}; it is cut off or changed. Fetch the model again."
                 )
             if (digest := sha256(file)) != entry["sha256"]:
                 raise ArtifactError(
-                    f"{file} has SHA-256 {digest[:12]}..., the manifest says {entry['sha256'][:12]}...; it was changed. Fetch the model again."
+                    f"{file} has SHA-256 {digest[:12]}..., its {said} says {entry['sha256'][:12]}...; it was changed. Fetch the model again."
                 )
         return checked
 
     def loose_pickles(self) -> list[str]:
-        return sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.suffix.lower() in PICKLES)
+        listed = self.export.files if self.export else {}  # an OpenVINO or ncnn network ends in .bin
+        found = (p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.suffix.lower() in PICKLES)
+        return sorted(p for p in found if p not in listed)
 
 
 def _in_hub_cache(folder: Path, file: Path) -> bool:

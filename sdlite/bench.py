@@ -39,6 +39,7 @@ class Job:
     threads: int | None = None
     seconds: float | None = None  # of repeating; None: a share of what is left of BUDGET
     least: int = 2  # pictures after the first
+    also: str = ""  # another precision that is the same files in the same arithmetic
 
 
 def jobs(model: str, precisions: Sequence[str] | None = None, backend_names: Sequence[str] | None = None, **settings: Any) -> list[Job]:
@@ -49,18 +50,27 @@ def jobs(model: str, precisions: Sequence[str] | None = None, backend_names: Seq
     """
     artifact = Artifact.open(hub.resolve(model, None))
     known_sampler(settings.get("sampler") or artifact.sampler_name)
-    held = list(artifact.manifest.variants) if artifact.manifest else ["fp32"]
+    held = list(artifact.listing.variants) if artifact.listing else ["fp32"]
     for p in precisions or ():
         if p not in PRECISIONS:
             raise UnknownNameError(f"precision={p!r} is not known; choose one of {', '.join(PRECISIONS)}.")
     for b in backend_names or ():
         backends.get_backend(b)  # says which name is wrong or which extra is missing
-    out = []
+    out: list[Job] = []
     for p in precisions or held:
         able = backends.installed_with(p) if artifact.has_onnx(p) else []
-        if not able and artifact.manifest is None and backends.installed("torch"):
+        if artifact.export:
+            able = [b for b in artifact.export.backends if p in held and backends.installed(b)]
+        elif not able and artifact.manifest is None and backends.installed("torch"):
             able = ["torch"]
-        out += [Job(model, p, b, **settings) for b in (backend_names or able)]
+        for b in backend_names or able:
+            same = next(
+                (j for j in out if j.backend == b == "onnxruntime" and precisions is None and _same(artifact, j.precision, p)), None
+            )
+            if same is None:
+                out.append(Job(model, p, b, **settings))
+            else:
+                out[out.index(same)] = dataclasses.replace(same, also=p)
     if not out:
         lacking = [p for p in precisions or () if p not in held]
         made = [p for p in lacking if p.startswith("int8")]
@@ -73,6 +83,11 @@ def jobs(model: str, precisions: Sequence[str] | None = None, backend_names: Seq
             f"no installed engine runs {', '.join(precisions or held)} of {artifact.name}, which holds {', '.join(held)}: {way}."
         )
     return out
+
+
+def _same(artifact: Artifact, a: str, b: str) -> bool:
+    """Whether two precisions are the same files: float16 weights are exact in float32, which onnxruntime computes in."""
+    return artifact.manifest is not None and artifact.manifest.variants.get(a) == artifact.manifest.variants.get(b)
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -149,7 +164,8 @@ HEADER = f"{'precision':<13}{'backend':<13}{'MB':>8}{'load s':>8}{'first s':>9}{
 
 def line(row: dict[str, Any]) -> str:
     """One row as text, under `HEADER`; the call's time is the median over N calls of `batch` pictures each."""
-    head = f"{row['precision']:<13}{row['backend']:<13}"
+    precision = row["precision"] + (f", {row['also']}" if row.get("also") else "")
+    head = f"{precision:<13}{row['backend']:<13}"
     if "error" in row:
         return f"{head}  failed: {row['error']}"
     s = sorted(row["samples_seconds"])

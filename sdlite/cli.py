@@ -208,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     i.add_argument("--revision", help=REVISION)
     i.add_argument("--json", action="store_true", help="all of it, for programs")
 
-    v = command("verify", _verify, "Check every file of a model against its manifest.")
+    v = command("verify", _verify, "Check every file of a model against its manifest, or of an export against its report.")
     v.add_argument("model", nargs="?", default="emoji", help=MODEL)
     v.add_argument("--revision", help=REVISION)
 
@@ -405,21 +405,52 @@ def _sampler(artifact: Any) -> dict[str, Any]:
 
 
 def _describe(artifact: Any) -> dict[str, Any]:
-    m = artifact.manifest
-    scheduler = artifact.config("scheduler")
+    m, scheduler = artifact.manifest, artifact.config("scheduler")
+    sampler = {"prediction_type": scheduler.get("prediction_type"), **_sampler(artifact)} if artifact.listing else _sampler(artifact)
     if m is None:
+        export = artifact.export.describe() if artifact.export else None
         return {
-            "name": artifact.name, "format": None, "student": {}, "variants": {}, "files": {},
-            "sampler": _sampler(artifact),
+            "name": artifact.name, "format": None, "student": artifact.student, "variants": {}, "files": {}, "sampler": sampler, "export": export,
+            "runs_on": _runs_on(artifact, [artifact.export.precision] if artifact.export else ["fp32"]),
         }  # fmt: skip
     variants = {
         p: {part: {**e, "bytes": sum(m.files[f]["bytes"] for f in (e["file"], *e["weights"]))} for part, e in parts.items()}
         for p, parts in m.variants.items()
     }
     return {
-        "name": artifact.name, "format": m.format, "student": m.student, "sampler": {"prediction_type": scheduler.get("prediction_type"), **_sampler(artifact)},
+        "name": artifact.name, "format": m.format, "student": m.student, "sampler": sampler, "export": None, "runs_on": _runs_on(artifact, list(m.variants)),
         "variants": variants, "quality": m.quality, "calibration": m.calibration, "total_bytes": sum(f["bytes"] for f in m.files.values()),
     }  # fmt: skip
+
+
+def _runs_on(artifact: Any, precisions: Sequence[str]) -> dict[str, str]:
+    """Precision -> what `backend="auto"` would choose here and why, or why nothing."""
+    from sdlite import backends
+
+    out = {}
+    for precision in precisions:
+        try:
+            name, reason = backends.choose(artifact, precision)
+            out[precision] = f"{name} ({reason})"
+        except SdliteError as e:
+            out[precision] = str(e)
+    return out
+
+
+def _export_lines(export: dict[str, Any]) -> list[str]:
+    shape = "any size" if export["size"] is None else f"{export['size'][0]}x{export['size'][1]} px"
+    shape += "" if export["batch"] is None else f", batch {export['batch']}"
+    closest = f", images at least {min(export['psnr']):.1f} dB PSNR to the model's" if export["psnr"] else ""
+    tools = ", ".join(f"{k} {v}" for k, v in (export["tools"] or {}).items())
+    lines = [
+        f"export for {export['target']} (profile {export['profile']}): {export['precision']}, {shape}; made with {tools}",
+        f"checked by {export['checked_by']}{closest}",
+        *(f"not run, {part}: {why}" for part, why in (export["not_run"] or {}).items()),
+    ]
+    for part, row in export["networks"].items():
+        given = ", ".join(f"{t['name']} {t['dtype']} {t['shape']}" for t in row["inputs"])
+        lines.append(f"{part}: {row['file']}; {given} -> {row['output']['name']} {row['output']['shape']}")
+    return lines
 
 
 def _open(args: argparse.Namespace) -> Any:
@@ -440,13 +471,17 @@ def _info(args: argparse.Namespace) -> None:
     if refusal:
         print(f"  {refusal}")
         return
-    if info["format"] is None:
-        print("  plain diffusers folder: runs with backend='torch'")
+    if info["export"]:
+        print(*(f"  {line}" for line in _export_lines(info["export"])), sep="\n")
+    elif info["format"] is None:
+        print("  plain diffusers folder")
     for k, v in info["student"].items():
         print(f"  {k}: {v:,}" if isinstance(v, int) else f"  {k}: {v}")
     print("  sampler: " + ", ".join(f"{k}={v}" for k, v in info["sampler"].items()))
     for precision, parts in info["variants"].items():
         print(f"  {precision}: " + ", ".join(f"{part} {e['bytes'] / 1e6:.2f} MB" for part, e in parts.items()))
+    for precision, words in info["runs_on"].items():
+        print(f"  {precision} runs on: {words}")
 
 
 def _verify(args: argparse.Namespace) -> None:

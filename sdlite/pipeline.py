@@ -18,7 +18,7 @@ import numpy as np
 from sdlite import arguments, backends, families, habits, hub, images, tiling
 from sdlite._version import __version__
 from sdlite.artifact import Artifact, writing
-from sdlite.errors import ArtifactError, InputError, MissingExtraError, SdliteWarning, ShapeError
+from sdlite.errors import InputError, MissingExtraError, SdliteWarning, ShapeError
 from sdlite.errors import Cancelled as Cancelled
 from sdlite.sampling import Noise, Sampler, Schedule, denoise, get_sampler, guided
 from sdlite.spec import latent_size
@@ -125,14 +125,13 @@ class Pipeline(metaclass=_Class):
         _loading(model, precision, backend, device, revision, threads, arithmetic)
         artifact = Artifact.open(hub.resolve(model, revision))
         if precision is None:
-            precision = next(iter(artifact.manifest.variants), "fp32") if artifact.manifest else artifact.exported or "fp32"
-        if artifact.manifest is None and artifact.exported and backend != "tensorrt":
-            raise ArtifactError(
-                f"{artifact.folder} was exported for another runtime, which runs it; give the model that it was exported from, or export it with a "
-                "dynamic onnx profile."
+            precision = (
+                artifact.export.precision
+                if artifact.export
+                else next(iter(artifact.manifest.variants if artifact.manifest else ()), "fp32")
             )
         note = None
-        if backend in ("onnxruntime", "openvino") and artifact.manifest is None and precision in ("fp32", "fp16"):
+        if backend in ("onnxruntime", "openvino") and artifact.listing is None and precision in ("fp32", "fp16"):
             artifact, note = _convert(artifact), f"converted to ONNX from {artifact.folder}, once, into the cache"
         pipe = cls(artifact, backends.load(artifact, precision, backend, device, threads, arithmetic))
         pipe.report.notes += [note] if note else []
@@ -140,13 +139,12 @@ class Pipeline(metaclass=_Class):
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Copy the whole artefact to `folder` (new or empty), verified, all or nothing."""
-        if self.artifact.manifest:
+        if self.artifact.listing:
             self.artifact.verify()
+        pickles = shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
         out = Path(arguments.path("folder", folder))
-        with writing(out) as tmp:
-            shutil.copytree(
-                self.artifact.folder, tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
-            )
+        with writing(out) as tmp:  # an export's networks may end in .bin, and its report names each of its files
+            shutil.copytree(self.artifact.folder, tmp, dirs_exist_ok=True, ignore=None if self.artifact.export else pickles)
         return out
 
     def enable_vae_tiling(self, size_px: int | None = None, overlap: float = 0.25) -> None:
@@ -163,6 +161,8 @@ class Pipeline(metaclass=_Class):
         side = self.vae_config.get("sample_size") or 512 if size_px is None else arguments.integer("tile size_px", size_px)
         chosen = tiling.Tiling(side, arguments.number("tile overlap", overlap))
         chosen.check(self.stride)
+        if self.networks.size is not None and max(self.networks.size) > side:
+            raise InputError(f"tile size_px={side}: this export's decoder takes its {max(self.networks.size)} pixels at once alone.")
         self.disable_vae_tiling()
         self.tiling = chosen
         self.report.notes.append(str(chosen))
@@ -396,6 +396,8 @@ class Pipeline(metaclass=_Class):
 
     def _size(self, height: int | None, width: int | None, latents: np.ndarray | None, count: int) -> tuple[int, int, np.ndarray | None]:
         side, channels = latent_size(self.unet_config), self.unet_config["in_channels"]
+        if self.networks.size is not None:
+            side = (self.networks.size[0] // self.stride, self.networks.size[1] // self.stride)
         if latents is not None:
             latents = np.asarray(latents)
             if latents.ndim != 4 or latents.shape[:2] != (count, channels) or latents.dtype.kind != "f":
@@ -410,6 +412,12 @@ class Pipeline(metaclass=_Class):
             side[0] * self.stride if height is None else arguments.side("height", height),
             side[1] * self.stride if width is None else arguments.side("width", width),
         ]
+        if self.networks.size not in (None, tuple(out)):
+            tall, wide = self.networks.size or out
+            raise ShapeError(
+                f"height={out[0]}, width={out[1]}: this export has networks of {tall}x{wide} pixels alone; "
+                "export the model with that height and width in the profile, or for any shape."
+            )
         multiple = max(self.networks.size_multiple, self.stride)
         for label, value in zip(("height", "width"), out, strict=True):
             if value < multiple or value % multiple:

@@ -11,12 +11,16 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from sdlite.artifact import PARTS, PRECISIONS, Artifact
+from sdlite.backends import auto
 from sdlite.errors import MissingExtraError, PrecisionError, UnknownNameError
+
+if TYPE_CHECKING:
+    from sdlite.exported import Export
 
 
 class Network(Protocol):
@@ -91,6 +95,7 @@ class Networks:
     vae_decoder: Network
     report: Report
     size_multiple: int
+    size: tuple[int, int] | None = None  # (height, width), where the networks take no other
 
 
 class Backend(Protocol):
@@ -107,6 +112,8 @@ class Backend(Protocol):
 
 
 _PLACE = re.compile(r"Exception from \S+:\d+:?$|Check '.*' failed at \S+:\d+:?$")
+_TORCH_HAS = ("fp32", "fp16", "int8-dynamic")  # their modules' PRECISIONS, without importing them
+_OPENVINO_HAS = ("fp32", "fp16", "int8-static")
 ENGINES_ONLY = ("bf16",)  # precisions of exported engines that no artefact holds as ONNX
 # name -> (module, the package that it needs, the extra that installs it)
 _BACKENDS = {
@@ -140,30 +147,91 @@ def installed_with(precision: str) -> list[str]:
     return [n for n in _BACKENDS if n not in ("torch", "tensorrt") and installed(n) and precision in get_backend(n).PRECISIONS]
 
 
-def choose(artifact: Artifact, precision: str) -> tuple[str, str]:
-    """`backend="auto"`: onnxruntime when it is installed and the artefact holds the precision, else torch. Returns (name, reason)."""
-    if artifact.has_onnx(precision) and installed("onnxruntime"):
-        return "onnxruntime", f"auto: installed, and the artefact holds {precision} ONNX graphs"
-    if installed("torch"):
-        why = "onnxruntime is not installed" if artifact.has_onnx(precision) else f"the artefact holds no {precision} ONNX graphs"
-        return "torch", f"auto: {why}"
-    if artifact.has_onnx(precision):
-        raise MissingExtraError("no engine is installed: pip install 'sdlite[cpu]' for onnxruntime (or 'sdlite[torch]').")
-    held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
-    raise PrecisionError(
-        f"{artifact.name} holds no {precision} ONNX graphs (it holds: {held}) and torch is not installed; "
-        "choose a precision that it holds or pip install 'sdlite[torch]'."
-    )
+def choose(artifact: Artifact, precision: str, arithmetic: str | None = None) -> tuple[str, str]:
+    """`backend="auto"`: (name, reason). The fastest installed engine that holds the precision (`sdlite.backends.auto`), else torch.
+
+    Raises:
+        MissingExtraError: no engine that could run it is installed. PrecisionError: nothing here could run this precision.
+        ArtifactError: an export that no backend opens.
+    """
+    if artifact.export:
+        return _opener(artifact, artifact.export)
+    if not artifact.has_onnx(precision):
+        if _float_weights(artifact) and precision in _TORCH_HAS and installed("torch"):
+            why = f"{artifact.name} holds no {precision} ONNX graphs" if artifact.manifest else "a plain diffusers folder"
+            return "torch", f"auto: {why}, and torch runs its weights"
+        raise lacking(artifact, precision)
+    if arithmetic is not None:
+        return "openvino", f"auto: arithmetic={arithmetic!r} is openvino's to choose"
+    able = [n for n in auto.ENGINES if installed(n) and not (n == "openvino" and precision not in _OPENVINO_HAS)]
+    if able and (found := auto.rule(artifact, precision)):
+        if found.engine in able:
+            return found.engine, f"auto: {found}"
+        return able[0], f"auto: installed; {found.engine} would be faster ({found}): pip install 'sdlite[{_BACKENDS[found.engine][2]}]'"
+    if able:
+        other = "" if able[0] == "onnxruntime" else "; onnxruntime is not installed"
+        return able[0], f"auto: the fastest installed engine for {precision} here{other}"
+    if _float_weights(artifact) and precision in _TORCH_HAS and installed("torch"):
+        return "torch", "auto: neither onnxruntime nor openvino is installed"
+    also = " or 'sdlite[openvino]'" if precision in _OPENVINO_HAS else ""
+    raise MissingExtraError(f"no engine for {precision} is installed: pip install 'sdlite[cpu]'{also}.")
+
+
+def _opener(artifact: Artifact, export: Export) -> tuple[str, str]:
+    if not export.backends:
+        raise export.refusal(artifact.folder, "auto")
+    name = next((n for n in export.backends if installed(n)), None)
+    if name is None:
+        first = export.backends[0]
+        raise MissingExtraError(f"{artifact.folder} was exported for {export.target}: pip install 'sdlite[{_BACKENDS[first][2]}]'.")
+    return name, f"auto: exported for {export.target}"
+
+
+def _float_weights(artifact: Artifact) -> bool:
+    return any((artifact.folder / "unet").glob("*.safetensors")) or artifact.manifest is None
+
+
+def lacking(artifact: Artifact, precision: str) -> PrecisionError:
+    """What a model holds instead of `precision`, and how one comes to it."""
+    held = list(artifact.listing.variants) if artifact.listing else []
+    has = f"holds {', '.join(held)}, not {precision}" if held else f"has no {precision} ONNX graphs"
+    if held and not artifact.export and all(h.startswith("int8") for h in held):
+        has = f"was quantized and {has}"
+        how = "leave precision out, or load the float model that it was made from"
+    elif artifact.export:
+        how = f"leave precision out, or export the model again as {precision}"
+    elif precision.startswith("int8"):
+        how = f"make it: sdlite quantize {artifact.folder} --precision {precision} --out NEW"
+    elif not held:
+        torch = "" if installed("torch") else " (pip install 'sdlite[torch]')"
+        how = f"convert it (sdlite.convert(folder, out)), or use backend='torch'{torch}"
+    elif precision == "fp16" and "fp32" in held:
+        how = f"make it: sdlite export {artifact.folder} --target onnx-fp16 --out NEW"
+    else:
+        how = "choose one that it holds"
+    return PrecisionError(f"{artifact.name} {has}; {how}.")
+
+
+def entry(artifact: Artifact, part: str, precision: str) -> tuple[dict[str, Any], int]:
+    """The listing's row of a network, its files verified, and their bytes.
+
+    Raises:
+        PrecisionError: the folder does not hold the precision. ArtifactError: a file is missing, cut off or changed.
+    """
+    listing = artifact.listing
+    if listing is None or not set(PARTS) <= set(listing.variants.get(precision, {})):
+        raise lacking(artifact, precision)
+    row = listing.variants[precision][part]
+    files = [row["file"], *row["weights"]]
+    artifact.verify(files)
+    return row, sum(int(listing.files[f]["bytes"]) for f in files)
 
 
 def _held(artifact: Artifact, precision: str) -> None:
     """Refuse what a quantized model cannot be: it holds integer graphs and no float weights for any backend."""
     variants = artifact.manifest.variants if artifact.manifest else {}
     if variants and precision not in variants and all(v.startswith("int8") for v in variants):
-        raise PrecisionError(
-            f"{artifact.name} was quantized and holds {', '.join(variants)}, not {precision}; leave precision out, or "
-            "load the float model that it was made from."
-        )
+        raise lacking(artifact, precision)
 
 
 def load(artifact: Artifact, precision: str, backend: str = "auto", device: str = "cpu", threads: int | None = None,
@@ -176,9 +244,13 @@ def load(artifact: Artifact, precision: str, backend: str = "auto", device: str 
     """
     if precision not in (known := (*PRECISIONS, *ENGINES_ONLY)):
         raise UnknownNameError(f"precision={precision!r} is not known; choose one of {', '.join(known)}.")
-    _held(artifact, precision)
-    name, reason = choose(artifact, precision) if backend == "auto" else (backend, "as asked")
+    name, reason = choose(artifact, precision, arithmetic) if backend == "auto" else (backend, "as asked")
     module = get_backend(name)
+    if artifact.export and name not in artifact.export.backends:
+        raise artifact.export.refusal(artifact.folder, name)
+    if backend == "auto" and name == "openvino" and precision == "fp16" and arithmetic is None:
+        arithmetic = "float32"  # what every other engine computes fp16 files in: "auto" does not choose other images
+        reason += "; arithmetic='bfloat16' is faster where the CPU has it, with slightly other images"
     if device not in module.DEVICES:
         raise UnknownNameError(f"device={device!r} is not known to backend {name!r}; choose one of {', '.join(module.DEVICES)}.")
     if precision not in module.PRECISIONS:
@@ -199,5 +271,5 @@ def load(artifact: Artifact, precision: str, backend: str = "auto", device: str 
         start = time.perf_counter()
         loaded[part], row = module.load_part(artifact, part, precision, device, threads, **more)
         report.networks.append(NetworkReport(**{**asdict(row), "load_seconds": time.perf_counter() - start}))
-    multiple = artifact.manifest.size_multiple if artifact.manifest and name != "torch" else 8
-    return Networks(**loaded, report=report, size_multiple=multiple)
+    multiple = artifact.listing.size_multiple if artifact.listing and name != "torch" else 8
+    return Networks(**loaded, report=report, size_multiple=multiple, size=artifact.export.size if artifact.export else None)

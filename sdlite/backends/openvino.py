@@ -21,8 +21,8 @@ import openvino as ov
 
 from sdlite import cpu
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, NetworkReport, RowByRow, compiled, mapped, words_of
-from sdlite.errors import ArtifactError, PrecisionError, SdliteError, UnknownNameError
+from sdlite.backends import Network, NetworkReport, RowByRow, compiled, entry, mapped, words_of
+from sdlite.errors import ArtifactError, SdliteError, UnknownNameError
 from sdlite.spec import SPECS
 
 log = logging.getLogger("sdlite")
@@ -227,20 +227,15 @@ class CompiledNetwork:
 
 def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None,
               arithmetic: str | None = None) -> tuple[Network, NetworkReport]:  # fmt: skip
-    if not artifact.has_onnx(precision):
-        held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
-        raise PrecisionError(f"{artifact.name} holds no {precision} ONNX graphs (it holds: {held}); choose a precision that it holds.")
-    assert artifact.manifest is not None
-    entry = artifact.manifest.variants[precision][part]
-    files = [entry["file"], *entry["weights"]]
-    artifact.verify(files)
+    row, size = entry(artifact, part, precision)
     chosen = arithmetic_of(precision, device, arithmetic)
-    size = sum(artifact.manifest.files[f]["bytes"] for f in files)
+    files = [row["file"], *row["weights"]]
+    assert artifact.listing is not None
     network = CompiledNetwork(
-        str(artifact.folder / entry["file"]), part, device, threads, precision, chosen,
-        weights=[artifact.folder / w for w in entry["weights"]], hashes=[artifact.manifest.files[f]["sha256"] for f in files],
+        str(artifact.folder / row["file"]), part, device, threads, precision, chosen,
+        weights=[artifact.folder / w for w in row["weights"]], hashes=[artifact.listing.files[f]["sha256"] for f in files],
         keep=min(SHAPES, max(1, KEPT // size)),
     )  # fmt: skip
-    alone = device == "cpu" and size >= LARGE
-    said = chosen if entry["arithmetic"] == "float32" else entry["arithmetic"].replace("float32", chosen)
-    return RowByRow(network) if alone else network, NetworkReport(part, entry["file"], size, entry["storage"], said, 0.0)
+    alone = bool(row.get("batch")) or (device == "cpu" and size >= LARGE)
+    said = chosen if row["arithmetic"] == "float32" else row["arithmetic"].replace("float32", chosen)
+    return RowByRow(network) if alone else network, NetworkReport(part, row["file"], size, row["storage"], said, 0.0)

@@ -5,11 +5,14 @@ CUDA was written against onnxruntime's IOBinding API and has not been run on a G
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnxruntime as ort
 
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, NetworkReport, RowByRow, words_of
-from sdlite.errors import ArtifactError, PrecisionError, UnknownNameError
+from sdlite.backends import Network, NetworkReport, RowByRow, entry, fused, words_of
+from sdlite.errors import ArtifactError, UnknownNameError
+from sdlite.spec import SPECS
 
 import numpy as np  # isort: skip
 
@@ -90,19 +93,14 @@ class CudaSession(Session):
 
 
 def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]:
-    if not artifact.has_onnx(precision):
-        held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
-        raise PrecisionError(
-            f"{artifact.name} holds no {precision} ONNX graphs (it holds: {held}); convert it with "
-            "sdlite.exporters.onnx.convert(folder, out), choose a precision that it holds, or backend='torch'."
-        )
-    assert artifact.manifest is not None
-    entry = artifact.manifest.variants[precision][part]
-    files = [entry["file"], *entry["weights"]]
-    artifact.verify(files)
-    path = str(artifact.folder / entry["file"])
-    size = sum(artifact.manifest.files[f]["bytes"] for f in files)
-    session = (CudaSession if device == "cuda" else Session)(path, device, threads, size)
+    row, size = entry(artifact, part, precision)
+    path = artifact.folder / row["file"]
+    network: Any
+    if row.get("cuts"):
+        network = fused.load(path.parent, threads, SPECS[part].output.name)
+    else:
+        network = (CudaSession if device == "cuda" else Session)(str(path), device, threads, size)
     # int8-dynamic has one activation scale for a whole tensor: an image must not set that of another
-    network = RowByRow(session) if precision == "int8-dynamic" else session
-    return network, NetworkReport(part, entry["file"], size, entry["storage"], entry["arithmetic"], 0.0)
+    if row.get("batch") or precision == "int8-dynamic":
+        network = RowByRow(network)
+    return network, NetworkReport(part, row["file"], size, row["storage"], row["arithmetic"], 0.0)

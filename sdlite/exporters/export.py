@@ -23,8 +23,9 @@ from sdlite.artifact import PARTS, Artifact, sha256, writing
 from sdlite.backends import RowByRow
 from sdlite.bench import peak_mib
 from sdlite.errors import ExportError, InputError, MissingExtraError, PrecisionError, SdliteError
+from sdlite.exported import REPORT
 from sdlite.exporters import profile as profiles
-from sdlite.exporters import room
+from sdlite.exporters import readme, room
 from sdlite.exporters.parity import Recording, measure, pictures, record
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import fix, opset_of, size_of
@@ -35,7 +36,6 @@ from sdlite.quant.graph import Graph
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS
 
-REPORT = "export-report.json"
 _HANDED = {
     "onnxruntime": "the graph that was handed to the converter, on onnxruntime",
     "torch": "the network that was handed to the converter, on torch",
@@ -80,13 +80,15 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         profile = dataclasses.replace(profile, options={**profile.options, "fuse_schedule": True})
     module = _module(profile)
     artifact = Artifact.open(hub.resolve(model, None))
+    if artifact.export:
+        raise InputError(f"{artifact.folder} is an export for {artifact.export.target} already; give the model that it was made from.")
     if artifact.manifest is None:
         raise InputError(
             f"{artifact.folder} has no {profile.precision} ONNX graphs; make an artefact of it first: sdlite.exporters.onnx.convert."
         )
     artifact = artifact.with_sampler(arguments.optional(arguments.text, "sampler", sampler))
     assert artifact.manifest is not None
-    source = _source(artifact, profile)
+    source, free_size = _source(artifact, profile), getattr(module, "FREE_SIZE", True)
     known_sampler(artifact.sampler_name)  # before any work
     if hasattr(module, "check"):
         module.check(artifact)
@@ -98,7 +100,7 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
     with room.watched(profile), tempfile.TemporaryDirectory(prefix="sdlite-export-") as scratch, writing(Path(out)) as tmp:
         recording = record(pipe, shown, num_inference_steps=num_inference_steps, sampler=artifact.sampler_name, **size)
         let_go(pipe)
-        graphs = {p: _graph(artifact, p, profile, source, recording, Path(scratch), getattr(module, "FREE_SIZE", True)) for p in PARTS}
+        graphs = {p: _graph(artifact, p, profile, source, recording, Path(scratch), free_size) for p in PARTS}
         calibration = None
         if hasattr(module, "quantise"):
             graphs, calibration = module.quantise(graphs, pipe, profile, shown, num_inference_steps, threads)
@@ -120,6 +122,8 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
                 with _refusals(p, profile):
                     made[p] = module.convert(p, graphs[p], tmp / p, profile)
         _companions(artifact, tmp)
+        about = readme.networks(tmp, made, recording, profile, artifact.manifest.variants[source], free_size)
+        readme.write(tmp, about, pipe, profile, recording)
         if hasattr(module, "finish"):
             shape = recording.calls["unet"][0][0]["sample"].shape
             made["page"] = module.finish(tmp, artifact, profile, (profile.batch or 1, *shape[1:]))
@@ -144,7 +148,8 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         report = {
             "sdlite": __version__, "model": artifact.name, "profile": dataclasses.asdict(profile), "tools": _versions(module.PACKAGES),
             "source": source, "opset": opset,
-            "files": {f.relative_to(tmp).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for fs in made.values() for f in fs},
+            "networks": about, "size": None if profile.dynamic and free_size else list(recording.images.shape[1:3]),
+            "size_multiple": artifact.manifest.size_multiple, **_hashes(tmp, [f for fs in made.values() for f in fs]),
             "checked_by": _HANDED["torch" if torch_networks else "onnxruntime"] if not_run else "the runtime itself",
             "not_run": not_run, "parity": {"networks": parity.networks, "psnr": parity.psnr, "reference": parity.reference, "pictures": len(shown)},
             "calibration": calibration, "picture_seconds": clocked,
@@ -152,6 +157,18 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         }  # fmt: skip
         (tmp / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _hashes(folder: Path, made: Sequence[Path]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Bytes and SHA-256 of every file: `files` are what the target's converter made, `companions` the rest."""
+    every = {
+        f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.rglob("*")) if f.is_file()
+    }
+    networks = {f.relative_to(folder).as_posix() for f in made}
+    return {
+        "files": {k: v for k, v in every.items() if k in networks},
+        "companions": {k: v for k, v in every.items() if k not in networks},
+    }
 
 
 def _float(model: str | Path, threads: int | None) -> Pipeline:
@@ -306,17 +323,26 @@ def _companions(artifact: Artifact, out: Path) -> None:
     """Tokenizer, scheduler and configs, which the device's code reads."""
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(artifact.folder / part, out / part)
-    for part in {SPECS[p].source for p in PARTS}:
+    for part in {*PARTS, *(SPECS[p].source for p in PARTS)}:  # optimum looks for the decoder's beside its graph
         (out / part).mkdir(exist_ok=True)
-        shutil.copy(artifact.folder / part / "config.json", out / part / "config.json")
-    shutil.copy(artifact.folder / "vae" / "config.json", out / "vae_decoder" / "config.json")  # where optimum looks
-    shutil.copy(artifact.folder / "model_index.json", out / "model_index.json")
+        shutil.copy(artifact.folder / (SPECS[part].source if part in SPECS else part) / "config.json", out / part / "config.json")
+    (out / "model_index.json").write_text(json.dumps(_index(artifact.index), indent=1) + "\n", encoding="utf-8")
     manifest = artifact.manifest
     assert manifest is not None
     (out / "student.json").write_text(
         json.dumps({"name": manifest.name, "student": manifest.student, "sampler": artifact.samples_with}, indent=1) + "\n",
         encoding="utf-8",
     )
+
+
+def _index(index: dict[str, Any]) -> dict[str, Any]:
+    """model_index.json naming only what an export holds."""
+    absent = {
+        k: [None, None]
+        for k, v in index.items()
+        if isinstance(v, list) and k not in ("tokenizer", "scheduler", "text_encoder", "unet", "vae")
+    }
+    return {**index, **absent, **({"requires_safety_checker": False} if "safety_checker" in absent else {})}
 
 
 def table(report: dict[str, Any]) -> str:

@@ -124,6 +124,8 @@ def _float_pipeline(model: Pipeline | str | Path, scratch: Path, threads: int | 
             )
         return on_demand(model.artifact.with_sampler(sampler), threads)
     artifact = Artifact.open(hub.resolve(model, None))
+    if artifact.export:
+        raise InputError(f"{artifact.folder} is an export for {artifact.export.target}; quantize the model that it was made from.")
     known_sampler(sampler or artifact.sampler_name)  # before any work
     if artifact.manifest is None:
         from sdlite.exporters.onnx import convert

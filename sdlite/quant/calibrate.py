@@ -170,7 +170,7 @@ def on_demand(artifact: Artifact, threads: int | None, precision: str = "fp32") 
     assert artifact.manifest is not None
     report = Report(artifact.name, "onnxruntime", "cpu", precision, "the reference", get_backend("onnxruntime").engine())
     networks = {p: OnDemand(artifact, p, precision, threads) for p in PARTS}
-    return Pipeline(artifact, Networks(**networks, report=report, size_multiple=artifact.manifest.size_multiple))
+    return Pipeline(artifact, Networks(**networks, report=report, size_multiple=artifact.manifest.size_multiple, size=None))
 
 
 def let_go(pipe: Pipeline) -> None:

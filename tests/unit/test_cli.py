@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -157,14 +158,24 @@ def test_bench_measures_each_precision_in_its_own_process(capsys, tmp_path):
     arguments = ["bench", "emoji", "--backends", "onnxruntime", "--steps", "2", "--guidance", "1", "--seconds", "0", "--threads", "1"]
     assert main([*arguments, "--out", str(tmp_path / "rows.jsonl")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [r["precision"] for r in rows] == ["fp16", "fp32"]
+    assert [(r["precision"], r["also"]) for r in rows] == [("fp16", "fp32")]  # the same files and arithmetic, measured once
     for r in rows:
         assert len(r["samples_seconds"]) == 2
         assert (r["steps"], r["guidance"], r["size"]) == (2, 1.0, [64, 64])
         assert r["stage_seconds"]["total"] >= r["stage_seconds"]["unet"] > 0
         assert r["arithmetic"]["unet"] == "float32"
         assert r["cpu"]
-    assert "64x64 px, 2 steps, guidance 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "64x64 px, 2 steps, guidance 1" in out
+    assert "fp16, fp32   onnxruntime" in out
+
+
+def test_bench_measures_what_is_asked_for_apart():
+    from sdlite.bench import jobs
+
+    assert [j.precision for j in jobs("emoji", ["fp16", "fp32"], ["onnxruntime"])] == ["fp16", "fp32"]
+    if importlib.util.find_spec("openvino"):  # where fp16 is another arithmetic
+        assert [(j.precision, j.also) for j in jobs("emoji", None, ["openvino"])] == [("fp16", ""), ("fp32", "")]
 
 
 def test_bench_rows_without_seconds_share_the_budget(monkeypatch):

@@ -335,7 +335,10 @@ def test_backend_refuses_what_it_cannot_load(tmp_path):
         (tmp_path / part).mkdir()
         (tmp_path / part / "model.engine").write_bytes(b"x")
     (tmp_path / "model_index.json").write_text("{}")
-    report = {"profile": {"precision": "fp16"}, "files": {"unet/model.engine": {"sha256": "0"}}}
+    report = {
+        "profile": {"precision": "fp16", "target": "tensorrt"},
+        "files": {"unet/model.engine": {"sha256": "0", "bytes": 1}},
+    }
     (tmp_path / "export-report.json").write_text(json.dumps(report))
     with pytest.raises(PrecisionError, match="are fp16, not fp32"):
         tensorrt.load_part(Artifact.open(tmp_path), "unet", "fp32", "cuda", None)
@@ -362,13 +365,14 @@ def test_pipeline_takes_the_precision_of_the_engines(tmp_path):
 
     for name in ("model_index.json", "tokenizer", "scheduler"):
         (shutil.copytree if (EMOJI / name).is_dir() else shutil.copy)(EMOJI / name, tmp_path / name)
-    artifact = Artifact.open(tmp_path)
-    assert artifact.exported is None
-    (tmp_path / "export-report.json").write_text(json.dumps({"profile": {"precision": "bf16"}, "files": {}}))
-    assert artifact.exported == "bf16"
+    assert Artifact.open(tmp_path).export is None
+    (tmp_path / "export-report.json").write_text(json.dumps({"profile": {"precision": "bf16", "target": "tensorrt"}, "files": {}}))
+    assert Artifact.open(tmp_path).export.precision == "bf16"
     with pytest.raises(PrecisionError, match="'onnxruntime' has no bf16"):
         Pipeline.from_pretrained(EMOJI, backend="onnxruntime", precision="bf16")
-    with pytest.raises(ArtifactError, match="exported for another runtime"):
+    with pytest.raises(
+        ArtifactError, match=r"exported for tensorrt \(bf16\), which backend 'onnxruntime' does not open; use backend='tensorrt'"
+    ):
         Pipeline.from_pretrained(tmp_path, backend="onnxruntime")
     seen = []
     module = SimpleNamespace(

@@ -16,8 +16,9 @@ import onnx
 import onnx.version_converter
 
 from sdlite.artifact import MANIFEST, PARTS, Artifact, write_manifest
+from sdlite.backends.fused import load, session
 from sdlite.errors import ExportError, InputError
-from sdlite.exporters.hoist import Hoisted, hoist, session
+from sdlite.exporters.hoist import hoist
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import input_shapes, opset_of
 from sdlite.exporters.targets import NotRunnable
@@ -121,7 +122,5 @@ def run(part: str, files: list[Path], profile: Profile, threads: int | None) -> 
     except ModuleNotFoundError as e:
         raise NotRunnable(f"{e.name} is not installed") from e
     if part == "unet" and profile.options.get("fuse_schedule"):
-        cuts = {f.stem: session(f, threads) for f in files if f.suffix == ".onnx"}
-        runs = {k: run for k, (run, _) in cuts.items()}
-        return Hoisted(runs["time"], runs["prompt"], runs["step"], cuts["step"][1], SPECS["unet"].output.name)
+        return load(files[0].parent, threads, SPECS["unet"].output.name)
     return Session(str(files[0]), "cpu", threads, sum(f.stat().st_size for f in files))
