@@ -36,7 +36,7 @@ def try_out(folder: Path) -> None:
 
     report = backends.Report(artifact.name, name, "cpu", "fp32", "tried out", backend.engine())
     multiple = artifact.manifest.size_multiple if artifact.manifest else 1
-    pipe = Pipeline(artifact, backends.Networks(**{p: once(p) for p in PARTS}, report=report, size_multiple=multiple))
+    pipe = Pipeline(artifact, backends.Networks(**{p: once(p) for p in PARTS}, report=report, size_multiple=multiple, size=None))
     side = max(8 * pipe.stride, multiple)
     embeds, x = pipe.encode_text(pipe.tokenize([""])), pipe.init_latents([Noise(0)], side, side)
     pipe.networks.unet(sample=x, timestep=np.array(500, np.float32), encoder_hidden_states=embeds)

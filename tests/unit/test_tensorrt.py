@@ -326,15 +326,25 @@ def test_a_killed_build_says_so(tmp_path, monkeypatch):
         target.convert("unet", graph_of(tmp_path), tmp_path, Profile("t", "tensorrt"))
 
 
+def _configs(folder):
+    """What names the parts of an exported folder."""
+    import shutil
+
+    from tests.conftest import EMOJI
+
+    for part in ("text_encoder", "unet", "vae"):
+        (folder / part).mkdir()
+        shutil.copy(EMOJI / part / "config.json", folder / part / "config.json")
+    shutil.copy(EMOJI / "model_index.json", folder / "model_index.json")
+
+
 def test_backend_refuses_what_it_cannot_load(tmp_path):
     from tests.conftest import EMOJI
 
     with pytest.raises(ArtifactError, match="sdlite export MODEL --target tensorrt"):
         tensorrt.load_part(Artifact.open(EMOJI), "unet", "fp16", "cuda", None)
-    for part in ("unet",):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "model.engine").write_bytes(b"x")
-    (tmp_path / "model_index.json").write_text("{}")
+    _configs(tmp_path)
+    (tmp_path / "unet" / "model.engine").write_bytes(b"x")
     report = {
         "profile": {"precision": "fp16", "target": "tensorrt"},
         "files": {"unet/model.engine": {"sha256": "0", "bytes": 1}},
@@ -363,8 +373,9 @@ def test_pipeline_takes_the_precision_of_the_engines(tmp_path):
     from sdlite import Pipeline
     from tests.conftest import EMOJI
 
-    for name in ("model_index.json", "tokenizer", "scheduler"):
-        (shutil.copytree if (EMOJI / name).is_dir() else shutil.copy)(EMOJI / name, tmp_path / name)
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(EMOJI / name, tmp_path / name)
+    _configs(tmp_path)
     assert Artifact.open(tmp_path).export is None
     (tmp_path / "export-report.json").write_text(json.dumps({"profile": {"precision": "bf16", "target": "tensorrt"}, "files": {}}))
     assert Artifact.open(tmp_path).export.precision == "bf16"
