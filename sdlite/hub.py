@@ -9,11 +9,11 @@ from pathlib import Path
 from sdlite import families
 from sdlite.artifact import MANIFEST, Artifact, read_json
 from sdlite.errors import ArtifactError, HubError, InputError, SdliteError, UnknownNameError
+from sdlite.exported import REPORT
 from sdlite.weights import select, stem
 
 EMBEDDED = Path(__file__).parent / "models"
 NETWORKS = ("text_encoder", "unet", "vae")
-REPORT = "export-report.json"
 _SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
@@ -118,8 +118,8 @@ def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Pa
     texts = [n for n in names if re.fullmatch(r"(tokenizer|scheduler)/[^/]+\.(json|txt)", n)]
     if artifact.manifest:
         listed = [*artifact.manifest.files, MANIFEST]
-    elif REPORT in names:
-        listed = [*read_json(folder / REPORT).get("files", {}), *small, *texts]
+    elif artifact.export:
+        listed = sorted({*artifact.export.files, *small, *texts})
     else:
         return [*small, *texts, *_weights(at, names, folder)]
     if missing := sorted(set(listed) - set(names)):

@@ -288,8 +288,14 @@ def test_everything_that_a_manifest_lists_is_fetched(hub, tmp_path):
 
 
 def test_exported_folder_is_fetched_as_its_report_lists_it(hub, tmp_path):
-    report = {"files": {"unet/model.pte": {}, "vae_decoder/model.pte": {}}}
+    entry = {"bytes": 1, "sha256": hashlib.sha256(b"m").hexdigest()}
+    report = {
+        "profile": {"target": "executorch", "precision": "fp32"},
+        "files": {"unet/model.pte": entry, "vae_decoder/model.pte": entry},
+        "companions": {"README.md": entry},
+    }
     want = pipeline(weights={"unet/model.pte": b"m", "vae_decoder/model.pte": b"m"}) | {
+        "README.md": b"m",
         "export-report.json": json.dumps(report).encode(),
         "student.json": b"{}",
     }
