@@ -180,7 +180,9 @@ def test_an_int8_model_asked_for_a_float_precision_says_what_it_holds(tmp_path):
         for path in (artifact.folder / folder).glob("*.safetensors"):
             path.unlink()
     for precision in ("fp16", "fp32", "int8-dynamic"):
-        with pytest.raises(PrecisionError, match=rf"was quantized and holds int8-static, not {precision}; leave precision out, or load the float model"):
+        with pytest.raises(
+            PrecisionError, match=rf"was quantized and holds int8-static, not {precision}; leave precision out, or load the float model"
+        ):
             Pipeline.from_pretrained(artifact.folder, precision=precision)
 
 
