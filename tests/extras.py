@@ -1,11 +1,12 @@
-"""One new environment for each extra, holding nothing but `.[extra]`, and the extra's own job in it.
+"""One new environment for each extra, with nothing in it but `.[extra]`, and the extra's job there.
 
     python tests/extras.py                  # all that this machine can run; minutes each
     python tests/extras.py cpu distill      # some
     python tests/extras.py --lane newest distill
 
-An environment is kept in --cache under a name of the extra, the lane, pyproject.toml's hash and the Python, so that the next run installs sdlite
-alone; --remove deletes it after its job. A job has --minutes; the last line says how many passed, failed and were skipped.
+An environment is kept in --cache under a name of the extra, the lane, pyproject.toml's hash and the
+Python, so that the next run installs sdlite alone; --remove deletes it after its job. A job has
+--minutes; the last line says how many passed, failed and were skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
-APPLE = TESTS / "assets" / "apple.png"  # the embedded model on onnxruntime in float32: "a red apple", seed 1, 4 steps
+# The embedded model on onnxruntime in float32: "a red apple", seed 1, 4 steps.
+APPLE = TESTS / "assets" / "apple.png"
 
 RECIPE = """
 name = "two-steps"
@@ -41,7 +43,7 @@ num_inference_steps = 2
 """
 
 
-# --- jobs: run by the environment's own Python, in an empty folder ----------------------------------------------------
+# --- jobs: run by the environment's own Python, in an empty folder --------------------------------
 
 
 def psnr(image) -> float:
@@ -91,7 +93,8 @@ def core() -> str:
 
 def command(*words: str) -> str:
     """`sdlite WORDS` as installed; its output."""
-    done = subprocess.run([Path(sys.executable).parent / "sdlite", *map(str, words)], capture_output=True, text=True)
+    program = Path(sys.executable).parent / "sdlite"
+    done = subprocess.run([program, *map(str, words)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"sdlite {' '.join(map(str, words))}\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -120,8 +123,9 @@ def torchao() -> str:
 
 def quantize() -> str:
     Path("prompts.txt").write_text("a red apple\na green tree\na cat\na blue house\n")
-    out = command("quantize", "emoji", "--precision", "int8-static", "--prompts", "prompts.txt", "--samples", "4", "--steps", "4",
-                  "--gate-prompts", "2", "--out", "int8")  # fmt: skip
+    told = ["--precision", "int8-static", "--prompts", "prompts.txt", "--samples", "4"]
+    short = ["--steps", "4", "--gate-prompts", "2", "--out", "int8"]
+    out = command("quantize", "emoji", *told, *short)
     return f"{out.splitlines()[-1]}; {generate('int8', 15.0, precision='int8-static')}"
 
 
@@ -149,7 +153,8 @@ def export(*profiles: str):
         said = []
         for name in profiles:
             lines = command("export", "emoji", "--target", name, "--out", name).splitlines()
-            kept = [x.strip() for x in lines if x.strip().startswith(("text_encoder", "unet", "vae_decoder", "not run"))]
+            shown = ("text_encoder", "unet", "vae_decoder", "not run")
+            kept = [x.strip() for x in lines if x.strip().startswith(shown)]
             said.append(f"{name}: {'; '.join(kept)}")
         return "\n".join(said)
 
@@ -211,15 +216,8 @@ JOBS = {
     "export": convert,
     "distill": distill,
     "bench": in_repository("-m", "benchmarks.run", "--help"),
-    "peers": in_repository("-c", "import openvino_genai, nncf, stable_diffusion_cpp, benchmarks.peers"),
-    "dev": in_repository(
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "tests/unit/test_artifact.py",
-        "tests/unit/test_quant.py",
-    ),
+    "peers": in_repository("-c", "import openvino_genai, nncf, stable_diffusion_cpp"),
+    "dev": in_repository("-m", "pytest", "tests/unit/test_artifact.py", "tests/unit/test_quant.py"),
 }
 ELSEWHERE = {  # never run unless named
     "cuda": "an NVIDIA GPU",
@@ -228,42 +226,37 @@ ELSEWHERE = {  # never run unless named
 }
 
 
-# --- the runner -------------------------------------------------------------------------------------------------------
+# --- the runner -----------------------------------------------------------------------------------
 
 
 def pinned(lane: str) -> Path:
     return TESTS / f"constraints-{lane}.txt"
 
 
-def environment(extra: str, lane: str, cache: Path) -> tuple[Path, float]:
-    """(folder of the virtual environment with `.[extra]` alone, seconds that it took)."""
-    begin = time.monotonic()
-    said = [
-        (ROOT / "pyproject.toml").read_bytes(),
-        pinned(lane).read_bytes() if lane else b"",
-        sys.version.encode(),
-    ]
-    folder = cache / f"{extra}-{lane or 'any'}-{hashlib.sha256(b'|'.join(said)).hexdigest()[:12]}"
-    pip = [
-        folder / "bin" / "python",
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-    ]
-    limits = ["-c", pinned(lane)] if lane else []
-    wanted = f"{ROOT}[{extra}]" if extra != "core" else str(ROOT)
-    if not (folder / "whole").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        if "torch" in closure(extra):  # the CPU build of one version, where one is at hand; a range may mean gigabytes
-            subprocess.run([*pip, torch_pin(lane)], check=True)
-        subprocess.run([*pip, *limits, wanted], check=True)
-        (folder / "whole").touch()
-    else:
-        subprocess.run([*pip, "--no-deps", "--force-reinstall", str(ROOT)], check=True)
-    return folder, time.monotonic() - begin
+def environment(extra: str, lane: str, cache: Path, until: float) -> Path:
+    """Folder of the virtual environment with `.[extra]` alone; `until` is the time to be ready."""
+    limits = pinned(lane).read_bytes() if lane else b""
+    said = [(ROOT / "pyproject.toml").read_bytes(), limits, sys.version.encode()]
+    key = hashlib.sha256(b"|".join(said)).hexdigest()[:12]
+    folder = cache / f"{extra}-{lane or 'any'}-{key}"
+
+    def pip(*words: str | Path) -> None:
+        quiet = ("--quiet", "--disable-pip-version-check")
+        left = max(1.0, until - time.monotonic())
+        python = folder / "bin" / "python"
+        subprocess.run([python, "-m", "pip", "install", *quiet, *words], check=True, timeout=left)
+
+    if (folder / "whole").exists():
+        pip("--no-deps", "--force-reinstall", ROOT)
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    if "torch" in closure(extra):  # one version, of which a CPU build may be at hand
+        pip(torch_pin(lane))
+    wanted = str(ROOT) if extra == "core" else f"{ROOT}[{extra}]"
+    pip(*(["-c", pinned(lane)] if lane else []), wanted)
+    (folder / "whole").touch()
+    return folder
 
 
 def torch_pin(lane: str) -> str:
@@ -277,7 +270,8 @@ def closure(extra: str) -> set[str]:
     out: set[str] = set()
     for line in asked.get(extra, []):
         if line.startswith("sdlite["):
-            out = out.union(*(closure(e) for e in line[len("sdlite[") : line.index("]")].split(",")))
+            own = line[len("sdlite[") : line.index("]")].split(",")
+            out = out.union(*(closure(e) for e in own))
         else:
             out.add(line.split(">")[0].split("=")[0].split("[")[0])
     return out
@@ -285,40 +279,41 @@ def closure(extra: str) -> set[str]:
 
 def run(extra: str, lane: str, cache: Path, minutes: float, remove: bool) -> tuple[bool, str]:
     """(whether the job was done, what it said)."""
-    begin, folder = time.monotonic(), None
-    quiet = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": "",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    begin = time.monotonic()
     try:
-        folder, took = environment(extra, lane, cache)
-        with tempfile.TemporaryDirectory(prefix="sdlite-extra-") as scratch:
-            left = max(1.0, 60 * minutes - (time.monotonic() - begin))
-            done = subprocess.run([folder / "bin" / "python", __file__, "--job", extra], cwd=scratch, env={**quiet, "SDLITE_CACHE": scratch},
-                                  capture_output=True, text=True, timeout=left)  # fmt: skip
+        folder = environment(extra, lane, cache, begin + 60 * minutes)
+        took = time.monotonic() - begin
+        done = work(extra, folder, max(1.0, 60 * minutes - took))
     except subprocess.TimeoutExpired:
         return False, f"not done in {minutes:g} minutes"
     except subprocess.CalledProcessError as e:
         return False, f"could not be installed: {e}"
-    finally:
-        if remove and folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
     seconds = f"installed in {took:.0f} s, job {time.monotonic() - begin - took:.0f} s"
+    if remove:
+        shutil.rmtree(folder, ignore_errors=True)
     if done.returncode:
         return False, f"{seconds}\n{(done.stdout + done.stderr)[-3000:]}"
     return True, f"{seconds}: {done.stdout.strip()}"
 
 
+def work(extra: str, folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
+    """The extra's job by the environment's Python, offline, in an empty folder."""
+    with tempfile.TemporaryDirectory(prefix="sdlite-extra-") as scratch:
+        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return subprocess.run(
+            [folder / "bin" / "python", __file__, "--job", extra],
+            cwd=scratch,
+            env={**os.environ, **offline, "PYTHONPATH": "", "SDLITE_CACHE": scratch},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+
+
 def main() -> int:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument(
-        "extras",
-        nargs="*",
-        choices=[[], *JOBS],
-        help="default: all that a machine without a GPU can run",
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    ap.add_argument("extras", nargs="*", metavar="EXTRA", help=f"of {', '.join(JOBS)}")
     ap.add_argument("--job", choices=list(JOBS), help=argparse.SUPPRESS)
     ap.add_argument(
         "--lane",
@@ -327,9 +322,11 @@ def main() -> int:
         help="tests/constraints-LANE.txt; default: what pip chooses",
     )
     ap.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sdlite-extras")
-    ap.add_argument("--minutes", type=float, default=15.0, help="of each extra, installing and job together")
+    ap.add_argument("--minutes", type=float, default=15.0, help="of each extra, with installing")
     ap.add_argument("--remove", action="store_true", help="delete each environment after its job")
     args = ap.parse_args()
+    if unknown := sorted(set(args.extras) - set(JOBS)):
+        ap.error(f"{', '.join(unknown)} not known; choose of {', '.join(JOBS)}")
     if args.job:
         print(JOBS[args.job]())
         return 0

@@ -1,4 +1,4 @@
-"""pyproject.toml against the code: errors name extras that exist and bring what is missing, bounds are those that were run, nothing is left out."""
+"""pyproject.toml against the code: errors name extras that bring what is missing, bounds were run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 MODULES = {  # package -> the module that it brings, where the two names differ
-    "pillow": "PIL", "optimum-onnx": "optimum", "onnxruntime-gpu": "onnxruntime", "cuda-python": "cuda", "tensorrt-rtx-cu13": "tensorrt_rtx",
+    "pillow": "PIL",
+    "optimum-onnx": "optimum",
+    "onnxruntime-gpu": "onnxruntime",
+    "cuda-python": "cuda",
+    "tensorrt-rtx-cu13": "tensorrt_rtx",
     "mnn": "MNN",
-}  # fmt: skip
+}
 
 
 def asked(lines):
-    """(package in lower case, lower bound or None) of requirement lines; own extras are followed."""
+    """(package, lower bound or None) of requirement lines; own extras are followed."""
     for line in lines:
         if line.startswith("sdlite["):
             for extra in line[len("sdlite[") : line.index("]")].split(","):
@@ -51,22 +55,25 @@ def named():
             yield path.name, extras
 
 
+def source(module):
+    base = ROOT / module.replace(".", "/")
+    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+
 def imports(path, seen=None):
-    """Modules from elsewhere that importing one of ours brings in, and ours that it imports, all the way down."""
+    """Ours that importing one of ours brings in -> the modules from elsewhere that each imports."""
     seen = {} if seen is None else seen
     if path in seen:
         return seen
     seen[path] = set()
-    file = ROOT / (path.replace(".", "/") + ".py")
-    file = file if file.exists() else ROOT / path.replace(".", "/") / "__init__.py"
-    for node in top_level(ast.parse(file.read_text())):
+    for node in top_level(ast.parse(source(path).read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
         if isinstance(node, ast.ImportFrom) and node.module.startswith("sdlite"):
             names += [f"{node.module}.{a.name}" for a in node.names]
         for name in names:
             if name.split(".")[0] != "sdlite":
                 seen[path].add(name.split(".")[0])
-            elif (ROOT / (name.replace(".", "/") + ".py")).exists() or (ROOT / name.replace(".", "/") / "__init__.py").exists():
+            elif source(name).exists():
                 imports(name, seen)
     return seen
 
@@ -105,24 +112,25 @@ def test_extra_brings_what_a_backend_imports(name):
 @pytest.mark.parametrize("name", TARGETS)
 def test_extra_brings_what_a_target_imports_and_asks_for(name):
     path, extras = TARGETS[name]
-    wanted = {MODULES.get(p.lower(), p.replace("-", "_")) for p in importlib.import_module(path).PACKAGES}
-    held = modules(extras)
-    assert wanted | foreign(path) | foreign("sdlite.exporters.export") | {"onnxruntime"} <= held  # onnxruntime judges each
-    if hasattr(importlib.import_module(path), "convert_torch"):
-        assert foreign("sdlite.exporters.onnx") <= held
+    target = importlib.import_module(path)
+    wanted = {MODULES.get(p.lower(), p.replace("-", "_")) for p in target.PACKAGES}
+    wanted |= {"onnxruntime"}  # which judges each
+    wanted |= foreign(path) | foreign("sdlite.exporters.export")
+    if hasattr(target, "convert_torch"):
+        wanted |= foreign("sdlite.exporters.onnx")
+    assert wanted <= modules(extras)
 
 
 def test_distill_brings_its_last_step():
-    assert {*CONVERT_NEEDS, "accelerate", "matplotlib"} | foreign("sdlite.distill.recipe") | foreign("sdlite.distill.doctor") <= modules(
-        "distill"
-    )
+    training = foreign("sdlite.distill.recipe") | foreign("sdlite.distill.doctor")
+    assert {*CONVERT_NEEDS, "accelerate", "matplotlib"} | training <= modules("distill")
     assert {*CONVERT_NEEDS} | foreign("sdlite.exporters.onnx") <= modules("export")
 
 
 def test_targets_are_all_but_those_that_need_a_package_index_of_their_own():
-    assert set(EXTRAS["targets"][0][len("sdlite[") : -1].split(",")) == set(",".join(e for _, e in TARGETS.values()).split(",")) - {
-        "tensorrt"
-    }
+    (line,) = EXTRAS["targets"]
+    every = {e for _, extras in TARGETS.values() for e in extras.split(",")}
+    assert set(line[len("sdlite[") : -1].split(",")) == every - {"tensorrt"}
 
 
 @pytest.mark.parametrize(("export", "missing"), [(True, "onnx_ir"), (True, "matplotlib"), (False, "accelerate")])
@@ -131,7 +139,11 @@ def test_distilling_says_what_is_missing_before_it_trains(export, missing, monke
     from sdlite.distill import doctor, recipe
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else found(name, *a))
+
+    def without(name, *package):
+        return None if name == missing else found(name, *package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
     read = recipe.Recipe.parse({"stage": [{"kind": "output", "images": 1}]})
     with pytest.raises(errors.MissingExtraError, match=rf"{missing}.*sdlite\[distill\]"):
         recipe.run(
@@ -149,7 +161,8 @@ def test_distilling_says_what_is_missing_before_it_trains(export, missing, monke
 
 def pins(name):
     lines = (ROOT / "tests" / f"constraints{name}.txt").read_text().splitlines()
-    return {k.lower().replace("_", "-"): v for k, v in (x.split("==") for x in lines if x and not x.startswith("#"))}
+    pairs = [x.split("==") for x in lines if x and not x.startswith("#")]
+    return {k.lower().replace("_", "-"): v for k, v in pairs}
 
 
 def test_lower_bounds_are_the_versions_that_the_oldest_lane_runs():
@@ -181,34 +194,30 @@ def test_metadata_tells_the_truth():
 
 
 def test_old_python_is_refused_in_one_line():
-    """By setup.py, which an old pip runs before it looks for dependencies; with this Python's version taken for an older one."""
-    code = "import sys; sys.version_info = (3, 10, 13, 'final', 0); exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"
+    """By setup.py, which an old pip runs before it looks for dependencies."""
+    code = "import sys; sys.version_info = (3, 10, 13); exec(open('setup.py').read())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        "sdlite needs Python 3.11 or newer, and this is Python 3.10: make the environment with a newer one."
-    ]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("sdlite needs Python 3.11 or newer, and this is Python 3.10: ")
 
 
 @pytest.mark.slow
 def test_wheel_is_built_without_a_warning_and_holds_every_file_of_the_package(tmp_path):
     """With pip's newest setuptools, from the files that git knows."""
-    files = subprocess.run(["git", "ls-files", "sdlite", "export", "*.toml", "*.py", "*.md", "LICENSE", "NOTICE"], cwd=ROOT, check=True,
-                           capture_output=True, text=True).stdout.split("\n")  # fmt: skip
+    git = ["git", "ls-files", "sdlite", "export", "*.toml", "*.py", "*.md", "LICENSE", "NOTICE"]
+    files = subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     source = tmp_path / "source"
-    for f in filter(None, files):
+    for f in files:
         (source / f).parent.mkdir(parents=True, exist_ok=True)
         (source / f).write_bytes((ROOT / f).read_bytes())
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(tmp_path), str(source)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
+    pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(tmp_path)]
+    done = subprocess.run([*pip, str(source)], capture_output=True, text=True)
     said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-2000:]
     assert not [x for x in said.splitlines() if re.search("would be ignored|deprecat", x, re.I)]
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py311-none-any.whl")
     held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    wanted = {f.replace("export/", "sdlite/exporters/assets/", 1) if f.startswith("export/") else f for f in files}
+    wanted = {re.sub("^export/", "sdlite/exporters/assets/", f) for f in files}
     assert held == {f for f in wanted if f.startswith("sdlite/")}

@@ -173,7 +173,12 @@ def test_numpy_numbers_strings_and_iterables_are_taken(emoji):
     ("arguments", "error", "text"),
     [
         ({"precision": "int4"}, UnknownNameError, "choose one of fp32"),
-        ({"precision": "int8-static", "backend": "torch"}, PrecisionError, "has no int8-static"),
+        pytest.param(
+            {"precision": "int8-static", "backend": "torch"},
+            PrecisionError,
+            "has no int8-static",
+            marks=pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs the torch extra"),
+        ),
         ({"backend": "tflite"}, UnknownNameError, "choose one of auto"),
         ({"device": "tpu"}, UnknownNameError, "choose one of cpu"),
         ({"revision": "main"}, InputError, "is a local one"),
