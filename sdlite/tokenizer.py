@@ -54,8 +54,8 @@ class ClipTokenizer:
         self._files, self._folder, self.max_length = files, folder, max_length
         self._bpe = self._backend()
         self.bos, self.eos, self.pad = map(self._named, ("bos_token", "eos_token", "pad_token"))
-        self.vocab_size = max(self._bpe.get_vocab(with_added_tokens=True).values()) + 1
         self._added = {i: t.content for i, t in self._bpe.get_added_tokens_decoder().items()}
+        self.vocab_size = max(*files.vocab.values(), *self._added) + 1
         self._vectors = self._spelled_out(set(self._added.values()))
 
     @classmethod

@@ -6,7 +6,7 @@
 
 Source of the rules: transformers 4.57 `PreTrainedTokenizerBase._from_pretrained`,
 `PreTrainedTokenizerFast.__init__` and `CLIPConverter`. transformers 5.24 gives the same ids, but
-for special tokens that a prompt writes in another case.
+for special tokens that a prompt writes in another case (<|EndOfText|>).
 """
 
 from __future__ import annotations
@@ -121,12 +121,11 @@ def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _check_text(folder: Path, tokens: Iterable[str]) -> None:
-    for token in tokens:
-        try:
-            token.encode()
-        except UnicodeEncodeError as e:
-            raise _bad(folder, f"has the token {token!r}, which is no text") from e
+def _check_text(folder: Path, tokens: list[str]) -> None:
+    try:
+        "".join(tokens).encode()
+    except UnicodeEncodeError as e:
+        raise _bad(folder, f"has a token with {e.object[e.start]!r}, which is no text") from e
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
@@ -170,7 +169,7 @@ def _read_slow(folder: Path) -> _Parts:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as e:
         raise _bad(path, f"cannot be read ({e}), and {VOCAB} needs it") from e
-    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    pairs = [pair for line in lines if not line.startswith("#version") and (pair := line.split())]
     return _Parts(vocab, _merges(path, pairs, vocab), WORDS, {})
 
 
@@ -213,9 +212,8 @@ def _vocabulary(path: Path, given: Any) -> dict[str, int]:
     if not isinstance(given, dict) or not given:
         raise _bad(path, "has no vocabulary (token -> id)")
     for token, i in given.items():
-        if not isinstance(i, int):
-            raise _bad(path, f"gives {token!r} the id {i!r}, which is no whole number")
-        _id(path, token, i)
+        if type(i) is not int or not 0 <= i < 2**31:
+            raise _bad(path, f"gives {token!r} the id {i!r}, which is no whole number from 0")
     if len(set(given.values())) < len(given):
         raise _bad(path, "gives one id to two tokens")
     return given
@@ -236,16 +234,17 @@ def _id(path: Path, token: str, given: Any) -> int:
 
 def _merges(path: Path, merges: list[Any], vocab: dict[str, int]) -> list[tuple[str, str]]:
     """The checked merges; a file cut between two lines leaves tokens that no merge makes."""
-    out = []
-    for number, pair in enumerate(merges, 1):
-        known = isinstance(pair, list) and all(isinstance(p, str) and p in vocab for p in pair)
-        if not known or len(pair) != 2 or "".join(pair) not in vocab:
-            raise _bad(path, f"is damaged: merge {number}, {pair!r}, is no pair of its tokens")
-        out.append((pair[0], pair[1]))
-    made = {a + b for a, b in out}
-    lost = [t for t in vocab if t.endswith("</w>") and len(t) > len("x</w>") and t not in made]
+    try:
+        out = [(first, second) for first, second in merges]
+        made = {first + second for first, second in out}
+        unknown = made.union(*zip(*out, strict=True)) - vocab.keys()
+    except (TypeError, ValueError) as e:
+        raise _bad(path, f"is damaged: a merge is no pair of tokens ({e})") from e
+    if unknown:
+        raise _bad(path, f"is damaged: a merge has {min(unknown, key=str)!r}, which is no token")
+    lost = [t for t in vocab.keys() - made if t.endswith("</w>") and len(t) > len("x</w>")]
     if lost and _whole(vocab):  # the toy vocabularies of tests list words without their merges
-        raise _bad(path, f"is damaged: no merge makes {lost[0]!r}, nor {len(lost) - 1} others")
+        raise _bad(path, f"is damaged: no merge makes {min(lost)!r}, nor {len(lost) - 1} others")
     return out
 
 

@@ -112,6 +112,9 @@ export class ClipTokenizer {
 
   // prompt -> {ids: BigInt64Array of max_length, dropped: text that did not fit, "" if all did}
   encode(prompt) {
+    if (typeof prompt !== "string" || /\p{Cs}/u.test(prompt)) {
+      throw new Error(`a prompt is a string of whole characters, not ${JSON.stringify(prompt)}`);
+    }
     let all = this.tokens(prompt);
     for (const found of new Set(all)) {  // tokens of several vectors are spelled out
       for (const [id, token, spelled] of this.vectors) {

@@ -92,7 +92,7 @@ def decoder(*more: dict, **config: Any) -> dict:
     return OBJECTS | {"added_tokens_decoder": ids} | config
 
 
-SPECIAL = {"pad_token": "[PAD]", "additional_special_tokens": ["<Toy>", token("cat")]}
+SPECIAL = {"pad_token": "[PAD]", "additional_special_tokens": ["<Toy>", "cat"]}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "slow": {"config": OBJECTS, "special": MAP},
     "SD-2": {"config": OBJECTS, "special": MAP | {"pad_token": "!"}},
@@ -144,7 +144,10 @@ def theirs(folder: Path, prompts: list[str] = PROMPTS) -> list[list[int]]:
     return reference(prompts, padding="max_length", max_length=length, truncation=True).input_ids
 
 
-def test_ids_are_those_of_transformers(layout):
+def test_ids_are_those_of_transformers(layout, request):
+    transformers = pytest.importorskip("transformers", reason="needs the distill extra")
+    if request.node.callspec.id == "special" and transformers.__version__ >= "5":
+        pytest.skip("transformers 5 overlooks the additional_special_tokens of that file")
     assert ids_of(ClipTokenizer.from_pretrained(layout)) == theirs(layout)
 
 
@@ -201,6 +204,9 @@ def test_javascript_gives_the_same_ids(layout, tmp_path):
         import { ClipTokenizer } from "./tokenizer.mjs";
         const { form, prompts } = JSON.parse(readFileSync("what.json"));
         const tokenizer = new ClipTokenizer(form);
+        for (const bad of [undefined, "\\udce9"]) {
+            try { tokenizer.encode(bad); console.log(bad); } catch (error) {}
+        }
         const made = prompts.map((p) => tokenizer.encode(p));
         const plain = made.map(({ ids, dropped }) => ({ ids: Array.from(ids, Number), dropped }));
         console.log(JSON.stringify(plain));
@@ -296,7 +302,7 @@ def cut(name: str, lines: bool = False) -> Callable[[Path], None]:
 
 FAR = {"2945": token(START), "2946": token(END), "3000": token("<far>")}
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "merges cut in a line": ("slow", cut("merges.txt"), "merges.txt is damaged: merge "),
+    "merges cut in a line": ("slow", cut("merges.txt"), "merges.txt is damaged: a merge "),
     "merges cut": ("slow", cut("merges.txt", lines=True), "merges.txt is damaged: no merge makes"),
     "merges gone": ("slow", lambda d: (d / "merges.txt").unlink(), "merges.txt cannot be read"),
     "merges no text": ("slow", lambda d: (d / "merges.txt").write_bytes(b"\xff"), "merges.txt"),
@@ -324,7 +330,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "another model": ("fast", model(type="Unigram"), "type 'Unigram'"),
     "GPT-2": ("fast", model(end_of_word_suffix=""), "end_of_word_suffix ''"),
     "dropout": ("fast", model(dropout=0.1), "dropout 0.1"),
-    "merges of three": ("fast", model(merges=["a b c"]), "merge 1, ['a', 'b', 'c']"),
+    "merges of three": ("fast", model(merges=["a b c"]), "is no pair of tokens"),
     "merges lost": ("fast", model(merges=[["a", "n"]]), "no merge makes"),
     "normalizer": ("fast", put("tokenizer", normalizer=None), "another normalizer"),
     "splitting": ("fast", put("tokenizer", pre_tokenizer={"type": "x"}), "another pre_tokenizer"),
@@ -360,14 +366,27 @@ def test_a_vocabulary_of_few_letters_needs_an_unknown_token(tmp_path):
 # --- students --------------------------------------------------------------------------------
 
 
-def test_a_cache_of_ids_knows_its_tokenizer(tmp_path):
-    def digest(name: str, **changes: Any) -> str:
-        folder = write(tmp_path / f"{name} {changes}", **LAYOUTS[name] | changes)
-        return ClipTokenizer.from_pretrained(folder).digest()
+def test_latents_cached_with_another_tokenizer_are_made_again(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs the distill extra")
+    from sdlite.distill import data
+    from sdlite.distill.cache import CachedLatents
 
-    assert digest("slow") == digest("slow", added={})
-    names = ("strings", "SD-2", "decoder", "bare", "lstrip")
-    assert len({digest(name) for name in names}) == len(names)
+    (tmp_path / "prompts.txt").write_text("a fox!\n")
+    captions, made = data.read(tmp_path / "prompts.txt"), []
+
+    def encode(prompts: list[str]) -> Any:
+        made.append(prompts)
+        return torch.zeros(len(prompts), 4, 8, 8)
+
+    def ids(name: str, **changes: Any) -> list[int]:
+        folder = write(tmp_path / f"{name} {len(made)} {len(changes)}", **LAYOUTS[name] | changes)
+        arguments = (captions, ClipTokenizer.from_pretrained(folder), encode, tmp_path / "cache")
+        found = CachedLatents.build(*arguments, key={}, size=8, progress=False)
+        return found.ids[0, [4, 5, -1]].tolist()
+
+    assert [ids("slow"), len(made)] == [[256, 2946, 2946], 1]
+    assert [ids("slow", added={}), len(made)] == [[256, 2946, 2946], 1]
+    assert [ids("SD-2"), len(made)] == [[0, 2946, 0], 2]
 
 
 def test_a_student_has_the_tokenizer_files_of_its_teacher(tmp_path):
