@@ -381,7 +381,7 @@ def test_latents_cached_with_another_tokenizer_are_made_again(tmp_path):
     def ids(name: str, **changes: Any) -> list[int]:
         folder = write(tmp_path / f"{name} {len(made)} {len(changes)}", **LAYOUTS[name] | changes)
         arguments = (captions, ClipTokenizer.from_pretrained(folder), encode, tmp_path / "cache")
-        found = CachedLatents.build(*arguments, key={}, size=8, progress=False)
+        found = CachedLatents.build(*arguments, key={}, size=(8, 8), progress=False)
         return found.ids[0, [4, 5, -1]].tolist()
 
     assert [ids("slow"), len(made)] == [[256, 2946, 2946], 1]
