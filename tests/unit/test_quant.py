@@ -15,8 +15,6 @@ import pytest
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
-from onnx import helper
-
 from sdlite import Pipeline
 from sdlite.artifact import PARTS, Artifact
 from sdlite.backends import mapped
@@ -25,7 +23,7 @@ from sdlite.errors import InputError, PrecisionError, QuantizationError, SdliteE
 from sdlite.images import to_uint8
 from sdlite.quant import Calibration, Gate, insert, quantize, reports, rewrite, table
 from sdlite.quant.calibrate import Session, let_go, on_demand, read_prompts, walk
-from sdlite.quant.graph import Graph, constant
+from sdlite.quant.graph import Graph
 from sdlite.quant.metrics import psnr, ssim, structure_distance
 from sdlite.quant.observe import ChannelMax, Histogram, choose_range, quantization_error
 from tests.conftest import EMOJI
@@ -195,142 +193,6 @@ def test_schemes(name):
         assert zero == 0
         assert zero.dtype == np.int8
     assert scheme.parameters(1.0, 2.0)[1] == 0  # the range always includes zero
-
-
-# --- shared constants: torch's exporter stores equal tensors once ----------------------------------------------------
-
-
-def shared_graph(d=8):
-    """LayerNormalization, linear and convolution pairs that read the same constants: norms n1 and n2 share weight and bias, linears
-    a, b and c share one weight (c transposed, under Gemm), convolutions of two widths share theirs with their biases."""
-    rng = np.random.default_rng(0)
-    value = lambda *shape: (0.3 * rng.standard_normal(shape)).astype(np.float32)  # noqa: E731
-    held = {
-        "ones": np.ones(d, np.float32), "zeros": np.zeros(d, np.float32) + 0.1, "square": value(d, d), "kernel": value(d, 2 * d, 1, 1),
-        "bias": value(d), "loud": value(d) * 30, "rows": np.array([-1, d], np.int64), "picture": np.array([1, d, 4, 4], np.int64),
-    }  # fmt: skip
-    node = helper.make_node
-    nodes = [
-        node("LayerNormalization", ["x", "ones", "zeros"], ["n1"], "norm1", axis=-1),
-        node("MatMul", ["n1", "square"], ["a"], "a"),
-        node("LayerNormalization", ["a", "ones", "zeros"], ["n2"], "norm2", axis=-1),
-        node("MatMul", ["n2", "square"], ["b"], "b"),
-        node("LayerNormalization", ["b", "ones", "ones"], ["n3"], "norm3", axis=-1),  # weight and bias are one tensor
-        node("Reshape", ["n3", "rows"], ["flat"], "flat"),
-        node("Gemm", ["flat", "square"], ["c"], "c", transB=1),
-        node("Reshape", ["c", "picture"], ["p"], "p"),
-        node("Sigmoid", ["p"], ["q"], "q"),
-        node("Concat", ["p", "q"], ["pq"], "pq", axis=1),
-        node("Concat", ["q", "p"], ["qp"], "qp", axis=1),
-        node("Conv", ["pq", "kernel", "bias"], ["u"], "u"),
-        node("Conv", ["qp", "kernel", "loud"], ["v"], "v"),
-        node("Add", ["u", "v"], ["y"], "y"),
-    ]
-    info = helper.make_tensor_value_info
-    graph = helper.make_graph(nodes, "shared", [info("x", 1, [1, 16, d])], [info("y", 1, [1, d, 4, 4])])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    return Graph(model, {k: constant(v, origin=k) for k, v in held.items()})
-
-
-X = {"x": np.random.default_rng(1).standard_normal((1, 16, 8)).astype(np.float32)}
-
-
-def test_a_constant_that_several_nodes_read_cannot_be_changed():
-    graph = shared_graph()
-    with pytest.raises(ValueError, match=r"square is read by 3 inputs.*Graph\.own"):
-        graph.weights["square"] = constant(np.zeros((8, 8), np.float32))
-    with pytest.raises(ValueError, match="ones is read by 4"):
-        graph.weights.update({"ones": constant(np.zeros(8, np.float32))})
-    second = graph.producers()["n2"]
-    name = graph.own(second, 1)
-    assert name != "ones"
-    assert graph.own(second, 1) == name, "its own already"
-    graph.weights[name] = constant(np.zeros(8, np.float32))
-    assert graph.weights["ones"].array().all()
-    assert [n.input[1] for n in graph.nodes if n.op_type == "LayerNormalization"] == ["ones", name, "ones"]
-
-
-def test_rewrites_leave_the_function_where_constants_are_shared(tmp_path):
-    graph = shared_graph()
-    before = run(graph.outputs(["n1", "n2", "flat"]), tmp_path, X)
-    seen = {k: ChannelMax() for k in ("n1", "n2", "flat")}
-    for k, stats in seen.items():
-        stats.add(before[k])
-        stats.values = stats.values * np.logspace(-2, 2, 8)[:: -1 if k == "n2" else 1]  # each wants scales of its own
-    assert rewrite.smooth(graph, seen) == {"n1": "layer norm", "n2": "layer norm", "flat": "multiplied"}
-    np.testing.assert_allclose(run(graph, tmp_path, X)["y"], before["y"], rtol=1e-5, atol=1e-5)
-    assert len(rewrite.split_concat(graph, {"p": (1, 8, 4, 4), "q": (1, 8, 4, 4)})) == 2
-    np.testing.assert_allclose(run(graph, tmp_path, X)["y"], before["y"], rtol=1e-5, atol=1e-5)
-
-
-def test_convolutions_of_two_widths_may_share_a_weight(tmp_path):
-    graph = shared_graph()
-    for n in graph.nodes:
-        if n.name == "qp":  # three channels from p, thirteen from a wider tensor
-            n.input[:] = ["p3", "q13"]
-    extra = [helper.make_node("Slice", [x, "from", to, "axis"], [y], y) for x, to, y in (("p", "3", "p3"), ("pq", "13", "q13"))]
-    graph.weights.update({k: constant(np.array([v], np.int64)) for k, v in (("from", 0), ("3", 3), ("13", 13), ("axis", 1))})
-    nodes = list(graph.nodes)
-    graph.replace([*nodes[:10], *extra, *nodes[10:]])
-    before = run(graph, tmp_path, X)["y"]
-    assert len(rewrite.split_concat(graph, {"p": (1, 8, 4, 4), "p3": (1, 3, 4, 4)})) == 2
-    np.testing.assert_allclose(run(graph, tmp_path, X)["y"], before, rtol=1e-5, atol=1e-5)
-
-
-def test_integer_layers_may_share_weights_of_other_axes_and_biases(tmp_path):
-    graph = shared_graph()
-    kernel = graph.weights["kernel"].array()
-    kernel[0] *= 1e-9  # the biases, not the weights, set this channel's scale: another one in each layer
-    layers = graph.layers()
-    assert [x.name for x in layers] == ["square", "square#2", "square#3", "kernel", "kernel#2"], "the search names each"
-    tensors = sorted({t for x in layers for t in (x.input, x.output)})
-    values = run(graph.outputs(tensors), tmp_path, X)
-    ranges = {t: (float(values[t].min()), float(values[t].max())) for t in tensors}
-    got = run(insert.insert(graph, layers, ranges, insert.CPU_VNNI), tmp_path, X)["y"]
-    noise = np.square(got - values["y"]).mean((0, 2, 3))
-    assert (10 * np.log10(np.square(values["y"]).mean((0, 2, 3)) / noise)).min() > 30
-    whole = insert.insert(graph, layers[:2], ranges, insert.CPU)
-    assert sum(w.dtype == np.int8 and w.size == 64 for w in whole.weights.values()) == 1, "equal scales: stored once"
-
-
-def test_random_text_encoder_is_close_in_int8(tmp_path):
-    """Twelve layers whose norms are all ones and whose biases are all zeros: each is one constant, read by every layer."""
-    import onnx_ir as ir
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from sdlite.exporters.onnx import _TextEncoder, trace
-
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=999, hidden_size=64, intermediate_size=256, num_hidden_layers=12, num_attention_heads=4, eos_token_id=998,
-        attn_implementation="eager",
-    )  # fmt: skip
-    ids = np.random.default_rng(0).integers(0, 998, (4, 77))
-    wrapped = _TextEncoder(CLIPTextModel(config).eval())
-    model = trace(
-        "text_encoder", wrapped, (torch.zeros(2, 77, dtype=torch.int64),), {"input_ids": {0: torch.export.Dim("b", min=1, max=63)}}
-    )
-    ir.save(model, tmp_path / "text.onnx")
-    graph = Graph.load(tmp_path / "text.onnx")
-    assert max(graph.readers(n.input[1]) for n in graph.nodes if n.op_type == "LayerNormalization") == 25
-    inputs = {"input_ids": ids}
-    linear = sorted({x.input for x in graph.layers()})
-    before = run(graph.outputs(linear), tmp_path, inputs)
-    seen = {k: ChannelMax() for k in linear}
-    for k in linear:
-        seen[k].add(before[k])
-    assert list(rewrite.smooth(graph, seen).values()).count("layer norm") == 24
-    values = run(graph.outputs(linear), tmp_path, inputs)
-    np.testing.assert_allclose(values["last_hidden_state"], before["last_hidden_state"], atol=1e-5)
-    ranges = {}
-    for layer in graph.layers():
-        h = Histogram()
-        h.add(values[layer.input])
-        ranges[layer.input] = choose_range(h, "mse")
-    got = run(insert.insert(graph, graph.layers(), ranges, insert.CPU), tmp_path, inputs)["last_hidden_state"]
-    want = before["last_hidden_state"]
-    assert 10 * np.log10(np.square(want).sum() / np.square(got - want).sum()) > 25
 
 
 # --- the whole call --------------------------------------------------------------------------------------------------
