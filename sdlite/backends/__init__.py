@@ -34,6 +34,9 @@ def words_of(e: Exception) -> str:
     return " ".join(said)[:300] or type(e).__name__
 
 
+ROW_BY_ROW = "the rows of a batch run one by one, so that an image of a batch is its seed's image alone, bit by bit"
+
+
 class RowByRow:
     """A network of batch 1 called once for each row: guidance as two calls. `seconds` is the time of one row."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import onnxruntime as ort
 
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, NetworkReport, RowByRow, entry, fused, words_of
+from sdlite.backends import ROW_BY_ROW, Network, NetworkReport, RowByRow, entry, fused, words_of
 from sdlite.errors import ArtifactError, UnknownNameError
 from sdlite.spec import SPECS
 
@@ -29,6 +29,8 @@ def engine() -> str:
 def notes(precision: str, device: str) -> list[str]:
     if precision == "fp16" and device == "cpu":
         return ["fp16 on the CPU is storage: weights are float16 on disk, arithmetic is float32"]
+    if precision == "int8-dynamic":
+        return [ROW_BY_ROW]
     return []
 
 

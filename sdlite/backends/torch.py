@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, NetworkReport
+from sdlite.backends import ROW_BY_ROW, Network, NetworkReport, RowByRow
 from sdlite.errors import MissingExtraError, UnknownNameError
 from sdlite.spec import SPECS
 from sdlite.torch_networks import open_network
@@ -26,7 +26,8 @@ def notes(precision: str, device: str) -> list[str]:
     if precision == "fp16" and device == "cpu":
         return ["fp16 on the CPU is storage: weights are rounded to float16, arithmetic is float32"]
     if precision == "int8-dynamic":
-        return ["int8-dynamic: Linear layers by torchao, made while loading; convolutions stay float32"]
+        out = ["int8-dynamic: Linear layers by torchao, made while loading; convolutions stay float32"]
+        return out + ([ROW_BY_ROW] if device == "cpu" else [])
     return []
 
 
@@ -89,4 +90,7 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
     size = sum(w.stat().st_size for w in weights)
     file = f"{source}/{weights[0].name}" + (f" and {len(weights) - 1} more" if len(weights) > 1 else "")
     storage = " and ".join(dtypes(weight_index(weights)))
-    return Module(part, module.to(device), device, threads), NetworkReport(part, file, size, storage, arithmetic, 0.0)
+    network: Network = Module(part, module.to(device), device, threads)
+    if precision == "int8-dynamic" and device == "cpu":  # float's last bits differ with the batch, and an int8 step is large
+        network = RowByRow(network)
+    return network, NetworkReport(part, file, size, storage, arithmetic, 0.0)
