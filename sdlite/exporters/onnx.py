@@ -31,6 +31,7 @@ from sdlite.exporters import CONVERT_NEEDS
 from sdlite.families import vae_stride
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS, IOSpec, latent_size
+from sdlite.tokenizer import ClipTokenizer
 from sdlite.torch_networks import open_network
 from sdlite.tryout import try_out
 from sdlite.weights import Stored, dtypes, stem, weight_files, weight_index, widen
@@ -282,6 +283,7 @@ def convert(
     source, out = Artifact.open(Path(arguments.path("folder", folder))), Path(arguments.path("out", out))
     if sampler and "name" in sampler:
         known_sampler(sampler["name"])
+    ClipTokenizer.from_pretrained(source.folder / "tokenizer", source.config("text_encoder"))
     with writing(out) as tmp:
         _copy(source, tmp)
         manifest = Manifest(name=name or source.folder.name, sampler=sampler or {})

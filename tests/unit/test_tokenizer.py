@@ -258,6 +258,20 @@ def test_a_pipeline_without_its_learned_embeddings_does_not_open(plain, tmp_path
         sdlite.Pipeline.from_pretrained(folder, backend="torch")
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "merges.txt"])
+def test_convert_refuses_a_damaged_tokenizer_before_it_writes(plain, tmp_path, name):
+    pytest.importorskip("onnx_ir", reason="needs the export extra")
+    from sdlite.exporters.onnx import convert
+
+    folder = tmp_path / "model"
+    shutil.copytree(plain, folder)
+    text = (folder / "tokenizer" / name).read_text()
+    (folder / "tokenizer" / name).write_text(text[: len(text) // 2])
+    with pytest.raises(ArtifactError, match=name):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 
