@@ -257,6 +257,7 @@ def test_float16_of_a_model_that_holds_float32_only(target, wide, tmp_path):
         ({"prompts": "a fox"}, r"prompts='a fox' \(str\); accepted: a list of strings"),
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5; accepted: a whole number"),
         ({"threads": 100000}, "threads=100000; accepted: a whole number, 1 to"),
+        ({"sampler": 3}, "sampler=3; accepted: a string"),
     ],
 )
 def test_argument_that_is_not_accepted_is_one_line_before_any_work(tmp_path, arguments, text):

@@ -23,7 +23,7 @@ ENGINES = {
 def run(code: str, home, *before: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """`code` in a new process at a user's machine: a home of its own, no CI variables (OpenVINO is silent where it sees them)."""
     env = {k: v for k, v in os.environ.items() if k not in ("CI", "TF_BUILD", "JENKINS_URL", "XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY")}
-    env |= {"HOME": str(home), "LOCALAPPDATA": str(home), **settings}
+    env |= {"HOME": str(home), "LOCALAPPDATA": str(home), "SDLITE_CACHE": f"{home}-cache", **settings}
     return subprocess.run([*before, sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
 
 
