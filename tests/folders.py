@@ -13,8 +13,8 @@ from tests.conftest import EMOJI
 CROSS, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 UNET: dict[str, Any] = {
     "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4,
-    "down_block_types": (CROSS, CROSS, "DownBlock2D"), "up_block_types": ("UpBlock2D", UP, UP), "cross_attention_dim": 16,
-    "attention_head_dim": 2,
+    "down_block_types": (CROSS, "DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D", UP), "mid_block_type": None,
+    "cross_attention_dim": 16, "attention_head_dim": 2,
 }  # fmt: skip
 VAE: dict[str, Any] = {
     "block_out_channels": (4, 4, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
