@@ -230,13 +230,6 @@ def entry(artifact: Artifact, part: str, precision: str) -> tuple[dict[str, Any]
     return row, sum(int(listing.files[f]["bytes"]) for f in files)
 
 
-def _held(artifact: Artifact, precision: str) -> None:
-    """Refuse what a quantized model cannot be: it holds integer graphs and no float weights for any backend."""
-    variants = artifact.manifest.variants if artifact.manifest else {}
-    if variants and precision not in variants and all(v.startswith("int8") for v in variants):
-        raise lacking(artifact, precision)
-
-
 def load(artifact: Artifact, precision: str, backend: str = "auto", device: str = "cpu", threads: int | None = None,
          arithmetic: str | None = None) -> Networks:  # fmt: skip
     """Load the three networks of an artefact. `arithmetic` is what float layers are computed in; None is the backend's choice.
@@ -251,6 +244,8 @@ def load(artifact: Artifact, precision: str, backend: str = "auto", device: str 
     module = get_backend(name)
     if artifact.export and name not in artifact.export.backends:
         raise artifact.export.refusal(artifact.folder, name)
+    if name == "torch" and not _float_weights(artifact):
+        raise lacking(artifact, precision)
     if backend == "auto" and name == "openvino" and precision == "fp16" and arithmetic is None:
         arithmetic = "float32"  # what every other engine computes fp16 files in: "auto" does not choose other images
         reason += "; arithmetic='bfloat16' is faster where the CPU has it, with slightly other images"
