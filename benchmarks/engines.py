@@ -34,13 +34,26 @@ def measure(folder: str, precision: str, backend: str, px: int, steps: int, imag
         return done, {"clock": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
 
     def image() -> Any:
-        return pipe("a red apple", seed=0, num_inference_steps=steps, guidance_scale=1.0, height=px, width=px)
+        return pipe(
+            "a red apple",
+            seed=0,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            height=px,
+            width=px,
+        )
 
     pipe, load = timed(lambda: sdlite.Pipeline.from_pretrained(folder, precision=precision, backend=backend, threads=1))
     first = timed(image)[1]
     later = [timed(image)[1] for _ in range(images)]
     arithmetic = {n.part: n.arithmetic for n in pipe.report.networks}
-    return {"load_seconds": load, "first_seconds": first, "samples_seconds": later, "arithmetic": arithmetic, "busy": os.getloadavg()[0]}
+    return {
+        "load_seconds": load,
+        "first_seconds": first,
+        "samples_seconds": later,
+        "arithmetic": arithmetic,
+        "busy": os.getloadavg()[0],
+    }
 
 
 def main() -> None:
@@ -58,10 +71,32 @@ def main() -> None:
             for engine in ENGINES:
                 call = (args.folder, args.precision, engine, args.px, args.steps, args.images)
                 code = f"import json; from benchmarks.engines import measure; print(json.dumps(measure(*{call!r})))"
-                on = {**os.environ, "SDLITE_CACHE": cache, "SDLITE_OPENVINO_CACHE": "20", "OMP_NUM_THREADS": "1"}
-                done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, env=on)
-                case = {"model": args.model, "engine": engine, "precision": args.precision, "size_px": args.px, "steps": args.steps}
-                row = {"round": number, "case": case, **json.loads(done.stdout.splitlines()[-1]), **environment()}
+                on = {
+                    **os.environ,
+                    "SDLITE_CACHE": cache,
+                    "SDLITE_OPENVINO_CACHE": "20",
+                    "OMP_NUM_THREADS": "1",
+                }
+                done = subprocess.run(
+                    [sys.executable, "-W", "ignore", "-c", code],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                    env=on,
+                )
+                case = {
+                    "model": args.model,
+                    "engine": engine,
+                    "precision": args.precision,
+                    "size_px": args.px,
+                    "steps": args.steps,
+                }
+                row = {
+                    "round": number,
+                    "case": case,
+                    **json.loads(done.stdout.splitlines()[-1]),
+                    **environment(),
+                }
                 with open(RESULTS, "a", encoding="utf-8") as f:
                     f.write(json.dumps(row) + "\n")
                 print(json.dumps(row)[:300], flush=True)

@@ -54,13 +54,20 @@ class Export:
             networks = report.get("networks") or {}
             for part, entry in networks.items():
                 if missing := [p for p in (entry["file"], *entry["weights"]) if p not in files]:
-                    raise ArtifactError(f"{REPORT}: {part} names {missing}, which it does not list; export again.")
+                    raise ArtifactError(f"{REPORT}: {part} has {missing}, which it does not list.")
             size = tuple(report["size"]) if report.get("size") else None
             precision = str(report["profile"]["precision"])
             str(report["profile"]["target"])
-            return cls(report, {precision: networks} if networks else {}, files, size, int(report.get("size_multiple", 8)))
+            return cls(
+                report,
+                {precision: networks} if networks else {},
+                files,
+                size,
+                int(report.get("size_multiple", 8)),
+            )
         except (KeyError, TypeError, AttributeError, ValueError) as e:
-            raise ArtifactError(f"{folder / REPORT} is malformed ({type(e).__name__}: {e}); export the model again.") from e
+            what = f"{type(e).__name__}: {e}"
+            raise ArtifactError(f"{folder / REPORT} is malformed ({what}); export the model again.") from e
 
     @property
     def target(self) -> str:
@@ -83,20 +90,28 @@ class Export:
         """What `sdlite info` shows of it."""
         about, profile = self.report, self.report["profile"]
         return {
-            "target": self.target, "profile": profile.get("name"), "precision": self.precision,
-            "size": None if self.size is None else list(self.size), "batch": None if profile.get("dynamic") else profile.get("batch"),
-            "model": about.get("model"), "tools": about.get("tools"), "checked_by": about.get("checked_by"), "not_run": about.get("not_run"),
-            "psnr": about.get("parity", {}).get("psnr"), "opened_by": list(self.backends),
-            "networks": {p: {k: v for k, v in e.items() if k != "weights"} for p, e in self.variants.get(self.precision, {}).items()},
-        }  # fmt: skip
+            "target": self.target,
+            "profile": profile.get("name"),
+            "precision": self.precision,
+            "size": None if self.size is None else list(self.size),
+            "batch": None if profile.get("dynamic") else profile.get("batch"),
+            "model": about.get("model"),
+            "tools": about.get("tools"),
+            "checked_by": about.get("checked_by"),
+            "not_run": about.get("not_run"),
+            "psnr": about.get("parity", {}).get("psnr"),
+            "opened_by": list(self.backends),
+            "networks": self.variants.get(self.precision, {}),
+        }
 
     def refusal(self, folder: Path, backend: str) -> ArtifactError:
         """Why `backend` does not open it, and what does."""
         if self.backends:
             how = f"use backend={' or '.join(map(repr, self.backends))}"
         elif self.target in OPENED_BY:
-            how = "export the model again: its report is of an sdlite that did not list the networks"
+            how = "export the model again: its report does not list the networks"
         else:
-            how = f"its README.md shows how {self.target} runs it; or give the model that it was exported from"
+            how = f"its README.md shows how {self.target} runs it; or give the model it was made from"
         who = "sdlite" if backend == "auto" else f"backend {backend!r}"
-        return ArtifactError(f"{folder} was exported for {self.target} ({self.precision}), which {who} does not open; {how}.")
+        what = f"{folder} was exported for {self.target} ({self.precision})"
+        return ArtifactError(f"{what}, which {who} does not open; {how}.")

@@ -28,8 +28,8 @@ class Rule:
         least_mb: of the three networks' files.
         least_px: side of the model's own image.
         seconds: onnxruntime's and the engine's for one image, medians.
-        first: the same for the first image of a process with loading, where nothing is in the cache.
-        rows: file in benchmarks/results, suite (or ""), model and image's side: where the seconds are from.
+        first: the same for a process' first image with loading, where nothing is in the cache.
+        rows: file in benchmarks/results, suite (or ""), model and side: where the seconds are from.
     """
 
     precision: str
@@ -53,13 +53,41 @@ class Rule:
         ort, this = self.seconds
         late = self.first[1] - self.first[0]
         after = f", the first one {late:.0f} s later" if late > 0 else ""
-        return f"{ort / this:.1f} times as fast as onnxruntime for large {self.precision} with {self.feature}{after}"
+        fast = f"{ort / this:.1f} times as fast as onnxruntime"
+        return f"{fast} for large {self.precision} with {self.feature}{after}"
 
 
 RULES = (
-    Rule("int8-static", "amx_int8", 500, 512, "openvino", (7.82, 2.83), (9.63, 7.78), ("speed.jsonl", "peers-512", "shape:bk-tiny", 512)),
-    Rule("int8-static", "avx512_vnni", 500, 512, "openvino", (8.94, 7.46), (11.79, 14.92), ("engines.jsonl", "", "shape:bk-tiny", 512)),
-    Rule("int8-static", "avx512_vnni", 250, 512, "openvino", (2.37, 1.53), (3.65, 5.39), ("engines.jsonl", "", "shape:extreme-120m", 512)),
+    Rule(
+        "int8-static",
+        "amx_int8",
+        500,
+        512,
+        "openvino",
+        (7.82, 2.83),
+        (9.63, 7.78),
+        ("speed.jsonl", "peers-512", "shape:bk-tiny", 512),
+    ),
+    Rule(
+        "int8-static",
+        "avx512_vnni",
+        500,
+        512,
+        "openvino",
+        (8.94, 7.46),
+        (11.79, 14.92),
+        ("engines.jsonl", "", "shape:bk-tiny", 512),
+    ),
+    Rule(
+        "int8-static",
+        "avx512_vnni",
+        250,
+        512,
+        "openvino",
+        (2.37, 1.53),
+        (3.65, 5.39),
+        ("engines.jsonl", "", "shape:extreme-120m", 512),
+    ),
 )
 
 
@@ -87,5 +115,6 @@ def checked(artifact: Artifact, engine: str) -> bool:
 
 
 def rule(artifact: Artifact, precision: str) -> Rule | None:
-    """The first that holds, of an engine whose pictures were checked when the model was quantized."""
-    return next((r for r in RULES if r.holds(artifact, precision) and checked(artifact, r.engine)), None)
+    """The first that holds, of an engine whose images were checked when the model was quantized."""
+    able = (r for r in RULES if r.holds(artifact, precision))
+    return next((r for r in able if checked(artifact, r.engine)), None)

@@ -1,10 +1,11 @@
-"""Compiled OpenVINO networks on disk, so that only the first process that runs a model waits for the compiler.
+"""Compiled OpenVINO networks on disk: the first process that runs a model waits for the compiler.
 
 Each network with its shapes and options has one folder in `$SDLITE_CACHE/openvino` (default
 `~/.cache/sdlite`), which is OpenVINO's `CACHE_DIR` while it compiles. OpenVINO's own key sees every
 weight and its version, but neither all options nor the processor, and it loads a blob whose bytes
 have changed without a word (2026.4). So the folder's name is made of the model files' SHA-256,
-OpenVINO's version, the processor, the options and the shapes, and a seal in it holds the blob's SHA-256.
+OpenVINO's version, the processor, the options and the shapes, and a seal in it holds the blob's
+SHA-256. What is left of compiling is packing the weights: about half the time.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def limit() -> int:
 
 @contextmanager
 def kept(key: dict[str, Any], size: int) -> Iterator[Path | None]:
-    """A folder for OpenVINO's CACHE_DIR while the network of `key` is compiled; None where nothing is kept.
+    """A folder for OpenVINO's CACHE_DIR while a network is compiled; None where nothing is kept.
 
     An entry that is whole is handed out as it is. Any other is made in a folder of this process and
     renamed when it is sealed, so that two processes at once do not see each other's halves.
@@ -75,7 +76,7 @@ def kept(key: dict[str, Any], size: int) -> Iterator[Path | None]:
         if shutil.disk_usage(place.parent).free < 2 * _GROWS * size:
             raise OSError
         made = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=place.parent))
-    except OSError:  # no space, or a folder that cannot be written: the network is compiled all the same
+    except OSError:  # no space, or a folder that cannot be written: compiled all the same
         yield None
         return
     try:
@@ -107,11 +108,12 @@ def _seal(made: Path) -> None:
     blobs = sorted(made.iterdir())
     if not blobs:
         raise OSError("the plugin keeps nothing")
-    (made / SEAL).write_text(json.dumps({p.name: sha256(p) for p in blobs}) + "\n", encoding="utf-8")
+    sealed = json.dumps({p.name: sha256(p) for p in blobs})
+    (made / SEAL).write_text(sealed + "\n", encoding="utf-8")
 
 
 def _shrink(newest: Path) -> None:
-    """Remove what a killed process left, then the entries that were not used for longest, until the rest fits."""
+    """Remove what a killed process left, then what was not used for longest, until the rest fits."""
     entries = []
     for folder in newest.parent.iterdir():
         with suppress(OSError):

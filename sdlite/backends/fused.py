@@ -32,7 +32,12 @@ class Hoisted:
                 del self._prompts[next(iter(self._prompts))]
             self._prompts[key] = self.prompt({"encoder_hidden_states": encoder_hidden_states})
         given = {"timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
-        inputs = {"sample": sample, **{n: given[n] for n in self.direct}, **self._times[t], **self._prompts[key]}
+        inputs = {
+            "sample": sample,
+            **{n: given[n] for n in self.direct},
+            **self._times[t],
+            **self._prompts[key],
+        }
         return self.step(inputs)[self.output]
 
 

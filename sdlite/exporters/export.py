@@ -24,8 +24,8 @@ from sdlite.backends import RowByRow
 from sdlite.bench import peak_mib
 from sdlite.errors import ExportError, InputError, MissingExtraError, PrecisionError, SdliteError
 from sdlite.exported import REPORT
+from sdlite.exporters import described, readme, room
 from sdlite.exporters import profile as profiles
-from sdlite.exporters import readme, room
 from sdlite.exporters.parity import Recording, measure, pictures, record
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import fix, opset_of, size_of
@@ -122,7 +122,7 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
                 with _refusals(p, profile):
                     made[p] = module.convert(p, graphs[p], tmp / p, profile)
         _companions(artifact, tmp)
-        about = readme.networks(tmp, made, recording, profile, artifact.manifest.variants[source], free_size)
+        about = described.networks(tmp, made, recording, profile, artifact.manifest.variants[source], free_size)
         readme.write(tmp, about, pipe, profile, recording)
         if hasattr(module, "finish"):
             shape = recording.calls["unet"][0][0]["sample"].shape

@@ -1,7 +1,7 @@
-"""The Python code in an export's README.md: how each runtime loads a network, and how an image is made with it.
+"""The Python code in an export's README.md: how a runtime loads a network and makes an image.
 
-`load(part)` gives a function of the names in `sdlite.spec` for one row; what follows is the same for
-every runtime. The code stands in the folder, runs there, and imports nothing of sdlite.
+`load(part)` gives a function of the names in `sdlite.spec` for one row;
+what follows is the same for every runtime. The code stands in the folder, runs there, and imports nothing of sdlite.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def load(part):
     if part != "unet":
         session = ort.InferenceSession(f"{part}/model.onnx", providers=["CPUExecutionProvider"])
         return lambda **inputs: session.run(None, inputs)[0]
-    # time.onnx depends on the timestep alone, prompt.onnx on the prompt alone: run them once for each
+    # time.onnx depends on the timestep alone, prompt.onnx on the prompt: once for each will do
     graphs = {
         name: ort.InferenceSession(f"unet/{name}.onnx", providers=["CPUExecutionProvider"])
         for name in ("time", "prompt", "step")
@@ -128,8 +128,11 @@ from executorch.runtime import Runtime
 
 def load(part):
     method = Runtime.get().load_program(f"{part}/model.pte").load_method("forward")
-    # inputs by place, in the order of the table
-    return lambda **inputs: method.execute([torch.from_numpy(x) for x in inputs.values()])[0].numpy().copy()
+
+    def network(**inputs):  # by place, in the order of the table
+        return method.execute([torch.from_numpy(x) for x in inputs.values()])[0].numpy().copy()
+
+    return network
 """
 
 COREML = """
@@ -143,7 +146,9 @@ def load(part):
     model = ct.models.MLModel(f"{part}/model.mlpackage")  # runs on a Mac
 
     def network(**inputs):
-        given = {k: v.astype(np.int32) if k == "input_ids" else np.atleast_1d(v) for k, v in inputs.items()}
+        given = {k: np.atleast_1d(v) for k, v in inputs.items()}
+        if "input_ids" in given:
+            given["input_ids"] = given["input_ids"].astype(np.int32)
         return model.predict(given)[OUTPUT[part]]
 
     return network
@@ -224,7 +229,8 @@ def encode(text):
     return text_encoder(input_ids=ids.astype(np.int64))
 
 
-conditions = [encode(prompt)] if guidance == 1 else [encode(prompt), encode(negative_prompt)]
+guided = guidance > 1
+conditions = [encode(prompt), encode(negative_prompt)] if guided else [encode(prompt)]
 scheduler.set_timesteps(steps)
 generator = torch.Generator("cpu").manual_seed(seed)
 latents = torch.randn(@LATENTS@, generator=generator) * scheduler.init_noise_sigma
@@ -232,7 +238,7 @@ for t in scheduler.timesteps:
     sample = scheduler.scale_model_input(latents, t).numpy()
     timestep = np.array(t, np.float32)
     answers = [unet(sample=sample, timestep=timestep, encoder_hidden_states=c) for c in conditions]
-    noise = answers[0] if guidance == 1 else answers[1] + guidance * (answers[0] - answers[1])
+    noise = answers[1] + guidance * (answers[0] - answers[1]) if guided else answers[0]
     latents = scheduler.step(torch.from_numpy(noise), t, latents@NOISY@).prev_sample
 pixels = vae_decoder(latent_sample=latents.numpy() / np.float32(@SCALING@)@SHIFT@)
 image = np.clip(pixels[0].transpose(1, 2, 0) / 2 + 0.5, 0, 1)
@@ -263,19 +269,35 @@ class Runtime:
 
 RUNTIMES = {
     "onnx": Runtime("onnxruntime", "onnxruntime", ONNX),
-    "onnx, fused": Runtime("onnxruntime, the UNet in three graphs", "onnxruntime", FUSED,
-        note="The UNet's inputs are those of the table; `unet/time.onnx`, `unet/prompt.onnx` and `unet/step.onnx` share its work.",
+    "onnx, fused": Runtime(
+        "onnxruntime, the UNet in three graphs",
+        "onnxruntime",
+        FUSED,
+        note="`unet/time.onnx`, `unet/prompt.onnx` and `unet/step.onnx` share the UNet's work.",
     ),
     "openvino": Runtime("OpenVINO", "openvino", OPENVINO),
     "ncnn": Runtime("ncnn", "ncnn", NCNN, names="ncnn", narrow_ids=True),
     "mnn": Runtime("MNN", "MNN", MNN, narrow_ids=True),
     "executorch": Runtime("ExecuTorch", "executorch", EXECUTORCH),
-    "coreml": Runtime("Core ML", "coremltools", COREML, narrow_ids=True, note="Written from coremltools' documentation, not run by us."),
-    "tensorrt": Runtime("TensorRT", "tensorrt torch", TENSORRT, note="Written from TensorRT's documentation, not run by us."),
+    "coreml": Runtime(
+        "Core ML",
+        "coremltools",
+        COREML,
+        narrow_ids=True,
+        note="Written from coremltools' documentation, not run by us.",
+    ),
+    "tensorrt": Runtime(
+        "TensorRT",
+        "tensorrt torch",
+        TENSORRT,
+        note="Written from TensorRT's documentation, not run by us.",
+    ),
     "tensorrt-rtx": Runtime(
-        "TensorRT for RTX", "tensorrt-rtx torch", TENSORRT.replace("import tensorrt as trt", "import tensorrt_rtx as trt"),
+        "TensorRT for RTX",
+        "tensorrt-rtx torch",
+        TENSORRT.replace("import tensorrt as trt", "import tensorrt_rtx as trt"),
         note="Written from TensorRT for RTX's documentation, not run by us.",
     ),
     "qnn": Runtime("Qualcomm's NPU, by onnxruntime-qnn", "onnxruntime onnxruntime-qnn", QNN),
     "web": Runtime("browsers, by onnxruntime-web", "", ""),
-}  # fmt: skip
+}

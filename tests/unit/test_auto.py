@@ -86,7 +86,11 @@ def test_rules_are_what_was_measured(rule):
         ([], {}, "onnxruntime"),  # a system that does not tell
         (["amx_int8", "avx512_vnni"], {"mb": 10}, "onnxruntime"),
         (["amx_int8", "avx512_vnni"], {"sample_size": 8}, "onnxruntime"),
-        (["amx_int8"], {"engines": ["onnxruntime"]}, "onnxruntime"),  # its pictures there were never checked
+        (
+            ["amx_int8"],
+            {"engines": ["onnxruntime"]},
+            "onnxruntime",
+        ),  # its pictures there were never checked
         (["amx_int8"], {"variants": ["int8-dynamic"]}, "onnxruntime"),
         (["amx_int8"], {"variants": ["fp32"]}, "onnxruntime"),
         (["amx_int8"], {"variants": ["fp16"]}, "onnxruntime"),
@@ -112,7 +116,11 @@ def test_a_faster_engine_that_is_not_installed_is_named(machine, tmp_path):
 
 @pytest.mark.parametrize(
     ("installed", "precision", "name"),
-    [(["openvino"], "fp16", "openvino"), (["openvino", "torch"], "fp32", "openvino"), (["torch"], "fp16", "torch")],
+    [
+        (["openvino"], "fp16", "openvino"),
+        (["openvino", "torch"], "fp32", "openvino"),
+        (["torch"], "fp16", "torch"),
+    ],
 )
 def test_what_is_installed_is_used(installed, precision, name, machine):
     machine(installed)
@@ -124,7 +132,10 @@ def test_nothing_that_could_run_it(machine, tmp_path):
     with pytest.raises(MissingExtraError, match=r"pip install 'sdlite\[cpu\]' or 'sdlite\[openvino\]'"):
         backends.choose(Artifact.open(EMOJI), "fp16")
     machine(["openvino"])
-    with pytest.raises(MissingExtraError, match=r"no engine for int8-dynamic is installed: pip install 'sdlite\[cpu\]'\.$"):
+    with pytest.raises(
+        MissingExtraError,
+        match=r"no engine for int8-dynamic is installed: pip install 'sdlite\[cpu\]'\.$",
+    ):
         backends.choose(student(tmp_path / "m", variants=["int8-dynamic"]), "int8-dynamic")
 
 
@@ -160,7 +171,8 @@ def test_precisions_without_importing_the_engines():
 def test_int8_that_a_model_lacks_is_made_by_quantize(backend, installed, machine):
     machine(installed)
     with pytest.raises(
-        PrecisionError, match=r"emoji holds fp16, fp32, not int8-static; make it: sdlite quantize .* --precision int8-static"
+        PrecisionError,
+        match=r"emoji holds fp16, fp32, not int8-static; make it: sdlite quantize .* --precision int8-static",
     ):
         Pipeline.from_pretrained("emoji", precision="int8-static", backend=backend)
 
@@ -181,12 +193,16 @@ def test_an_int8_model_asked_for_a_float_precision_says_what_it_holds(tmp_path):
             path.unlink()
     for precision in ("fp16", "fp32", "int8-dynamic"):
         with pytest.raises(
-            PrecisionError, match=rf"was quantized and holds int8-static, not {precision}; leave precision out, or load the float model"
+            PrecisionError,
+            match=rf"was quantized and holds int8-static, not {precision}; leave precision out, or load the float model",
         ):
             Pipeline.from_pretrained(artifact.folder, precision=precision)
 
 
 def test_fp16_of_a_float32_model_is_made_by_export(tmp_path, machine):
     machine(["onnxruntime"])
-    with pytest.raises(PrecisionError, match=r"holds fp32, not fp16; make it: sdlite export .* --target onnx-fp16 --out NEW"):
+    with pytest.raises(
+        PrecisionError,
+        match=r"holds fp32, not fp16; make it: sdlite export .* --target onnx-fp16 --out NEW",
+    ):
         backends.choose(student(tmp_path / "m", variants=["fp32"]), "fp16")

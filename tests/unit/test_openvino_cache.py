@@ -73,7 +73,10 @@ def test_an_engines_words_are_those_that_say_something(hub):
     assert words_of(said) == "Loading input model Path 'w' resolves to '/b/w' which is outside the base directory '/a'"
     assert words_of(RuntimeError("Exception from a.cpp:1:\n")) == "Exception from a.cpp:1:"
     assert words_of(RuntimeError("")) == "RuntimeError"
-    with pytest.raises(ArtifactError, match=r"cannot be loaded by openvino \(.*externally stored data.*\); run `sdlite verify`"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"cannot be loaded by openvino \(.*externally stored data.*\); run `sdlite verify`",
+    ):
         CompiledNetwork(str((hub / "unet/model.onnx").resolve()), "unet", "cpu", 1, "fp32")
 
 
@@ -81,9 +84,14 @@ def network(**arguments):
     """The embedded text encoder, compiled by one call: (whether it came from the cache, its answer)."""
     folder = EMOJI / "text_encoder"
     made = CompiledNetwork(
-        str(folder / "model.onnx"), "text_encoder", "cpu", 1, "fp32", weights=[folder / "model.safetensors"],
+        str(folder / "model.onnx"),
+        "text_encoder",
+        "cpu",
+        1,
+        "fp32",
+        weights=[folder / "model.safetensors"],
         **{"hashes": ["a", "b"], "arithmetic": None, **arguments},
-    )  # fmt: skip
+    )
     answer = made(input_ids=np.arange(28)[None])
     return made.model.get_property("LOADED_FROM_CACHE"), answer
 
@@ -97,7 +105,11 @@ def test_a_compiled_network_is_found_again_and_a_damaged_one_made_again(cache):
     (blob,) = entry.glob("*.blob")
     whole = blob.read_bytes()
     blob.chmod(0o644)
-    for damaged in (whole[:9000] + bytes(b ^ 255 for b in whole[9000:11000]) + whole[11000:], whole[: len(whole) // 2], b""):
+    for damaged in (
+        whole[:9000] + bytes(b ^ 255 for b in whole[9000:11000]) + whole[11000:],
+        whole[: len(whole) // 2],
+        b"",
+    ):
         blob.chmod(0o644)
         blob.write_bytes(damaged)
         seen, right = network()
