@@ -57,8 +57,8 @@ VAE_DECODER = IOSpec(
 def latent_size(unet: Mapping[str, Any]) -> tuple[int, int]:
     """(height, width) of the latents that a U-Net was made for, from its config.json.
 
-    As diffusers' pipeline has it: in files from before diffusers 0.9 a size below 64 is an oversight
-    and means 64 (`StableDiffusionPipeline.__init__`).
+    As diffusers' pipeline has it: in files from before diffusers 0.9 a size below 64 is an
+    oversight and means 64 (`StableDiffusionPipeline.__init__`).
 
     Raises:
         ArtifactError: `sample_size` is neither a number nor a pair of them.
@@ -68,11 +68,13 @@ def latent_size(unet: Mapping[str, Any]) -> tuple[int, int]:
         version = re.match(r"0\.(\d+)", str(unet.get("_diffusers_version", "")))
         side = 64 if version and int(version[1]) < 9 and side < 64 else side
         return side, side
-    if isinstance(side, (list, tuple)) and len(side) == 2 and all(isinstance(s, int) and s > 0 for s in side):
-        return side[0], side[1]
+    if isinstance(side, (list, tuple)) and len(side) == 2:
+        height, width = side
+        if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+            return height, width
     raise ArtifactError(
-        f"unet/config.json: sample_size={side!r}; accepted: a whole number, or [height, width], in latents "
-        "(64 for SD-1.x). Correct the file."
+        f"unet/config.json: sample_size={side!r}; accepted: a whole number, or [height, width], in "
+        "latents (64 for SD-1.x). Correct the file."
     )
 
 

@@ -1,6 +1,7 @@
 """Samplers that integrate exponentially in lambda: DPM-Solver++, DEIS, UniPC.
 
-Notation as in `solvers`: x = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1, lambda = log(alpha / sigma).
+Notation as in `solvers`: x = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1, and
+lambda = log(alpha / sigma).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sdlite.sampling.solvers import F32, Array, SigmaSampler
 
 
 class _Exponential(SigmaSampler):
-    """Exponential integrators in lambda, with x = alpha x_0 + sigma eps: what DPM-Solver++, DEIS and UniPC share."""
+    """What DPM-Solver++, DEIS and UniPC share."""
 
     def _prepare(self) -> None:
         table = self._table()
@@ -44,7 +45,8 @@ class _Exponential(SigmaSampler):
 
     def _clipped(self, table: Array) -> int:
         """How many of the noisiest timesteps have a lambda below `lambda_min_clipped`."""
-        least = self._setting("lambda_min_clipped") if "lambda_min_clipped" in DEFAULTS[self.diffusers] else -np.inf
+        known = "lambda_min_clipped" in DEFAULTS[self.diffusers]
+        least = self._setting("lambda_min_clipped") if known else -np.inf
         return int(np.searchsorted(-np.log(table[::-1]), least))
 
     def _times(self, table: Array) -> Array:
@@ -84,7 +86,7 @@ class DPMSolverPP2M(_Exponential):
         return t if self.schedule.beta_schedule == "squaredcos_cap_v2" else t.round()
 
     def _order(self, i: int) -> int:
-        """Of step i: rising from 1; falling at the end where there are few steps, or where it ends at 0."""
+        """Of step i: rising from 1; falling at the end where steps are few or it ends at 0."""
         left, few = self.n - i, self._setting("lower_order_final") and self.n < 15
         if left == 1 and (few or self._setting("euler_at_final") or self.sigmas[-1] == 0):
             return 1
@@ -130,7 +132,7 @@ class DPMSolverPP3M(DPMSolverPP2M):
 
 
 class DPMSolverPP2S(_Exponential):
-    """DPM-Solver++(2S), singlestep: arXiv:2211.01095, algorithm 1; every other step is of second order."""
+    """DPM-Solver++(2S), singlestep: arXiv:2211.01095, algorithm 1; every other step has order 2."""
 
     diffusers = "DPMSolverSinglestepScheduler"
     looks_back = 2
@@ -191,7 +193,7 @@ def _log_linear(t: float, b: float, c: float) -> float:
 
 
 class UniPC(_Exponential):
-    """UniPC with B(h) = exp(h) - 1 ("bh2"): Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 5."""
+    """UniPC, B(h) = exp(h) - 1 ("bh2"): Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 5."""
 
     diffusers = "UniPCMultistepScheduler"
 
@@ -226,7 +228,8 @@ class UniPC(_Exponential):
     def _move(self, i: int, weights: Array, differences: list[Array]) -> Array:
         """x at the end of step i."""
         alpha, phi = self.alpha[i + 1], np.expm1(self.lam[i] - self.lam[i + 1])
-        out = F32(self.sigma[i + 1] / self.sigma[i]) * self._start - F32(alpha * phi) * self._past[-1]
+        ratio = F32(self.sigma[i + 1] / self.sigma[i])
+        out = ratio * self._start - F32(alpha * phi) * self._past[-1]
         for weight, difference in zip(weights, differences, strict=True):
             out = out - F32(alpha * phi * weight) * difference
         return out
@@ -235,7 +238,8 @@ class UniPC(_Exponential):
         """R and b of eq. 10 for step i, and the differences D of earlier x_0."""
         order, h = self._used, self.lam[i + 1] - self.lam[i]
         r = np.array([(self.lam[i - k] - self.lam[i]) / h for k in range(1, order)] + [1.0])
-        differences = [(self._past[-1 - k] - self._past[-1]) / F32(r[k - 1]) for k in range(1, order)]
+        past = self._past
+        differences = [(past[-1 - k] - past[-1]) / F32(r[k - 1]) for k in range(1, order)]
         rows = np.stack([r**k for k in range(order)])
         phi, factorial, right = np.expm1(-h) / -h - 1, 1.0, []
         for k in range(1, order + 1):

@@ -14,18 +14,19 @@ Array = np.ndarray
 
 
 def guide(uncond: Array, cond: Array, guidance_scale: float) -> Array:
-    """u + g (c - u): Ho and Salimans 2022, arXiv:2207.12598, in diffusers' convention (g = 1 is c)."""
+    """u + g (c - u): Ho and Salimans 2022, arXiv:2207.12598, in diffusers' convention: 1 is c."""
     return uncond + np.float32(guidance_scale) * (cond - uncond)
 
 
 def guided(guidance_scale: float) -> bool:
-    """Whether g asks for guidance: above 1, as in diffusers; 0 to 1 is one network call a step without.
+    """Whether g asks for guidance: above 1, as in diffusers.
 
     Raises:
         InputError: NaN, infinite or negative.
     """
     if not (np.isfinite(guidance_scale) and guidance_scale >= 0):
-        raise InputError(f"guidance_scale={guidance_scale} is not a finite number from 0 up; 0 to 1 is no guidance.")
+        said = "is not a finite number from 0 up; 0 to 1 is no guidance"
+        raise InputError(f"guidance_scale={guidance_scale} {said}.")
     return guidance_scale > 1
 
 
@@ -42,8 +43,8 @@ def denoise(
     """The sampling loop: unit normal latents (B, C, h, w) -> latents after each network call.
 
     Args:
-        unet: called with the names of the U-Net's IOSpec; guided steps are one call with 2 B rows, the
-            negative prompt's first.
+        unet: called with the names of the U-Net's IOSpec; guided steps are one call with 2 B rows,
+            the negative prompt's first.
         embeds: (B, L, D) of the prompts.
         noise: the images' generators, for samplers that draw again.
         uncond: embeds (B, L, D) of the negative prompt; None runs without guidance.

@@ -1,4 +1,4 @@
-"""Samplers by name, and diffusers' scheduler configs as those names: refused where we do not have them."""
+"""Samplers by name, and diffusers' scheduler configs as those names, or a refusal."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _NEAREST = {
     "DDIMParallelScheduler": "ddim",
     "DDPMParallelScheduler": "ddpm",
 }
-# Settings of a file that no sampler has: what each may be. Another class's word is read as the class does.
+# What settings may be that no sampler reads. Another class's word is read as the class does.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "thresholding": (False,),
     "use_exponential_sigmas": (False,),
@@ -111,7 +111,8 @@ def sampler_of(config: Mapping[str, Any]) -> str:
     """
     kind = str(config.get("_class_name"))
     if kind not in _CLASSES:
-        raise UnknownNameError(f"scheduler {kind!r} is not supported; {_way_out(_NEAREST.get(kind, 'dpm++2m'))}")
+        way_out = _way_out(_NEAREST.get(kind, "dpm++2m"))
+        raise UnknownNameError(f"scheduler {kind!r} is not supported; {way_out}")
     name = _CLASSES[kind]
     read = {k: v for k, v in config.items() if k in DEFAULTS[kind] and v is not None}
     settings = {**DEFAULTS[kind], **read}
@@ -139,8 +140,8 @@ def _refuse(kind: str, settings: dict[str, Any], config: Mapping[str, Any], near
         known = key in KEYS or key in HARMLESS or key.startswith("_")
         if not known and value not in (None, False, [], {}):
             raise InputError(
-                f"scheduler config: {key}={value!r} is not a setting that sdlite knows, and it might change "
-                f"the image; remove it from the file, or {_way_out(nearest)}"
+                f"scheduler config: {key}={value!r} is not a setting that sdlite knows, and it "
+                f"might change the image; remove it from the file, or {_way_out(nearest)}"
             )
 
 
@@ -151,7 +152,8 @@ def known_sampler(name: str) -> type[solvers.Sampler]:
         UnknownNameError: there is none.
     """
     if name not in SAMPLERS:
-        raise UnknownNameError(f"sampler={name!r} is not known; choose one of {', '.join(SAMPLERS)}.")
+        every = ", ".join(SAMPLERS)
+        raise UnknownNameError(f"sampler={name!r} is not known; choose one of {every}.")
     return SAMPLERS[name]
 
 
@@ -159,6 +161,6 @@ def get_sampler(name: str, schedule: Schedule, num_inference_steps: int) -> solv
     """The sampler of that name over a schedule.
 
     Raises:
-        UnknownNameError: no such sampler. InputError: not with so many steps, or not on this schedule.
+        UnknownNameError: no such sampler. InputError: not with so many steps or on this schedule.
     """
     return known_sampler(name)(schedule, num_inference_steps)

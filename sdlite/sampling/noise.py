@@ -13,10 +13,11 @@ F32 = np.float32
 
 
 class Noise:
-    """Standard normal draws equal to `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` to 1e-5.
+    """Standard normal draws equal to those of `torch.Generator("cpu").manual_seed(seed)` to 1e-5.
 
-    So a seed means the same picture here, in diffusers with a CPU generator, and on every backend and device.
-    Source: pytorch `aten/src/ATen/core/MT19937RNGEngine.h`, `aten/src/ATen/native/cpu/DistributionTemplates.h` (normal_fill).
+    So a seed means the same image here, in diffusers with a CPU generator, and on every backend and
+    device. Source: pytorch, aten/src/ATen/: `core/MT19937RNGEngine.h`, and normal_fill of
+    `native/cpu/DistributionTemplates.h`.
     """
 
     def __init__(self, seed: int):
@@ -29,7 +30,7 @@ class Noise:
         return (self._bits.random_raw(n) & 0xFFFFFF).astype(F32) * F32(2**-24)
 
     def normal(self, shape: Sequence[int]) -> Array:
-        """float32 of `shape`, which must have at least 16 elements (torch draws smaller ones another way)."""
+        """float32 of `shape`, of 16 elements or more (torch draws smaller ones another way)."""
         n = int(np.prod(shape))
         if n < 16:
             raise InputError(f"shape {tuple(shape)} has {n} elements; at least 16 are needed.")

@@ -2,7 +2,7 @@
 
 A key that the file lacks has the default of the file's scheduler class, as in diffusers; a key that
 the class does not know is not read. Two keys are what diffusers' `StableDiffusionPipeline` makes of
-them whatever the file says: `steps_offset` is 1 and `clip_sample` is false, so neither is read here.
+them whatever the file says, so neither is read: `steps_offset` is 1, `clip_sample` is false.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ F32 = np.float32
 
 STEPS_OFFSET = 1  # of "leading" timesteps
 
-# --- diffusers' own defaults, class by class: the signatures of diffusers 0.39 (tests/parity) ------
+# --- diffusers' own defaults, class by class: signatures of diffusers 0.39 (tests/parity) ---------
 
 _BETAS: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -67,9 +67,11 @@ _CONSISTENCY: dict[str, Any] = {
     "clip_sample": False,
     "clip_sample_range": 1.0,
 }
+_PIXELS = _BETAS | _LEADING | _CLIP | _THRESHOLD | _ZERO_SNR
+_SINGLE = _BETAS | _SIGMAS | _FLOW | _THRESHOLD | _DPM
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": _BETAS | _LEADING | _CLIP | _THRESHOLD | _ZERO_SNR | {"set_alpha_to_one": True},
-    "DDPMScheduler": _BETAS | _LEADING | _CLIP | _THRESHOLD | _ZERO_SNR | {"variance_type": "fixed_small"},
+    "DDIMScheduler": _PIXELS | {"set_alpha_to_one": True},
+    "DDPMScheduler": _PIXELS | {"variance_type": "fixed_small"},
     "PNDMScheduler": _BETAS | _LEADING | {"skip_prk_steps": False, "set_alpha_to_one": False},
     "EulerDiscreteScheduler": _BETAS
     | _SPACED
@@ -95,7 +97,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | _THRESHOLD
     | _DPM
     | {"lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False},
-    "DPMSolverSinglestepScheduler": _BETAS | _SIGMAS | _FLOW | _THRESHOLD | _DPM | {"lower_order_final": False},
+    "DPMSolverSinglestepScheduler": _SINGLE | {"lower_order_final": False},
     "DPMSolverSDEScheduler": _K_BETAS | _SPACED | _SIGMAS | {"noise_sampler_seed": None},
     "DEISMultistepScheduler": _BETAS
     | _SPACED

@@ -20,14 +20,12 @@ from sdlite.sampling.schedule import DEFAULTS, STEPS_OFFSET, Schedule
 Array = np.ndarray
 F32 = np.float32
 
-# --- samplers --------------------------------------------------------------------------------------
-
 
 class Sampler:
     """One solver over one schedule: a subclass fills in `_prepare` and `step`.
 
     Attributes:
-        diffusers: the scheduler class that it equals; its defaults hold where the file says nothing.
+        diffusers: the scheduler class that it equals, and whose defaults hold.
         timesteps: what the network is given, one entry a network call.
         init_noise_sigma: scale of the first draw.
     """
@@ -72,8 +70,8 @@ class Sampler:
         if accepted is not None and value not in accepted:
             shown = ", ".join(map(repr, accepted))
             raise InputError(
-                f"scheduler config: {key}={value!r}; accepted: {shown}. Correct the file, or choose a sampler that does not read it, "
-                "such as sampler='ddim' (--sampler ddim)."
+                f"scheduler config: {key}={value!r}; accepted: {shown}. Correct the file, or take "
+                "a sampler that does not read it, such as sampler='ddim' (--sampler ddim)."
             )
         return value
 
@@ -86,8 +84,8 @@ class Sampler:
         t = np.round(_spaced(self.timestep_spacing, self.n, self.total)).astype(np.int64)
         if t[0] >= self.total:
             raise InputError(
-                f"num_inference_steps={self.n}; accepted: 1 to {self.total - 1} with timestep_spacing "
-                f"'leading', whose last timestep is {STEPS_OFFSET}."
+                f"num_inference_steps={self.n}; accepted: 1 to {self.total - 1} with "
+                f"timestep_spacing 'leading', whose last timestep is {STEPS_OFFSET}."
             )
         return t
 
@@ -137,7 +135,7 @@ class DDIM(Sampler):
 
 
 class DDPM(Sampler):
-    """Ho et al. 2020, arXiv:2006.11239, eq. 7, with the posterior's own variance ("fixed_small")."""
+    """Ho et al. 2020, arXiv:2006.11239, eq. 7, with the posterior's variance ("fixed_small")."""
 
     diffusers = "DDPMScheduler"
 
@@ -169,12 +167,13 @@ class PNDM(Sampler):
     def _prepare(self) -> None:
         if self.schedule.rescale_betas_zero_snr:
             raise InputError(
-                "sampler 'pndm' divides by the signal's share, which is 0 at zero terminal SNR; choose ddim, euler or dpm++2m."
+                "sampler 'pndm' divides by the signal's share, which is 0 at zero terminal SNR; "
+                "choose one of ddim, euler, heun, dpm++2m and unipc (sampler=, --sampler)."
             )
         if self.runge_kutta and self.n < 4:
             raise InputError(
-                f"num_inference_steps={self.n}; sampler 'pndm-rk' takes 4 or more (its first three steps "
-                "are Runge-Kutta's); with fewer choose 'pndm'."
+                f"num_inference_steps={self.n}; sampler 'pndm-rk' takes 4 or more (its first three "
+                "steps are Runge-Kutta's); with fewer choose 'pndm'."
             )
         s = self._grid()
         self.final, self.half = self._final_alpha(), self.total // self.n // 2
@@ -253,7 +252,8 @@ class _Consistency(Sampler):
     def _prepare(self) -> None:
         origin = self._setting("original_inference_steps")
         if self.n > origin:
-            raise InputError(f"num_inference_steps={self.n}; this sampler takes 1 to original_inference_steps={origin}.")
+            said = f"this sampler takes 1 to original_inference_steps={origin}"
+            raise InputError(f"num_inference_steps={self.n}; {said}.")
         grid = (np.arange(1, origin + 1) * (self.total // origin) - 1)[::-1]
         chosen = np.floor(np.linspace(0, len(grid), self.n, endpoint=False)).astype(np.int64)
         self.timesteps = grid[chosen].astype(np.int64)
@@ -290,11 +290,11 @@ class TCD(_Consistency):
         return np.sqrt(a) * x0 + np.sqrt(F32(1) - a) * eps
 
 
-# --- samplers in sigma space -----------------------------------------------------------------------
+# --- samplers in sigma space ----------------------------------------------------------------------
 
 
 class SigmaSampler(Sampler):
-    """Samplers that live in sigma space: `sigmas` are (n + 1,) float32, where each step starts and ends.
+    """Samplers in sigma space: `sigmas` (n + 1,) float32 are where each step starts and ends.
 
     With zero terminal SNR the largest sigma is 4096 instead of infinity, as in diffusers.
     """
@@ -315,7 +315,7 @@ class SigmaSampler(Sampler):
         return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(table), np.arange(len(table)))
 
     def _karras(self, high: float, low: float, rho: float = 7.0) -> Array:
-        """Karras et al. 2022, arXiv:2206.00364, eq. 5; the file's `sigma_min` and `sigma_max` win."""
+        """Karras et al. 2022, arXiv:2206.00364, eq. 5; the file's sigma_min and sigma_max win."""
         given = self.schedule.settings
         high, low = given.get("sigma_max", high), given.get("sigma_min", low)
         ramp = np.linspace(0, 1, self.n)
@@ -330,9 +330,8 @@ class SigmaSampler(Sampler):
         """Refuse as many steps as repeat a timestep, which a multistep solver cannot divide by."""
         at = np.arange(1, self.n, self.looks_back)
         if (self.sigmas[at - 1] <= self.sigmas[at]).any():
-            raise InputError(
-                f"num_inference_steps={self.n} repeats a timestep, which this sampler cannot integrate; accepted: 1 to {self.total - 2}."
-            )
+            said = f"accepted: 1 to {self.total - 2}; more repeat a timestep"
+            raise InputError(f"num_inference_steps={self.n}; {said}.")
 
 
 class _KDiffusion(SigmaSampler):
@@ -372,7 +371,7 @@ class _KDiffusion(SigmaSampler):
 
 
 class Euler(_KDiffusion):
-    """Karras et al. 2022, arXiv:2206.00364, algorithm 1 without churn; k-diffusion `sample_euler`."""
+    """Karras et al. 2022, arXiv:2206.00364, algorithm 1, no churn; k-diffusion `sample_euler`."""
 
     diffusers = "EulerDiscreteScheduler"
 
@@ -403,7 +402,7 @@ class EulerAncestral(_KDiffusion):
 
 
 class Heun(_KDiffusion):
-    """Karras et al. 2022, arXiv:2206.00364, algorithm 1: two network calls a step, the last one has one."""
+    """Karras et al. 2022, arXiv:2206.00364, algorithm 1: two calls a step, one in the last."""
 
     diffusers = "HeunDiscreteScheduler"
     _start: Array
@@ -442,10 +441,11 @@ class LMS(_KDiffusion):
         return x
 
     def _weight(self, i: int, k: int, order: int) -> float:
-        """The integral of Lagrange's k-th polynomial over step i; two Gauss points are exact for cubics."""
+        """The integral of Lagrange's k-th polynomial over step i, exact by two Gauss points."""
         s = self.sigmas.astype(np.float64)
         points, weights = np.polynomial.legendre.leggauss(2)
         half = (s[i + 1] - s[i]) / 2
         tau = s[i] + half * (points + 1)
         others = [s[i - j] for j in range(order) if j != k]
-        return float(half * (weights * np.prod([(tau - o) / (s[i - k] - o) for o in others], axis=0)).sum())
+        values = np.prod([(tau - o) / (s[i - k] - o) for o in others], axis=0)
+        return float(half * (weights * values).sum())
