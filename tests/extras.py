@@ -241,7 +241,7 @@ def environment(extra: str, lane: str, cache: Path, until: float) -> Path:
     folder = cache / f"{extra}-{lane or 'any'}-{key}"
 
     def pip(*words: str | Path) -> None:
-        quiet = ("--quiet", "--disable-pip-version-check")
+        quiet = ("--quiet", "--disable-pip-version-check", "--no-compile")  # what is used is, later
         left = max(1.0, until - time.monotonic())
         python = folder / "bin" / "python"
         subprocess.run([python, "-m", "pip", "install", *quiet, *words], check=True, timeout=left)
@@ -300,6 +300,7 @@ def work(extra: str, folder: Path, seconds: float) -> subprocess.CompletedProces
     """The extra's job by the environment's Python, offline, in an empty folder."""
     with tempfile.TemporaryDirectory(prefix="sdlite-extra-") as scratch:
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        offline["PYTHONDONTWRITEBYTECODE"] = ""
         return subprocess.run(
             [folder / "bin" / "python", __file__, "--job", extra],
             cwd=scratch,

@@ -14,7 +14,9 @@ else
 fi
 python3 -m venv "$home"
 bin=$PWD/$home/bin
-install=("$bin/pip" install --quiet --disable-pip-version-check -c "$limits")
+# Modules are compiled when a test first imports them: most are not imported.
+unset PYTHONDONTWRITEBYTECODE
+install=("$bin/pip" install --quiet --disable-pip-version-check --no-compile -c "$limits")
 "${install[@]}" torch
 "${install[@]}" -e "$wanted"
 # CLIP's vocabulary for the published models' folders; its code and its dependencies are not used.
