@@ -45,6 +45,13 @@ def vae_stride(config: Mapping[str, Any]) -> int:
     return int(2 ** (len(blocks) - 1))
 
 
+def own_index(index: Mapping[str, Any]) -> dict[str, Any]:
+    """model_index.json of a folder that holds what a model runs with and nothing else: other components are none."""
+    kept = (*PARTS, "tokenizer", "scheduler")
+    out = {k: [None, None] if isinstance(v, list) and k not in kept and not k.startswith("_") else v for k, v in index.items()}
+    return {**out, **({"requires_safety_checker": False} if "safety_checker" in index else {})}
+
+
 def unknown_parts(index: Mapping[str, Any]) -> str:
     """Why the components that model_index.json names are not those that we run; "" where they are."""
     named = {k: v for k, v in index.items() if isinstance(v, list) and any(v) and not k.startswith("_")}

@@ -18,6 +18,7 @@ import numpy as np
 from sdlite.artifact import PARTS, PRECISIONS, Artifact
 from sdlite.backends import auto
 from sdlite.errors import MissingExtraError, PrecisionError, UnknownNameError
+from sdlite.families import vae_stride
 
 if TYPE_CHECKING:
     from sdlite.exported import Export
@@ -269,5 +270,5 @@ def load(artifact: Artifact, precision: str, backend: str = "auto", device: str 
         start = time.perf_counter()
         loaded[part], row = module.load_part(artifact, part, precision, device, threads, **more)
         report.networks.append(NetworkReport(**{**asdict(row), "load_seconds": time.perf_counter() - start}))
-    multiple = artifact.listing.size_multiple if artifact.listing and name != "torch" else 8
+    multiple = artifact.listing.size_multiple if artifact.listing and name != "torch" else vae_stride(artifact.config("vae"))
     return Networks(**loaded, report=report, size_multiple=multiple, size=artifact.export.size if artifact.export else None)

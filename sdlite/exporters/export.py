@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sdlite import arguments, hub
+from sdlite import arguments, families, hub
 from sdlite._version import __version__
 from sdlite.artifact import PARTS, Artifact, sha256, writing
 from sdlite.backends import RowByRow
@@ -326,23 +326,13 @@ def _companions(artifact: Artifact, out: Path) -> None:
     for part in {*PARTS, *(SPECS[p].source for p in PARTS)}:  # optimum looks for the decoder's beside its graph
         (out / part).mkdir(exist_ok=True)
         shutil.copy(artifact.folder / (SPECS[part].source if part in SPECS else part) / "config.json", out / part / "config.json")
-    (out / "model_index.json").write_text(json.dumps(_index(artifact.index), indent=1) + "\n", encoding="utf-8")
+    (out / "model_index.json").write_text(json.dumps(families.own_index(artifact.index), indent=1) + "\n", encoding="utf-8")
     manifest = artifact.manifest
     assert manifest is not None
     (out / "student.json").write_text(
         json.dumps({"name": manifest.name, "student": manifest.student, "sampler": artifact.samples_with}, indent=1) + "\n",
         encoding="utf-8",
     )
-
-
-def _index(index: dict[str, Any]) -> dict[str, Any]:
-    """model_index.json naming only what an export holds."""
-    absent = {
-        k: [None, None]
-        for k, v in index.items()
-        if isinstance(v, list) and k not in ("tokenizer", "scheduler", "text_encoder", "unet", "vae")
-    }
-    return {**index, **absent, **({"requires_safety_checker": False} if "safety_checker" in absent else {})}
 
 
 def table(report: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from sdlite._version import __version__
 from sdlite.artifact import Artifact, Manifest, read_json, write_manifest, writing
 from sdlite.errors import need
 from sdlite.exporters import CONVERT_NEEDS
-from sdlite.families import vae_stride
+from sdlite.families import own_index, vae_stride
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS, IOSpec, latent_size
 from sdlite.tokenizer import ClipTokenizer
@@ -314,10 +314,7 @@ def _copy(source: Artifact, out: Path) -> None:
         files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".txt") and p.name not in names]
         for path in files + weights:
             shutil.copyfile(path, out / part / path.name)  # without its mode: a folder that is read only makes one that is not
-    index = {k: v if k in _COPIED or not isinstance(v, list) or k.startswith("_") else [None, None] for k, v in source.index.items()}
-    if "safety_checker" in index:
-        index["requires_safety_checker"] = False
-    (out / "model_index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    (out / "model_index.json").write_text(json.dumps(own_index(source.index), indent=1), encoding="utf-8")
     for path in out.rglob("*.json"):
         _drop_paths(path)
 
