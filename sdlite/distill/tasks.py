@@ -372,12 +372,14 @@ def save_pipeline(folder: Path, parts: dict[str, Any], scheduler: dict[str, Any]
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    # the schedule that was trained on: DDIM's defaults and keys may be others than those of the file's class
+    noise = {k: v for k, v in vars(Schedule.from_config(scheduler)).items() if k != "settings"}
     pipe = StableDiffusionPipeline(
         vae=parts["vae"],
         text_encoder=parts["text_encoder"],
         tokenizer=None,
         unet=parts["unet"],
-        scheduler=DDIMScheduler.from_config(scheduler),
+        scheduler=DDIMScheduler.from_config({**scheduler, **noise}),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

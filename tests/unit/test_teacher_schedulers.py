@@ -16,6 +16,8 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 from sdlite.distill import doctor  # noqa: E402
 from sdlite.distill.cache import to_size  # noqa: E402
 from sdlite.distill.recipe import Teacher, plan, run  # noqa: E402
+from sdlite.distill.tasks import save_pipeline  # noqa: E402
+from sdlite.sampling import Schedule  # noqa: E402
 from sdlite.sampling.schedule import DEFAULTS  # noqa: E402
 from tests.unit.test_recipe import parse  # noqa: E402
 
@@ -107,3 +109,28 @@ def test_an_old_teachers_student_has_diffusers_size(teacher):
     taught = Teacher(teacher({"_class_name": "DDIMScheduler"}, _diffusers_version="0.6.0"))
     assert taught.size == (512, 512)
     assert taught.unet.config.sample_size == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        ({"_class_name": "HeunDiscreteScheduler"}, {"beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": False}),
+        ({"_class_name": "PNDMScheduler", "rescale_betas_zero_snr": True}, {"beta_start": 0.0001, "rescale_betas_zero_snr": False}),
+        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, {"beta_start": 0.0001, "rescale_betas_zero_snr": True}),
+    ],
+)
+def test_a_student_is_saved_with_the_schedule_that_it_was_trained_on(teacher, config, want, tmp_path):
+    """Its scheduler is DDIM, whose defaults and keys are not those of the teacher's class."""
+    taught = Teacher(teacher(config))
+    parts = {
+        "unet": taught.unet,
+        "vae": taught.vae,
+        "text_encoder": taught.text_encoder,
+        "tokenizer_folder": taught.artifact.folder / "tokenizer",
+    }
+    save_pipeline(tmp_path / "saved", parts, taught.scheduler)
+    saved = json.loads((tmp_path / "saved" / "scheduler" / "scheduler_config.json").read_text())
+    assert {k: saved[k] for k in want} == want
+    assert (saved["clip_sample"], saved["steps_offset"]) == (False, 1)
+    trained, served = (Schedule.from_config(c).alphas_cumprod() for c in (config, saved))
+    assert (trained == served).all()
