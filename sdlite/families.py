@@ -33,16 +33,19 @@ def class_name(index: Mapping[str, Any]) -> str:
     return str(name[-1] if isinstance(name, list) else name)  # a custom pipeline is [module, class]
 
 
-def vae_stride(config: Mapping[str, Any]) -> int:
-    """Pixels per latent: each block of a VAE but one halves the size.
+def vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """vae/config.json with the keys that diffusers adds in memory and other readers miss.
 
-    Args:
-        config: content of vae/config.json. AutoencoderTiny has no `block_out_channels` of its own: diffusers adds that key
-            in memory.
+    SD-1.4's has no `scaling_factor` (optimum takes 8 then), TAESD's no `block_out_channels`: its decoder's count.
     """
     tiny = config.get("_class_name") == "AutoencoderTiny"
-    blocks = config.get("decoder_block_out_channels", (64,) * 4) if tiny else config.get("block_out_channels", (64,))
-    return int(2 ** (len(blocks) - 1))
+    blocks = config.get("decoder_block_out_channels", [64] * 4) if tiny else config.get("block_out_channels", [64])
+    return {"scaling_factor": 1.0 if tiny else 0.18215, **config, "block_out_channels": blocks}
+
+
+def vae_stride(config: Mapping[str, Any]) -> int:
+    """Pixels per latent: each block of a VAE but one halves the size. `config`: content of vae/config.json."""
+    return int(2 ** (len(vae_config(config)["block_out_channels"]) - 1))
 
 
 def own_index(index: Mapping[str, Any]) -> dict[str, Any]:

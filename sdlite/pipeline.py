@@ -92,7 +92,7 @@ class Pipeline(metaclass=_Class):
         self.tokenizer = ClipTokenizer.from_pretrained(artifact.folder / "tokenizer", artifact.config("text_encoder"))
         self.scheduler_config = artifact.config("scheduler")
         self.schedule = Schedule.from_config(self.scheduler_config)
-        self.unet_config, self.vae_config = artifact.config("unet"), artifact.config("vae")
+        self.unet_config, self.vae_config = artifact.config("unet"), families.vae_config(artifact.config("vae"))
         self.stride = families.vae_stride(self.vae_config)
         self.defaults = artifact.sampler_defaults
         self.tiling: tiling.Tiling | None = None
@@ -203,7 +203,7 @@ class Pipeline(metaclass=_Class):
 
     def _pixels(self, latents: np.ndarray) -> np.ndarray:
         """latents (B, C, h, w) -> the decoder's float32 (B, 3, H, W) in [-1, 1]."""
-        z = latents / np.float32(self.vae_config.get("scaling_factor", 0.18215)) + np.float32(self.vae_config.get("shift_factor") or 0.0)
+        z = latents / np.float32(self.vae_config["scaling_factor"]) + np.float32(self.vae_config.get("shift_factor") or 0.0)
         if self.tiling is None:
             return self.networks.vae_decoder(latent_sample=z)
         return tiling.decode(lambda tile: self.networks.vae_decoder(latent_sample=tile), z, self.tiling, self.stride)

@@ -28,7 +28,7 @@ from sdlite._version import __version__
 from sdlite.artifact import Artifact, Manifest, read_json, write_manifest, writing
 from sdlite.errors import need
 from sdlite.exporters import CONVERT_NEEDS
-from sdlite.families import own_index, vae_stride
+from sdlite.families import own_index, vae_config, vae_stride
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS, IOSpec, latent_size
 from sdlite.tokenizer import ClipTokenizer
@@ -315,6 +315,8 @@ def _copy(source: Artifact, out: Path) -> None:
         for path in files + weights:
             shutil.copyfile(path, out / part / path.name)  # without its mode: a folder that is read only makes one that is not
     (out / "model_index.json").write_text(json.dumps(own_index(source.index), indent=1), encoding="utf-8")
+    vae = vae_config(read_json(out / "vae" / "config.json"))
+    (out / "vae" / "config.json").write_text(json.dumps(vae, indent=2) + "\n", encoding="utf-8")
     for path in out.rglob("*.json"):
         _drop_paths(path)
 

@@ -40,6 +40,7 @@ def published(tmp_path_factory):
     folders.change(out, "text_encoder", lambda t: {**t, "text_model.embeddings.position_ids": torch.arange(26)[None]})
     folders.change(out, "vae", old_attention)
     shutil.copy(out / "unet" / folders.WEIGHTS["unet"], out / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    folders.configure(out / "vae" / "config.json", scaling_factor=...)  # diffusers' default, and another of optimum's
     checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
     folders.configure(out / "model_index.json", **checker, feature_extractor=["transformers", "CLIPImageProcessor"])
     (out / "unet").chmod(0o555)  # as in a container's layer

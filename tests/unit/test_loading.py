@@ -290,3 +290,10 @@ def test_stride_of_each_autoencoder():
     assert families.vae_stride({"_class_name": "AutoencoderTiny", "decoder_block_out_channels": [8] * 3, "block_out_channels": [8]}) == 4
     assert families.vae_stride({"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512]}) == 8
     assert families.vae_stride({"_class_name": "AutoencoderTiny"}) == 8
+
+
+def test_vaes_config_has_what_diffusers_adds_in_memory():
+    tiny = {"_class_name": "AutoencoderTiny", "decoder_block_out_channels": [8] * 4}
+    assert families.vae_config(tiny) == {**tiny, "scaling_factor": 1.0, "block_out_channels": [8] * 4}
+    assert families.vae_config({"block_out_channels": [8, 8]}) == {"scaling_factor": 0.18215, "block_out_channels": [8, 8]}
+    assert families.vae_config({"block_out_channels": [8], "scaling_factor": 0.13})["scaling_factor"] == 0.13
