@@ -38,7 +38,14 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
 # Two keys are what diffusers' pipeline makes of them, whatever the file says (`sdlite.sampling`).
 _CLIPS = ("DDIMScheduler", "DDPMScheduler", "HeunDiscreteScheduler", "LCMScheduler", "TCDScheduler")
 _NO_OFFSET = ("DPMSolverSinglestepScheduler",)
-_NOISY = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler")
+_NOISY = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
+_NO_ZERO_SNR = (  # do not know `rescale_betas_zero_snr`
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+)
 
 
 def write(
@@ -66,6 +73,7 @@ def write(
         *_table(about),
         *_around(pipe, recording, numbers, about),
         *(_served() if profile.target == "web" else _code(told, numbers, profile)),
+        *_apart(pipe, profile, numbers["CLASS"]),
     ]
     (folder / FILE).write_text("\n".join([*lines, ""]), encoding="utf-8")
 
@@ -109,8 +117,15 @@ def _numbers(pipe: Pipeline, recording: Recording) -> dict[str, str]:
         "WINDOW": repr(pipe.tokenizer.max_length),
         "SCALING": repr(vae.get("scaling_factor", 0.18215)),
         "SHIFT": f" + np.float32({shift})" if shift else "",
-        "NOISY": ", generator=generator" if cls in _NOISY or "sde" in name else "",
+        "NOISY": _step_arguments(cls, name),
     }
+
+
+def _step_arguments(cls: str, name: str) -> str:
+    """What a step is told besides: the image's generator where it draws; sdlite's TCD draws nothing."""
+    if cls == "TCDScheduler":
+        return ", eta=0.0"
+    return ", generator=generator" if cls in _NOISY or "sde" in name else ""
 
 
 def _around(
@@ -169,6 +184,18 @@ def _code(told: Runtime, numbers: Mapping[str, str], profile: Profile) -> list[s
         "```python",
         _filled(IMAGE, numbers),
         "```",
+    ]
+
+
+def _apart(pipe: Pipeline, profile: Profile, cls: str) -> list[str]:
+    """Said where the code's image is not sdlite's."""
+    if profile.target == "web" or not pipe.schedule.rescale_betas_zero_snr or cls not in _NO_ZERO_SNR:
+        return []
+    return [
+        "",
+        f"diffusers' {cls} does not rescale the noise to zero terminal SNR, which this model was",
+        "trained with: this code's image is another than sdlite's. Export with `--sampler ddim` for one",
+        "that is the same.",
     ]
 
 

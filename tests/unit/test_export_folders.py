@@ -34,6 +34,7 @@ NEEDS = {
     "mnn": "MNN",
 }
 TARGETS = [t for t, package in NEEDS.items() if importlib.util.find_spec(package)]
+SAMPLED = ("euler-ancestral", "tcd", "unipc-karras")
 OPENED = [t for t in TARGETS if t in ("onnx-fixed", "onnx-fused", "openvino")]
 
 
@@ -82,6 +83,10 @@ def ran(folders, tmp_path_factory):
     pytest.importorskip("diffusers", reason="needs the torch extra")
     root = tmp_path_factory.mktemp("ran")
     code = {}
+    folders = dict(folders)
+    for sampler in SAMPLED:
+        folders[sampler] = tmp_path_factory.mktemp("sampled") / sampler
+        sdlite.export(EMOJI, folders[sampler], target="onnx-fixed", prompts=[PROMPT], num_inference_steps=1, threads=1, sampler=sampler)
     for target, folder in folders.items():
         copy = shutil.copytree(folder, root / target)
         one, image = re.findall(r"```python\n(.*?)```", (copy / "README.md").read_text(), re.S)
@@ -90,6 +95,21 @@ def ran(folders, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.strip().splitlines()[-1])
     return {target: (root / target, told[str(root / target)]) for target in folders}
+
+
+def test_a_sampler_that_diffusers_runs_otherwise_is_said(tmp_path):
+    for sampler, said in (("heun", True), ("ddim", False)):
+        folder = tmp_path / sampler
+        sdlite.export(EMOJI, folder, target="onnx-fixed", prompts=[PROMPT], num_inference_steps=1, threads=1, sampler=sampler)
+        assert ("HeunDiscreteScheduler does not rescale" in (folder / "README.md").read_text()) is said
+
+
+@pytest.mark.parametrize("sampler", SAMPLED)
+def test_the_readmes_code_samples_as_the_export_does(sampler, ran):
+    folder, told = ran[sampler]
+    assert told == ["(1, 8, 8, 8)"], told
+    own = pixels(Pipeline.from_pretrained(folder, threads=1))
+    assert psnr(np.asarray(Image.open(folder / "image.png"))[None], own) > 80
 
 
 @pytest.mark.parametrize("target", TARGETS)
