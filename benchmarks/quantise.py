@@ -28,8 +28,8 @@ RESULTS = Path(__file__).parent / "results" / "quantise.jsonl"
 PROMPTS = Path(__file__).parents[1] / "export" / "calibration"
 
 
-def one_by_one(folder: str, quantised: Path, threads: int, gate: dict[str, Any]) -> dict[str, float]:
-    """part -> PSNR in dB of the gate's first image with that network alone in integer, on onnxruntime."""
+def one_by_one(folder: str, quantised: Path, threads: int, gate: dict[str, Any]) -> dict[str, float | None]:
+    """part -> PSNR in dB of the gate's first image with that network alone in integer, on onnxruntime; None where it is equal."""
     import sdlite
     from sdlite.artifact import PARTS, Artifact
     from sdlite.quant.calibrate import let_go, on_demand, with_networks
@@ -46,7 +46,8 @@ def one_by_one(folder: str, quantised: Path, threads: int, gate: dict[str, Any])
 
     want, networks = image(floats), {p: getattr(floats.networks, p) for p in PARTS}
     made = sdlite.Pipeline.from_pretrained(quantised, backend="onnxruntime", threads=threads)
-    return {p: psnr(want, image(with_networks(floats, {**networks, p: getattr(made.networks, p)}))) for p in PARTS}
+    found = {p: psnr(want, image(with_networks(floats, {**networks, p: getattr(made.networks, p)}))) for p in PARTS}
+    return {p: v if v < float("inf") else None for p, v in found.items()}
 
 
 def worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def main() -> None:
                     f"  {e['engine']}: PSNR mean {e['psnr_mean']:.1f} worst {e['psnr_worst']:.1f} dB, SSIM {e['ssim_mean']:.4f}, {e['networks']}"
                 )
             if "alone" in row:
-                print("  integer alone: " + ", ".join(f"{p} {v:.1f} dB" for p, v in row["alone"].items()))
+                print("  integer alone: " + ", ".join(f"{p} {'equal' if v is None else f'{v:.1f} dB'}" for p, v in row["alone"].items()))
 
 
 if __name__ == "__main__":

@@ -94,11 +94,46 @@ def quantising() -> list[str]:
         close = "; ".join(f"{e['engine']} {e['psnr_mean']:.1f} / {e['psnr_worst']:.1f} dB, SSIM {e['ssim_mean']:.4f}" for e in r["engines"])
         body.append(
             [f"`{r['model']}`", f"{r['precision']} {r['scheme']}", str(r["samples"]), f"{r['seconds']:.0f}", f"{r['peak_mib']:,.0f}",
-             f"{size / 1e6:,.1f} ({size / whole:.2f} of the float file)", f"{close} ({r['engines'][0]['pictures']} pictures)", f"{r['date']} `{r['commit']}`"]
+             f"{size / 1e6:,.1f} ({size / whole:.2f} of the float file)", f"{close} ({r['engines'][0]['pictures']} pictures)",
+             " / ".join(decibels(v) for v in r["engines"][0]["networks"].values()), " / ".join(decibels(v) for v in r.get("alone", {}).values()),
+             f"{r['date']} `{r['commit']}`"]
         )  # fmt: skip
     if not body:
         return ["Not measured yet: run `python -m benchmarks.quantise emoji`."]
-    return table(["model", "precision", "calibration pictures", "s", "peak MiB", "MB", "mean / worst PSNR to float", "measured"], body)
+    head = ["model", "precision", "calibration pictures", "s", "peak MiB", "MB", "mean / worst PSNR to float", "text / UNet / VAE: SQNR, dB",
+            "PSNR with that one alone in int8, dB", "measured"]  # fmt: skip
+    return table(head, body)
+
+
+def decibels(value: float | None) -> str:
+    """Equal numbers are infinitely close, which JSON does not hold."""
+    return "equal" if value is None or value == float("inf") else f"{value:.1f}"
+
+
+def accumulation() -> list[str]:
+    """How the decoder's error adds up, and what it is at other numbers of steps than were calibrated."""
+    found = list(rows("accumulation"))
+    if not found:
+        return []
+    at = {r["steps"]: r for r in found if r["kind"] == "steps"}
+    one = next(iter(at.values()))
+    layers = next(r for r in reversed(found) if r["kind"] == "layers")
+    inner = [x for x in layers["layers"] if x["alone"] is not None]
+    alone, last = [x["alone"] for x in inner], layers["layers"][-1]
+    marks = [inner[0], *(x for x in inner if x["layer"].endswith("resnets.2.conv2")), last]
+    head = ["steps", *map(str, at)]
+    body = [["deviation of the decoder's input", *(f"{r['decoder_input_std']:.1f}" for r in at.values())]]
+    for part in one["sqnr"]:
+        body.append([f"{part}: SQNR, dB", *(f"{r['sqnr'][part]:.1f}" for r in at.values())])
+    return [
+        f"Where the error of a random network comes from (`{one['model']}`, {one['size']} px, calibrated at {one['steps']} steps; "
+        f"`{one['command']}`). The decoder's {len(inner)} integer layers are {min(alone):.1f} to {max(alone):.1f} dB each on float inputs, near what 8 bits "
+        "of activation and 7 of weight can be, and their errors add up: "
+        + ", ".join(f"{x['together']:.1f} dB after `{x['layer']}`" if x is not last else f"{x['together']:.1f} dB at the end" for x in marks)
+        + ". An untrained UNet does not take noise away, so the spread of its latents grows with the number of steps; the decoder's upsamplers and "
+        "shortcuts read values that no norm has scaled, and ranges from one number of steps do not fit another:", "",
+        *table(head, body),
+    ]  # fmt: skip
 
 
 def nncf() -> list[str]:
@@ -224,7 +259,10 @@ def models_md() -> str:
         "them, against diffusers' own pipeline in float32 at equal seeds: PSNR in dB, 80 and more where only rounding differs. OpenVINO computes fp16 in",
         "bfloat16 where the CPU has it, which is 8 bits of mantissa: its column shows what that costs. `python -m benchmarks.published` measures it again.", "",
         *published(), "",
-        "## Quantising", "", "Shapes have random weights: their closeness means nothing, time and memory do.", "", *quantising(), "",
+        "## Quantising", "",
+        "Shapes have random weights. Rows from before 2026-11-26 are from before a fault was mended: smoothing scaled every norm that shared a constant with",
+        "the one it meant, which untrained text encoders do; a text encoder far below 20 dB is that fault. Seconds of `shape:bk-tiny` are of a machine that had other work beside.", "", *quantising(), "",
+        *accumulation(), "",
         "OpenVINO's own quantiser on the same model, both on OpenVINO (`benchmarks/nncf_peer.py`):", "", *nncf(), "",
         "Memory of a picture at run time, BK-Tiny shape, 512 px, 4 steps (`Pipeline.enable_vae_tiling(320)` decodes in four tiles):", "", *speed.memory(), "", *speed.footnotes("memory-512"), "",
         "## The article's ladder", "",

@@ -83,7 +83,14 @@ class Comparison:
         return out
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: (None if isinstance(v, float) and np.isinf(v) else v) for k, v in asdict(self).items()}
+        """As JSON holds it: what is equal is infinitely close, which becomes None."""
+
+        def finite(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: finite(v) for k, v in value.items()}
+            return None if isinstance(value, float) and np.isinf(value) else value
+
+        return {k: finite(v) for k, v in asdict(self).items()}
 
 
 def pictures(pipe: Pipeline, prompts: Sequence[str], gate: Gate) -> np.ndarray:

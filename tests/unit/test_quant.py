@@ -279,6 +279,9 @@ def test_dynamic(tmp_path, emoji):
     report = quantize(EMOJI, "int8-dynamic", out=tmp_path / "d", **QUICK)
     assert all(n["bytes"] <= n["float_bytes"] for n in report["networks"].values()), "what stays float keeps its float16 storage"
     assert report["warnings"] == []
+    assert report["engines"][0]["networks"]["vae_decoder"] is None, "no Linear layer: equal"
+    for name in ("quantize-report.json", "sdlite.json"):
+        json.loads((tmp_path / "d" / name).read_text(), parse_constant=pytest.fail)  # Infinity is not JSON
     assert 0 < report["networks"]["unet"]["float_share"] < 0.9
     assert report["networks"]["vae_decoder"]["float_share"] == 1
     pipe = Pipeline.from_pretrained(tmp_path / "d", precision="int8-dynamic", threads=1)
