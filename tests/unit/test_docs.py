@@ -22,7 +22,7 @@ DOCUMENTS = sorted(
 )
 # What a snippet says -> what the test runs: less of what takes long. Conversion has tests of its own (tests/parity).
 SUBSTITUTIONS = {
-    "convert(": "__import__('inspect').signature(convert).bind(",
+    "sdlite.convert(": "__import__('inspect').signature(sdlite.convert).bind(",
     "Calibration(prompts=[...])": "Calibration(prompts=['a fox', 'a red apple', 'pizza', 'a ghost'], samples=4)",
     "Gate(psnr_mean=36)": "Gate(psnr_mean=36, num_prompts=2, engines=['onnxruntime'])",
     'out="my-int8"': 'out="my-int8-too"',
