@@ -58,8 +58,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 100.0 if error == 0 else float(10 * np.log10(255**2 / error))
 
 
-def diffusers_images(folder: Path, name: str, prompts: list[str], size: int = SIZE) -> np.ndarray:
-    """uint8 (N, size, size, 3): the folder's own diffusers pipeline in float32, one CPU generator an image, seed i for prompt i."""
+def diffusers_images(folder: Path, name: str, prompts: list[str], size: int = SIZE, dtype: str = "float32") -> np.ndarray:
+    """uint8 (N, size, size, 3): the folder's own diffusers pipeline computed in `dtype`, one CPU generator an image, seed i for prompt i."""
     import diffusers
     import torch
 
@@ -67,7 +67,7 @@ def diffusers_images(folder: Path, name: str, prompts: list[str], size: int = SI
     torch.set_num_threads(THREADS)
     checker = {"safety_checker": None} if model.safety_checker else {}
     half = {"torch_dtype": torch.float16} if "F16" in _dtypes(folder) else {}
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **checker, **half).to(torch.float32)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **checker, **half).to(getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     out = pipe(
         prompts, height=size, width=size, num_inference_steps=model.steps, guidance_scale=model.guidance, output_type="np",
@@ -114,6 +114,10 @@ def measure(name: str, scratch: Path) -> dict[str, Any]:
         if dtype not in wanted:
             wanted[dtype] = diffusers_images(folder, name, PROMPTS)
         runs[str(run)] = min(psnr(a, b) for a, b in zip(got, wanted[dtype], strict=True))
+    if "float16" in wanted:  # what half the mantissa costs where the peer computes
+        folder = scratch / "float16" / name
+        peer = diffusers_images(folder, name, PROMPTS, dtype="bfloat16")
+        runs["diffusers in bfloat16"] = min(psnr(a, b) for a, b in zip(peer, wanted["float16"], strict=True))
     shown = next(iter(wanted.values()), None)
     apart = None if shown is None else psnr(*diffusers_apart(scratch, name))
     return {"another_prompt": apart, "runs": runs}

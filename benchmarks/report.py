@@ -257,7 +257,7 @@ def models_md() -> str:
         "## Published models", "",
         "Folders with the published configs and file layouts and narrow random networks (`benchmarks/published_models.py`), as their model cards call",
         "them, against diffusers' own pipeline in float32 at equal seeds: PSNR in dB, 80 and more where only rounding differs. OpenVINO computes fp16 in",
-        "bfloat16 where the CPU has it, which is 8 bits of mantissa: its column shows what that costs. `python -m benchmarks.published` measures it again.", "",
+        "bfloat16 where the CPU has it: 8 bits of mantissa, and guidance multiplies the error; diffusers in bfloat16 is the last column. `python -m benchmarks.published` measures it again.", "",
         *published(), "",
         "## Quantising", "",
         "Shapes have random weights. Rows from before 2026-11-26 are from before a fault was mended: smoothing scaled every norm that shared a constant with",
