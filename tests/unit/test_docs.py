@@ -122,7 +122,8 @@ def test_commands_in_the_text_exist(document):
         if words[0] == "sdlite" and len(words) > 1:
             assert given <= options(words[1]), span
         elif words[:2] == ["python", "-m"]:
-            file = ROOT / (words[2].replace(".", "/") + ".py")
+            module = ROOT / words[2].replace(".", "/")
+            file = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
             assert file.is_file(), span
             assert all(f'"{o}"' in file.read_text() for o in given), span
         elif words[0] == "python" and words[1].endswith(".py"):
