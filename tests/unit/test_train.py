@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -192,20 +194,34 @@ def test_statistics_are_one_json_object_per_line(tmp_path):
     assert {"loss", "lr", "grad_norm", "images_per_second"} <= set(rows[0])
 
 
-def two_processes(code, **environment):
-    """`code` in two processes on gloo, as Accelerate's launcher starts them."""
-    port = str(20_000 + (os.getpid() + int(time.time() * 10)) % 20_000)
+def two_processes(code, out=None, **environment):
+    """`code` in two processes on gloo, as Accelerate's launcher starts them.
+
+    gloo itself crashed once in thirty runs of sharded training on a loaded machine (SIGSEGV in one process, no Python frame at fault);
+    where `out`, the folder that `code` writes, is given, such a run is made once more in a new folder. An error of ours is no signal.
+    """
+    codes = _two_processes(code, environment)
+    if out is not None and -signal.SIGSEGV in codes:
+        shutil.rmtree(out, ignore_errors=True)
+        codes = _two_processes(code, environment)
+    assert codes == [0, 0]
+
+
+def _two_processes(code, environment):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     start = "from tests.unit.test_train import *; from dataclasses import replace; from pathlib import Path; torch.set_num_threads(1)\n"
     procs = [
         subprocess.Popen(
-            [sys.executable, "-c", start + code],
+            [sys.executable, "-X", "faulthandler", "-c", start + code],
             env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                  "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), **environment},
         )
         for r in range(2)
     ]  # fmt: skip
     try:
-        assert [p.wait(timeout=300) for p in procs] == [0, 0]
+        return [p.wait(timeout=300) for p in procs]
     finally:
         for p in procs:
             p.kill()
@@ -253,12 +269,15 @@ def test_sharded_processes_equal_one_and_are_resumed_by_one(tmp_path):
         f"fit(t, CONFIG, Path({str(tmp_path / 'two')!r}))\n"
         "p = t.modules['unet'].conv_in.weight\n"
         "assert p.to_local().shape[0] * 2 == p.shape[0], p",
+        out=tmp_path / "two",
         ACCELERATE_USE_FSDP="true",
         FSDP_VERSION="2",
     )
     assert fit(task(), CONFIG, tmp_path / "two", resume=True)["step"] == 6
     same_networks(tmp_path / "one", tmp_path / "two")
-    two_processes(f"fit(task(), CONFIG, Path({str(tmp_path / 'three')!r}))", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    two_processes(
+        f"fit(task(), CONFIG, Path({str(tmp_path / 'three')!r}))", out=tmp_path / "three", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2"
+    )
     same_networks(tmp_path / "one", tmp_path / "three")
 
 
