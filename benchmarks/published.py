@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks import published_models
 from benchmarks.env import environment
 from sdlite.errors import SdliteError
+from sdlite.quant import metrics
 
 RESULTS = Path(__file__).parent / "results" / "published.jsonl"
 PROMPTS = ["a red fox in snow!", "two cats", "a photo of an astronaut riding a horse, 8k"]
@@ -54,8 +55,7 @@ RUNS = (
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """dB between two uint8 images; 100 where they are equal."""
-    error = np.mean((a.astype(np.float64) - b) ** 2)
-    return 100.0 if error == 0 else float(10 * np.log10(255**2 / error))
+    return min(metrics.psnr(a, b), 100.0)
 
 
 def diffusers_images(folder: Path, name: str, prompts: list[str], size: int = SIZE, dtype: str = "float32") -> np.ndarray:

@@ -1,7 +1,8 @@
 """Published Stable Diffusion folders in small: their configs, file layouts and flags, with narrow random networks.
 
 What is true to the published files: config keys and values, block lists, number of heads and layers, tokenizer files with CLIP's
-whole vocabulary, scheduler configs, tensor names, dtypes and extra buffers. What is not: widths (divided by 4 to 10) and weights.
+whole vocabulary, scheduler configs, tensor names, dtypes and extra buffers. What is not: widths (divided by 2 to 16), the norm groups of
+SD-2.x (8, so that its heads divide the widths), SDXL's depth (it is refused before any weights are read), and weights.
 Cross attention is made loud, so that another prompt is another picture. CLIP's merges are read from the `open_clip_torch` wheel
 (installed without its dependencies; its code is not imported).
 

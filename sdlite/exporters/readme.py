@@ -115,7 +115,7 @@ def _numbers(pipe: Pipeline, recording: Recording) -> dict[str, str]:
         "STEPS": repr(pipe.defaults.num_inference_steps),
         "GUIDANCE": repr(pipe.defaults.guidance_scale),
         "WINDOW": repr(pipe.tokenizer.max_length),
-        "SCALING": repr(vae.get("scaling_factor", 0.18215)),
+        "SCALING": repr(vae["scaling_factor"]),
         "SHIFT": f" + np.float32({shift})" if shift else "",
         "NOISY": _step_arguments(cls, name),
     }

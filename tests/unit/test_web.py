@@ -262,6 +262,16 @@ def test_runtime_from_a_folder_and_by_hash(tmp_path, monkeypatch):
         web.runtime(profile.Profile("w", "web"))
 
 
+def test_the_page_scales_latents_as_the_pipeline_does(copy, tmp_path, monkeypatch):
+    """TAESD's config as its authors publish it may lack the factor, which is 1 then, not Stable Diffusion's 0.18215."""
+    path = copy / "vae" / "config.json"
+    config = json.loads(path.read_text()) | {"_class_name": "AutoencoderTiny"}
+    path.write_text(json.dumps({k: v for k, v in config.items() if k != "scaling_factor"}))
+    monkeypatch.setattr(web, "runtime", lambda _: {})
+    web.finish(tmp_path, Artifact.open(copy), profile.load("web"), (1, 8, 8, 8))
+    assert json.loads((tmp_path / "sdlite-web.json").read_text())["scaling_factor"] == 1.0
+
+
 def test_no_browser_means_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(browser, "find", lambda: None)
     monkeypatch.setattr(web, "runtime", lambda settings: dict.fromkeys(web.FILES, b""))

@@ -27,6 +27,7 @@ from sdlite.exporters import browser
 from sdlite.exporters.profile import Profile, assets
 from sdlite.exporters.targets import NotRunnable
 from sdlite.exporters.targets import onnx as onnx_target
+from sdlite.families import vae_config
 from sdlite.sampling import Schedule, get_sampler
 from sdlite.sampling.schedule import STEPS_OFFSET
 from sdlite.sampling.solvers import DDIM
@@ -98,11 +99,11 @@ def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[
         (out / "ort" / name).write_bytes(data)
         made.append(out / "ort" / name)
     assert artifact.manifest is not None
-    vae = json.loads((artifact.folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    vae = vae_config(artifact.config("vae"))
     settings = {
         "name": artifact.manifest.name, "sampler": artifact.samples_with, "latent_shape": latent_shape,
         "weights": {p: next((f.name for f in (out / p).glob("*.data")), None) for p in SPECS},
-        "scaling_factor": vae.get("scaling_factor", 0.18215), "shift_factor": vae.get("shift_factor") or 0.0,
+        "scaling_factor": vae["scaling_factor"], "shift_factor": vae.get("shift_factor") or 0.0,
         "schedule": schedule_of(artifact),
     }  # fmt: skip
     config = artifact.config("text_encoder")
