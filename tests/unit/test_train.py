@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -202,6 +203,7 @@ def two_processes(code, out=None, **environment):
     """
     codes = _two_processes(code, environment)
     if out is not None and -signal.SIGSEGV in codes:
+        warnings.warn(f"a process died of SIGSEGV: {codes}; its trace is above", stacklevel=2)
         shutil.rmtree(out, ignore_errors=True)
         codes = _two_processes(code, environment)
     assert codes == [0, 0]
