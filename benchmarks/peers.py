@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import Case
-from sdlite.artifact import sha256
+from sdlite.io import sha256
 
 TEACHER = "emoji-teacher"  # of the embedded student: benchmarks/emoji/teacher with the student's other parts
 HERE = Path(__file__).parent

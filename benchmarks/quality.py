@@ -58,7 +58,7 @@ class Protocol:
         import torch
         from features import LiteFeatures
 
-        from sdlite.artifact import sha256
+        from sdlite.io import sha256
 
         self.torch, self.names, self.colours = torch, emoji.NAMES, emoji.COLOURS
         self.data = emoji.load()

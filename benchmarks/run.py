@@ -54,7 +54,7 @@ def parameters(folder: Path) -> dict[str, int]:
 
 def worker(case: Case, path: Path, plain: Path, picture: Path) -> dict[str, Any]:
     """Load, one first picture, `case.repeats` more; seconds, MiB and bytes."""
-    from sdlite.artifact import read_json
+    from sdlite.io import read_json
     from sdlite.sampling import Noise
 
     channels = read_json(plain / "unet" / "config.json")["in_channels"]

@@ -11,19 +11,15 @@ versions, paths that leave the folder, missing or changed files, and pickles. Wr
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from sdlite import families
-from sdlite.errors import ArtifactError, InputError
+from sdlite.errors import ArtifactError
+from sdlite.io import left_behind, read_json, sha256, write_json
 from sdlite.sampling import known_sampler, sampler_of
 
 if TYPE_CHECKING:
@@ -34,26 +30,6 @@ FORMAT = "1.0"
 PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-static")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 PARTS = ("text_encoder", "unet", "vae_decoder")
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        out = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing; the folder is not a whole model. Fetch or save it again.") from None
-    except (ValueError, OSError) as e:
-        raise ArtifactError(f"{path} cannot be read ({e}); fetch or save the model again.") from e
-    if not isinstance(out, dict):
-        raise ArtifactError(f"{path} holds {type(out).__name__}, not an object; fetch or save the model again.")
-    return out
 
 
 @dataclass(frozen=True)
@@ -145,6 +121,10 @@ class Artifact:
         folder = Path(folder)
         if not folder.is_dir():
             raise ArtifactError(f"{folder} is not a folder; give a model folder, a hub id or the name of an embedded model.")
+        if left_behind(folder):
+            raise ArtifactError(
+                f"{folder} is half written, by a process that is still at work or was stopped; use what it wrote in the end."
+            )
         if not (folder / "model_index.json").exists():
             raise ArtifactError(
                 f"{folder} has no model_index.json, so it is not a diffusers pipeline folder; give the folder that holds it."
@@ -270,33 +250,9 @@ def _in_hub_cache(folder: Path, file: Path) -> bool:
     return repo is not None and file.resolve().is_relative_to((repo / "blobs").resolve())
 
 
-@contextmanager
-def writing(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        InputError: `out` exists and is not an empty folder.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not an empty folder; choose another or remove it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        yield tmp
-        os.chmod(tmp, 0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(tmp, out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Hash every file below `folder` into `manifest.files` and write sdlite.json beside and rename."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     manifest.files = {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in paths}
     Manifest.from_dict(json.loads(json.dumps(dataclasses.asdict(manifest))))
-    tmp = folder / (MANIFEST + ".tmp")
-    tmp.write_text(json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(tmp, folder / MANIFEST)
+    write_json(folder / MANIFEST, dataclasses.asdict(manifest))

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlite.artifact import plain_path, read_json
+from sdlite.artifact import plain_path
 from sdlite.errors import ArtifactError
+from sdlite.io import read_json
 
 REPORT = "export-report.json"
 OPENED_BY = {  # target -> backends that run what it makes

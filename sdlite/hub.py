@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from sdlite import families
-from sdlite.artifact import MANIFEST, Artifact, read_json
+from sdlite.artifact import MANIFEST, Artifact
 from sdlite.errors import ArtifactError, HubError, InputError, SdliteError, UnknownNameError
 from sdlite.exported import REPORT
+from sdlite.io import read_json
 from sdlite.weights import select, stem
 
 EMBEDDED = Path(__file__).parent / "models"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdlite.errors import InputError
+from sdlite.io import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,12 +76,8 @@ def save(image: Image, path: str | Path, metadata: dict[str, str] | None = None)
     path = Path(path)
     if metadata is None:
         metadata = {k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)}
-    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
+    with replacing(path) as tmp:
         image.save(tmp, **_kept(path.suffix.lower(), metadata))
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 def _kept(ending: str, metadata: dict[str, str]) -> dict[str, Any]:

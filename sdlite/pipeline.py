@@ -17,9 +17,10 @@ import numpy as np
 
 from sdlite import arguments, backends, families, habits, hub, images, tiling
 from sdlite._version import __version__
-from sdlite.artifact import Artifact, writing
+from sdlite.artifact import Artifact
 from sdlite.errors import Cancelled as Cancelled
 from sdlite.errors import InputError, MissingExtraError, SdliteWarning, ShapeError
+from sdlite.io import writing
 from sdlite.sampling import Noise, Sampler, Schedule, denoise, get_sampler, guided
 from sdlite.spec import latent_size
 from sdlite.tokenizer import ClipTokenizer

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlite.artifact import read_json
 from sdlite.errors import ArtifactError
+from sdlite.io import read_json
 
 VOCAB, MERGES, FAST = "vocab.json", "merges.txt", "tokenizer.json"
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdlite.artifact import read_json
 from sdlite.errors import ArtifactError
+from sdlite.io import read_json
 from sdlite.weights import Stored, cause, dtypes, weight_files, weight_index
 
 # What files of CLIP's text encoder may hold besides it: a buffer that is computed, and the rest of CLIP, which no pipeline uses.

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from sdlite.artifact import PICKLES, read_json
+from sdlite.artifact import PICKLES
 from sdlite.errors import ArtifactError
+from sdlite.io import read_json
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what a network may be stored in
 LFS = b"version https://git-lfs"

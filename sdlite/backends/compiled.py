@@ -21,8 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sdlite.artifact import sha256
 from sdlite.errors import InputError
+from sdlite.io import cache_root, sha256
 
 SWITCH = "SDLITE_OPENVINO_CACHE"  # GB that all entries may have together; 0 keeps nothing
 LIMIT_GB = 10.0
@@ -32,8 +32,7 @@ _STALE = 24 * 3600.0  # seconds until what a killed process left is removed
 
 
 def root() -> Path:
-    home = os.environ.get("SDLITE_CACHE") or Path.home() / ".cache" / "sdlite"
-    return Path(home) / "openvino"
+    return cache_root() / "openvino"
 
 
 def limit() -> int:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from sdlite.artifact import Artifact, sha256
+from sdlite.artifact import Artifact
 from sdlite.backends import Network, NetworkReport, RowByRow
 from sdlite.errors import ArtifactError, MissingExtraError, PrecisionError, UnknownNameError
+from sdlite.io import sha256
 from sdlite.spec import SPECS
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8-static")

@@ -53,7 +53,7 @@ from typing import Any
 import torch
 
 from sdlite import families
-from sdlite.artifact import Artifact, read_json, sha256
+from sdlite.artifact import Artifact
 from sdlite.distill import data, report, stages, tasks
 from sdlite.distill.cache import CachedLatents
 from sdlite.distill.parts import TextEncoderTask, TinyDecoderTask, smaller_text_encoder, tiny_vae
@@ -62,6 +62,7 @@ from sdlite.distill.targets import cache_targets
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.errors import InputError, need
 from sdlite.exporters import CONVERT_NEEDS
+from sdlite.io import read_json, sha256
 from sdlite.sampling import guided, known_sampler
 from sdlite.spec import latent_size
 from sdlite.tokenizer import ClipTokenizer

@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import onnx
 
 from sdlite import arguments, families, hub
 from sdlite._version import __version__
-from sdlite.artifact import PARTS, Artifact, sha256, writing
+from sdlite.artifact import PARTS, Artifact
 from sdlite.backends import RowByRow
 from sdlite.bench import peak_mib
 from sdlite.errors import ExportError, InputError, MissingExtraError, PrecisionError, SdliteError
@@ -30,6 +29,7 @@ from sdlite.exporters.parity import Recording, measure, pictures, record
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import fix, opset_of, size_of
 from sdlite.exporters.targets import NotRunnable
+from sdlite.io import scratch, sha256, writing
 from sdlite.pipeline import Pipeline
 from sdlite.quant.calibrate import let_go, on_demand
 from sdlite.quant.graph import Graph
@@ -97,10 +97,10 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
     own = (artifact.manifest.calibration or {}).get("prompts")
     shown = list(prompts or (own[:2] if isinstance(own, list) else ["a red apple", "a house with a garden"]))
     size = {"height": profile.height or None, "width": profile.width or None}
-    with room.watched(profile), tempfile.TemporaryDirectory(prefix="sdlite-export-") as scratch, writing(Path(out)) as tmp:
+    with room.watched(profile), scratch("export") as aside, writing(out) as tmp:
         recording = record(pipe, shown, num_inference_steps=num_inference_steps, sampler=artifact.sampler_name, **size)
         let_go(pipe)
-        graphs = {p: _graph(artifact, p, profile, source, recording, Path(scratch), free_size) for p in PARTS}
+        graphs = {p: _graph(artifact, p, profile, source, recording, aside, free_size) for p in PARTS}
         calibration = None
         if hasattr(module, "quantise"):
             graphs, calibration = module.quantise(graphs, pipe, profile, shown, num_inference_steps, threads)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +24,11 @@ from torch import Tensor, nn
 
 from sdlite import arguments
 from sdlite._version import __version__
-from sdlite.artifact import Artifact, Manifest, read_json, write_manifest, writing
+from sdlite.artifact import Artifact, Manifest, write_manifest
 from sdlite.errors import need
 from sdlite.exporters import CONVERT_NEEDS
 from sdlite.families import own_index, vae_config, vae_stride
+from sdlite.io import cache_root, read_json, writing
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS, IOSpec, latent_size
 from sdlite.tokenizer import ClipTokenizer
@@ -355,8 +355,7 @@ def convert_cached(source: Artifact) -> Artifact:
         __version__,
         *(f"{p.relative_to(source.folder)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files),
     ]
-    root = Path(os.environ.get("SDLITE_CACHE", Path.home() / ".cache" / "sdlite"))
-    out = root / "onnx" / f"{source.name}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}"
+    out = cache_root() / "onnx" / f"{source.name}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}"
     if not out.exists():
         log.warning("%s has no ONNX graphs: converting it once into %s (a few minutes for a large UNet)", source.folder, out)
         convert(source.folder, out, name=source.name)

@@ -8,7 +8,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from sdlite import arguments, hub
-from sdlite.artifact import PARTS, Artifact, Manifest, write_manifest, writing
+from sdlite.artifact import PARTS, Artifact, Manifest, write_manifest
 from sdlite.errors import InputError, PrecisionError, QuantizationError, SdliteWarning, UnknownNameError
+from sdlite.io import scratch, writing
 from sdlite.pipeline import Pipeline
 from sdlite.quant import gate as gates
 from sdlite.quant import insert, reports, rewrite
@@ -82,13 +82,13 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
     gate.check()
     arguments.optional(arguments.text, "sampler", sampler)
     _kept(keep_float)
-    with tempfile.TemporaryDirectory(prefix="sdlite-quantize-") as scratch:
-        pipe = _float_pipeline(model, Path(scratch), threads, sampler)
+    with scratch("quantize") as aside:
+        pipe = _float_pipeline(model, aside, threads, sampler)
         _prompts(pipe, calibration, gate)
         doubts = _doubts(calibration, gate) if precision == "int8-static" else []
         for doubt in doubts:
             warnings.warn(doubt, SdliteWarning, stacklevel=2)
-        work = _Work(pipe, precision, Path(scratch), calibration, gate, threads, progress, doubts)
+        work = _Work(pipe, precision, aside, calibration, gate, threads, progress, doubts)
         own = (pipe.artifact.manifest.calibration or {}) if pipe.artifact.manifest else {}
         asked = own.get("keep_float", {}) if keep_float is None else keep_float
         keep = {p: asked.get(p, KEEP_FLOAT[p]) for p in PARTS}

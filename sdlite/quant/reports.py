@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ import numpy as np
 
 from sdlite import images
 from sdlite._version import __version__
+from sdlite.io import write_json
 from sdlite.pipeline import Pipeline
 from sdlite.quant.calibrate import Calibration
 from sdlite.quant.gate import Comparison, Gate
@@ -90,12 +89,7 @@ def write(folder: Path, report: dict[str, Any], reference: np.ndarray, made: np.
     columns = report["grid"]["columns"]
     pairs = [(x["prompt"], x["seed"]) for x in report["grid"]["pairs"]]
     images.save(grid(reference, made, columns, pairs), folder / GRID, {"columns": " | ".join(columns)})
-    tmp = folder / f".{REPORT}.{os.getpid()}.tmp"
-    try:
-        tmp.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(tmp, folder / REPORT)
-    finally:
-        tmp.unlink(missing_ok=True)
+    write_json(folder / REPORT, report)
 
 
 def keep_failed(out: Path, report: dict[str, Any], reference: np.ndarray, made: np.ndarray) -> str:

@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 import sdlite
-from sdlite.artifact import Artifact, writing
+from sdlite.artifact import Artifact
 from sdlite.errors import ArtifactError, InputError
+from sdlite.io import writing
 
 
 def edit_manifest(folder, change):

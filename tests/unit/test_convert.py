@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import sdlite
-from sdlite.artifact import Artifact, read_json
+from sdlite.artifact import Artifact
 from sdlite.errors import ArtifactError
+from sdlite.io import read_json
 from tests import folders
 from tests.helpers import psnr
 

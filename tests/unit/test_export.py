@@ -12,12 +12,12 @@ import pytest
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
-from sdlite.artifact import sha256
 from sdlite.backends import RowByRow
 from sdlite.cli import main
 from sdlite.errors import ArtifactError, ExportError, InputError, PrecisionError, UnknownNameError
 from sdlite.exporters import profile
 from sdlite.exporters.export import export, table
+from sdlite.io import sha256
 from sdlite.pipeline import Pipeline
 from sdlite.quant.graph import Graph, constant
 from tests.conftest import EMOJI
