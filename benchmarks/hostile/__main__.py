@@ -29,6 +29,22 @@ def _corpus(args: argparse.Namespace) -> list[dict[str, Any]]:
     return out
 
 
+def _fuzz(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.hostile import fuzz
+
+    out = []
+    for name in args.readers or fuzz.READERS:
+        if not fuzz.able(fuzz.READERS[name]):
+            _say(f"{name}: left out, {', '.join(fuzz.READERS[name].needs)} is not installed")
+            continue
+        row = fuzz.fuzz(name, args.count, args.seed)
+        _say(f"{name}: {', '.join(f'{v} {row[v]}' for v in VERDICTS)}; {row['seconds']} s")
+        for i, said in row["faults"].items():
+            _say(f"  {i}: {said}")
+        out.append(row)
+    return out
+
+
 def _say(line: str) -> None:
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     print(shown[:400], flush=True)
@@ -69,7 +85,12 @@ def main() -> int:
     corpus.add_argument("--every", type=int, default=1, help="one case of so many")
     corpus.add_argument("--jobs", type=int, default=2, help="processes at once")
     corpus.set_defaults(run=_corpus)
-    for each in (corpus,):
+    fuzz = what.add_parser("fuzz", help="changed files by the thousand, reader by reader")
+    fuzz.add_argument("--readers", nargs="+", help="default: all")
+    fuzz.add_argument("--count", type=int, default=10_000)
+    fuzz.add_argument("--seed", type=int, default=0)
+    fuzz.set_defaults(run=_fuzz)
+    for each in (corpus, fuzz):
         each.add_argument("--save", action="store_true", help=f"add rows to {RESULTS.name}")
     what.add_parser("table", help="the table of the last saved rows")
     args = parser.parse_args()

@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import re
+import tomllib
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,36 @@ def as_text(rng: Rng, raw: bytes) -> bytes:
         head = rng.choice((b"\xef\xbb\xbf", b"\xff\xfe", b"// x\n", b"\0", b"<html>"))
         return head + raw
     return as_bytes(rng, raw)
+
+
+def as_toml(rng: Rng, raw: bytes) -> bytes:
+    """A TOML file with other values."""
+    changed = edit(rng, tomllib.loads(raw.decode()))
+    if not isinstance(changed, dict):
+        return as_text(rng, raw)
+    lines = [f"{_toml(str(k))} = {_toml(v)}" for k, v in changed.items()]
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
+def _toml(data: Any) -> str:
+    """A value in TOML's words; what TOML does not have is an empty text."""
+    if isinstance(data, dict):
+        return "{" + ", ".join(f"{_toml(str(k))} = {_toml(v)}" for k, v in data.items()) + "}"
+    if isinstance(data, list):
+        return "[" + ", ".join(map(_toml, data)) + "]"
+    if isinstance(data, bool):
+        return str(data).lower()
+    if isinstance(data, float):
+        return repr(data).replace("1e", "1.0e")
+    return str(data) if isinstance(data, int) else json.dumps("" if data is None else data)
+
+
+def as_safetensors(rng: Rng, raw: bytes) -> bytes:
+    """A safetensors file with another header; its length is that of the header, or is not."""
+    length = int.from_bytes(raw[:8], "little")
+    header = as_json(rng, raw[8 : 8 + length])
+    said = len(header) if rng.random() < 0.9 else rng.choice((0, 1, 2**31, 2**63, 2**64 - 1))
+    return said.to_bytes(8, "little") + header + raw[8 + length :]
 
 
 def _replaced(rng: Rng, raw: bytes, pattern: bytes, new: Callable[[bytes], bytes]) -> bytes:
