@@ -53,6 +53,7 @@ class Manifest:
     calibration: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
     size_multiple: int = 8  # height and width must be multiples of this for the ONNX graphs
+    max_pixels: int | None = None  # height x width x images that a call may make when it does not say; None: sdlite's own
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Manifest:
@@ -65,6 +66,9 @@ class Manifest:
         if unknown := set(data) - known:
             raise ArtifactError(f"{MANIFEST} has unknown keys {sorted(unknown)}; known: {', '.join(sorted(known))}.")
         out = cls(**data)
+        most = out.max_pixels
+        if most is not None and (type(most) is not int or most < 1):
+            raise ArtifactError(f"{MANIFEST} has max_pixels={most!r}; accepted: a whole number, at least 1. Save the model again.")
         try:
             for path, entry in out.files.items():
                 safe_path(path)
@@ -254,5 +258,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Hash every file below `folder` into `manifest.files` and write sdlite.json beside and rename."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     manifest.files = {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in paths}
-    Manifest.from_dict(json.loads(json.dumps(dataclasses.asdict(manifest))))
-    write_json(folder / MANIFEST, dataclasses.asdict(manifest))
+    data = dataclasses.asdict(manifest)
+    if manifest.max_pixels is None:
+        del data["max_pixels"]  # earlier versions do not know it
+    Manifest.from_dict(json.loads(json.dumps(data)))
+    write_json(folder / MANIFEST, data)
