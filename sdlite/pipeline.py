@@ -127,7 +127,7 @@ class Pipeline(metaclass=_Class):
     def __init__(self, artifact: Artifact, networks: backends.Networks):
         self.artifact, self.report = artifact, networks.report
         self.networks: Any = networks  # `backends.Networks`, until the pipeline is closed
-        self.tokenizer = ClipTokenizer.from_pretrained(artifact.folder / "tokenizer", artifact.config("text_encoder"))
+        self.tokenizer = ClipTokenizer.from_pretrained(artifact.files.part("tokenizer"), artifact.config("text_encoder"))
         self.scheduler_config = artifact.config("scheduler")
         self.schedule = Schedule.from_config(self.scheduler_config)
         self.unet_config, self.vae_config = artifact.config("unet"), families.vae_config(artifact.config("vae"))

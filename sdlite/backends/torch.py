@@ -6,7 +6,6 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from sdlite import running
 from sdlite.artifact import Artifact
 from sdlite.backends import ROW_BY_ROW, Network, NetworkReport, Overflowing, RowByRow
 from sdlite.errors import MissingExtraError, UnknownNameError
+from sdlite.files import Files
 from sdlite.spec import SPECS
 from sdlite.torch_networks import open_network
 from sdlite.weights import dtypes, weight_files, weight_index
@@ -98,10 +98,8 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
     if device == "cuda" and not torch.cuda.is_available():
         raise UnknownNameError(f"device='cuda': torch {torch.__version__} finds no CUDA device; use device='cpu' or install a CUDA build.")
     source = SPECS[part].source
-    folder = artifact.folder / source
+    folder = artifact.files.part(source)
     weights = weight_files(folder)
-    if artifact.manifest:
-        artifact.verify([w.relative_to(artifact.folder).as_posix() for w in weights])
     with _LOADING:
         module, linear = _opened(folder, part, precision, device)
     arithmetic = str(next(module.parameters()).dtype).removeprefix("torch.")
@@ -118,7 +116,7 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
     return network, NetworkReport(part, file, size, storage, arithmetic, 0.0)
 
 
-def _opened(folder: Path, part: str, precision: str, device: str) -> tuple[torch.nn.Module, int | None]:
+def _opened(folder: Files, part: str, precision: str, device: str) -> tuple[torch.nn.Module, int | None]:
     """The module in the precision's arithmetic on this device, and how many of its layers became int8."""
     module = open_network(folder).eval().requires_grad_(False)
     if part == "vae_decoder":
