@@ -10,8 +10,10 @@ versions, paths that leave the folder, missing or changed files, and pickles. Wr
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdlite import families
 from sdlite.errors import ArtifactError
-from sdlite.io import left_behind, read_json, sha256, write_json
+from sdlite.files import Files
+from sdlite.io import left_behind, printable, read_json, sha256, write_json
 from sdlite.sampling import known_sampler, sampler_of
 
 if TYPE_CHECKING:
@@ -30,6 +33,14 @@ FORMAT = "1.0"
 PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-static")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 PARTS = ("text_encoder", "unet", "vae_decoder")
+REPORT = "export-report.json"
+STUDENT = "student.json"
+ADAPTER = "adapter_config.json"
+# Keys of a configuration by which transformers and diffusers load code, kernels or other classes.
+CODE = (
+    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "quantization_config",
+    "trust_remote_code", "transformers_weights", "custom_pipeline", "custom_pipelines",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Manifest:
     calibration: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
     size_multiple: int = 8  # height and width must be multiples of this for the ONNX graphs
+    max_pixels: int | None = None  # height x width x images that a call may make when it does not say; None: sdlite's own
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Manifest:
@@ -65,6 +77,9 @@ class Manifest:
         if unknown := set(data) - known:
             raise ArtifactError(f"{MANIFEST} has unknown keys {sorted(unknown)}; known: {', '.join(sorted(known))}.")
         out = cls(**data)
+        most = out.max_pixels
+        if most is not None and (type(most) is not int or most < 1):
+            raise ArtifactError(f"{MANIFEST} has max_pixels={most!r}; accepted: a whole number, at least 1. Save the model again.")
         try:
             for path, entry in out.files.items():
                 safe_path(path)
@@ -101,11 +116,13 @@ def safe_path(path: str) -> PurePosixPath:
 
 
 class Artifact:
-    """An opened model folder."""
+    """An opened model folder. Its files are read through `files`, which verifies them."""
 
     def __init__(self, folder: Path, manifest: Manifest | None, export: Export | None = None):
         self.folder, self.manifest, self.export = folder, manifest, export
-        self.index = read_json(folder / "model_index.json")
+        listed, listing = (manifest.files, MANIFEST) if manifest else (export.files, REPORT) if export else (None, "")
+        self.files = Files(folder, listed, listing)
+        self.index = self.files.read_json("model_index.json")
 
     @classmethod
     def open(cls, folder: str | Path, *, any_kind: bool = False) -> Artifact:
@@ -125,14 +142,14 @@ class Artifact:
             raise ArtifactError(
                 f"{folder} is half written, by a process that is still at work or was stopped; use what it wrote in the end."
             )
-        if not (folder / "model_index.json").exists():
+        if not os.path.lexists(folder / "model_index.json"):
             raise ArtifactError(
                 f"{folder} has no model_index.json, so it is not a diffusers pipeline folder; give the folder that holds it."
             )
-        path = folder / MANIFEST
         from sdlite.exported import Export
 
-        listed = path.exists()
+        path = folder / MANIFEST
+        listed = os.path.lexists(path)
         out = cls(folder, Manifest.from_dict(read_json(path)) if listed else None, None if listed else Export.open(folder))
         if not any_kind and (why := out.refusal()):
             raise ArtifactError(why)
@@ -186,8 +203,9 @@ class Artifact:
             return self
         known_sampler(name)
         assert self.manifest is not None
-        manifest = dataclasses.replace(self.manifest, sampler={**self.manifest.sampler, "name": name})
-        return Artifact(self.folder, manifest)
+        out = copy.copy(self)
+        out.manifest = dataclasses.replace(self.manifest, sampler={**self.manifest.sampler, "name": name})
+        return out
 
     @property
     def student(self) -> dict[str, Any]:
@@ -196,8 +214,7 @@ class Artifact:
 
     def _student(self) -> dict[str, Any]:
         """student.json, which an export carries."""
-        path = self.folder / "student.json"
-        return read_json(path) if path.exists() else {}
+        return self.files.read_json(STUDENT) if self.export and self.files.has(STUDENT) else {}
 
     @property
     def listing(self) -> Manifest | Export | None:
@@ -208,34 +225,26 @@ class Artifact:
         return bool(self.manifest and set(PARTS) <= set(self.manifest.variants.get(precision, {})))
 
     def config(self, part: str) -> dict[str, Any]:
-        return read_json(self.folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
+        """The configuration of a network or the scheduler.
+
+        Raises:
+            ArtifactError: the file is missing, damaged or not the listed one, or asks for code.
+        """
+        return config(self.files.part(part), "scheduler_config.json" if part == "scheduler" else "config.json")
 
     def verify(self, paths: Iterable[str] | None = None) -> list[str]:
         """Check size and SHA-256 of `paths` (default: every file of the manifest, or of an export's report); returns what was checked.
 
         Raises:
-            ArtifactError: the first file that is missing, cut off, or changed, named with what was expected.
+            ArtifactError: the first file that is missing, cut off, changed or not listed, named with what was expected.
         """
         if self.listing is None:
             raise ArtifactError(
-                f"{self.folder} has no {MANIFEST}, so there is nothing to verify it against; save it with Pipeline.save_pretrained."
+                f"{self.folder} has no {MANIFEST}, so there is nothing to verify it against; make a model with one by sdlite.convert."
             )
-        said = "manifest" if self.manifest else "report"
         checked = sorted(self.listing.files) if paths is None else list(paths)
         for path in checked:
-            entry, file = self.listing.files[path], self.folder / plain_path(path)
-            if not file.is_file():
-                raise ArtifactError(f"{file} is missing; fetch or save the model again.")
-            if not file.resolve().is_relative_to(self.folder.resolve()) and not _in_hub_cache(self.folder, file):
-                raise ArtifactError(f"{file} is a link that leaves the model folder; do not use this model.")
-            if (size := file.stat().st_size) != entry["bytes"]:
-                raise ArtifactError(
-                    f"{file} has {size} bytes, its {said} says {entry['bytes']}; it is cut off or changed. Fetch the model again."
-                )
-            if (digest := sha256(file)) != entry["sha256"]:
-                raise ArtifactError(
-                    f"{file} has SHA-256 {digest[:12]}..., its {said} says {entry['sha256'][:12]}...; it was changed. Fetch the model again."
-                )
+            self.files.verified(path, again=paths is None)
         return checked
 
     def loose_pickles(self) -> list[str]:
@@ -244,15 +253,32 @@ class Artifact:
         return sorted(p for p in found if p not in listed)
 
 
-def _in_hub_cache(folder: Path, file: Path) -> bool:
-    """huggingface_hub links snapshots/<rev>/file to blobs/<hash> beside it: links into that folder are its own."""
-    repo = next((p for p in folder.parents if (p / "blobs").is_dir() and (p / "snapshots").is_dir()), None)
-    return repo is not None and file.resolve().is_relative_to((repo / "blobs").resolve())
+def config(files: Files, name: str = "config.json") -> dict[str, Any]:
+    """The configuration in a folder of a model.
+
+    Raises:
+        ArtifactError: the file cannot be used, or it or a file beside it asks the libraries for code or weights from elsewhere.
+    """
+    out = files.read_json(name)
+    if asked := [k for k in CODE if out.get(k) is not None]:
+        raise ArtifactError(
+            f"{files.path(name)} has {asked[0]}={printable(repr(out[asked[0]]), 80)}, which has code or weights from elsewhere loaded; "
+            "accepted: none. Load with transformers or diffusers what you trust, and save_pretrained() it without."
+        )
+    if files.has(ADAPTER):
+        raise ArtifactError(
+            f"{files.path(ADAPTER)} puts other weights into the network; sdlite loads no adapters. "
+            "Merge it (peft's merge_and_unload(), or fuse_lora()) and save_pretrained(), or remove the file."
+        )
+    return out
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Hash every file below `folder` into `manifest.files` and write sdlite.json beside and rename."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     manifest.files = {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in paths}
-    Manifest.from_dict(json.loads(json.dumps(dataclasses.asdict(manifest))))
-    write_json(folder / MANIFEST, dataclasses.asdict(manifest))
+    data = dataclasses.asdict(manifest)
+    if manifest.max_pixels is None:
+        del data["max_pixels"]  # earlier versions do not know it
+    Manifest.from_dict(json.loads(json.dumps(data)))
+    write_json(folder / MANIFEST, data)

@@ -6,15 +6,15 @@ with a manifest (`onnx` profiles of free shapes) are models as any other and nee
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlite.artifact import plain_path
+from sdlite.artifact import REPORT, plain_path
 from sdlite.errors import ArtifactError
 from sdlite.io import read_json
 
-REPORT = "export-report.json"
 OPENED_BY = {  # target -> backends that run what it makes
     "onnx": ("onnxruntime", "openvino"),
     "web": ("onnxruntime", "openvino"),
@@ -44,7 +44,7 @@ class Export:
         Raises:
             ArtifactError: a report that is damaged, or that names files outside the folder.
         """
-        if not (folder / REPORT).exists():
+        if not os.path.lexists(folder / REPORT):
             return None
         report = read_json(folder / REPORT)
         try:

@@ -69,16 +69,30 @@ def opened(path: Path) -> Iterator[BufferedReader]:
         ArtifactError: it is missing, or a folder, pipe, socket or device, which would never end or
             never begin; it is not opened then.
     """
-    try:
-        _refuse(path, os.stat(path).st_mode)
+    plain(path)
+    with _readable(path):
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(fd, "rb") as f:
+        _refuse(path, os.fstat(fd).st_mode)
+        yield f
+
+
+def plain(path: Path) -> os.stat_result:
+    """What the system says of a plain file. Raises: see `opened`."""
+    with _readable(path):
+        about = os.stat(path)
+    _refuse(path, about.st_mode)
+    return about
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing; the folder is not a whole model. Fetch or save it again.") from None
     except (OSError, ValueError) as e:  # ValueError: a name with a null byte
         raise ArtifactError(f"{path} cannot be read ({_why(e)}); fetch or save the model again.") from e
-    with open(fd, "rb") as f:
-        _refuse(path, os.fstat(fd).st_mode)
-        yield f
 
 
 def _refuse(path: Path, mode: int) -> None:
@@ -113,8 +127,13 @@ def read_text(path: Path, most: int = JSON_BYTES) -> str:
     Raises:
         ArtifactError: it cannot be read, is larger than `most` bytes, or not UTF-8.
     """
+    return decoded(read_bytes(path, most), path)
+
+
+def decoded(raw: bytes, path: Path) -> str:
+    """UTF-8 text, which stands in `path`. Raises: ArtifactError."""
     try:
-        return read_bytes(path, most).decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as e:
         raise ArtifactError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); fetch or save the model again.") from None
 
@@ -126,8 +145,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ArtifactError: the file cannot be read, is no JSON by RFC 8259 (NaN and Infinity are none),
             is nested deeper than `DEPTH`, or holds something else than an object.
     """
+    return json_of(read_text(path), path)
+
+
+def json_of(text: str, path: Path) -> dict[str, Any]:
+    """The object of a JSON text, which stands in `path`. Raises: see `read_json`."""
     try:
-        out = parse_json(read_text(path))
+        out = parse_json(text)
     except ValueError as e:
         raise ArtifactError(f"{path} cannot be read ({e}); fetch or save the model again.") from e
     if not isinstance(out, dict):

@@ -5,19 +5,23 @@ Each stage is callable alone and takes exactly what the one before returns; `Pip
 
 from __future__ import annotations
 
+import gc
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
 import numpy as np
 
-from sdlite import arguments, backends, families, habits, hub, images, tiling
+from sdlite import arguments, backends, families, habits, hub, images, running, tiling
 from sdlite._version import __version__
 from sdlite.artifact import Artifact
+from sdlite.backends import mapped
 from sdlite.errors import Cancelled as Cancelled
 from sdlite.errors import InputError, MissingExtraError, SdliteWarning, ShapeError
 from sdlite.io import writing
@@ -33,6 +37,8 @@ Callback = Callable[[int, int, np.ndarray], Any]  # (step, number of steps, late
 
 # An image of this many times the trained area, or less than this share of it, is warned about.
 FAMILIAR = (0.25, 2.5)
+# What one call may make where neither it nor the model says: 12 images of 512 px, 3 of 1024 px.
+MAX_PIXELS = 3 << 20
 
 
 @dataclass
@@ -58,6 +64,31 @@ def _convert(artifact: Artifact) -> Artifact:
             f"{artifact.folder} has no ONNX graphs, and making them needs {e.name!r}: pip install 'sdlite[export]', or use backend='torch'."
         ) from e
     return convert_cached(artifact)
+
+
+class _Call(running.Call):
+    """With the tiling and the report that it begins with."""
+
+    def __init__(self, chosen: tiling.Tiling | None, report: backends.Report):
+        super().__init__()
+        self.tiling, self.report = chosen, report
+
+
+class _Closed:
+    """Stands for the networks of a closed pipeline."""
+
+    def __getattr__(self, name: str) -> Never:
+        running.check()  # a call that was cancelled says so
+        self.refuse()
+
+    def refuse(self) -> Never:
+        raise InputError("the pipeline is closed and its networks are freed; load it again with Pipeline.from_pretrained.")
+
+
+def _with_notes(report: backends.Report, notes: Sequence[str]) -> backends.Report:
+    """The report with these notes too: a new one where there is something new, for others may be reading it."""
+    new = [n for n in notes if n not in report.notes]
+    return replace(report, notes=[*report.notes, *new]) if new else report
 
 
 def _loading(model: Any, precision: Any, backend: Any, device: Any, revision: Any, threads: Any, arithmetic: Any) -> None:
@@ -86,23 +117,33 @@ class _Class(type):
 
 
 class Pipeline(metaclass=_Class):
-    """Text-to-image with one student on one backend. Build it with `from_pretrained`."""
+    """Text-to-image with one student on one backend. Build it with `from_pretrained`.
+
+    Threads may share a pipeline: each call gives the image that it gives alone, bit by bit. In asyncio:
+    `await asyncio.to_thread(pipe, prompt, seed=1)`. `cancel` stops the calls that run, `close` (or the end of a `with` block) frees the
+    networks.
+    """
 
     def __init__(self, artifact: Artifact, networks: backends.Networks):
-        self.artifact, self.networks, self.report = artifact, networks, networks.report
-        self.tokenizer = ClipTokenizer.from_pretrained(artifact.folder / "tokenizer", artifact.config("text_encoder"))
+        self.artifact, self.report = artifact, networks.report
+        self.networks: Any = networks  # `backends.Networks`, until the pipeline is closed
+        self.tokenizer = ClipTokenizer.from_pretrained(artifact.files.part("tokenizer"), artifact.config("text_encoder"))
         self.scheduler_config = artifact.config("scheduler")
         self.schedule = Schedule.from_config(self.scheduler_config)
         self.unet_config, self.vae_config = artifact.config("unet"), families.vae_config(artifact.config("vae"))
         self.stride = families.vae_stride(self.vae_config)
         self.defaults = artifact.sampler_defaults
         self.tiling: tiling.Tiling | None = None
+        own = artifact.manifest.max_pixels if artifact.manifest else None
+        self.max_pixels = MAX_PIXELS if own is None else own
         self._warned: set[str] = set()
+        self._calls: set[running.Call] = set()
+        self._lock = threading.Condition()  # of what the threads share: tiling with report, calls, warnings
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *positional: Never, precision: str | None = None, backend: str = "auto", device: str = "cpu",
                         revision: str | None = None, threads: int | None = None, arithmetic: str | None = None,
-                        **others: Never) -> Pipeline:  # fmt: skip
+                        max_pixels: int | None = None, **others: Never) -> Pipeline:  # fmt: skip
         """Load a model.
 
         Args:
@@ -116,6 +157,8 @@ class Pipeline(metaclass=_Class):
             threads: CPU threads per network call, 1 to 4 for each CPU (64 on small machines); None is the engine's own choice.
             arithmetic: what float layers are computed in: "float32", "bfloat16" or "float16", on "openvino". None: float32 for fp32; for fp16
                 and what int8 leaves in float, the CPU's half precision where it has one. The report says which it is.
+            max_pixels: height x width x images that one call may make; None is the model's own, else 3 million. Memory and time of a
+                call grow with them.
             positional, others: none; diffusers' keywords are answered with ours.
 
         Raises:
@@ -124,6 +167,7 @@ class Pipeline(metaclass=_Class):
         habits.positional(positional, "the model", "Pipeline.from_pretrained(model, precision=..., backend=...)")
         habits.keywords(others, habits.LOAD, cls.from_pretrained.__kwdefaults__ or ())
         _loading(model, precision, backend, device, revision, threads, arithmetic)
+        most = arguments.optional(arguments.integer, "max_pixels", max_pixels, 1)
         artifact = Artifact.open(hub.resolve(model, revision))
         if precision is None:
             precision = (
@@ -136,6 +180,7 @@ class Pipeline(metaclass=_Class):
             artifact, note = _convert(artifact), f"converted to ONNX from {artifact.folder}, once, into the cache"
         pipe = cls(artifact, backends.load(artifact, precision, backend, device, threads, arithmetic))
         pipe.report.notes += [note] if note else []
+        pipe.max_pixels = pipe.max_pixels if most is None else most
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -164,14 +209,72 @@ class Pipeline(metaclass=_Class):
         chosen.check(self.stride)
         if self.networks.size is not None and max(self.networks.size) > side:
             raise InputError(f"tile size_px={side}: this export's decoder takes its {max(self.networks.size)} pixels at once alone.")
-        self.disable_vae_tiling()
-        self.tiling = chosen
-        self.report.notes.append(str(chosen))
+        self._set_tiling(chosen)
 
     def disable_vae_tiling(self) -> None:
-        if self.tiling is not None:
-            self.report.notes.remove(str(self.tiling))
-        self.tiling = None
+        self._set_tiling(None)
+
+    def _set_tiling(self, chosen: tiling.Tiling | None) -> None:
+        """With its note, for the calls that begin from now on."""
+        with self._lock:
+            notes = [n for n in self.report.notes if n != str(self.tiling)]
+            self.report = replace(self.report, notes=[*notes, str(chosen)] if chosen else notes)
+            self.tiling = chosen
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """Stop the calls that run now, in whatever threads: each raises `Cancelled`. Later calls are not touched.
+
+        onnxruntime and OpenVINO stop inside a step, within about a tenth of a second; torch and TensorRT after the network that they are
+        in. To stop one call, return False from its callback.
+        """
+        with self._lock:
+            for call in self._calls:
+                call.cancelled = True
+
+    def close(self) -> None:
+        """Stop the calls that run, wait for them, and give the networks' memory back. A closed pipeline refuses calls.
+
+        Pipelines that share networks are closed together.
+        """
+        networks = self.networks
+        with self._lock:
+            self.networks = _Closed()
+            self.cancel()
+            if not running.inside():  # a callback cannot wait for its own call
+                self._lock.wait_for(lambda: not self._calls)
+        if not isinstance(networks, _Closed):
+            networks.close()
+            del networks
+            gc.collect()
+            mapped.trim()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _call(self) -> Iterator[_Call]:
+        """One call, from here to its end, which `cancel` sees. What its networks say is noted, and warned about once."""
+        with self._lock:
+            if isinstance(self.networks, _Closed):
+                self.networks.refuse()
+            call = _Call(self.tiling, self.report)
+            self._calls.add(call)
+        try:
+            with running.entered(call):
+                yield call
+                running.check()
+        finally:
+            with self._lock:
+                self._calls.discard(call)
+                self._lock.notify_all()
+                self.report = _with_notes(self.report, call.said)
+            for text in call.said:
+                self._warn(f"{self.report.model}: {text}.", stacklevel=5)
 
     # --- the five stages ---------------------------------------------------------------------------------------------
 
@@ -200,14 +303,15 @@ class Pipeline(metaclass=_Class):
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """latents (B, C, h, w) -> images uint8 (B, H, W, 3)."""
-        return images.to_uint8(self._pixels(latents))
+        with self._call() as call:
+            return images.to_uint8(self._pixels(latents, call.tiling))
 
-    def _pixels(self, latents: np.ndarray) -> np.ndarray:
+    def _pixels(self, latents: np.ndarray, tiles: tiling.Tiling | None) -> np.ndarray:
         """latents (B, C, h, w) -> the decoder's float32 (B, 3, H, W) in [-1, 1]."""
         z = latents / np.float32(self.vae_config["scaling_factor"]) + np.float32(self.vae_config.get("shift_factor") or 0.0)
-        if self.tiling is None:
+        if tiles is None:
             return self.networks.vae_decoder(latent_sample=z)
-        return tiling.decode(lambda tile: self.networks.vae_decoder(latent_sample=tile), z, self.tiling, self.stride)
+        return tiling.decode(lambda tile: self.networks.vae_decoder(latent_sample=tile), z, tiles, self.stride)
 
     # --- the call ----------------------------------------------------------------------------------------------------
 
@@ -215,7 +319,8 @@ class Pipeline(metaclass=_Class):
                  num_inference_steps: int | None = None, guidance_scale: float | None = None, seed: int | Sequence[int] | None = None,
                  num_images_per_prompt: int = 1, height: int | None = None, width: int | None = None, sampler: str | None = None,
                  latents: np.ndarray | None = None, callback: Callback | None = None, progress: bool = False, generator: Any = None,
-                 output_type: str = "pil", callback_on_step_end: Callable[..., Any] | None = None, **others: Never) -> PipelineOutput:  # fmt: skip
+                 output_type: str = "pil", callback_on_step_end: Callable[..., Any] | None = None, max_pixels: int | None = None,
+                 **others: Never) -> PipelineOutput:  # fmt: skip
         """Generate images.
 
         Args:
@@ -231,10 +336,11 @@ class Pipeline(metaclass=_Class):
             generator: as in diffusers: one new torch CPU generator, or a list of one for each image, instead of seed.
             output_type: "pil", "np" or "latent", as in diffusers.
             callback_on_step_end: as in diffusers, with numpy latents: (pipe, step from 0, timestep, {"latents"}) -> dict.
+            max_pixels: height x width x images that this call may make; default is `pipe.max_pixels`.
             positional, others: none; diffusers' habits are answered with ours.
 
         Raises:
-            InputError, ShapeError, UnknownNameError: an argument is not accepted. Cancelled: by the callback.
+            InputError, ShapeError, UnknownNameError: an argument is not accepted. Cancelled: by the callback, `cancel` or `close`.
         """
         habits.positional(positional, "the prompt", "pipe(prompt, height=..., num_inference_steps=...)")
         habits.keywords(others, habits.CALL, type(self).__call__.__kwdefaults__ or ())
@@ -251,35 +357,41 @@ class Pipeline(metaclass=_Class):
         solver = get_sampler(name, self.schedule, steps)
         seeds, noise = self._noise(seed, generator, len(prompts))
         height, width, start = self._size(height, width, latents, len(prompts))
+        self._within(len(prompts), height, width, max_pixels)
         self._familiar(height, width)
         listen = self._listener(callback, callback_on_step_end, solver)
-
-        timings: dict[str, float] = {}
-        clock = time.perf_counter
-        begin = mark = clock()
-        ids = self.tokenize([*prompts, *negatives] if guided(scale) else prompts)
-        embeds = self.encode_text(ids)
-        embeds, uncond = np.split(embeds, 2) if guided(scale) else (embeds, None)
-        timings["text_encoder"], mark = clock() - mark, clock()
-        x = self.init_latents(noise, height, width) if start is None else start
-        run = self.denoise(x, embeds, noise, solver, uncond=uncond, guidance_scale=scale)
-        total = len(solver)  # pndm takes its second step twice, heun calls the network twice a step
-        for step, x in enumerate(self._bar(run, total, progress), 1):
-            listen(step, x)
-        timings["unet"], mark = clock() - mark, clock()
         about = self._metadata(prompts, negatives, seeds, name, steps, scale)
-        made = self._images(x, output_type, about)
-        timings["vae_decoder"] = clock() - mark
-        timings["total"] = clock() - begin
-        return PipelineOutput(made, seeds, timings, self.report, about)
+        with self._call() as call:
+            begin = time.perf_counter()
+            embeds, uncond = self._embeds(prompts, negatives if guided(scale) else [])
+            encoded = time.perf_counter()
+            x = self.init_latents(noise, height, width) if start is None else start
+            run = self.denoise(x, embeds, noise, solver, uncond=uncond, guidance_scale=scale)
+            for step, x in enumerate(self._bar(run, len(solver), progress), 1):
+                listen(step, x)
+                running.check()
+            denoised = time.perf_counter()
+            made = self._images(x, output_type, about, call.tiling)
+            end = time.perf_counter()
+        timings = {"text_encoder": encoded - begin, "unet": denoised - encoded, "vae_decoder": end - denoised, "total": end - begin}
+        return PipelineOutput(made, seeds, timings, _with_notes(call.report, call.said), about)
 
-    def _images(self, latents: np.ndarray, output_type: str, about: Sequence[dict[str, str]]) -> Any:
+    def _embeds(self, prompts: Sequence[str], negatives: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Of the prompts, and of as many negative ones, or none; one call of the text encoder."""
+        embeds = self.encode_text(self.tokenize([*prompts, *negatives]))
+        if not negatives:
+            return embeds, None
+        with_prompt, without = np.split(embeds, 2)
+        return with_prompt, without
+
+    def _images(self, latents: np.ndarray, output_type: str, about: Sequence[dict[str, str]], tiles: tiling.Tiling | None) -> Any:
         """latents (B, C, h, w) -> PIL images that know how they were made, or an array."""
         if output_type == "latent":
             return latents
+        pixels = self._pixels(latents, tiles)
         if output_type == "np":
-            return images.to_float(self._pixels(latents))
-        made = images.to_pil(self.decode(latents))
+            return images.to_float(pixels)
+        made = images.to_pil(images.to_uint8(pixels))
         for image, data in zip(made, about, strict=True):
             image.info.update(data)
         return made
@@ -376,14 +488,32 @@ class Pipeline(metaclass=_Class):
                 raise Cancelled(f"the callback cancelled after step {step} of {len(solver)}; nothing was written.")
             if step_end is not None:
                 habits.step_end(step_end, self, step - 1, solver.timesteps[step - 1], x)
+                images.finite(x, f"the latents that callback_on_step_end returned after step {step}")
 
         return listen
 
-    def _warn(self, text: str) -> None:
+    def _warn(self, text: str, stacklevel: int = 4) -> None:
         """Once in a pipeline's life."""
-        if text not in self._warned:
+        with self._lock:
+            known = text in self._warned
             self._warned.add(text)
-            warnings.warn(text, SdliteWarning, stacklevel=4)
+        if not known:
+            warnings.warn(text, SdliteWarning, stacklevel=stacklevel)
+
+    def _within(self, count: int, height: int, width: int, most: int | None) -> None:
+        """Refuse a call that is too large, before any work.
+
+        Raises:
+            ShapeError: more pixels than `most`, or than the pipeline's own `max_pixels`.
+        """
+        most = self.max_pixels if most is None else arguments.integer("max_pixels", most, 1)
+        asked = count * height * width
+        if asked > most:
+            raise ShapeError(
+                f"{count} x {height} x {width} is {asked} pixels in one call; accepted: up to {most} (max_pixels), for memory and time grow "
+                f"with them. Ask for fewer or smaller images in a call, or pass max_pixels={asked}, with pipe.enable_vae_tiling() if memory "
+                "is short."
+            )
 
     def _familiar(self, height: int, width: int) -> None:
         """Warn about an image far from the size that the student was trained at."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sdlite import running
 from sdlite.errors import InputError
 
 
@@ -60,6 +61,7 @@ def decode(network: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, til
     for top in tops:
         row = _Canvas(latents.shape[3] * stride, axis=3)
         for left in lefts:
+            running.check()
             row.add(network(np.ascontiguousarray(latents[:, :, top : top + height, left : left + width])), left * stride)
         out.add(row.pixels, top * stride)
     return out.pixels

@@ -20,6 +20,7 @@ import numpy as np
 
 from sdlite import tokenizer_files
 from sdlite.errors import ArtifactError, InputError, SdliteWarning
+from sdlite.files import Files
 from sdlite.tokenizer_files import WORDS, TokenizerFiles
 
 WINDOW, ROWS = 77, 49408  # of CLIPTextConfig: positions and embeddings
@@ -60,11 +61,12 @@ class ClipTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, text_encoder: dict[str, Any] | None = None
+        cls, folder: str | Path | Files, text_encoder: dict[str, Any] | None = None
     ) -> ClipTokenizer:  # fmt: skip
         """Read a tokenizer's folder.
 
         Args:
+            folder: of an opened model `artifact.files.part("tokenizer")`, whose files are verified.
             text_encoder: config of the network that reads the ids: its window bounds `max_length`,
                 and its embeddings are counted. None: CLIP's window, 77, and no count.
 
@@ -72,8 +74,8 @@ class ClipTokenizer:
             ArtifactError: files are missing, damaged or of another kind of tokenizer, or the text
                 encoder has no embeddings for some tokens.
         """
-        folder = Path(folder)
-        files, config = tokenizer_files.read(folder), text_encoder or {}
+        found = Files.of(folder)
+        files, folder, config = tokenizer_files.read(found), found.folder, text_encoder or {}
         window = config.get("max_position_embeddings", WINDOW)
         rows = config.get("vocab_size", ROWS)
         if not (type(window) is int and window >= 2 and type(rows) is int):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlite.errors import ArtifactError
-from sdlite.io import read_json
+from sdlite.files import Files
 
 VOCAB, MERGES, FAST = "vocab.json", "merges.txt", "tokenizer.json"
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -81,16 +81,17 @@ class TokenizerFiles:
     split_special_tokens: bool
 
 
-def read(folder: Path) -> TokenizerFiles:
+def read(folder: Path | Files) -> TokenizerFiles:
     """The tokenizer of a folder.
 
     Raises:
         ArtifactError: files are missing, damaged or of another kind of tokenizer; it names them.
     """
-    config, fast = _optional(folder / CONFIG), _optional(folder / FAST)
+    files = Files.of(folder)
+    folder, config, fast = files.folder, _optional(files, CONFIG), _optional(files, FAST)
     _check_config(folder / CONFIG, config)
-    parts = _read_fast(folder / FAST, fast) if fast else _read_slow(folder)
-    named, numbered = _tokens(folder, config, parts.own)
+    parts = _read_fast(folder / FAST, fast) if fast else _read_slow(files)
+    named, numbered = _tokens(files, config, parts.own)
     for key in () if fast else ("bos_token", "eos_token", "unk_token"):
         if isinstance(named.get(key), str):  # as transformers' slow class reads them
             named[key] = Token(named[key], special=True)
@@ -117,8 +118,8 @@ def _bad(path: Path, what: str) -> ArtifactError:
     return ArtifactError(f"{path} {what}; fetch or save the model again.")
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+def _optional(files: Files, name: str) -> dict[str, Any]:
+    return files.read_json(name) if files.has(name) else {}
 
 
 def _check_text(folder: Path, tokens: list[str]) -> None:
@@ -160,15 +161,12 @@ class _Parts:
     own: dict[int, Token]
 
 
-def _read_slow(folder: Path) -> _Parts:
-    path = folder / MERGES
-    if not (folder / VOCAB).exists():
-        raise _bad(folder, f"has neither {FAST} nor {VOCAB}, so it is no CLIP tokenizer")
-    vocab = _vocabulary(folder / VOCAB, read_json(folder / VOCAB))
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as e:
-        raise _bad(path, f"cannot be read ({e}), and {VOCAB} needs it") from e
+def _read_slow(files: Files) -> _Parts:
+    path = files.path(MERGES)
+    if not files.has(VOCAB):
+        raise _bad(files.folder, f"has neither {FAST} nor {VOCAB}, so it is no CLIP tokenizer")
+    vocab = _vocabulary(files.path(VOCAB), files.read_json(VOCAB))
+    lines = files.read_text(MERGES).split("\n")
     pairs = [pair for line in lines if not line.startswith("#version") and (pair := line.split())]
     return _Parts(vocab, _merges(path, pairs, vocab), WORDS, {})
 
@@ -254,14 +252,14 @@ Named = dict[str, Any]  # bos_token, ... -> str, Token or None; "extra" -> list 
 
 
 def _tokens(
-    folder: Path, config: dict[str, Any], own: dict[int, Token]
+    files: Files, config: dict[str, Any], own: dict[int, Token]
 ) -> tuple[Named, dict[int, Token]]:  # fmt: skip
     """The named special tokens, and the numbered ones by id.
 
     tokenizer_config.json alone counts where it has an added_tokens_decoder. Else
     special_tokens_map.json wins over it, and added_tokens.json and tokenizer.json number tokens.
     """
-    path, numbered = folder / CONFIG, {}
+    path, numbered = files.path(CONFIG), {}
     named: Named = DEFAULTS | _named(path, config, special=False)
     if "added_tokens_decoder" in config:
         decoder = config["added_tokens_decoder"]
@@ -271,9 +269,9 @@ def _tokens(
             token = _token(path, given)
             numbered[_id(path, token.content, i)] = token
     else:
-        also = _named(folder / SPECIAL, _optional(folder / SPECIAL), special=True)
+        also = _named(files.path(SPECIAL), _optional(files, SPECIAL), special=True)
         named |= also | {"extra": named["extra"] + also["extra"]}
-        numbered = _legacy(folder / ADDED, named) | own
+        numbered = _legacy(files, named) | own
     known = {t.content: t for t in numbered.values()}
     for key in NAMED:
         if named.get(key) is not None:
@@ -281,13 +279,13 @@ def _tokens(
     return named, numbered
 
 
-def _legacy(path: Path, named: Named) -> dict[int, Token]:
+def _legacy(files: Files, named: Named) -> dict[int, Token]:
     """added_tokens.json: token -> id."""
     values = [*(named.get(k) for k in NAMED), *named["extra"]]
     special = {_content(v) for v in values if v is not None}
     return {
-        _id(path, t, i): Token(t, normalized=t not in special, special=t in special)
-        for t, i in _optional(path).items()
+        _id(files.path(ADDED), t, i): Token(t, normalized=t not in special, special=t in special)
+        for t, i in _optional(files, ADDED).items()
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ here. Used by the torch backend, the converter, the exporters that start from to
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Collection, Iterator
@@ -13,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sdlite.artifact import config as read_config
 from sdlite.errors import ArtifactError
-from sdlite.io import read_json
+from sdlite.files import Files
 from sdlite.weights import Stored, cause, dtypes, weight_files, weight_index
 
 # What files of CLIP's text encoder may hold besides it: a buffer that is computed, and the rest of CLIP, which no pipeline uses.
@@ -35,25 +37,32 @@ def vae_class(config: dict[str, Any]) -> Any:
     return getattr(diffusers, name)
 
 
-def open_network(folder: Path, **options: Any) -> Any:
+def open_network(folder: Path | Files, **options: Any) -> Any:
     """The network of one folder of a pipeline (`text_encoder`, `unet` or `vae`), in float32, whatever it is stored in.
 
+    The libraries are given what was read and verified here, and look nowhere else.
+
     Args:
+        folder: of an opened model `artifact.files.part("unet")`.
         options: more for `from_pretrained`, such as `attn_implementation`.
 
     Raises:
         ArtifactError: weights are missing, are no safetensors, are damaged, or are not exactly those of the folder's
-            config.json.
+            config.json, or that asks for code.
     """
-    config = read_json(folder / "config.json")
-    files = weight_files(folder)
-    stored = weight_index(files)
+    files = Files.of(folder)
+    config = read_config(files)
+    weights = weight_files(files)
+    stored = weight_index(weights)
     dtypes(stored)
+    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True, **options}
+    if files.name == "text_encoder":
+        options = {"attn_implementation": "sdpa", **options}
     try:
         with _quiet():
-            network, info = _class(folder.name, config).from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
+            if files.name == "text_encoder":
+                options["config"] = _text_config(config)
+            network, info = _class(files.name, config).from_pretrained(files.folder, **options)
     except ArtifactError:
         raise
     except Exception as e:  # safetensors, diffusers and transformers each raise their own
@@ -63,7 +72,7 @@ def open_network(folder: Path, **options: Any) -> Any:
     left = sorted(k for k in info["unexpected_keys"] if not re.fullmatch(harmless, k))
     missing = sorted(k for k in info["missing_keys"] if not re.fullmatch(harmless, k))
     if missing or left or info["mismatched_keys"]:
-        raise ArtifactError(_misfit(files, missing, left, _shapes(network, info["mismatched_keys"], stored), stored))
+        raise ArtifactError(_misfit(weights, missing, left, _shapes(network, info["mismatched_keys"], stored), stored))
     return network.float()
 
 
@@ -77,6 +86,14 @@ def _class(part: str, config: dict[str, Any]) -> Any:
     from transformers import CLIPTextModel
 
     return CLIPTextModel
+
+
+def _text_config(config: dict[str, Any]) -> Any:
+    """transformers' configuration, of the architecture's own keys alone: others tell it where to load from."""
+    from transformers import CLIPTextConfig
+
+    own = inspect.signature(CLIPTextConfig.__init__).parameters
+    return CLIPTextConfig(**{k: v for k, v in config.items() if k in own})
 
 
 def _shapes(network: Any, mismatched: list[Any], stored: dict[str, Stored]) -> list[str]:

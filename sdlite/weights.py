@@ -14,7 +14,7 @@ import numpy as np
 
 from sdlite.artifact import PICKLES
 from sdlite.errors import ArtifactError
-from sdlite.io import read_json
+from sdlite.files import Files
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what a network may be stored in
 LFS = b"version https://git-lfs"
@@ -105,10 +105,15 @@ def _listed(index: dict[str, Any], names: Collection[str], where: str) -> list[s
     return found
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """`select` on a folder."""
-    names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
-    return [folder / n for n in select(names, folder.name, str(folder), lambda n: read_json(folder / n))]
+def weight_files(folder: Path | Files) -> list[Path]:
+    """`select` on a folder. Of an opened model (`artifact.files.part("unet")`) each file is verified.
+
+    Raises:
+        ArtifactError: see `select` and `Files.file`.
+    """
+    files = Files.of(folder)
+    chosen = select(files.names(), files.name, str(files.folder), files.read_json)
+    return [files.file(n) for n in chosen]
 
 
 def weight_index(paths: Iterable[Path]) -> dict[str, Stored]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from sdlite import running
 from sdlite.artifact import PARTS, PRECISIONS, Artifact
 from sdlite.backends import auto
 from sdlite.errors import MissingExtraError, PrecisionError, UnknownNameError
@@ -45,7 +47,57 @@ class RowByRow:
         self.network = network
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        return np.concatenate([self.network(**row) for row in rows(inputs)])
+        out = []
+        for row in rows(inputs):
+            running.check()
+            out.append(self.network(**row))
+        return np.concatenate(out)
+
+    def close(self) -> None:
+        _close(self.network)
+
+
+OVERFLOWS = (
+    "the VAE decoder overflows in float16 (NaN or infinity, well known of Stable Diffusion's): images for which it does "
+    "are decoded in float32; precision='fp32' decodes all of them so"
+)
+
+
+class Overflowing:
+    """A decoder in float16, whose images that are no numbers are decoded again in float32. Which one an image gets depends on
+    nothing but the image.
+
+    Args:
+        whole: makes the decoder in float32, the first time that it is needed.
+    """
+
+    def __init__(self, half: Network, whole: Callable[[], Network]):
+        self.half, self.whole = half, whole
+        self._float32: Network | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        """latent_sample (B, C, h, w) -> (B, 3, H, W)."""
+        out = self.half(**inputs)
+        bad = ~np.isfinite(out).reshape(len(out), -1).all(axis=1)
+        if not bad.any():
+            return out
+        with self._lock:
+            self._float32 = self._float32 or self.whole()
+        running.say(OVERFLOWS)
+        out = np.array(out)
+        out[bad] = self._float32(latent_sample=np.ascontiguousarray(inputs["latent_sample"][bad]))
+        return out
+
+    def close(self) -> None:
+        _close(self.half)
+        _close(self._float32)
+
+
+def _close(network: Any) -> None:
+    """What an engine does not free by itself when nobody holds it."""
+    if hasattr(network, "close"):
+        network.close()
 
 
 def rows(inputs: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
@@ -100,6 +152,10 @@ class Networks:
     report: Report
     size_multiple: int
     size: tuple[int, int] | None = None  # (height, width), where the networks take no other
+
+    def close(self) -> None:
+        for part in PARTS:
+            _close(getattr(self, part))
 
 
 class Backend(Protocol):

@@ -5,55 +5,68 @@ Over a sampling loop the first is the same for every image, and the second in ev
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 GRAPHS = ("time", "prompt", "step")
+TIMES = 1024  # that are remembered: as many as a schedule has
 
 
 class Hoisted:
-    """The three graphs as one network. Prompts and timesteps are remembered: `keep` of the first, all of the second."""
+    """The three graphs as one network. Prompts and timesteps are remembered: `keep` of the first, `TIMES` of the second."""
 
     def __init__(self, time: Run, prompt: Run, step: Run, step_inputs: list[str], output: str, keep: int = 8):
-        self.time, self.prompt, self.step, self.output, self.keep = time, prompt, step, output, keep
+        self.step, self.output = step, output
         self.direct = [n for n in ("timestep", "encoder_hidden_states") if n in step_inputs]
-        self._times: dict[float, dict[str, np.ndarray]] = {}
-        self._prompts: dict[bytes, dict[str, np.ndarray]] = {}
+        self._time, self._prompt = _Remembered(time, TIMES), _Remembered(prompt, keep)
 
     def __call__(self, *, sample: np.ndarray, timestep: np.ndarray, encoder_hidden_states: np.ndarray) -> np.ndarray:
-        t, key = float(timestep), encoder_hidden_states.tobytes()
-        if t not in self._times:
-            self._times[t] = self.time({"timestep": timestep})
-        if key not in self._prompts:
-            while len(self._prompts) >= self.keep:
-                del self._prompts[next(iter(self._prompts))]
-            self._prompts[key] = self.prompt({"encoder_hidden_states": encoder_hidden_states})
         given = {"timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
         inputs = {
             "sample": sample,
             **{n: given[n] for n in self.direct},
-            **self._times[t],
-            **self._prompts[key],
+            **self._time(float(timestep), {"timestep": timestep}),
+            **self._prompt(
+                (encoder_hidden_states.shape, encoder_hidden_states.tobytes()),
+                {"encoder_hidden_states": encoder_hidden_states},
+            ),
         }
         return self.step(inputs)[self.output]
 
 
+class _Remembered:
+    """A graph whose `keep` answers made last are kept. Two threads that ask for the same new one both compute it."""
+
+    def __init__(self, run: Run, keep: int):
+        self.run, self.keep = run, keep
+        self._held: dict[Any, dict[str, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, key: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with self._lock:
+            found = self._held.get(key)
+        if found is not None:
+            return found
+        made = self.run(inputs)
+        with self._lock:
+            while len(self._held) >= self.keep:
+                del self._held[next(iter(self._held))]
+            self._held[key] = made
+        return made
+
+
 def session(path: str | Path, threads: int | None) -> tuple[Run, list[str]]:
     """A graph file on onnxruntime's CPU, and the names of its inputs."""
-    import onnxruntime as ort
+    from sdlite.backends.ort import Session
 
-    from sdlite.backends.ort import session_options
-
-    held = ort.InferenceSession(
-        str(path),
-        session_options(threads, sum(f.stat().st_size for f in Path(path).parent.glob(f"{Path(path).name}*"))),
-        providers=["CPUExecutionProvider"],
-    )
-    names = [o.name for o in held.get_outputs()]
-    return lambda inputs: dict(zip(names, held.run(names, inputs), strict=True)), [i.name for i in held.get_inputs()]
+    size = sum(f.stat().st_size for f in Path(path).parent.glob(f"{Path(path).name}*"))
+    held = Session(str(path), "cpu", threads, size)
+    return held.every, [i.name for i in held.session.get_inputs()]
 
 
 def load(folder: Path, threads: int | None, output: str) -> Hoisted:

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from sdlite import cpu
+from sdlite import cpu, running
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, NetworkReport, RowByRow, compiled, entry, mapped, words_of
+from sdlite.backends import Network, NetworkReport, Overflowing, RowByRow, compiled, entry, mapped, words_of
 from sdlite.errors import ArtifactError, SdliteError, UnknownNameError
 from sdlite.spec import SPECS
 
 log = logging.getLogger("sdlite")
+Shapes = tuple[tuple[int, ...], ...]
 PRECISIONS = ("fp32", "fp16", "int8-static")
 DEVICES = ("cpu", "gpu", "npu")
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -34,6 +35,7 @@ NARROW = 3  # pixels: feature maps from here on are right in fused half-precisio
 LARGE = 32 << 20  # bytes of a network whose rows are computed one by one on the CPU
 KEPT = 1 << 30  # bytes of weights that a network's compiled graphs may have together ...
 SHAPES = 8  # ... and how many there may be; the one used last is always kept
+ACTIVE = 512 << 20  # bytes that their tensors may take together, by `_active`
 ROWS = (
     "an image of a batch is its seed's image alone, bit by bit: networks of 32 MiB and more compute "
     "their rows one by one; smaller ones compute them together, which gave equal bits in fp32, fp16 "
@@ -74,6 +76,12 @@ def notes(precision: str, device: str, arithmetic: str | None = None) -> list[st
 def _narrowest(graph: ov.Model) -> int:
     """Pixels of the narrowest convolution's answer."""
     return min((int(n.get_output_shape(0)[-1]) for n in graph.get_ops() if n.get_type_name() == "Convolution"), default=NARROW)
+
+
+def _active(graph: ov.Model) -> int:
+    """Bytes that a compiled graph of fixed shapes holds for its tensors, about: 3.1 to 3.4 times the largest answer of a convolution
+    (embedded decoder, 1024 and 2048 px). Attention's maps are left out: they are fused."""
+    return 4 * max((n.output(0).get_tensor().size for n in graph.get_ops() if n.get_type_name() == "Convolution"), default=0)
 
 
 @contextmanager
@@ -124,7 +132,9 @@ class CompiledNetwork:
 
     Fixed shapes are a tenth to a quarter faster than free ones, memory is planned ahead, and an answer does not depend on the calls
     before it: a graph for any shape rounds otherwise than one for its first (int8-static: 40 dB apart). `keep` of the compiled graphs
-    stay in memory, those used last.
+    stay in memory, those used last, with `ACTIVE` bytes of tensors.
+
+    A request is waited for in pieces, so that a cancel or a Ctrl-C ends it with the node that it is at.
 
     Fused half-precision subgraphs of fixed shapes are wrong in OpenVINO 2026.4 where a feature map is two pixels wide (the embedded UNet
     at 64 px: 3 dB from float32 on noise, unfused 32 dB; from three pixels on they agree), so they are not fused there;
@@ -156,7 +166,8 @@ class CompiledNetwork:
             self.options["INFERENCE_NUM_THREADS"] = threads
         self.output = SPECS[part].output.name
         self.half = arithmetic != "float32"
-        self.requests: OrderedDict[tuple[tuple[int, ...], ...], ov.InferRequest] = OrderedDict()
+        self.requests: OrderedDict[Shapes, ov.InferRequest] = OrderedDict()
+        self.active: dict[Shapes, int] = {}  # bytes of their tensors
         self._lock = threading.Lock()  # a request holds one answer, and `infer` lets other threads in
         self.mapped = self.files[0].parent  # what the weights are mapped from
         self._graph: ov.Model | None = self._read()
@@ -184,15 +195,17 @@ class CompiledNetwork:
         device = [self.core.get_property(self.name, p) for p in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
         return {
             "files": list(self.hashes), "openvino": ov.get_version(), "device": [self.name, *map(str, device)],
-            "cpu": [cpu.name(), sorted(cpu.features())], "options": {k: str(v) for k, v in options.items()}, "shapes": shapes,
+            "cpu": [cpu.name(), sorted(cpu.features()), os.cpu_count()], "options": {k: str(v) for k, v in options.items()}, "shapes": shapes,
         }  # fmt: skip
 
-    def _compile(self, shapes: dict[str, list[int]]) -> ov.InferRequest:
+    def _compile(self, shapes: dict[str, list[int]]) -> tuple[ov.InferRequest, int]:
+        """The request, and the bytes of its tensors."""
         graph, self._graph = self._graph or self._read(), None  # not kept: with the compiled copy it would be two sets of weights
         options = self.options
         try:
             if graph.is_dynamic():
                 graph.reshape(shapes)
+            active = _active(graph)
             if self.half and self.name == "CPU" and _narrowest(graph) < NARROW:
                 options = {**options, "SNIPPETS_MODE": "DISABLE"}
             size = sum(f.stat().st_size for f in self.files) if self.hashes else 0
@@ -206,21 +219,37 @@ class CompiledNetwork:
             raise
         except Exception as e:
             raise self._damaged(e) from e
-        return model.create_infer_request()
+        return model.create_infer_request(), active
 
-    def _request(self, shapes: dict[str, list[int]]) -> ov.InferRequest:
+    def _request(self, shapes: dict[str, list[int]]) -> tuple[Shapes, ov.InferRequest]:
         key = tuple(tuple(shapes[k]) for k in sorted(shapes))
         if key not in self.requests:
             while len(self.requests) >= self.keep:
-                self.requests.popitem(last=False)
-            self.requests[key] = self._compile(shapes)
+                self._drop()
+            self.requests[key], self.active[key] = self._compile(shapes)
         self.requests.move_to_end(key)
-        return self.requests[key]
+        while len(self.requests) > 1 and sum(self.active.values()) > ACTIVE:
+            self._drop()
+        return key, self.requests[key]
+
+    def _drop(self) -> None:
+        """The graph that was not used for longest."""
+        key, _ = self.requests.popitem(last=False)
+        if self.active.pop(key) > ACTIVE // 8:
+            mapped.trim()
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         with self._lock:
-            request = self._request({k: list(v.shape) for k, v in inputs.items()})
-            request.infer(inputs)
+            running.check()
+            key, request = self._request({k: list(v.shape) for k, v in inputs.items()})
+            try:
+                request.start_async(inputs)
+                while not request.wait_for(int(1000 * running.PIECE)):
+                    running.check()
+            except BaseException:
+                request.cancel()
+                self.requests[key] = request.get_compiled_model().create_infer_request()
+                raise
             out: np.ndarray = request.get_tensor(self.output).data.copy()
         return out
 
@@ -231,11 +260,17 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
     chosen = arithmetic_of(precision, device, arithmetic)
     files = [row["file"], *row["weights"]]
     assert artifact.listing is not None
-    network = CompiledNetwork(
-        str(artifact.folder / row["file"]), part, device, threads, precision, chosen,
-        weights=[artifact.folder / w for w in row["weights"]], hashes=[artifact.listing.files[f]["sha256"] for f in files],
-        keep=min(SHAPES, max(1, KEPT // size)),
-    )  # fmt: skip
+    hashes = [artifact.listing.files[f]["sha256"] for f in files]
+
+    def compiling(arithmetic: str) -> CompiledNetwork:
+        return CompiledNetwork(
+            str(artifact.folder / row["file"]), part, device, threads, precision, arithmetic,
+            weights=[artifact.folder / w for w in row["weights"]], hashes=hashes, keep=min(SHAPES, max(1, KEPT // size)),
+        )  # fmt: skip
+
+    network: Network = compiling(chosen)
+    if part == "vae_decoder" and chosen == "float16":
+        network = Overflowing(network, lambda: compiling("float32"))
     alone = bool(row.get("batch")) or (device == "cpu" and size >= LARGE)
     said = chosen if row["arithmetic"] == "float32" else row["arithmetic"].replace("float32", chosen)
     return RowByRow(network) if alone else network, NetworkReport(part, row["file"], size, row["storage"], said, 0.0)

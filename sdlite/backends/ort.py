@@ -5,12 +5,16 @@ CUDA was written against onnxruntime's IOBinding API and has not been run on a G
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import onnxruntime as ort
 
+from sdlite import running
 from sdlite.artifact import Artifact
-from sdlite.backends import ROW_BY_ROW, Network, NetworkReport, RowByRow, entry, fused, words_of
+from sdlite.backends import ROW_BY_ROW, Network, NetworkReport, Overflowing, RowByRow, entry, fused, words_of
 from sdlite.errors import ArtifactError, UnknownNameError
 from sdlite.spec import SPECS
 
@@ -19,6 +23,8 @@ import numpy as np  # isort: skip
 PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-static")
 DEVICES = ("cpu", "cuda")
 LARGE = 32 << 20  # bytes of a network
+LONG = 0.2  # seconds of a run that is worth waiting for in pieces, and whose memory is worth giving back
+_SHRINK = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -48,6 +54,45 @@ def session_options(threads: int | None, size: int = 0) -> ort.SessionOptions:
     return options
 
 
+class Run:
+    """Runs of one session: a long one can be stopped, and what it needed is given back by the next small one.
+
+    onnxruntime keeps the memory of its largest run (2048 px of the embedded student: 2.1 GB). Shrinking
+    costs a run that comes back the time to have that memory cleared again, 0.25 s a GB, so it is done by
+    the first run of a quarter of the size or less.
+    """
+
+    def __init__(self, session: ort.InferenceSession):
+        self.session = session
+        self._pace: float | None = None  # seconds an element of the inputs; None: not run yet
+        self._largest = 0  # elements of the largest long run since memory was given back
+
+    def __call__(self, work: Callable[[ort.RunOptions], Any], elements: int) -> Any:
+        """`work` with the options of this run.
+
+        Raises:
+            Cancelled: the call was cancelled, at most `running.PIECE` seconds and one node ago.
+        """
+        options, start = ort.RunOptions(), time.perf_counter()
+        if self._largest >= 4 * elements:
+            options.add_run_config_entry(*_SHRINK)
+            self._largest = 0
+        if self._pace is not None and self._pace * elements < LONG:
+            running.check()
+            out = work(options)
+        else:
+            out = running.waited(lambda: work(options), lambda: setattr(options, "terminate", True))
+        seconds = time.perf_counter() - start
+        self._pace = seconds / elements
+        if seconds > LONG:
+            self._largest = max(self._largest, elements)
+        return out
+
+
+def _elements(inputs: dict[str, np.ndarray]) -> int:
+    return sum(v.size for v in inputs.values())
+
+
 class Session:
     """One graph, its files of `size` bytes. Called with the names of its IOSpec; refuses others."""
 
@@ -66,42 +111,61 @@ class Session:
             raise UnknownNameError(
                 f"device={device!r}: onnxruntime lists {self.provider} but could not start it; check the CUDA and cuDNN libraries."
             )
-        self.output = self.session.get_outputs()[0].name
+        self.names = [o.name for o in self.session.get_outputs()]
+        self.output = self.names[0]
+        self.run = Run(self.session)
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        out: np.ndarray = self.session.run([self.output], inputs)[0]
+        out: np.ndarray = self.run(lambda options: self.session.run([self.output], inputs, options)[0], _elements(inputs))
         return out
 
+    def every(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs, by name."""
+        made = self.run(lambda options: self.session.run(self.names, inputs, options), _elements(inputs))
+        return dict(zip(self.names, made, strict=True))
 
-class CudaSession(Session):
-    """Keeps each input's device buffer while the same array comes again: the prompt's embeddings cross once, latents every step."""
+
+class BoundSession(Session):
+    """Inputs are bound to the device. The prompt's embeddings are the same array in every step, and cross once: each thread keeps those of
+    its last call."""
 
     def __init__(self, path: str, device: str, threads: int | None, size: int = 0):
         super().__init__(path, device, threads, size)
-        self._held: dict[str, tuple[np.ndarray, ort.OrtValue]] = {}
+        self.device = device
+        self._mine = threading.local()
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         binding = self.session.io_binding()
         for name, array in inputs.items():
-            held = self._held.get(name)
-            if held is None or held[0] is not array:
-                held = (array, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0))
-                self._held[name] = held
-            binding.bind_ortvalue_input(name, held[1])
+            binding.bind_ortvalue_input(name, self._on_device(name, array))
         binding.bind_output(self.output, "cpu")
-        self.session.run_with_iobinding(binding)
+        self.run(lambda options: self.session.run_with_iobinding(binding, options), _elements(inputs))
         out: np.ndarray = binding.copy_outputs_to_cpu()[0]
         return out
 
+    def _on_device(self, name: str, array: np.ndarray) -> ort.OrtValue:
+        held = getattr(self._mine, "embeds", None)
+        if held is not None and held[0] is array:
+            return held[1]
+        value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+        if name == "encoder_hidden_states":
+            self._mine.embeds = (array, value)
+        return value
 
-def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]:
+
+def _network(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Any, dict[str, Any], int]:
+    """The network, its row of the listing, and the bytes of its files."""
     row, size = entry(artifact, part, precision)
     path = artifact.folder / row["file"]
-    network: Any
     if row.get("cuts"):
-        network = fused.load(path.parent, threads, SPECS[part].output.name)
-    else:
-        network = (CudaSession if device == "cuda" else Session)(str(path), device, threads, size)
+        return fused.load(path.parent, threads, SPECS[part].output.name), row, size
+    return (BoundSession if device == "cuda" else Session)(str(path), device, threads, size), row, size
+
+
+def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]:
+    network, row, size = _network(artifact, part, precision, device, threads)
+    if part == "vae_decoder" and precision == "fp16" and device == "cuda" and artifact.has_onnx("fp32"):
+        network = Overflowing(network, lambda: _network(artifact, part, "fp32", device, threads)[0])
     # int8-dynamic has one activation scale for a whole tensor: an image must not set that of another
     if row.get("batch") or precision == "int8-dynamic":
         network = RowByRow(network)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sdlite import running
 from sdlite.artifact import Artifact
 from sdlite.backends import Network, NetworkReport, RowByRow
 from sdlite.errors import ArtifactError, MissingExtraError, PrecisionError, UnknownNameError
@@ -88,7 +90,8 @@ class Buffers:
 
 
 class Engine:
-    """One engine: named arrays -> the network's output. The first call with new shapes runs plainly, the second is captured, later ones replay."""
+    """One engine: named arrays -> the network's output, for one thread at a time. The first call with new shapes runs plainly, the second
+    is captured, later ones replay."""
 
     def __init__(self, path: Path, part: str, trt: Any = None, cuda: Any = None):
         trt = trt or importlib.import_module("tensorrt")
@@ -105,14 +108,21 @@ class Engine:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.graph: Any = None
         self.calls = 0  # since the shapes or an address changed
+        self._lock = threading.Lock()  # shapes, buffers, stream and graph are the engine's, not the call's
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        with self._lock:
+            running.check()
+            return self._run(inputs)
+
+    def _run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         arrays = {
             t.name: np.array(inputs[t.name], np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(t.name)))) for t in self.spec.inputs
         }
         shapes = {k: a.shape for k, a in arrays.items()}
         if shapes != self.shapes:
             self._forget()
+            self.shapes = {}  # of no call, until all of them are taken
             for name, shape in shapes.items():
                 if not self.context.set_input_shape(name, shape):
                     raise UnknownNameError(
@@ -160,9 +170,12 @@ class Engine:
         self.graph, self.calls = None, 0
 
     def close(self) -> None:
-        self._forget()
-        self.buffers.close()
-        _ok(self.cuda.cudaStreamDestroy(self.stream))
+        with self._lock:
+            self._forget()
+            self.buffers.close()
+            if self.stream is not None:
+                _ok(self.cuda.cudaStreamDestroy(self.stream))
+            self.stream = None
 
 
 def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
+from sdlite import running
 from sdlite.artifact import Artifact
-from sdlite.backends import ROW_BY_ROW, Network, NetworkReport, RowByRow
+from sdlite.backends import ROW_BY_ROW, Network, NetworkReport, Overflowing, RowByRow
 from sdlite.errors import MissingExtraError, UnknownNameError
+from sdlite.files import Files
 from sdlite.spec import SPECS
 from sdlite.torch_networks import open_network
 from sdlite.weights import dtypes, weight_files, weight_index
 
 PRECISIONS = ("fp32", "fp16", "int8-dynamic")
 DEVICES = ("cpu", "cuda")
+_LOADING = threading.Lock()  # transformers and diffusers patch torch while they load: two threads at once see each other's patches
 
 
 def engine() -> str:
@@ -45,17 +52,35 @@ def _quantise_linear(module: torch.nn.Module) -> int:
     return count
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch's threads, which are the calling thread's own setting and start as what was set last in another; put back afterwards."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Module:
     """One network as a function of named numpy arrays."""
 
     def __init__(self, part: str, module: torch.nn.Module, device: str, threads: int | None):
-        self.part, self.module, self.device, self.threads = part, module, torch.device(device), threads
+        self.part, self.module, self.device = part, module, torch.device(device)
+        self.threads = torch.get_num_threads() if threads is None else threads
         self.dtype = next(module.parameters()).dtype
 
     @torch.inference_mode()
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        if self.threads is not None and torch.get_num_threads() != self.threads:
-            torch.set_num_threads(self.threads)
+        running.check()
+        with _threads(self.threads):
+            return self._run(inputs)
+
+    def _run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         t = {k: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for k, v in inputs.items()}
         t = {k: v.to(self.dtype) if v.is_floating_point() and k != "timestep" else v for k, v in t.items()}
         m: Any = self.module
@@ -73,10 +98,26 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
     if device == "cuda" and not torch.cuda.is_available():
         raise UnknownNameError(f"device='cuda': torch {torch.__version__} finds no CUDA device; use device='cpu' or install a CUDA build.")
     source = SPECS[part].source
-    folder = artifact.folder / source
+    folder = artifact.files.part(source)
     weights = weight_files(folder)
-    if artifact.manifest:
-        artifact.verify([w.relative_to(artifact.folder).as_posix() for w in weights])
+    with _LOADING:
+        module, linear = _opened(folder, part, precision, device)
+    arithmetic = str(next(module.parameters()).dtype).removeprefix("torch.")
+    if linear is not None:
+        arithmetic = f"int8 Linear ({linear} layers), rest float32"
+    size = sum(w.stat().st_size for w in weights)
+    file = f"{source}/{weights[0].name}" + (f" and {len(weights) - 1} more" if len(weights) > 1 else "")
+    storage = " and ".join(dtypes(weight_index(weights)))
+    network: Network = Module(part, module.to(device), device, threads)
+    if part == "vae_decoder" and arithmetic == "float16":
+        network = Overflowing(network, lambda: Module(part, copy.deepcopy(module).float(), device, threads))
+    if precision == "int8-dynamic" and device == "cpu":  # float's last bits differ with the batch, and an int8 step is large
+        network = RowByRow(network)
+    return network, NetworkReport(part, file, size, storage, arithmetic, 0.0)
+
+
+def _opened(folder: Files, part: str, precision: str, device: str) -> tuple[torch.nn.Module, int | None]:
+    """The module in the precision's arithmetic on this device, and how many of its layers became int8."""
     module = open_network(folder).eval().requires_grad_(False)
     if part == "vae_decoder":
         module.encoder = None
@@ -84,13 +125,4 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
         module = module.half()
     if device == "cpu":
         module = module.float()  # after rounding
-    arithmetic = str(next(module.parameters()).dtype).removeprefix("torch.")
-    if precision == "int8-dynamic":
-        arithmetic = f"int8 Linear ({_quantise_linear(module)} layers), rest float32"
-    size = sum(w.stat().st_size for w in weights)
-    file = f"{source}/{weights[0].name}" + (f" and {len(weights) - 1} more" if len(weights) > 1 else "")
-    storage = " and ".join(dtypes(weight_index(weights)))
-    network: Network = Module(part, module.to(device), device, threads)
-    if precision == "int8-dynamic" and device == "cpu":  # float's last bits differ with the batch, and an int8 step is large
-        network = RowByRow(network)
-    return network, NetworkReport(part, file, size, storage, arithmetic, 0.0)
+    return module, _quantise_linear(module) if precision == "int8-dynamic" else None

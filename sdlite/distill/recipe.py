@@ -264,12 +264,12 @@ class Teacher:
 
     def __init__(self, folder: str | Path):
         self.artifact = Artifact.open(folder)
-        root = self.artifact.folder
+        part = self.artifact.files.part
         self.scheduler = self.artifact.config("scheduler")
-        self.unet, self.text_encoder = open_network(root / "unet"), open_network(root / "text_encoder")
-        self.vae = open_network(root / "vae").eval().requires_grad_(False)
+        self.unet, self.text_encoder = open_network(part("unet")), open_network(part("text_encoder"))
+        self.vae = open_network(part("vae")).eval().requires_grad_(False)
         config = self.artifact.config("text_encoder")
-        self.tokenizer = ClipTokenizer.from_pretrained(root / "tokenizer", config)
+        self.tokenizer = ClipTokenizer.from_pretrained(part("tokenizer"), config)
         height, width = latent_size(self.unet.config)
         self.unet.register_to_config(sample_size=height if height == width else [height, width])  # students have it from here
         stride = families.vae_stride(self.vae.config)
@@ -298,7 +298,7 @@ class Teacher:
 
     def _stamp(self, part: str) -> str:
         """What tells one network's weights from another's: the hash of its file, or of all its shards."""
-        return "".join(sha256(f) for f in weight_files(self.artifact.folder / part))
+        return "".join(sha256(f) for f in weight_files(self.artifact.files.part(part)))
 
     def source(self, path: str | Path, cache: Path, progress: bool) -> CachedLatents:
         found = data.read(path)
@@ -377,7 +377,7 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
     if source.skipped and state.is_main_process:
         (out / "skipped.json").write_text(json.dumps(source.skipped, indent=1))
         print(f"{len(source.skipped)} samples left out, listed in {out / 'skipped.json'}; {len(source)} are used")
-    parts = {"vae": taught.vae, "tokenizer": taught.tokenizer, "tokenizer_folder": taught.artifact.folder / "tokenizer"}
+    parts = {"vae": taught.vae, "tokenizer": taught.tokenizer, "tokenizer_folder": taught.artifact.files.part("tokenizer")}
     prompts = preview_prompts or recipe.preview.get("prompts") or source.captions
     torch.manual_seed(recipe.stages[0].config.seed)  # of new weights: the same on every process and in every run
     gradients = None

@@ -7,7 +7,6 @@ Both see a `LatentSource` (images already encoded, captions already tokenized) a
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ from sdlite.distill.features import Taps, matched_taps
 from sdlite.distill.losses import feature_loss, output_loss
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
+from sdlite.files import Files
 from sdlite.images import grid, to_pil, to_uint8
 from sdlite.sampling import Noise, Schedule, denoise, get_sampler
 from sdlite.spec import latent_size
@@ -387,9 +387,9 @@ def save_pipeline(folder: Path, parts: dict[str, Any], scheduler: dict[str, Any]
     pipe._optional_components = [*pipe._optional_components, "tokenizer"]  # no warning of it
     pipe.save_pretrained(folder, safe_serialization=True)
     (folder / "tokenizer").mkdir(exist_ok=True)
-    for path in (parts["tokenizer_folder"] / name for name in tokenizer_files.FILES):
-        if path.exists():
-            shutil.copyfile(path, folder / "tokenizer" / path.name)
+    own = Files.of(parts["tokenizer_folder"])
+    for name in (n for n in tokenizer_files.FILES if own.has(n)):
+        (folder / "tokenizer" / name).write_bytes(own.read(name))
     index = folder / "model_index.json"
     about = json.loads(index.read_text(encoding="utf-8"))
     about["tokenizer"] = ["transformers", "CLIPTokenizer"]

@@ -258,7 +258,7 @@ def _torch_networks(artifact: Artifact, profile: Profile, recording: Recording) 
 
     from sdlite.exporters.onnx import networks
 
-    for p, network in networks(artifact.folder).items():
+    for p, network in networks(artifact.files).items():
         seen = recording.calls[p][0][0]
         batch = profile.batch or 1
         rows = [np.repeat(seen[t.name][:1], batch, axis=0) if seen[t.name].ndim else seen[t.name] for t in SPECS[p].inputs]

@@ -28,6 +28,7 @@ from sdlite.artifact import Artifact, Manifest, write_manifest
 from sdlite.errors import need
 from sdlite.exporters import CONVERT_NEEDS
 from sdlite.families import own_index, vae_config, vae_stride
+from sdlite.files import Files
 from sdlite.io import cache_root, read_json, writing
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS, IOSpec, latent_size
@@ -109,12 +110,13 @@ def free_sizes(unet: Any) -> bool:
     return True
 
 
-def networks(folder: Path) -> dict[str, nn.Module]:
-    """part -> wrapped network in float32, called with the arrays of its `IOSpec`."""
+def networks(folder: Path | Files) -> dict[str, nn.Module]:
+    """part -> wrapped network in float32, called with the arrays of its `IOSpec`. `folder`: of an opened model its `files`."""
+    part = Files.of(folder).part
     return {
-        "text_encoder": _TextEncoder(open_network(folder / "text_encoder", attn_implementation="eager")),
-        "unet": _Unet(open_network(folder / "unet")),
-        "vae_decoder": _VaeDecoder(open_network(folder / "vae")),
+        "text_encoder": _TextEncoder(open_network(part("text_encoder"), attn_implementation="eager")),
+        "unet": _Unet(open_network(part("unet"))),
+        "vae_decoder": _VaeDecoder(open_network(part("vae"))),
     }
 
 
@@ -283,7 +285,7 @@ def convert(
     source, out = Artifact.open(Path(arguments.path("folder", folder))), Path(arguments.path("out", out))
     if sampler and "name" in sampler:
         known_sampler(sampler["name"])
-    ClipTokenizer.from_pretrained(source.folder / "tokenizer", source.config("text_encoder"))
+    ClipTokenizer.from_pretrained(source.files.part("tokenizer"), source.config("text_encoder"))
     with writing(out) as tmp:
         _copy(source, tmp)
         manifest = Manifest(name=name or source.folder.name, sampler=sampler or {})

@@ -17,6 +17,7 @@ from sdlite.artifact import Artifact
 from sdlite.backends import auto
 from sdlite.cli import main
 from sdlite.errors import MissingExtraError, PrecisionError
+from tests import folders
 from tests.conftest import EMOJI
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -37,13 +38,13 @@ def machine(monkeypatch):
 def student(folder, variants=("int8-static",), mb=600, sample_size=64, engines=("onnxruntime", "openvino")):
     """The embedded student's folder, its manifest saying that it is large and int8; the files stay."""
     shutil.copytree(EMOJI, folder)
+    folders.configure(folder / "unet/config.json", sample_size=sample_size)
+    folders.relist(folder)
     manifest = json.loads((folder / "sdlite.json").read_text())
     manifest["variants"] = dict.fromkeys(variants, manifest["variants"]["fp32"])
     manifest["files"]["unet/model.onnx"]["bytes"] = int(mb * 1e6)
     manifest["quality"] = {"engines": {e: {} for e in engines}}
     (folder / "sdlite.json").write_text(json.dumps(manifest))
-    config = json.loads((folder / "unet/config.json").read_text())
-    (folder / "unet/config.json").write_text(json.dumps(config | {"sample_size": sample_size}))
     return Artifact.open(folder)
 
 

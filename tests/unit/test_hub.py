@@ -278,27 +278,30 @@ def test_variants_alone_are_named(hub, tmp_path):
     assert all(n.endswith(".json") for n, _, _ in hub.served)
 
 
+def listed(files):
+    """What a manifest or a report says of files."""
+    return {n: {"sha256": hashlib.sha256(d).hexdigest(), "bytes": len(d)} for n, d in files.items()}
+
+
 def test_everything_that_a_manifest_lists_is_fetched(hub, tmp_path):
-    manifest = {"format": "1.0", "files": {n: {"sha256": "0", "bytes": 1} for n in (*pipeline(), "unet/odd name [8].onnx", "README.md")}}
-    files = pipeline() | {"sdlite.json": json.dumps(manifest).encode(), "unet/odd name [8].onnx": b"o", "unet/other.onnx": b"o"}
-    said = resolve(hub, tmp_path, files)
+    named = pipeline() | {"unet/odd name [8].onnx": b"o", "README.md": b"r"}
+    manifest = json.dumps({"format": "1.0", "files": listed(named)}).encode()
+    files = {**named, "sdlite.json": manifest, "unet/other.onnx": b"o"}
+    said = resolve(hub, tmp_path, {n: d for n, d in files.items() if n != "README.md"})
     assert said == "HubError hub model org/x lacks README.md, which its own list names; tell its author, or take another revision."
-    said = resolve(hub, tmp_path, files | {"README.md": b"r"})
-    assert said == "OK " + " ".join(sorted({*files, "README.md"} - {"unet/other.onnx"}))
+    said = resolve(hub, tmp_path, files)
+    assert said == "OK " + " ".join(sorted({*named, "sdlite.json"}))
 
 
 def test_exported_folder_is_fetched_as_its_report_lists_it(hub, tmp_path):
-    entry = {"bytes": 1, "sha256": hashlib.sha256(b"m").hexdigest()}
+    made = {"unet/model.pte": b"m", "vae_decoder/model.pte": b"m"}
+    named = pipeline(weights=made) | {"README.md": b"m", "student.json": b"{}"}
     report = {
         "profile": {"target": "executorch", "precision": "fp32"},
-        "files": {"unet/model.pte": entry, "vae_decoder/model.pte": entry},
-        "companions": {"README.md": entry},
+        "files": listed(made),
+        "companions": listed({n: d for n, d in named.items() if n not in made}),
     }
-    want = pipeline(weights={"unet/model.pte": b"m", "vae_decoder/model.pte": b"m"}) | {
-        "README.md": b"m",
-        "export-report.json": json.dumps(report).encode(),
-        "student.json": b"{}",
-    }
+    want = named | {"export-report.json": json.dumps(report).encode()}
     assert resolve(hub, tmp_path, want | {"unet/model.onnx": b"foreign"}).split() == ["OK", *sorted(want)]
 
 

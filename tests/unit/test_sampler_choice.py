@@ -14,6 +14,7 @@ from sdlite.artifact import Artifact
 from sdlite.cli import main
 from sdlite.errors import ArtifactError, InputError, UnknownNameError
 from sdlite.spec import latent_size
+from tests import folders
 
 NEAREST = "scheduler 'KDPM2DiscreteScheduler' is not supported; choose another with sampler= (--sampler); the nearest is 'heun-karras'"
 
@@ -26,6 +27,7 @@ def foreign(copy):
     manifest = json.loads((copy / "sdlite.json").read_text())
     del manifest["sampler"]["name"]
     (copy / "sdlite.json").write_text(json.dumps(manifest))
+    folders.relist(copy)
     return copy
 
 
@@ -135,5 +137,6 @@ def test_an_old_config_is_painted_at_diffusers_size(copy):
     """`tests/parity/test_scheduler_configs.py` compares the rule with diffusers'; here it is what a call takes."""
     path = copy / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_diffusers_version": "0.6.0"}))
+    folders.relist(copy)
     pipe = sdlite.Pipeline.from_pretrained(copy, backend="onnxruntime", threads=1)
     assert pipe("pizza", seed=0, num_inference_steps=1).images[0].size == (512, 512)

@@ -318,7 +318,7 @@ FAR = {"2945": token(START), "2946": token(END), "3000": token("<far>")}
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "merges cut in a line": ("slow", cut("merges.txt"), "merges.txt is damaged: a merge "),
     "merges cut": ("slow", cut("merges.txt", lines=True), "merges.txt is damaged: no merge makes"),
-    "merges gone": ("slow", lambda d: (d / "merges.txt").unlink(), "merges.txt cannot be read"),
+    "merges gone": ("slow", lambda d: (d / "merges.txt").unlink(), "merges.txt is missing"),
     "merges no text": ("slow", lambda d: (d / "merges.txt").write_bytes(b"\xff"), "merges.txt"),
     "vocabulary cut": ("slow", cut("vocab.json"), "vocab.json"),
     "vocabulary a list": ("slow", edit("vocab", list), "vocab.json"),

@@ -22,6 +22,7 @@ from sdlite.exporters.export import export
 from sdlite.exporters.targets import web
 from sdlite.sampling import Noise
 from sdlite.tokenizer import ClipTokenizer
+from tests import folders
 from tests.conftest import EMOJI
 from tests.helpers import psnr
 
@@ -177,6 +178,7 @@ def node(tmp_path):
 def _with_scheduler(copy, name, config):
     """The embedded model with another sampler and scheduler config."""
     (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    folders.relist(copy)
     opened = Artifact.open(copy)
     opened.manifest.sampler = {**opened.manifest.sampler, **({} if name is None else {"name": name})}
     if name is None:
@@ -267,6 +269,7 @@ def test_the_page_scales_latents_as_the_pipeline_does(copy, tmp_path, monkeypatc
     path = copy / "vae" / "config.json"
     config = json.loads(path.read_text()) | {"_class_name": "AutoencoderTiny"}
     path.write_text(json.dumps({k: v for k, v in config.items() if k != "scaling_factor"}))
+    folders.relist(copy)
     monkeypatch.setattr(web, "runtime", lambda _: {})
     web.finish(tmp_path, Artifact.open(copy), profile.load("web"), (1, 8, 8, 8))
     assert json.loads((tmp_path / "sdlite-web.json").read_text())["scaling_factor"] == 1.0

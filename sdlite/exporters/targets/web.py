@@ -107,7 +107,7 @@ def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[
         "schedule": schedule_of(artifact),
     }  # fmt: skip
     config = artifact.config("text_encoder")
-    tokenizer = ClipTokenizer.from_pretrained(artifact.folder / "tokenizer", config)
+    tokenizer = ClipTokenizer.from_pretrained(artifact.files.part("tokenizer"), config)
     for name, content in (("web", settings), ("tokenizer", tokenizer.to_json())):
         made.append(out / f"sdlite-{name}.json")
         made[-1].write_text(json.dumps(content) + "\n", encoding="utf-8")
