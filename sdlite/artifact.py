@@ -221,6 +221,12 @@ class Artifact:
         """What names the folder's networks and their files' hashes."""
         return self.manifest or self.export
 
+    @property
+    def failed(self) -> list[str]:
+        """What of its quality check does not hold: the model was kept to be looked at. [] for every other."""
+        said: Any = self.manifest.quality if self.manifest else self.export.report if self.export else None
+        return [str(x) for x in said.get("failed", ())] if isinstance(said, dict) else []
+
     def has_onnx(self, precision: str) -> bool:
         return bool(self.manifest and set(PARTS) <= set(self.manifest.variants.get(precision, {})))
 
@@ -245,6 +251,8 @@ class Artifact:
         checked = sorted(self.listing.files) if paths is None else list(paths)
         for path in checked:
             self.files.verified(path, again=paths is None)
+        if paths is None and self.failed:
+            raise ArtifactError(f"{self.folder} failed its quality check ({'; '.join(self.failed)}); it was kept to be looked at alone.")
         return checked
 
     def loose_pickles(self) -> list[str]:

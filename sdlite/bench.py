@@ -17,6 +17,7 @@ from typing import Any
 from sdlite import backends, hub
 from sdlite.artifact import PRECISIONS, Artifact
 from sdlite.errors import InputError, UnknownNameError
+from sdlite.io import append
 from sdlite.sampling import known_sampler
 
 PROMPT = "a red apple on a blue background"
@@ -203,8 +204,7 @@ def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
     }
-    with open(path, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps({**r, **about}) + "\n" for r in rows)
+    append(path, "".join(json.dumps({**r, **about}) + "\n" for r in rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The command line: `sdlite generate | quantize | export | distill | bench | info | verify | models`. Each command calls one public function.
 
-Exit codes: 0 done; 1 an error, explained in one line on stderr; 2 wrong usage.
+Exit codes: 0 done; 1 an error or an interrupt, explained in one line on stderr; 2 wrong usage; 141 nobody reads what is printed.
 """
 
 from __future__ import annotations
@@ -8,19 +8,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
+import io as streams
 import json
+import logging
+import os
+import shutil
 import signal
 import sys
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 from sdlite import arguments
 from sdlite._version import __version__
 from sdlite.errors import InputError, MissingExtraError, SdliteError
+from sdlite.io import WORK, check_file, printable, scratch, write
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 ADVISE: dict[str, Any] = {
@@ -56,6 +61,7 @@ NUMBERS: dict[str, tuple[float | None, float | None]] = {
     "minutes": (None, None),
     "images_per_second": (None, None),
 }
+PRINTED = "what is printed"  # in place of a file's name
 MODEL = "embedded name, folder, or hub id org/name"
 REVISION = "branch, tag or commit of a hub id; default: its main branch"
 THREADS = "CPU threads; default: the engine's choice"
@@ -98,8 +104,13 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Never:
+        super().error(printable(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    ap = argparse.ArgumentParser(
+    ap = _Parser(
         prog="sdlite", description="Run compressed Stable Diffusion students.", epilog="sdlite COMMAND --help shows options and examples."
     )
     ap.add_argument("--version", action="version", version=f"sdlite {__version__}")
@@ -154,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     q.add_argument("--ssim-mean", type=float, default=0.98, help="structural similarity that the gate wants on average")
     q.add_argument("--max-float", type=float, default=0.3, help="share of the weights that may go back to float")
     q.add_argument("--engine", action="append", help="check on this backend; again for more; default: all installed")
+    q.add_argument("--keep-failed", action="store_true", help="when the gate does not hold, keep the model too, in OUT.failed/model")
     q.add_argument("--threads", type=int, help=THREADS)
     q.add_argument("--quiet", action="store_true", help="no progress bar, no report")
 
@@ -166,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument("--sampler", help="of those pictures, and the export's own; default: the model's own")
     e.add_argument("--fuse-schedule", action="store_true", help="onnx, fixed shapes: compute what depends on step or prompt alone once")
     e.add_argument("--reference", help="the float model that MODEL was quantised from: its pictures are compared too")
+    e.add_argument("--keep-failed", action="store_true", help="when the gate does not hold, keep the export too, in OUT.failed/model")
     e.add_argument("--threads", type=int, help=THREADS)
     e.add_argument("--list", action="store_true", help="show the built-in profiles")
 
@@ -235,9 +248,12 @@ def _out_paths(out: Path, count: int, as_grid: bool) -> list[Path]:
         raise InputError(f"--out {out}: the ending {out.suffix!r} is not one of {', '.join(FORMATS)}.")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first.")
-    if count == 1 or as_grid:
-        return [out]
-    return [out.with_name(f"{out.stem}-{i:0{len(str(count - 1))}d}{out.suffix}") for i in range(count)]
+    paths = [out]
+    if count > 1 and not as_grid:
+        paths = [out.with_name(f"{out.stem}-{i:0{len(str(count - 1))}d}{out.suffix}") for i in range(count)]
+    for path in paths:
+        check_file(path)
+    return paths
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -260,11 +276,12 @@ def _generate(args: argparse.Namespace) -> None:
     else:
         for path, image in zip(paths, out.images, strict=True):
             images.save(image, path)
+            args.wrote.append(path)
     if not args.quiet:
-        print(out.report)
+        _say(*str(out.report).split("\n"))
     seeds = str(out.seeds[0]) if len(out.seeds) == 1 else f"{out.seeds[0]} to {out.seeds[-1]}"
     shown = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
-    print(f"wrote {shown} ({len(out.images)} picture{'s' * (len(out.images) > 1)}, seed {seeds}, {out.timings['total']:.2f} s)")
+    _say(f"wrote {shown} ({len(out.images)} picture{'s' * (len(out.images) > 1)}, seed {seeds}, {out.timings['total']:.2f} s)")
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -278,6 +295,7 @@ def _quantize(args: argparse.Namespace) -> None:
     size = None if args.height is None else (args.height, args.width)
     report = quantize(
         args.model, args.precision, out=args.out, scheme=args.scheme, threads=args.threads, progress=not args.quiet, sampler=args.sampler,
+        keep_failed=args.keep_failed,
         calibration=Calibration(
             prompts=read_prompts(args.prompts) if args.prompts else None, samples=args.samples, num_inference_steps=args.steps,
             observer=args.observer, size=size,
@@ -288,8 +306,8 @@ def _quantize(args: argparse.Namespace) -> None:
         ),
     )  # fmt: skip
     if not args.quiet:
-        print(table(report))
-    print(f"wrote {args.out} ({sum(n['bytes'] for n in report['networks'].values()) / 1e6:.2f} MB of weights)")
+        _say(*table(_shown(report)).split("\n"))
+    _say(f"wrote {args.out} ({sum(n['bytes'] for n in report['networks'].values()) / 1e6:.2f} MB of weights)")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -319,9 +337,10 @@ def _export(args: argparse.Namespace) -> None:
         reference=args.reference,
         threads=args.threads,
         sampler=args.sampler,
+        keep_failed=args.keep_failed,
     )
-    print(table(report))
-    print(f"wrote {args.out} ({sum(f['bytes'] for f in report['files'].values()) / 1e6:.2f} MB of networks)")
+    _say(*table(_shown(report)).split("\n"))
+    _say(f"wrote {args.out} ({sum(f['bytes'] for f in report['files'].values()) / 1e6:.2f} MB of networks)")
 
 
 def _distill(args: argparse.Namespace) -> None:
@@ -339,14 +358,14 @@ def _distill(args: argparse.Namespace) -> None:
     if args.recipe[0] == "doctor":
         from sdlite.distill.doctor import examine
 
-        with tempfile.TemporaryDirectory(prefix="sdlite-doctor-") as scratch:
-            found = examine(read, args.teacher, args.data, Path(scratch) / "latents.safetensors", export=not args.no_export)
-        print(*found, sep="\n")
+        with scratch("doctor") as aside:
+            found = examine(read, args.teacher, args.data, aside / "latents.safetensors", export=not args.no_export)
+        _say(*found)
         if failed := sum(f.level == "fail" for f in found):
             raise InputError(f"{failed} of {len(found)} checks failed; see above.")
         return
     if args.dry_run:
-        print(recipe.plan(read, recipe.Teacher(args.teacher)))
+        _say(*str(recipe.plan(read, recipe.Teacher(args.teacher))).split("\n"))
         return
     done = recipe.run(
         read,
@@ -363,37 +382,39 @@ def _distill(args: argparse.Namespace) -> None:
 def _advise(args: argparse.Namespace) -> None:
     from sdlite.distill.advise import advise
 
+    if args.out is not None:
+        if os.path.lexists(args.out):
+            raise InputError(f"--out {args.out} exists; choose another file or remove it.")
+        check_file(args.out)
     given = {"device": args.device, "memory_gb": args.memory, "minutes": args.minutes, "wish": args.wish}
     given = {**ADVISE, **{k: v for k, v in given.items() if v is not None}}
     said = advise(**given, teacher=args.teacher, images_per_second=args.images_per_second)
     if args.out is None:
-        print(said, end="")
+        _say(*str(said).removesuffix("\n").split("\n"))
         return
-    if args.out.exists():
-        raise InputError(f"--out {args.out} exists; choose another file or remove it.")
-    tmp = args.out.with_name(args.out.name + ".tmp")
-    tmp.write_text(str(said), encoding="utf-8")
-    tmp.replace(args.out)
-    print(*said.reasons, f"then: {said.then}", f"wrote {args.out}", sep="\n")
+    write(args.out, str(said))
+    _say(*said.reasons, f"then: {said.then}", f"wrote {args.out}")
 
 
 def _bench(args: argparse.Namespace) -> None:
     from sdlite import bench
 
+    if args.out:
+        check_file(args.out)
     todo = bench.jobs(
         args.model, args.precisions, args.backends, steps=args.steps, guidance=args.guidance, sampler=args.sampler, height=args.height, width=args.width,
         batch=args.batch, threads=args.threads, seconds=args.seconds,
     )  # fmt: skip
-    print(bench.HEADER, flush=True)
-    rows = bench.bench(todo, lambda row: print(bench.line(row), flush=True))
+    _say(bench.HEADER)
+    rows = bench.bench(todo, lambda row: _say(bench.line(row)))
     ran = [r for r in rows if "error" not in r]
     if not ran:
         raise InputError("every row failed; see above.")
     sizes = ", ".join(sorted({f"{r['size'][0]}x{r['size'][1]} px, {r['steps']} steps, guidance {r['guidance']:g}" for r in ran}))
-    print(f"{args.model}: {sizes}, batch {args.batch}; call s is the median of N calls after the first")
+    _say(f"{args.model}: {sizes}, batch {args.batch}; call s is the median of N calls after the first")
     if args.out:
         bench.save(rows, args.out)
-        print(f"wrote {args.out}")
+        _say(f"wrote {args.out}")
 
 
 def _sampler(artifact: Any) -> dict[str, Any]:
@@ -465,31 +486,33 @@ def _info(args: argparse.Namespace) -> None:
     refusal = artifact.refusal()
     info = {"name": artifact.name, "format": None, "not_supported": refusal} if refusal else _describe(artifact)
     if args.json:
-        print(json.dumps(info, indent=1, ensure_ascii=False))
+        _print(json.dumps(info, indent=1) + "\n")  # ASCII, so that no name reaches a terminal as it is
         return
-    print(f"{info['name']}  ({artifact.folder})")
+    _say(f"{info['name']}  ({artifact.folder})")
     if refusal:
-        print(f"  {refusal}")
+        _say(f"  {refusal}")
         return
+    if artifact.failed:
+        _say(f"  failed its quality check: {'; '.join(artifact.failed)}")
     if info["export"]:
-        print(*(f"  {line}" for line in _export_lines(info["export"])), sep="\n")
+        _say(*(f"  {line}" for line in _export_lines(info["export"])))
     elif info["format"] is None:
-        print("  plain diffusers folder")
+        _say("  plain diffusers folder")
     for k, v in info["student"].items():
-        print(f"  {k}: {v:,}" if isinstance(v, int) else f"  {k}: {v}")
-    print("  sampler: " + ", ".join(f"{k}={v}" for k, v in info["sampler"].items()))
+        _say(f"  {k}: {v:,}" if isinstance(v, int) else f"  {k}: {v}")
+    _say("  sampler: " + ", ".join(f"{k}={v}" for k, v in info["sampler"].items()))
     for precision, parts in info["variants"].items():
-        print(f"  {precision}: " + ", ".join(f"{part} {e['bytes'] / 1e6:.2f} MB" for part, e in parts.items()))
+        _say(f"  {precision}: " + ", ".join(f"{part} {e['bytes'] / 1e6:.2f} MB" for part, e in parts.items()))
     for precision, words in info["runs_on"].items():
-        print(f"  {precision} runs on: {words}")
+        _say(f"  {precision} runs on: {words}")
 
 
 def _verify(args: argparse.Namespace) -> None:
     artifact = _open(args)
     checked = artifact.verify()
-    print(f"{artifact.name}: {len(checked)} files are whole and unchanged")
+    _say(f"{artifact.name}: {len(checked)} files are whole and unchanged")
     if loose := artifact.loose_pickles():
-        print(f"note: {loose} are pickles; sdlite never loads them")
+        _say(f"note: {loose} are pickles; sdlite never loads them")
 
 
 def _models(args: argparse.Namespace) -> None:
@@ -498,24 +521,66 @@ def _models(args: argparse.Namespace) -> None:
 
     for name in hub.embedded_models():
         info = _describe(Artifact.open(hub.resolve(name)))
-        print(
+        _say(
             f"{name}: {info['student'].get('unet_parameters', 0) / 1e6:.2f}M UNet, {', '.join(info['variants'])}, {info['total_bytes'] / 1e6:.1f} MB"
         )
 
 
+def _say(*lines: object) -> None:
+    """Print lines, which may hold names out of files, as a terminal can take them."""
+    _print("".join(f"{printable(line, 100_000)}\n" for line in lines))
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, PRINTED) from e
+
+
+def _complain(text: object) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"sdlite: {printable(text, 10_000)}", file=sys.stderr)
+
+
+def _shown(value: Any) -> Any:
+    """A report whose texts are each on one line."""
+    if isinstance(value, dict):
+        return {printable(k): _shown(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_shown(v) for v in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+class _Log(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _complain(record.getMessage())
+
+
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that what was half written is removed."""
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that what was half written is removed.
+
+    A signal that is ignored stays so, as SIGHUP is under nohup.
+    """
 
     asked = False
 
-    def stop(*_: Any) -> None:
+    def stop(number: int, _: Any) -> None:
         nonlocal asked
+        if asked and number != signal.SIGINT:
+            return  # what is half written is being removed
         asked = True
         raise KeyboardInterrupt
 
+    before: dict[int, Any] = {}
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, stop)
     except ValueError:  # not the main thread
         yield
         return
@@ -526,7 +591,83 @@ def _terminable() -> Iterator[None]:
             raise KeyboardInterrupt from e
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Warnings and log in one line each; text that the terminal's encoding lacks as escapes; no file takes a closed stream's place."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, streams.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_, **__: _complain(f"warning: {message}")
+    log, handler = logging.getLogger("sdlite"), _Log()
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def _system(e: OSError) -> str:
+    """What the system refused: the file, why, and the next step where the disk is full."""
+    names = [os.fsdecode(n) for n in (e.filename, e.filename2) if isinstance(n, (str, bytes, os.PathLike))]
+    name = next((n for n in names if WORK not in n), names[0] if names else "")
+    said = f"{name}: {e.strerror or e}" if name else str(e.strerror or e) or type(e).__name__
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT) or name in ("", PRINTED):
+        return said
+    path = Path(name).absolute()
+    disk = shutil.disk_usage(next(p for p in (path, *path.parents) if os.path.isdir(p)))
+    free = f"{disk.free >> 20} of {disk.total >> 20} MiB are free there now that what was half written is removed"
+    return f"{said} ({free}). Make room, or choose another folder (--out; TMPDIR for temporary files)."
+
+
+def _interrupted(args: argparse.Namespace) -> str:
+    """What is there after an interrupt."""
+    if args.command == "distill" and args.out and (args.out / "recipe.sha256").exists():
+        return f"interrupted; what was trained is kept in {args.out}: go on with --resume"
+    if args.wrote:
+        return f"interrupted; {', '.join(map(str, args.wrote))} had been written"
+    return "interrupted; nothing was written"
+
+
+def _nobody_reads() -> int:
+    """The exit code of a program that SIGPIPE ends; what is still to be printed goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    return 141
+
+
+def _ended(args: argparse.Namespace) -> int:
+    """Run the command. Returns the exit code."""
+    try:
+        with _terminable():
+            _check(args)
+            args.run(args)
+        return 0
+    except SdliteError as e:
+        _complain(e)
+    except BrokenPipeError:
+        return _nobody_reads()
+    except OSError as e:
+        _complain(_system(e))
+    except MemoryError as e:
+        _complain(
+            f"the memory ran out{f' ({e})' if str(e) else ''}. Close other programs, or ask for less: a smaller size, fewer images at once."
+        )
+    except RecursionError:
+        _complain("a file is nested too deep to be read; fetch or save the model again.")
+    except KeyboardInterrupt:
+        _complain(_interrupted(args))
+    return 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -546,21 +687,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{', '.join(wrong)}: for `distill advise` alone; how a training runs is said in the recipe's [train]")
         if not doctor and not args.dry_run and args.out is None:
             parser.error("distill needs --out")
-    warnings.showwarning = lambda message, *_, **__: print(f"sdlite: warning: {message}", file=sys.stderr)
-    try:
-        _check(args)
-        with _terminable():
-            args.run(args)
-    except SdliteError as e:
-        print(f"sdlite: {e}", file=sys.stderr)
-        return 1
-    except OSError as e:
-        print(f"sdlite: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("sdlite: interrupted; nothing was written", file=sys.stderr)
-        return 1
-    return 0
+    args.wrote = []  # images that are whole, of several
+    with _streams():
+        return _ended(args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlite.errors import ArtifactError
-from sdlite.io import JSON_BYTES, decoded, json_of, plain, read_bytes, sha256
+from sdlite.io import JSON_BYTES, copy, decoded, json_of, plain, read_bytes, sha256
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,13 @@ class Files:
             self._compare(path, entry, about.st_size, sha256(path))
             self._whole[self.under + name] = now
         return path
+
+    def copy_configs(self, out: Path) -> None:
+        """The JSON and text files of the model into `out`, which is made where it is missing. Raises: see `read`."""
+        out.mkdir(exist_ok=True)
+        for name in self.names():
+            if name.endswith((".json", ".txt")) and (self.listed is None or self.under + name in self.listed):
+                copy(self.file(name), out / name)
 
     def _entry(self, name: str) -> tuple[Path, Mapping[str, Any] | None]:
         path = self.path(name)

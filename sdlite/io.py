@@ -3,38 +3,47 @@
 What is half written lies in a folder `.sdlite-work-*` beside its place. The process that writes
 holds a lock in it; the system frees the lock when the process ends, however it ends. So the next
 run tells a folder that was left behind from one that is in use, and `Artifact.open` refuses both.
+Where nobody can tell (a file system without locks, Windows, another machine), nothing is removed.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
+import logging
 import math
 import os
-import secrets
+import platform
 import shutil
 import stat
 import tempfile
+import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Never
 
-from sdlite.errors import ArtifactError, InputError
+from sdlite.errors import ArtifactError, InputError, SdliteError
 
 try:
     import fcntl
 except ImportError:  # Windows: what a killed process left is not recognized
     fcntl = None  # type: ignore[assignment]
 
+log = logging.getLogger("sdlite")
 JSON_BYTES = 32 << 20  # the largest known: a tokenizer.json of 4 MiB, a manifest of 50 kB
 DEPTH = 64  # of objects and lists in one another
 WORK = ".sdlite-work-"
+_LOOK = f"{WORK}look-"  # is a folder that can be written; there for a moment, and empty
 _LOCK = "lock"
+_HOUR = 3600.0  # seconds until a work folder without a lock, which lasts for a moment, was left behind
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = ("No space left", "os error 28", "Disk quota", "iostream error", "inline_container")
+_NEARLY = 1 << 20  # bytes that a full disk may have left
 _KINDS = {
     stat.S_ISDIR: "a folder",
     stat.S_ISFIFO: "a named pipe",
@@ -204,28 +213,38 @@ def sha256(path: Path) -> str:
 
 
 def cache_root() -> Path:
-    """Where sdlite keeps what it can make again: `$SDLITE_CACHE`, or `~/.cache/sdlite`."""
-    return Path(os.environ.get("SDLITE_CACHE") or Path.home() / ".cache" / "sdlite")
+    """Where sdlite keeps what it can make again: `$SDLITE_CACHE`, or `~/.cache/sdlite`.
+
+    Raises:
+        InputError: the user has no home folder.
+    """
+    if given := os.environ.get("SDLITE_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "sdlite"
+    except RuntimeError as e:  # a user whom the system does not know, as in containers
+        raise InputError("this user has no home folder to keep a cache in; name one in $SDLITE_CACHE.") from e
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A new name beside `path`, with its ending; the file that the block writes there takes the place of `path`.
+    """A file that the block writes, with the name of `path` in a folder of its own, takes the place of `path`.
 
     Raises:
         OSError: the place cannot be written; its `filename` is `path`.
     """
     path = Path(path)
-    tmp = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
-    try:
-        with _named(path):
+    with _working(path.parent, "file", path, _clean_once) as work:
+        tmp = work / path.name
+        try:
             yield tmp
             _sync(tmp)
             os.replace(tmp, path)
-            _sync(path.parent)
-    finally:
-        with suppress(OSError):
-            tmp.unlink(missing_ok=True)
+        except OSError as e:
+            if e.filename is None or os.fsdecode(e.filename) != str(tmp):
+                raise
+            raise OSError(e.errno, e.strerror, str(path)) from e
+        _sync(path.parent)
 
 
 def write(path: str | Path, data: str | bytes) -> None:
@@ -238,6 +257,25 @@ def write(path: str | Path, data: str | bytes) -> None:
         tmp.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
+def append(path: str | Path, text: str) -> None:
+    """Add text to a file, all of it or nothing.
+
+    Raises:
+        OSError: the file cannot be written; its `filename` is `path`.
+    """
+    rest, new = text.encode("utf-8"), not os.path.exists(path)
+    with open(path, "ab", buffering=0) as f:
+        size = f.seek(0, os.SEEK_END)
+        try:
+            while rest:
+                rest = rest[f.write(rest) :]
+        except OSError as e:
+            f.truncate(size)
+            if new:
+                os.unlink(path)
+            raise OSError(e.errno, e.strerror, str(path)) from e
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON that every reader takes: UTF-8, no NaN, no infinity.
 
@@ -247,15 +285,48 @@ def write_json(path: str | Path, value: Any) -> None:
     write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def copy(source: Path, out: Path) -> None:
+    """The content of a plain file alone: what is copied from a folder that is read only can be written and removed.
+
+    Raises:
+        ArtifactError: `source` cannot be read, see `opened`. OSError: `out` cannot be written.
+    """
+    with opened(source) as f, open(out, "wb") as made:
+        shutil.copyfileobj(f, made, 1 << 20)
+
+
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A full disk names the file that did not fit."""
+def _named(path: Path, made: Path) -> Iterator[None]:
+    """A full disk is an OSError that names `path`, whoever found it full: Python, safetensors, torch or an engine.
+
+    Args:
+        made: the folder that the block writes into; another disk may be the one that is full.
+    """
     try:
         yield
-    except OSError as e:
-        if e.errno in _FULL and not e.filename:
-            raise OSError(e.errno, e.strerror, str(path)) from e
+    except SdliteError:
         raise
+    except Exception as e:
+        if not _is_full(e, made):
+            raise
+        code = e.errno if isinstance(e, OSError) and e.errno in _FULL else errno.ENOSPC
+        raise OSError(code, os.strerror(code), str(path)) from e
+
+
+def _is_full(e: Exception, made: Path) -> bool:
+    if isinstance(e, OSError) and e.errno is not None:
+        if e.errno not in _FULL or (e.filename and str(made) not in str(e.filename)):
+            return False
+        return bool(e.filename) or _free(made) < _NEARLY
+    said = isinstance(e, OSError) or any(words in str(e) for words in _FULL_WORDS)  # numpy's and Pillow's have no number
+    return said and _free(made) < _NEARLY
+
+
+def _free(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
 
 
 def _sync(path: Path) -> None:
@@ -274,10 +345,11 @@ def _sync(path: Path) -> None:
 
 
 def _sync_all(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if not path.is_symlink():
-            _sync(path)
-    _sync(folder)
+    for name, _, files in os.walk(folder):
+        for file in files:
+            if stat.S_ISREG(os.lstat(path := Path(name, file)).st_mode):
+                _sync(path)
+        _sync(Path(name))
 
 
 _own: set[Path] = set()  # work folders of this process
@@ -289,20 +361,43 @@ def left_behind(folder: Path) -> Path | None:
     return next((p for p in (real, *real.parents) if p.name.startswith(WORK) and p not in _own), None)
 
 
-@contextmanager
-def working(place: Path, purpose: str = "") -> Iterator[Path]:
+def clean(place: Path) -> None:
+    """Remove work folders in `place` whose process is gone."""
+    with suppress(OSError):
+        for folder in place.iterdir():
+            if folder.name.startswith(WORK) and _abandoned(folder):
+                remove(folder)
+
+
+_clean_once = functools.lru_cache(maxsize=64)(clean)  # a folder may hold 100,000 images
+
+
+def working(place: Path, purpose: str = "") -> Any:
     """A new folder in `place` that is gone after the block. Removes those that killed processes left there.
 
     Raises:
-        OSError: `place` cannot be written.
+        OSError: `place` cannot be written, or is full; its `filename` is `place`.
     """
-    clean(place)
-    with _named(place):
-        made = Path(os.path.realpath(tempfile.mkdtemp(prefix=f"{WORK}{purpose}-", dir=place)))
-    _own.add(made)
-    lock = _locked(made)
+    return _working(place, purpose, place, clean)
+
+
+def scratch(purpose: str) -> Any:
+    """`working` in the system's folder for temporary files."""
+    return working(Path(tempfile.gettempdir()), purpose)
+
+
+@contextmanager
+def _working(place: Path, purpose: str, named: Path, tidy: Callable[[Path], None]) -> Iterator[Path]:
+    tidy(place)
     try:
-        with _named(made):
+        made = Path(os.path.realpath(tempfile.mkdtemp(prefix=f"{WORK}{purpose}-", dir=place)))
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(named)) from e
+    lock = None
+    try:
+        _own.add(made)
+        with _named(named, made):
+            lock = _locked(made)
             yield made
     finally:
         remove(made)
@@ -311,40 +406,48 @@ def working(place: Path, purpose: str = "") -> Iterator[Path]:
             os.close(lock)
 
 
-def scratch(purpose: str) -> Any:
-    """`working` in the system's folder for temporary files."""
-    return working(Path(tempfile.gettempdir()), purpose)
+def _machine() -> list[str]:
+    """This boot of this machine, then its name. Locks are seen by all processes of one boot, containers too."""
+    boot = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return [boot, platform.node()]
 
 
 def _locked(folder: Path) -> int | None:
+    """Lock a new work folder. The descriptor is not inherited by other programs (PEP 446)."""
     if fcntl is None:
         return None
-    fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.rename(folder / ".lock", folder / _LOCK)  # nobody sees it before it is held
+    fd = os.open(folder / ".lock", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(fd, "\n".join(_machine()).encode())
+        os.rename(folder / ".lock", folder / _LOCK)  # nobody sees it before it is held
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
-def clean(place: Path) -> None:
-    """Remove work folders in `place` whose process is gone."""
-    if fcntl is None:
-        return
-    with suppress(OSError):
-        for folder in place.iterdir():
-            if folder.name.startswith(WORK) and _abandoned(folder):
-                remove(folder)
-
-
 def _abandoned(folder: Path) -> bool:
+    """Whether a work folder is ours, of this machine, and its process is gone."""
+    if fcntl is None:
+        return False
     try:
         about = folder.lstat()
         if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
             return False
-        fd = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+        fd = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:  # killed in the moment before it had one
+        return time.time() - about.st_mtime > _HOUR and not set(os.listdir(folder)) - {".lock"}
     except OSError:
         return False
     try:
+        boot, name = _machine()
+        held = os.read(fd, 1000).decode("utf-8", "replace").split("\n")
+        if held != [boot, name] and (held[0] != boot or not boot) and held[-1] != name:
+            return False  # of another machine, whose locks may not be seen here
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # its process lives, or the file system has no locks
         return False
@@ -354,12 +457,57 @@ def _abandoned(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of ours, folders in it that are read only too."""
-    for path in (folder, *folder.rglob("*")):
-        if path.is_dir() and not path.is_symlink():
-            with suppress(OSError):
-                path.chmod(0o700)
+    """Remove a folder of ours, folders in it that are read only too. What cannot be removed stays."""
+    with suppress(OSError):
+        folder.chmod(0o700)
+    for name, folders, _ in os.walk(folder):
+        for inner in folders:
+            with suppress(OSError, NotImplementedError):
+                if not os.path.islink(path := os.path.join(name, inner)):
+                    os.chmod(path, 0o700)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Wait until no other process or thread that calls this holds `place`, a folder, which is made where it is missing.
+
+    A process that ends, however it ends, lets go. Where there are no locks, nobody waits.
+
+    Raises:
+        OSError: `place` cannot be written.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    fd = os.open(place / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("another process is writing into %s: waiting for it", place)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(fd)
+
+
+def check_file(path: str | Path) -> None:
+    """Whether a file can be written, looked at before the work begins.
+
+    Raises:
+        InputError: it is a folder, or its folder is not there or cannot be written.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; name a file in it.")
+    if not os.path.isdir(path.parent):
+        raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist; make it first.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written: you may not write into {path.parent}; choose another folder.")
 
 
 def check_out(out: str | Path) -> Path:
@@ -372,19 +520,46 @@ def check_out(out: str | Path) -> Path:
         InputError: it is no empty folder, is being written by another process, or its place cannot
             be written.
     """
-    real = Path(os.path.realpath(out))
-    if real.is_dir():
-        clean(real)
-        if other := next((p for p in real.iterdir() if p.name.startswith(WORK)), None):
-            raise InputError(f"{out} is being written by another process ({other.name}); wait for it, or choose another folder.")
-    if os.path.lexists(real) and (not real.is_dir() or any(real.iterdir())):
-        raise InputError(f"{out} exists and is not an empty folder; choose another or remove it.")
-    there = next(p for p in (real, *real.parents) if p.exists())
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=f"{WORK}look-", dir=there))
+        real = Path(os.path.realpath(out))
+        inside = os.path.isdir(real)
+        with suppress(FileNotFoundError):
+            os.lstat(real)  # a name that no file system takes
+        _not_being_written(real, out)
+        if os.path.lexists(real) and (not inside or any(not x.startswith(WORK) for x in os.listdir(real))):
+            raise InputError(f"{out} exists and is not an empty folder; choose another or remove it.")
+        there = next(p for p in (real, *real.parents) if os.path.lexists(p))
+        os.rmdir(tempfile.mkdtemp(prefix=_LOOK, dir=there))
+    except InputError:
+        raise
     except OSError as e:
-        raise InputError(f"{out} cannot be written ({there}: {e.strerror}); choose another folder.") from e
+        at = Path(os.path.dirname(e.filename)) if e.filename and _LOOK in str(e.filename) else e.filename
+        where = f"{at}: " if at and str(at) != str(out) else ""
+        raise InputError(f"{out} cannot be written ({where}{e.strerror}); choose another folder.") from e
+    except ValueError as e:  # a null byte
+        raise InputError(f"{str(out)!r} cannot be a folder ({e}); choose another.") from e
     return real
+
+
+def _not_being_written(real: Path, out: str | Path) -> None:
+    """Raises InputError where a work folder of `real` stands, in it or beside it, after those left behind are removed."""
+    mine = f"{WORK}{_purpose(real)}-"
+    for place in (real, real.parent):
+        if not os.path.isdir(place):
+            continue
+        clean(place)
+        for name in os.listdir(place):
+            own = name.startswith(mine) and len(name) == len(mine) + 8 and "-" not in name[-8:]
+            if own or (place == real and name.startswith(WORK) and not name.startswith(_LOOK)):
+                raise InputError(
+                    f"{out} is being written by another process; wait for it, or choose another folder. "
+                    f"If none is at work, remove {place / name}."
+                )
+
+
+def _purpose(real: Path) -> str:
+    """The folder's name, as a part of its work folder's."""
+    return real.name if len(os.fsencode(real.name)) < 100 else hashlib.sha256(os.fsencode(real.name)).hexdigest()[:32]
 
 
 @contextmanager
@@ -395,18 +570,23 @@ def writing(out: str | Path) -> Iterator[Path]:
     cannot be renamed to. model_index.json is moved last, so that a half-filled folder is no model.
 
     Raises:
-        InputError: see `check_out`.
+        InputError: see `check_out`; or another process was faster. OSError: the disk is full; its
+            `filename` is `out`.
     """
     real = check_out(out)
-    new = [p for p in real.parents if not p.exists()]
-    real.parent.mkdir(parents=True, exist_ok=True)
+    inside = os.path.isdir(real)
+    new = [p for p in real.parents if not os.path.lexists(p)]
     try:
-        with working(real if real.is_dir() else real.parent, real.name[:40]) as work:
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with _working(real if inside else real.parent, _purpose(real), Path(out), clean) as work:
             tmp = work / "model"
             tmp.mkdir()
             yield tmp
             _sync_all(tmp)
-            _move(tmp, real, out)
+            if inside:
+                _move_in(tmp, real, out)
+            else:
+                _rename(tmp, real, out)
     except BaseException:
         for parent in new:
             with suppress(OSError):
@@ -414,16 +594,25 @@ def writing(out: str | Path) -> Iterator[Path]:
         raise
 
 
-def _move(made: Path, real: Path, out: str | Path) -> None:
-    if not real.is_dir() or made.parent.parent != real:
-        try:
-            os.rename(made, real)
-        except OSError as e:
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-            raise InputError(f"{out} was written by another process meanwhile; nothing was changed.") from e
-        _sync(real.parent)
-        return
+def _taken(out: str | Path) -> InputError:
+    return InputError(f"{out} was written by another process meanwhile, and is as that one left it; use it, or choose another folder.")
+
+
+def _rename(made: Path, real: Path, out: str | Path) -> None:
+    if os.path.lexists(real):  # an empty folder would be replaced
+        raise _taken(out)
+    try:
+        os.rename(made, real)
+    except OSError as e:
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise _taken(out) from e
+        raise
+    _sync(real.parent)
+
+
+def _move_in(made: Path, real: Path, out: str | Path) -> None:
+    if any(p != made.parent for p in real.iterdir() if not p.name.startswith(_LOOK)):
+        raise _taken(out)
     for path in sorted(made.iterdir(), key=lambda p: (p.name == "model_index.json", p.name)):
         os.rename(path, real / path.name)
     _sync(real)

@@ -181,6 +181,9 @@ class Pipeline(metaclass=_Class):
         pipe = cls(artifact, backends.load(artifact, precision, backend, device, threads, arithmetic))
         pipe.report.notes += [note] if note else []
         pipe.max_pixels = pipe.max_pixels if most is None else most
+        if artifact.failed:
+            pipe.report.notes.append(f"failed its quality check: {'; '.join(artifact.failed)}")
+            warnings.warn(f"{artifact.folder} {pipe.report.notes[-1]}; it is kept to be looked at.", SdliteWarning, stacklevel=2)
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> Path:

@@ -14,21 +14,18 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sdlite.errors import InputError
-from sdlite.io import cache_root, sha256
+from sdlite.io import WORK, cache_root, sha256, working
 
 SWITCH = "SDLITE_OPENVINO_CACHE"  # GB that all entries may have together; 0 keeps nothing
 LIMIT_GB = 10.0
 SEAL = "seal.json"
 _GROWS = 2  # a blob holds float32 where the file has float16
-_STALE = 24 * 3600.0  # seconds until what a killed process left is removed
 
 
 def root() -> Path:
@@ -65,27 +62,24 @@ def kept(key: dict[str, Any], size: int) -> Iterator[Path | None]:
     if _GROWS * size > limit():
         yield None
         return
-    place = root() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    if _whole(place):
-        yield place
-        return
-    try:
-        shutil.rmtree(place, ignore_errors=True)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(place.parent).free < 2 * _GROWS * size:
-            raise OSError
-        made = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=place.parent))
-    except OSError:  # no space, or a folder that cannot be written: compiled all the same
-        yield None
-        return
-    try:
-        yield made
+    with ExitStack() as stack:
+        try:
+            place = root() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+            if _whole(place):
+                made = None
+            else:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if shutil.disk_usage(place.parent).free < 2 * _GROWS * size:
+                    raise OSError
+                made = stack.enter_context(working(place.parent, "blob")) / "blob"
+                made.mkdir()
+        except (OSError, InputError):  # no space, no home, or no right to write: compiled all the same
+            yield None
+            return
+        yield made or place
         with suppress(OSError):  # another process was faster, or the disk is full
-            _seal(made)
-            os.replace(made, place)
-            _shrink(place)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+            if made:
+                _keep(made, place)
 
 
 def _whole(place: Path) -> bool:
@@ -103,6 +97,14 @@ def _whole(place: Path) -> bool:
     return True
 
 
+def _keep(made: Path, place: Path) -> None:
+    _seal(made)
+    if not _whole(place):  # damaged, or not there
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(made, place)
+    _shrink(place)
+
+
 def _seal(made: Path) -> None:
     blobs = sorted(made.iterdir())
     if not blobs:
@@ -112,16 +114,12 @@ def _seal(made: Path) -> None:
 
 
 def _shrink(newest: Path) -> None:
-    """Remove what a killed process left, then what was not used for longest, until the rest fits."""
+    """Remove what was not used for longest, until the rest fits."""
     entries = []
     for folder in newest.parent.iterdir():
         with suppress(OSError):
-            used = folder.stat().st_mtime
-            if folder.suffix == ".tmp":
-                if time.time() - used > _STALE:
-                    shutil.rmtree(folder, ignore_errors=True)
-                continue
-            entries.append((used, folder, sum(p.stat().st_size for p in folder.iterdir())))
+            if not folder.name.startswith(WORK):
+                entries.append((folder.stat().st_mtime, folder, sum(p.stat().st_size for p in folder.iterdir())))
     room = limit() - sum(bytes_ for _, folder, bytes_ in entries if folder == newest)
     for _, folder, bytes_ in sorted(entries, reverse=True):
         if folder == newest:

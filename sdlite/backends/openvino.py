@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ import openvino as ov
 from sdlite import cpu, running
 from sdlite.artifact import Artifact
 from sdlite.backends import Network, NetworkReport, Overflowing, RowByRow, compiled, entry, mapped, words_of
-from sdlite.errors import ArtifactError, SdliteError, UnknownNameError
+from sdlite.errors import ArtifactError, InputError, SdliteError, UnknownNameError
+from sdlite.io import scratch, working
 from sdlite.spec import SPECS
 
 log = logging.getLogger("sdlite")
@@ -99,30 +99,24 @@ def _in_one_folder(files: Sequence[Path]) -> Iterator[Path]:
     if all(r == real[0].with_name(f.name) for r, f in zip(real, files, strict=True)):
         yield files[0]
         return
-    view = _linked(real, [f.name for f in files])
-    try:
-        yield view / files[0].name
-    finally:
-        shutil.rmtree(view, ignore_errors=True)
+    with ExitStack() as stack:
+        yield _linked(stack, real, [f.name for f in files]) / files[0].name
 
 
-def _linked(real: Sequence[Path], names: Sequence[str]) -> Path:
-    """A new folder with hard links to files, or with copies where the system allows no hard link."""
-    for place in (compiled.root().parent, real[-1].parent.parent):
-        view = None
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            view = Path(tempfile.mkdtemp(prefix=".links-", dir=place))
+def _linked(stack: ExitStack, real: Sequence[Path], names: Sequence[str]) -> Path:
+    """A folder, there until the stack is closed, with hard links to files, or with copies where the system allows no hard link."""
+    for place in (lambda: compiled.root().parent, lambda: real[-1].parent.parent):
+        with ExitStack() as tried, suppress(OSError, InputError):  # another disk or owner, no home, no right to write
+            place().mkdir(parents=True, exist_ok=True)
+            view: Path = tried.enter_context(working(place(), "links"))
             for r, name in zip(real, names, strict=True):
                 os.link(r, view / name)
+            stack.push(tried.pop_all())
             return view
-        except OSError:  # another disk, another owner, or a folder that cannot be written
-            if view is not None:
-                shutil.rmtree(view, ignore_errors=True)
     log.warning("no hard links to %s can be made, so OpenVINO reads a copy of %s", real[-1], names[-1])
-    view = Path(tempfile.mkdtemp(prefix="sdlite-links-"))
+    view = stack.enter_context(scratch("links"))
     for r, name in zip(real, names, strict=True):
-        shutil.copy(r, view / name)
+        shutil.copyfile(r, view / name)
     return view
 
 

@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from sdlite.errors import ExportError
+from sdlite.io import scratch
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # Software WebGPU (SwiftShader) where there is no GPU; Chromium wants to be asked for it.
@@ -62,14 +63,15 @@ class Browser:
         self.timeout = timeout
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder)))
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self._home = tempfile.mkdtemp(prefix="sdlite-browser-")
+        self._home = ExitStack()
+        profile = self._home.enter_context(scratch("browser"))
         (there, self._out), (self._in, back) = ((_above(a), _above(b)) for a, b in (os.pipe(), os.pipe()))
 
         def descriptors() -> None:  # Chromium reads commands from descriptor 3 and writes answers to 4
             os.dup2(there, 3)
             os.dup2(back, 4)
 
-        command = [binary, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={self._home}", "about:blank"]
+        command = [binary, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(command, preexec_fn=descriptors, pass_fds=(3, 4), stderr=subprocess.DEVNULL)
         os.close(there)
         os.close(back)
@@ -96,7 +98,7 @@ class Browser:
         self._server.server_close()
         os.close(self._out)
         os.close(self._in)
-        shutil.rmtree(self._home, ignore_errors=True)
+        self._home.close()
 
     def _send(self, method: str, **params: Any) -> dict[str, Any]:
         self._id += 1

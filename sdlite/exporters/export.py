@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import itertools
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sdlite import arguments, families, hub
+from sdlite import arguments, families, hub, images
 from sdlite._version import __version__
-from sdlite.artifact import PARTS, Artifact
+from sdlite.artifact import MANIFEST, PARTS, Artifact
 from sdlite.backends import RowByRow
 from sdlite.bench import peak_mib
 from sdlite.errors import ExportError, InputError, MissingExtraError, PrecisionError, SdliteError
@@ -29,13 +29,15 @@ from sdlite.exporters.parity import Recording, measure, pictures, record
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import fix, opset_of, size_of
 from sdlite.exporters.targets import NotRunnable
-from sdlite.io import scratch, sha256, writing
+from sdlite.io import copy, read_json, scratch, sha256, write_json, writing
 from sdlite.pipeline import Pipeline
+from sdlite.quant import reports
 from sdlite.quant.calibrate import let_go, on_demand
 from sdlite.quant.graph import Graph
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS
 
+GRID = "export-grid.png"  # the model's images and the export's, beside the report of a gate that does not hold
 _HANDED = {
     "onnxruntime": "the graph that was handed to the converter, on onnxruntime",
     "torch": "the network that was handed to the converter, on torch",
@@ -44,7 +46,7 @@ _HANDED = {
 
 def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: Sequence[str] | None = None, num_inference_steps: int | None = None,
            fuse_schedule: bool = False, reference: str | Path | None = None, threads: int | None = None,
-           sampler: str | None = None) -> dict[str, Any]:  # fmt: skip
+           sampler: str | None = None, keep_failed: bool = False) -> dict[str, Any]:  # fmt: skip
     """Export the three networks to a runtime, check them, and write them with tokenizer, scheduler and configs.
 
     Args:
@@ -57,13 +59,15 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         reference: embedded name, folder or hub id of the float model that `model` was quantised from: the pictures are compared with its
             too, and the gate's `reference` holds. Without it an int8 export is compared with the quantised model only.
         sampler: what those pictures are sampled with, and the export's own; default: the model's.
+        keep_failed: when the gate does not hold, keep the export too, in `out`.failed/model. It opens with a warning, and does not verify.
 
     Returns:
         The report, as written to `export-report.json`.
 
     Raises:
         UnknownNameError, InputError, PrecisionError, MissingExtraError: an argument is not accepted, or a tool is missing.
-        ExportError: the converter refuses the graph, or the gate does not hold; nothing is written.
+        ExportError: the converter refuses the graph, and nothing is written; or the gate does not hold, and the report and the
+            images go to `out`.failed.
     """
     begin = time.perf_counter()
     arguments.path("model", model, arguments.MODEL)
@@ -86,6 +90,8 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         raise InputError(
             f"{artifact.folder} has no {profile.precision} ONNX graphs; make an artefact of it first: sdlite.exporters.onnx.convert."
         )
+    if artifact.failed:
+        raise InputError(f"{artifact.folder} failed its quality check ({'; '.join(artifact.failed)}); export a model that holds it.")
     artifact = artifact.with_sampler(arguments.optional(arguments.text, "sampler", sampler))
     assert artifact.manifest is not None
     source, free_size = _source(artifact, profile), getattr(module, "FREE_SIZE", True)
@@ -140,10 +146,6 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
         weight = sum(f.stat().st_size for p in PARTS for f in made[p]) / (1 << 20)
         if profile.memory_mib and weight > profile.memory_mib:
             failures.append(f"the networks have {weight:.1f} MiB, wanted at most {profile.memory_mib}")
-        if failures:
-            raise ExportError(
-                f"the gate of {profile.name} does not hold: {'; '.join(failures)}; worst network {parity.worst()}. Nothing was written."
-            )
         not_run = running.not_run
         report = {
             "sdlite": __version__, "model": artifact.name, "profile": dataclasses.asdict(profile), "tools": _versions(module.PACKAGES),
@@ -155,8 +157,32 @@ def export(model: str | Path, out: str | Path, *, target: str | Path, prompts: S
             "calibration": calibration, "picture_seconds": clocked,
             "seconds": time.perf_counter() - begin, "peak_mib": peak_mib(), "converter_peak_mib": peak_mib(children=True) or None,
         }  # fmt: skip
-        (tmp / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if failures:
+            report["failed"] = failures
+            kept = _keep_failed(Path(out), tmp if keep_failed else None, report, recording, parity.images)
+            raise ExportError(
+                f"the gate of {profile.name} does not hold: {'; '.join(failures)}; worst network {parity.worst()}. "
+                f"No model was written; {kept}."
+            )
+        write_json(tmp / REPORT, report)
     return report
+
+
+def _keep_failed(out: Path, candidate: Path | None, report: dict[str, Any], recording: Recording, made: np.ndarray | None) -> str:
+    """Report and images of an export whose gate does not hold, and the export where it is asked for; see `reports.keep_failed`."""
+
+    def write(folder: Path) -> None:
+        if made is not None:
+            columns = ["model", report["profile"]["name"]]
+            images.save(reports.grid(recording.images, made, columns, list(zip(recording.prompts, itertools.count()))), folder / GRID)
+        write_json(folder / REPORT, report)
+
+    if candidate is not None:
+        write_json(candidate / REPORT, report)
+        if (candidate / MANIFEST).exists():
+            manifest = read_json(candidate / MANIFEST)
+            write_json(candidate / MANIFEST, {**manifest, "quality": {"failed": report["failed"]}})
+    return reports.keep_failed(out, write, candidate)
 
 
 def _hashes(folder: Path, made: Sequence[Path]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -322,10 +348,10 @@ def _handed_over(part: str, graph: Any, profile: Profile, threads: int | None) -
 def _companions(artifact: Artifact, out: Path) -> None:
     """Tokenizer, scheduler and configs, which the device's code reads."""
     for part in ("tokenizer", "scheduler"):
-        shutil.copytree(artifact.folder / part, out / part)
+        artifact.files.part(part).copy_configs(out / part)
     for part in {*PARTS, *(SPECS[p].source for p in PARTS)}:  # optimum looks for the decoder's beside its graph
         (out / part).mkdir(exist_ok=True)
-        shutil.copy(artifact.folder / (SPECS[part].source if part in SPECS else part) / "config.json", out / part / "config.json")
+        copy(artifact.files.file(f"{SPECS[part].source if part in SPECS else part}/config.json"), out / part / "config.json")
     (out / "model_index.json").write_text(json.dumps(families.own_index(artifact.index), indent=1) + "\n", encoding="utf-8")
     manifest = artifact.manifest
     assert manifest is not None

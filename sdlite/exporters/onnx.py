@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from sdlite import arguments
 from sdlite._version import __version__
 from sdlite.artifact import Artifact, Manifest, write_manifest
-from sdlite.errors import need
+from sdlite.errors import InputError, need
 from sdlite.exporters import CONVERT_NEEDS
 from sdlite.families import own_index, vae_config, vae_stride
 from sdlite.files import Files
-from sdlite.io import cache_root, read_json, writing
+from sdlite.io import alone, cache_root, copy, read_json, writing
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS, IOSpec, latent_size
 from sdlite.tokenizer import ClipTokenizer
@@ -315,7 +315,7 @@ def _copy(source: Artifact, out: Path) -> None:
         names = {f"{stem(part)}.safetensors.index.json"} if len(weights) < 2 else set[str]()
         files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".txt") and p.name not in names]
         for path in files + weights:
-            shutil.copyfile(path, out / part / path.name)  # without its mode: a folder that is read only makes one that is not
+            copy(path, out / part / path.name)
     (out / "model_index.json").write_text(json.dumps(own_index(source.index), indent=1), encoding="utf-8")
     vae = vae_config(read_json(out / "vae" / "config.json"))
     (out / "vae" / "config.json").write_text(json.dumps(vae, indent=2) + "\n", encoding="utf-8")
@@ -359,9 +359,21 @@ def convert_cached(source: Artifact) -> Artifact:
     ]
     out = cache_root() / "onnx" / f"{source.name}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}"
     if not out.exists():
-        log.warning("%s has no ONNX graphs: converting it once into %s (a few minutes for a large UNet)", source.folder, out)
-        convert(source.folder, out, name=source.name)
+        _convert_once(source, out)
     return Artifact.open(out)
+
+
+def _convert_once(source: Artifact, out: Path) -> None:
+    """Convert, or find what another process or thread has made meanwhile: one at a time, which also bounds the memory."""
+    with alone(out.parent):
+        if out.exists():
+            return
+        log.warning("%s has no ONNX graphs: converting it once into %s (a few minutes for a large UNet)", source.folder, out)
+        try:
+            convert(source.folder, out, name=source.name)
+        except InputError:
+            if not out.exists():  # on a file system without locks another one may have been faster
+                raise
 
 
 def _write_part(

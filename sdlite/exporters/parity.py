@@ -40,6 +40,7 @@ class Parity:
     psnr: list[float] | None = None
     reference: list[float] | None = None  # PSNR to the pictures of another model: the float one that a quantised model was made of
     not_run: dict[str, str] = field(default_factory=dict)
+    images: np.ndarray | None = None  # uint8 (N, H, W, 3), the export's, where all networks ran
 
     def fails(self, gate: dict[str, float]) -> list[str]:
         out = []
@@ -92,7 +93,7 @@ def measure(pipe: Pipeline, recording: Recording, networks: dict[str, Callable[.
         out.networks[p] = {"sqnr": min(sqnr(signal, noise), 200.0), "max_error": worst, "calls": len(recording.calls[p])}
     if set(networks) == set(PARTS):
         made = with_networks(pipe, dict(networks))
-        images = pictures(made, recording.prompts, recording.arguments)
+        images = out.images = pictures(made, recording.prompts, recording.arguments)
         out.psnr = [min(psnr(a, b), 100.0) for a, b in zip(recording.images, images, strict=True)]
         if reference is not None:
             out.reference = [min(psnr(a, b), 100.0) for a, b in zip(reference, images, strict=True)]

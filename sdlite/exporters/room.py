@@ -82,15 +82,19 @@ def watched(profile: Profile) -> Iterator[None]:
     try:
         yield
     except MemoryError as e:
-        raise ExportError(_ran_out("memory", profile)) from e
+        raise ExportError(_no_memory(profile)) from e
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ExportError(_ran_out("disk", profile)) from e
+        where = f" in {e.filename}" if e.filename else ""
+        raise ExportError(
+            f"the disk ran out during the export of {profile.name}{where}. Nothing was written; make room there, "
+            "or choose another folder (--out; TMPDIR for temporary files)."
+        ) from e
     except RuntimeError as e:  # onnxruntime's errors, torch's too
         if not is_memory(e):
             raise
-        raise ExportError(_ran_out("memory", profile)) from e
+        raise ExportError(_no_memory(profile)) from e
 
 
 def is_memory(error: Exception) -> bool:
@@ -98,5 +102,5 @@ def is_memory(error: Exception) -> bool:
     return any(w in str(error) for w in ("bad_alloc", "Failed to allocate memory", "not enough memory"))
 
 
-def _ran_out(what: str, profile: Profile) -> str:
-    return f"the {what} ran out during the export of {profile.name}. Nothing was written; make room and start again."
+def _no_memory(profile: Profile) -> str:
+    return f"the memory ran out during the export of {profile.name}. Nothing was written; make room and start again."

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from sdlite import arguments, hub
 from sdlite.artifact import PARTS, Artifact, Manifest, write_manifest
 from sdlite.errors import InputError, PrecisionError, QuantizationError, SdliteWarning, UnknownNameError
-from sdlite.io import scratch, writing
+from sdlite.io import check_out, remove, scratch, writing
 from sdlite.pipeline import Pipeline
 from sdlite.quant import gate as gates
 from sdlite.quant import insert, reports, rewrite
@@ -43,7 +43,8 @@ KEEP_FLOAT: dict[str, tuple[str, ...]] = {
 
 def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, calibration: Calibration | None = None,
              gate: Gate | None = None, scheme: str = "u8s7", keep_float: dict[str, Sequence[str]] | None = None,
-             threads: int | None = None, progress: bool = False, sampler: str | None = None) -> dict[str, Any]:  # fmt: skip
+             threads: int | None = None, progress: bool = False, sampler: str | None = None,
+             keep_failed: bool = False) -> dict[str, Any]:  # fmt: skip
     """Quantise a pipeline to int8, compare it with the float one, and write it as an artefact.
 
     Args:
@@ -60,6 +61,7 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
         threads: CPU threads of the sessions.
         progress: show tqdm bars.
         sampler: what calibration and gate sample with, and the new model's own; default: the model's.
+        keep_failed: when the gate does not hold, keep the model too, in `out`.failed/model. It opens with a warning, and does not verify.
 
     Returns:
         The report, as written to `quantize-report.json`.
@@ -82,6 +84,7 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
     gate.check()
     arguments.optional(arguments.text, "sampler", sampler)
     _kept(keep_float)
+    check_out(out)
     with scratch("quantize") as aside:
         pipe = _float_pipeline(model, aside, threads, sampler)
         _prompts(pipe, calibration, gate)
@@ -98,7 +101,7 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
             candidate = build_dynamic(graphs, {p: _quantisable(g, keep[p]) for p, g in graphs.items()})
         else:
             candidate = _static(work, insert.SCHEMES[scheme], keep)
-        return _until_it_holds(work, candidate, Path(out))
+        return _until_it_holds(work, candidate, Path(out), keep_failed)
 
 
 def _kept(keep_float: Any) -> None:
@@ -375,7 +378,7 @@ def _layer_sqnr(
 # --- the search, the gate and the writing ----------------------------------------------------------------------------
 
 
-def _until_it_holds(work: _Work, build: Callable[[Iterable[str]], dict[str, Any]], out: Path) -> dict[str, Any]:
+def _until_it_holds(work: _Work, build: Callable[[Iterable[str]], dict[str, Any]], out: Path, keep_failed: bool) -> dict[str, Any]:
     """Put the worst layers back to float until the gate holds on every engine."""
     order: list[str] = getattr(build, "order", [])
     sizes: dict[str, int] = getattr(build, "sizes", {})
@@ -398,7 +401,11 @@ def _until_it_holds(work: _Work, build: Callable[[Iterable[str]], dict[str, Any]
             more = [k for k in order if k not in back][: max(1, len(order) // 20)]
             if not more or sum(sizes[k] for k in [*back, *more]) > budget:
                 report = _report(work, parts, results, back, history)
-                raise QuantizationError(_failure(work, results, failures, back, reports.keep_failed(out, report, reference, made)))
+                if keep_failed:
+                    _manifest(work, parts, tmp, results, failures)
+                write = functools.partial(reports.write, report=report, reference=reference, made=made)
+                kept = reports.keep_failed(out, write, tmp if keep_failed else None)
+                raise QuantizationError(_failure(work, results, failures, back, kept))
             back += more
             log.info("the gate does not hold (%s); back to float: %s", "; ".join(failures), ", ".join(more))
         report = _report(work, parts, results, back, history)
@@ -432,19 +439,17 @@ def _report(
 def _write(work: _Work, parts: dict[str, Any], folder: Path) -> None:
     source = work.pipe.artifact
     for child in folder.iterdir():
-        shutil.rmtree(child) if child.is_dir() else child.unlink()
+        remove(child) if child.is_dir() else child.unlink()
     (folder / "model_index.json").write_text(json.dumps(source.index, indent=1) + "\n")
     for part in ("tokenizer", "scheduler", "text_encoder", "unet", "vae", "vae_decoder"):
         if (source.folder / part).is_dir():
-            shutil.copytree(
-                source.folder / part, folder / part, ignore=lambda d, names: [n for n in names if not n.endswith((".json", ".txt"))]
-            )
+            source.files.part(part).copy_configs(folder / part)
     for part, built in parts.items():
         built["files"] = built["graph"].save(folder / part / f"model.{work.precision}.onnx")
     _manifest(work, parts, folder, [])
 
 
-def _manifest(work: _Work, parts: dict[str, Any], folder: Path, results: list[Comparison]) -> None:
+def _manifest(work: _Work, parts: dict[str, Any], folder: Path, results: list[Comparison], failures: Sequence[str] = ()) -> None:
     own = work.pipe.artifact.manifest
     assert own is not None
     c = work.calibration
@@ -470,6 +475,8 @@ def _manifest(work: _Work, parts: dict[str, Any], folder: Path, results: list[Co
         }  # fmt: skip
     if results:
         manifest.quality = {"against": "fp32 onnxruntime", "engines": {r.engine: r.to_dict() for r in results}}
+    if failures:
+        manifest.quality = {**(manifest.quality or {}), "failed": list(failures)}
     write_manifest(folder, manifest)
 
 

@@ -88,7 +88,7 @@ class Comparison:
         def finite(value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: finite(v) for k, v in value.items()}
-            return None if isinstance(value, float) and np.isinf(value) else value
+            return None if isinstance(value, float) and not np.isfinite(value) else value
 
         return {k: finite(v) for k, v in asdict(self).items()}
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import errno
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,9 @@ import numpy as np
 
 from sdlite import images
 from sdlite._version import __version__
-from sdlite.io import write_json
+from sdlite.artifact import Artifact
+from sdlite.errors import SdliteError
+from sdlite.io import remove, write_json
 from sdlite.pipeline import Pipeline
 from sdlite.quant.calibrate import Calibration
 from sdlite.quant.gate import Comparison, Gate
@@ -92,20 +97,48 @@ def write(folder: Path, report: dict[str, Any], reference: np.ndarray, made: np.
     write_json(folder / REPORT, report)
 
 
-def keep_failed(out: Path, report: dict[str, Any], reference: np.ndarray, made: np.ndarray) -> str:
-    """The report and the grid of a model that was not written, beside it in `out`.failed. A later failure of the same `out` takes their
-    place.
+def keep_failed(out: Path, write: Callable[[Path], None], candidate: Path | None = None) -> str:
+    """What is known of a model that was not written, beside it in `out`.failed. A later failure of the same `out` takes its place.
+
+    Args:
+        write: writes report and images into the folder that it is given.
+        candidate: the model's folder, whose manifest or report says that it failed; it is moved to `out`.failed/model.
 
     Returns:
-        Where they are, in words, or why they could not be written.
+        Where it is, in words, or why it could not be written.
     """
-    folder = out.with_name(out.name + ".failed")
+    real = Path(os.path.realpath(out))
+    folder = real.with_name(f"{real.name}.failed")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder, report, reference, made)
+        write(folder)
     except OSError as e:
         return f"its report could not be written either ({folder}: {e.strerror or e})"
-    return f"its report and images are in {folder}"
+    said = f"its report and images are in {folder}"
+    if candidate is None:
+        return f"{said}, and keep_failed keeps the model too"
+    try:
+        _move(candidate, folder / "model")
+    except OSError as e:
+        return f"{said}; the model could not be kept ({e.filename or folder}: {e.strerror or e})"
+    return f"{said}, and the model, marked as failed, in {folder / 'model'}"
+
+
+def _move(candidate: Path, place: Path) -> None:
+    """Move a failed model to its place, which may hold one that failed before, and nothing else.
+
+    Raises:
+        OSError: it holds something else, or cannot be written.
+    """
+    if place.exists():
+        try:
+            failed = Artifact.open(place, any_kind=True).failed
+        except SdliteError:
+            failed = []
+        if not failed:
+            raise FileExistsError(errno.EEXIST, "it holds something else", str(place))
+        remove(place)
+    shutil.move(candidate, place)
 
 
 def grid(reference: np.ndarray, made: np.ndarray, columns: Sequence[str], pairs: Sequence[tuple[str, int]]) -> Image:

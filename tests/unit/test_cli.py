@@ -256,7 +256,7 @@ def test_terminated_half_way_nothing_is_left(tmp_path):
     run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(600):
-            if any(tmp_path.glob(".out.*.tmp/unet/*.onnx")):
+            if any(tmp_path.glob(".sdlite-work-out-*/model/unet/*.onnx")):
                 break
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.1)

@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
+from sdlite.artifact import Artifact
 from sdlite.backends import RowByRow
 from sdlite.cli import main
-from sdlite.errors import ArtifactError, ExportError, InputError, PrecisionError, UnknownNameError
+from sdlite.errors import ArtifactError, ExportError, InputError, PrecisionError, SdliteWarning, UnknownNameError
 from sdlite.exporters import profile
 from sdlite.exporters.export import export, table
 from sdlite.io import sha256
@@ -146,9 +147,28 @@ def test_a_broken_graph_fails_the_gate_and_nothing_is_written(tmp_path, monkeypa
         return files
 
     monkeypatch.setattr(target, "convert", wrong)
-    with pytest.raises(ExportError, match=r"gate of onnx does not hold.*worst network unet.*Nothing was written"):
+    with pytest.raises(ExportError, match=r"gate of onnx does not hold.*worst network unet.*No model was written; its report and images"):
         export(EMOJI, tmp_path / "out", target="onnx", prompts=PROMPTS[:1], num_inference_steps=2, threads=1)
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
+    failed = tmp_path / "out.failed"
+    assert sorted(p.name for p in failed.iterdir()) == ["export-grid.png", "export-report.json"]
+    assert "unet SQNR" in json.loads((failed / "export-report.json").read_text())["failed"][1]
+    _keeps_the_candidate(tmp_path, "onnx", "onnxruntime")
+
+
+def _keeps_the_candidate(place, target, backend):
+    """An export whose gate does not hold, kept when asked: it opens and says so, and passes nowhere as whole."""
+    with pytest.raises(ExportError, match=r"marked as failed, in .*/out.failed/model\.$"):
+        export(EMOJI, place / "out", target=target, prompts=PROMPTS[:1], num_inference_steps=2, threads=1, keep_failed=True)
+    kept = place / "out.failed" / "model"
+    with pytest.warns(SdliteWarning, match="failed its quality check: picture PSNR .*unet SQNR"):
+        pipe = Pipeline.from_pretrained(kept, backend=backend, threads=1)
+    assert pipe("a fox", seed=1, num_inference_steps=1, height=64, width=64).images
+    with pytest.raises(ArtifactError, match="failed its quality check"):
+        Artifact.open(kept).verify()
+    with pytest.raises(InputError, match=r"failed its quality check|is an export"):
+        export(kept, place / "again", target="onnx")
+    assert not (place / "out").exists()
 
 
 EVERY_GATE = {  # a profile of each runtime -> the package that it needs
@@ -191,9 +211,11 @@ def test_the_gate_of_every_runtime_sees_a_network_that_changed_on_its_way(target
         monkeypatch.setattr(exporting, "_torch_networks", wrong_torch)
     else:
         monkeypatch.setattr(exporting, "_graph", wrong_graph)
-    with pytest.raises(ExportError, match=rf"gate of {target} does not hold.*worst network unet.*Nothing was written"):
+    with pytest.raises(ExportError, match=rf"gate of {target} does not hold.*worst network unet.*No model was written"):
         export(EMOJI, tmp_path / "out", target=target, prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
+    if target == "openvino":
+        _keeps_the_candidate(tmp_path, target, target)
 
 
 def test_pictures_of_the_reference_and_the_memory_ceiling(tmp_path, plain):

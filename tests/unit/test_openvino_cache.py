@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
 
-from sdlite import Pipeline
+from sdlite import Pipeline, io
 from sdlite.backends import compiled, words_of
 from sdlite.backends.openvino import CompiledNetwork
 from sdlite.errors import ArtifactError, InputError
@@ -136,8 +136,8 @@ def test_the_cache_is_bounded_and_can_be_switched_off(cache, monkeypatch):
     network()
     (entry,) = (cache / "openvino").iterdir()
     size = sum(p.stat().st_size for p in entry.iterdir())
-    (stale := cache / "openvino" / ".x.tmp").mkdir()
-    os.utime(stale, (1, 1))
+    (stale := cache / "openvino" / f"{io.WORK}blob-x").mkdir()  # of a process that was killed
+    (stale / "lock").write_text("\n".join(io._machine()))
     os.utime(entry, (2, 2))
     monkeypatch.setenv(compiled.SWITCH, str(1.5 * size / 1e9))
     network(hashes=["a", "c"])

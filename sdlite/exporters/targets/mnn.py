@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from sdlite.errors import ExportError
 from sdlite.exporters.profile import Profile
+from sdlite.io import scratch
 from sdlite.spec import SPECS
 
 PACKAGES = ("MNN",)
@@ -25,9 +25,7 @@ def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
     target = (out / "model.mnn").absolute()
     files = ["-f", "ONNX", "--modelFile", str(graph.absolute()), "--MNNModel", str(target), "--bizCode", "sdlite"]
     command = [sys.executable, "-c", CONVERTER, *files]
-    with tempfile.TemporaryDirectory(
-        prefix="sdlite-mnn-"
-    ) as own:  # it keeps weights in a file of the working folder: two at once mix them up
+    with scratch("mnn") as own:  # it keeps weights in a file of the working folder: two at once mix them up
         done = subprocess.run([*command, *(["--fp16"] if profile.precision == "fp16" else [])], capture_output=True, text=True, cwd=own)
     if done.returncode or not target.exists():
         words = (done.stdout + done.stderr).strip().splitlines()[-3:]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import onnx
 from sdlite.errors import ExportError
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.targets import NotRunnable
+from sdlite.io import scratch
 from sdlite.spec import SPECS
 
 PACKAGES = ("ncnn", "pnnx")
@@ -31,8 +31,8 @@ _HALF = 0x01306B47  # ncnn's tag of float16 weights; 0 is plain float32
 def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
     import pnnx
 
-    with tempfile.TemporaryDirectory(prefix="sdlite-pnnx-") as tmp:  # pnnx writes nine files beside its input
-        model = Path(tmp) / "model.onnx"
+    with scratch("pnnx") as tmp:  # pnnx writes nine files beside its input
+        model = tmp / "model.onnx"
         onnx.save_model(onnx.load(str(graph)), str(model), save_as_external_data=False)
         command = [pnnx.EXEC_PATH, model.name, f"fp16={int(profile.precision == 'fp16')}"]
         done = subprocess.run(command, cwd=tmp, capture_output=True, text=True)

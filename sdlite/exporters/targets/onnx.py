@@ -7,7 +7,6 @@ version of ONNX than the artefact's.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from sdlite.exporters.hoist import hoist
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import input_shapes, opset_of
 from sdlite.exporters.targets import NotRunnable
+from sdlite.io import scratch
 from sdlite.quant.graph import Graph
 from sdlite.spec import SPECS
 
@@ -88,9 +88,9 @@ def _hoisted(source: Graph, graph: Path, out: Path) -> list[Path]:
     inputs = {t.name: np.zeros([int(d) for d in shapes[t.name]], t.dtype) for t in SPECS["unet"].inputs}
 
     def once(cut: Graph, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with tempfile.TemporaryDirectory() as tmp:
-            cut.save(Path(tmp) / "m.onnx")
-            return session(Path(tmp) / "m.onnx", None)[0](given)
+        with scratch("once") as tmp:
+            cut.save(tmp / "m.onnx")
+            return session(tmp / "m.onnx", None)[0](given)
 
     files = []
     for name, cut in hoist(source, inputs, once).items():

@@ -7,7 +7,6 @@ node that the HTP does not take is an error, not a slow device.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sdlite.artifact import PARTS
 from sdlite.errors import ExportError, InputError
 from sdlite.exporters import sixteen
 from sdlite.exporters.profile import Profile, assets
+from sdlite.io import scratch
 from sdlite.pipeline import Pipeline
 from sdlite.quant.api import KEEP_FLOAT
 from sdlite.quant.calibrate import read_prompts
@@ -58,8 +58,8 @@ def quantise(graphs: dict[str, Path], pipe: Pipeline, profile: Profile, shown: l
     loaded = {p: Graph.load(g) for p, g in graphs.items()}
     layers = {p: sixteen.choose(loaded[p], _original(pipe, p), _integer(options, p), _keep(options, own, p)) for p in PARTS}
     arguments = {"height": profile.height or None, "width": profile.width or None, "num_inference_steps": steps}
-    with tempfile.TemporaryDirectory(prefix="sdlite-observe-") as scratch:
-        ranges = sixteen.observe(loaded, layers, pipe, prompts, Path(scratch), threads, **arguments)
+    with scratch("observe") as aside:
+        ranges = sixteen.observe(loaded, layers, pipe, prompts, aside, threads, **arguments)
     out = {}
     for p, graph in graphs.items():
         out[p] = graph.with_name(f"{p}.a16w8.onnx")

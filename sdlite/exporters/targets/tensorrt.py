@@ -24,6 +24,7 @@ from sdlite.exporters.half import to_half
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import input_shapes
 from sdlite.exporters.targets import NotRunnable
+from sdlite.io import write
 from sdlite.quant.graph import Graph
 
 PACKAGES = ("tensorrt",)
@@ -130,9 +131,7 @@ def build(job: dict[str, Any]) -> None:
         raise ExportError(f"{job['library']} could not build {job['part']}: {' '.join(log.words[-3:])[:400]}")
     Path(job["engine"]).write_bytes(bytes(blob))
     if job["options"].get("timing_cache"):
-        cache = Path(job["options"]["timing_cache"])
-        cache.with_suffix(".part").write_bytes(bytes(config.get_timing_cache().serialize()))
-        cache.with_suffix(".part").replace(cache)
+        write(job["options"]["timing_cache"], bytes(config.get_timing_cache().serialize()))
 
 
 def supported(parser: Any, job: dict[str, Any]) -> None:

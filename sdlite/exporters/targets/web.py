@@ -9,11 +9,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from sdlite.exporters.profile import Profile, assets
 from sdlite.exporters.targets import NotRunnable
 from sdlite.exporters.targets import onnx as onnx_target
 from sdlite.families import vae_config
+from sdlite.io import cache_root, scratch, write
 from sdlite.sampling import Schedule, get_sampler
 from sdlite.sampling.schedule import STEPS_OFFSET
 from sdlite.sampling.solvers import DDIM
@@ -93,7 +92,7 @@ def schedule_of(artifact: Artifact) -> dict[str, Any]:
 
 def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[int, ...]) -> list[Path]:
     """The page, the runtime, and `sdlite-*.json`: what the JavaScript reads instead of configs."""
-    made = [Path(shutil.copy(f, out / f.name)) for f in sorted((assets() / "web").iterdir())]
+    made = [Path(shutil.copyfile(f, out / f.name)) for f in sorted((assets() / "web").iterdir())]
     (out / "ort").mkdir()
     for name, data in runtime(profile).items():
         (out / "ort" / name).write_bytes(data)
@@ -126,7 +125,7 @@ def runtime(profile: Profile) -> dict[str, bytes]:
         if missing:
             raise ExportError(f"onnxruntime_web={given} lacks {', '.join(missing)}; give the dist folder of onnxruntime-web {VERSION}.")
         return {n: (Path(given) / n).read_bytes() for n in FILES}
-    kept = Path(os.environ.get("SDLITE_CACHE", Path.home() / ".cache" / "sdlite")) / f"onnxruntime-web-{VERSION}.tgz"
+    kept = cache_root() / f"onnxruntime-web-{VERSION}.tgz"
     if not kept.exists() or hashlib.sha256(kept.read_bytes()).hexdigest() != SHA256:
         _download(kept)
     with tarfile.open(kept) as tar:
@@ -139,18 +138,16 @@ def _download(kept: Path) -> None:
         raise MissingExtraError(
             f"target web needs onnxruntime-web {VERSION}: install npm (Node.js), or set the profile's option onnxruntime_web to its dist folder."
         )
-    with tempfile.TemporaryDirectory() as tmp:
+    with scratch("npm") as tmp:
         done = subprocess.run([npm, "pack", f"onnxruntime-web@{VERSION}"], cwd=tmp, capture_output=True, text=True)
-        found = list(Path(tmp).glob("*.tgz"))
+        found = list(tmp.glob("*.tgz"))
         if done.returncode or not found:
             raise ExportError(f"npm could not fetch onnxruntime-web {VERSION}: {done.stderr.strip()[-300:]}")
         data = found[0].read_bytes()
     if (got := hashlib.sha256(data).hexdigest()) != SHA256:
         raise ExportError(f"onnxruntime-web {VERSION} has sha256 {got}, not {SHA256}; it was changed on its way. Nothing was written.")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(".part")
-    part.write_bytes(data)
-    part.replace(kept)
+    write(kept, data)
 
 
 class _Networks:
