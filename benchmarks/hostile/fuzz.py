@@ -25,12 +25,12 @@ from sdlite.errors import SdliteError
 
 from benchmarks.hostile import mutate
 from benchmarks.hostile.attempts import VERDICTS, unsafe
-from benchmarks.hostile.isolate import resident
+from benchmarks.hostile.isolate import PATIENCE, computed, resident
 from benchmarks.hostile.readers import READERS, Reader, quiet
 
-SECONDS = 10.0  # for one input, on a machine that does other work too
+SECONDS = 5.0  # of computing for one input
 MEMORY = 1 << 30  # bytes more than before
-_SHARED = struct.Struct("qd")  # the input that is read, and since when (monotonic seconds)
+_SHARED = struct.Struct("qdd")  # the input, since when, and the seconds computed until then
 
 
 def changed(reader: Reader, whole: list[bytes], seed: int, i: int) -> bytes:
@@ -81,7 +81,7 @@ class Fork:
 
     def _at(self, i: int) -> None:
         self.shared.seek(0)
-        self.shared.write(_SHARED.pack(i, time.monotonic()))
+        self.shared.write(_SHARED.pack(i, time.monotonic(), time.process_time()))
 
     def _child(self, reader: Reader, seed: int, start: int, stop: int) -> None:
         code = 1
@@ -119,7 +119,7 @@ class Fork:
                 yield tuple(json.loads(line))
         if why:
             err = (self.said / "err").read_text(errors="replace")[-300:]
-            i, since = _SHARED.unpack(self.shared[:])
+            i, since, _ = _SHARED.unpack(self.shared[:])
             yield i, time.monotonic() - since, why.split()[0], f"{why}; {err}"
         shutil.rmtree(self.said, ignore_errors=True)
 
@@ -128,9 +128,11 @@ class Fork:
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if pid:
             return f"crash {os.waitstatus_to_exitcode(status)}" if status else ""
-        since = time.monotonic() - _SHARED.unpack(self.shared[:])[1]
+        _, since, before = _SHARED.unpack(self.shared[:])
+        late = time.monotonic() - since > 2 * PATIENCE * SECONDS
+        late |= computed(self.pid) - before > SECONDS
         used = resident(self.pid) - self.base
-        if since < SECONDS and used < MEMORY:
+        if not late and used < MEMORY:
             return None
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
@@ -152,4 +154,5 @@ def fuzz(name: str, count: int, seed: int = 0) -> dict[str, Any]:
                 faults[str(i)] = f"{verdict}: {said}"[:300]
     return {"reader": name, "seed": seed, "tried": found.total(),
             **{v: found[v] for v in VERDICTS}, "faults": faults,
-            "seconds": round(time.monotonic() - begin, 1), "slowest": round(slowest, 2)}  # fmt: skip
+            "seconds": round(time.monotonic() - begin, 1),
+            "slowest": round(slowest, 2)}  # fmt: skip

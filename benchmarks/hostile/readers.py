@@ -114,6 +114,16 @@ def _scheduler(folder: Path) -> list[bytes]:
     return samples.schedulers()
 
 
+def _special(folder: Path) -> list[bytes]:
+    """A folder whose special tokens stand in their own file alone."""
+    samples.slim(folder)
+    config = json.loads((folder / TOKENIZER).read_text())
+    for key in ("added_tokens_decoder", *tokenizer_files.NAMED):
+        config.pop(key, None)
+    put(folder, TOKENIZER, json.dumps(config))
+    return [(folder / SPECIAL).read_bytes()]
+
+
 def _slow_tokenizer(folder: Path) -> list[bytes]:
     samples.slim(folder)
     (folder / TOKENIZER).unlink()
@@ -336,8 +346,9 @@ READERS = {
         Reader("text_encoder/config.json", _slim(TEXT), _vouched(TEXT), JSON),
         Reader("vocab.json", _slim(VOCAB), _tokenizer("vocab.json"), JSON),
         Reader("merges.txt", _slim(MERGES), _tokenizer("merges.txt"), TEXTS),
-        Reader("tokenizer_config.json", _slim(TOKENIZER), _tokenizer("tokenizer_config.json"), JSON),
-        Reader("special_tokens_map.json", _slim(SPECIAL), _tokenizer("special_tokens_map.json"),
+        Reader("tokenizer_config.json", _slim(TOKENIZER), _tokenizer("tokenizer_config.json"),
+               JSON),
+        Reader("special_tokens_map.json", _special, _tokenizer("special_tokens_map.json"),
                JSON),
         Reader("added_tokens.json", _slow_tokenizer, _tokenizer(tokenizer_files.ADDED), JSON),
         Reader("tokenizer.json", _fast_tokenizer, _tokenizer(tokenizer_files.FAST), JSON),

@@ -6,7 +6,7 @@ import io
 import json
 import struct
 import tarfile
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,12 @@ def slim(folder: Path) -> None:
     vouch(folder)
 
 
+@cache
 def merges() -> bytes:
     return b"\n".join((MODEL / MERGES).read_bytes().split(b"\n")[: WORDS + 1]) + b"\n"
 
 
+@cache
 def vocabulary() -> bytes:
     """All bytes, what the kept merges make, and the special tokens."""
     whole: dict[str, int] = _json("tokenizer/vocab.json")
@@ -232,6 +234,7 @@ external = true
 """
 
 
+@cache
 def images() -> list[bytes]:
     """A small picture in each format and depth that folders hold."""
     rgb = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
@@ -274,4 +277,3 @@ METADATA = (
     b'{"file_name": "a.png", "text": "a red apple"}\n{"file_name": "b.png", "caption": "a house"}\n'
 )
 CSV = b'file_name,text\na.png,"a red, red apple"\nb.png,a house\n'
-Make = Callable[[Path], list[bytes]]

@@ -1,4 +1,4 @@
-"""A backend without an engine: zeros of the right shapes, so that a pipeline's readers run quickly."""
+"""A backend without an engine, zeros of the right shapes: a pipeline's readers run quickly."""
 
 from __future__ import annotations
 

@@ -1,0 +1,35 @@
+"""Hostile files: a sample of what `python -m benchmarks.hostile` tries, and what it has found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("onnxruntime", reason="needs the cpu extra")
+pytest.importorskip("openvino", reason="needs the openvino extra")
+pytest.importorskip("diffusers", reason="needs the torch extra")
+pytest.importorskip("onnx", reason="needs the quantize extra")
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(*arguments: str) -> None:
+    """In a process of its own: it forks, which no process with sessions should."""
+    command = [sys.executable, "-m", "benchmarks.hostile", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ["0", "2"])
+def test_bad_models_are_refused_or_run_rightly(seed):
+    _run("corpus", "--seeds", seed, "--every", "25")
+
+
+@pytest.mark.slow
+def test_changed_files_are_refused_or_read():
+    _run("fuzz", "--count", "150", "--seed", "3")
