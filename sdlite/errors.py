@@ -37,6 +37,10 @@ class MissingExtraError(SdliteError, ImportError):
     """An optional package is not installed; the message names the extra."""
 
 
+class EngineError(SdliteError):
+    """An engine could not run a network, or gave what the network does not give."""
+
+
 class QuantizationError(SdliteError):
     """The quantised model is too far from the float one; nothing was written."""
 

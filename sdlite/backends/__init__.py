@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sdlite import running
+from sdlite import graphs, running
 from sdlite.artifact import PARTS, PRECISIONS, Artifact
 from sdlite.backends import auto
+from sdlite.backends.checked import Checked
+from sdlite.backends.checked import words_of as words_of
 from sdlite.errors import MissingExtraError, PrecisionError, UnknownNameError
 from sdlite.families import vae_stride
 
@@ -28,13 +29,6 @@ if TYPE_CHECKING:
 
 class Network(Protocol):
     def __call__(self, **inputs: np.ndarray) -> np.ndarray: ...
-
-
-def words_of(e: Exception) -> str:
-    """What an engine says of its own error, in one line: without the lines that only name places in its source."""
-    lines = [line.strip() for line in str(e).splitlines()]
-    said = [line for line in lines if line and not _PLACE.match(line)] or [line for line in lines if line]
-    return " ".join(said)[:300] or type(e).__name__
 
 
 ROW_BY_ROW = "the rows of a batch run one by one, so that an image of a batch is its seed's image alone, bit by bit"
@@ -171,7 +165,6 @@ class Backend(Protocol):
     def notes(self, precision: str, device: str) -> list[str]: ...
 
 
-_PLACE = re.compile(r"Exception from \S+:\d+:?$|Check '.*' failed at \S+:\d+:?$")
 _TORCH_HAS = ("fp32", "fp16", "int8-dynamic")  # their modules' PRECISIONS, without importing them
 _OPENVINO_HAS = ("fp32", "fp16", "int8-static")
 ENGINES_ONLY = ("bf16",)  # precisions of exported engines that no artefact holds as ONNX
@@ -273,10 +266,11 @@ def lacking(artifact: Artifact, precision: str) -> PrecisionError:
 
 
 def entry(artifact: Artifact, part: str, precision: str) -> tuple[dict[str, Any], int]:
-    """The listing's row of a network, its files verified, and their bytes.
+    """The listing's row of a network, its files verified and looked into, and their bytes.
 
     Raises:
-        PrecisionError: the folder does not hold the precision. ArtifactError: a file is missing, cut off or changed.
+        PrecisionError: the folder does not hold the precision. ArtifactError: a file is missing, cut off or changed, or
+            holds what an engine may not open.
     """
     listing = artifact.listing
     if listing is None or not set(PARTS) <= set(listing.variants.get(precision, {})):
@@ -284,6 +278,7 @@ def entry(artifact: Artifact, part: str, precision: str) -> tuple[dict[str, Any]
     row = listing.variants[precision][part]
     files = [row["file"], *row["weights"]]
     artifact.verify(files)
+    graphs.check_row(artifact.folder, files)
     return row, sum(int(listing.files[f]["bytes"]) for f in files)
 
 
@@ -321,10 +316,12 @@ def load(artifact: Artifact, precision: str, backend: str = "auto", device: str 
             + (f"choose one of {', '.join(able)}." if able else "leave arithmetic out, or use backend='openvino'.")
         )
     report = Report(artifact.name, name, device, precision, reason, module.engine(), notes=module.notes(precision, device, **more))
-    loaded = {}
+    loaded: dict[str, Any] = {}
+    stride = vae_stride(artifact.config("vae"))
     for part in PARTS:
         start = time.perf_counter()
-        loaded[part], row = module.load_part(artifact, part, precision, device, threads, **more)
+        network, row = module.load_part(artifact, part, precision, device, threads, **more)
+        loaded[part] = Checked(network, part, stride, report.engine)
         report.networks.append(NetworkReport(**{**asdict(row), "load_seconds": time.perf_counter() - start}))
-    multiple = artifact.listing.size_multiple if artifact.listing and name != "torch" else vae_stride(artifact.config("vae"))
+    multiple = artifact.listing.size_multiple if artifact.listing and name != "torch" else stride
     return Networks(**loaded, report=report, size_multiple=multiple, size=artifact.export.size if artifact.export else None)

@@ -21,6 +21,7 @@ import openvino as ov
 from sdlite import cpu, running
 from sdlite.artifact import Artifact
 from sdlite.backends import Network, NetworkReport, Overflowing, RowByRow, compiled, entry, mapped, words_of
+from sdlite.backends.checked import Declared, declared
 from sdlite.errors import ArtifactError, InputError, SdliteError, UnknownNameError
 from sdlite.io import scratch, working
 from sdlite.spec import SPECS
@@ -82,6 +83,17 @@ def _active(graph: ov.Model) -> int:
     """Bytes that a compiled graph of fixed shapes holds for its tensors, about: 3.1 to 3.4 times the largest answer of a convolution
     (embedded decoder, 1024 and 2048 px). Attention's maps are left out: they are fused."""
     return 4 * max((n.output(0).get_tensor().size for n in graph.get_ops() if n.get_type_name() == "Convolution"), default=0)
+
+
+def _ends(ports: Sequence[Any]) -> list[Declared]:
+    """What a graph says of its inputs or outputs; of several names of one tensor, the one that SPECS has."""
+    known = {t.name for s in SPECS.values() for t in (*s.inputs, s.output)}
+    out: list[Declared] = []
+    for port in ports:
+        names, shape = sorted(port.get_names(), key=lambda n: (n not in known, n)), port.get_partial_shape()
+        sides = None if shape.rank.is_dynamic else [None if s.is_dynamic else s.get_length() for s in shape]
+        out.append((names[0] if names else "", port.get_element_type().get_type_name(), sides))
+    return out
 
 
 @contextmanager
@@ -165,6 +177,7 @@ class CompiledNetwork:
         self._lock = threading.Lock()  # a request holds one answer, and `infer` lets other threads in
         self.mapped = self.files[0].parent  # what the weights are mapped from
         self._graph: ov.Model | None = self._read()
+        declared(path, part, _ends(self._graph.inputs), _ends(self._graph.outputs))
 
     @property
     def model(self) -> ov.CompiledModel:

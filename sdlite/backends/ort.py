@@ -15,6 +15,7 @@ import onnxruntime as ort
 from sdlite import running
 from sdlite.artifact import Artifact
 from sdlite.backends import ROW_BY_ROW, Network, NetworkReport, Overflowing, RowByRow, entry, fused, words_of
+from sdlite.backends.checked import declared
 from sdlite.errors import ArtifactError, UnknownNameError
 from sdlite.spec import SPECS
 
@@ -43,7 +44,7 @@ def notes(precision: str, device: str) -> list[str]:
 def session_options(threads: int | None, size: int = 0) -> ort.SessionOptions:
     """Of a network with files of `size` bytes."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are raised, in one line
     # One block for all of a shape's tensors: a tenth faster where tensors are small; where they are large no faster, and at 512 px a third
     # to two fifths more memory. The weights tell which it is before there is a shape.
     options.enable_mem_pattern = size < LARGE
@@ -112,7 +113,7 @@ class Session:
                 f"device={device!r}: onnxruntime lists {self.provider} but could not start it; check the CUDA and cuDNN libraries."
             )
         self.names = [o.name for o in self.session.get_outputs()]
-        self.output = self.names[0]
+        self.output = next(iter(self.names), "")
         self.run = Run(self.session)
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
@@ -158,8 +159,13 @@ def _network(artifact: Artifact, part: str, precision: str, device: str, threads
     row, size = entry(artifact, part, precision)
     path = artifact.folder / row["file"]
     if row.get("cuts"):
+        if lost := {f"{part}/{name}.onnx" for name in fused.GRAPHS} - {row["file"], *row["weights"]}:
+            raise ArtifactError(f"{path.parent} has three graphs, and its report does not list {min(lost)}; export the model again.")
         return fused.load(path.parent, threads, SPECS[part].output.name), row, size
-    return (BoundSession if device == "cuda" else Session)(str(path), device, threads, size), row, size
+    network = (BoundSession if device == "cuda" else Session)(str(path), device, threads, size)
+    ends = (network.session.get_inputs(), network.session.get_outputs())
+    declared(path, part, *([(t.name, t.type, t.shape) for t in end] for end in ends))
+    return network, row, size
 
 
 def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]:

@@ -21,7 +21,9 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from sdlite.backends.checked import words_of
 from sdlite.errors import ArtifactError
+from sdlite.graphs import check
 
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64"}
 _SMALL = 1024  # bytes: smaller constants stay inside the graph file
@@ -118,21 +120,22 @@ class Graph:
         """Read a graph; Cast, Transpose and Identity of constants are folded into the (lazy) constants.
 
         Raises:
-            ArtifactError: not ONNX, or its external data is missing or too short.
+            ArtifactError: not ONNX, or its external data is missing, too short, or no plain file in its folder.
         """
         path = Path(path)
+        check(path)
         try:
             proto = onnx.load(str(path), load_external_data=False)
-        except Exception as e:  # protobuf's errors have no common type
-            raise ArtifactError(f"{path} is not a readable ONNX file ({str(e)[:200]}); fetch or export the model again.") from e
-        weights = {i.name: _lazy(i, path.parent) for i in proto.graph.initializer}
-        kept = []
-        for node in proto.graph.node:
-            source = weights.get(node.input[0]) if node.input else None
-            if source is not None and node.op_type in ("Cast", "Transpose", "Identity"):
-                weights[node.output[0]] = _folded(node, source)
-            else:
-                kept.append(node)
+            weights = {i.name: _lazy(i, path.parent) for i in proto.graph.initializer}
+            kept = []
+            for node in proto.graph.node:
+                source = weights.get(node.input[0]) if node.input else None
+                if source is not None and node.op_type in ("Cast", "Transpose", "Identity"):
+                    weights[node.output[0]] = _folded(node, source)
+                else:
+                    kept.append(node)
+        except Exception as e:  # protobuf's errors have no common type, and onnx's helpers raise any
+            raise ArtifactError(f"{path} is not a readable ONNX file ({words_of(e)}); fetch or export the model again.") from e
         del proto.graph.node[:], proto.graph.initializer[:]
         proto.graph.node.extend(kept)
         graph = cls(proto, weights)
@@ -240,9 +243,6 @@ def _lazy(init: TensorProto, folder: Path) -> Weight:
         return constant(numpy_helper.to_array(init), origin=init.name)
     info = {e.key: e.value for e in init.external_data}
     file, offset = folder / info["location"], int(info.get("offset", 0))
-    need = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if not file.is_file() or file.stat().st_size < need:
-        raise ArtifactError(f"{file}, which holds weights of {init.name}, is missing or cut off; fetch or export the model again.")
     return Weight(shape, dtype, lambda: np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape), dtype == np.float16, init.name)
 
 

@@ -1,0 +1,121 @@
+"""What a network is given and gives, against `SPECS`: as its engine declares it, and at each call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdlite.errors import ArtifactError, EngineError, SdliteError
+from sdlite.io import printable
+from sdlite.spec import SPECS
+
+if TYPE_CHECKING:
+    from sdlite.backends import Network
+
+# What onnxruntime and OpenVINO call the types -> numpy's names.
+_TYPES = {
+    "float": "float32", "f32": "float32", "float16": "float16", "f16": "float16", "int64": "int64", "i64": "int64", "int32": "int32",
+    "i32": "int32", "double": "float64", "f64": "float64",
+}  # fmt: skip
+_PLACE = re.compile(r"Exception from \S+:\d+:?$|Check '.*' failed at \S+:\d+:?$")
+Declared = tuple[str, str, Sequence[Any] | None]  # name, type in the engine's word, shape: numbers where fixed
+
+
+def words_of(e: Exception) -> str:
+    """What an engine says of its own error, in one line: without the lines that only name places in its source."""
+    lines = [line.strip() for line in str(e).splitlines()]
+    said = [line for line in lines if line and not _PLACE.match(line)] or [line for line in lines if line]
+    words = printable(" ".join(said)) or type(e).__name__
+    return words if len(words) <= 300 else f"{words[:120]} ... {words[-175:]}"  # the cause stands last
+
+
+def declared(path: str | Path, part: str, inputs: Sequence[Declared], outputs: Sequence[Declared]) -> None:
+    """Compare what an engine says of a graph with what the network is.
+
+    Raises:
+        ArtifactError: another name, type, number of axes or fixed size.
+    """
+    spec = SPECS[part]
+    names = [t.name for t in spec.inputs]
+    if sorted(given := [name for name, _, _ in inputs]) != sorted(names):
+        _refuse(path, part, f"takes {', '.join(given) or 'nothing'}", f"takes {', '.join(names)}")
+    answer = [o for o in outputs if o[0] == spec.output.name]
+    if not answer:
+        _refuse(
+            path,
+            part,
+            f"gives {', '.join(o[0] for o in outputs) or 'nothing'}",
+            f"gives {spec.output.name}",
+        )
+    tensors = {t.name: t for t in (*spec.inputs, spec.output)}
+    sides: dict[str, int] = {"3": 3}
+    for name, kind, shape in (*inputs, *answer):
+        tensor, kind = tensors[name], kind.removeprefix("tensor(").removesuffix(")")
+        fits = _TYPES.get(kind) == tensor.dtype and (shape is None or len(shape) == len(tensor.shape))
+        for letter, side in zip(tensor.shape, shape or (), strict=False):
+            if isinstance(side, int):
+                fits &= 0 < side == sides.setdefault(letter, side)
+        if not fits:
+            _refuse(
+                path,
+                part,
+                f"has {name} as {kind} {_shown(shape)}",
+                f"has {tensor.dtype} {_shown(tensor.shape)}",
+            )
+
+
+def _shown(shape: Sequence[Any] | None) -> str:
+    return "of any shape" if shape is None else "[" + ", ".join("?" if s is None else str(s) for s in shape) + "]"
+
+
+def _refuse(path: str | Path, part: str, has: str, wants: str) -> None:
+    raise ArtifactError(f"{path} {has}; a {part} {wants}. Fetch the model again, or export it again.")
+
+
+class Checked:
+    """A network whose engine's errors are ours, and whose answers have the shape that they must have.
+
+    Everything else is the network's own.
+    """
+
+    def __init__(self, inner: Network, part: str, stride: int, engine: str):
+        """`stride`: pixels per latent. `engine`: what errors call it."""
+        self.inner, self.part, self.stride, self.engine = inner, part, stride, engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        """Raises:
+        EngineError: the engine could not run it, or gave another shape.
+        """
+        try:
+            out = self.inner(**inputs)
+        except SdliteError:
+            raise
+        except Exception as e:  # each engine has its own types
+            raise EngineError(
+                f"{self.part} with {_shapes(inputs)} cannot be run by {self.engine} ({type(e).__name__}: {words_of(e)}); "
+                "where memory is short make smaller or fewer images, or enable_vae_tiling(); else run `sdlite verify` on the model."
+            ) from e
+        if not isinstance(out, np.ndarray) or out.dtype != np.float32 or not self._fits(inputs, out.shape):
+            raise EngineError(
+                f"{self.part} with {_shapes(inputs)} gave {getattr(out, 'dtype', type(out).__name__)} {list(np.shape(out))}, not "
+                f"float32 {_shown(SPECS[self.part].output.shape)}; the file is not of this model. Fetch it again."
+            )
+        return out
+
+    def _fits(self, inputs: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> bool:
+        spec, sides = SPECS[self.part], {"3": 3}
+        for tensor in spec.inputs:
+            sides |= zip(tensor.shape, np.shape(inputs[tensor.name]), strict=False)
+        sides |= {k.upper(): sides[k] * self.stride for k in ("h", "w") if k in sides}
+        return len(shape) == len(spec.output.shape) and all(sides.get(k, n) == n for k, n in zip(spec.output.shape, shape, strict=True))
+
+
+def _shapes(inputs: Mapping[str, np.ndarray]) -> str:
+    return ", ".join(f"{k} {list(np.shape(v))}" for k, v in inputs.items())
