@@ -113,7 +113,7 @@ def _quantize(precision: str) -> Command:
 
 
 def _distill(place: Place, out: Path) -> list[str]:
-    return [*SDLITE, "distill", *place.recipe(), "--out", str(out), *(["--resume"] if (out / "recipe.sha256").exists() else [])]
+    return [*SDLITE, "distill", *place.recipe(), "--out", str(out), *(["--resume"] if (out / "run.json").exists() else [])]
 
 
 COMMANDS: dict[str, Command] = {

@@ -59,6 +59,13 @@ def number(name: str, value: Any, low: float | None = None, high: float | None =
     return float(value)
 
 
+def truth(name: str, value: Any) -> bool:
+    """True or False; 0 and "false" are neither."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise _wrong(name, value, "true or false")
+    return bool(value)
+
+
 def text(name: str, value: Any) -> str:
     """A string."""
     if not isinstance(value, str):

@@ -630,8 +630,6 @@ def _system(e: OSError) -> str:
 
 def _interrupted(args: argparse.Namespace) -> str:
     """What is there after an interrupt."""
-    if args.command == "distill" and args.out and (args.out / "recipe.sha256").exists():
-        return f"interrupted; what was trained is kept in {args.out}: go on with --resume"
     if args.wrote:
         return f"interrupted; {', '.join(map(str, args.wrote))} had been written"
     return "interrupted; nothing was written"
@@ -665,8 +663,8 @@ def _ended(args: argparse.Namespace) -> int:
         )
     except RecursionError:
         _complain("a file is nested too deep to be read; fetch or save the model again.")
-    except KeyboardInterrupt:
-        _complain(_interrupted(args))
+    except KeyboardInterrupt as e:
+        _complain(f"interrupted; {e}" if e.args else _interrupted(args))
     return 1
 
 

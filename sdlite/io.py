@@ -72,17 +72,15 @@ def _escaped(c: str) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
-    """A plain file, opened for reading. A link is followed; where it may lead is its caller's to say.
+    """A plain file of a model, opened for reading. A link is followed; where it may lead is its caller's to say.
 
     Raises:
         ArtifactError: it is missing, or a folder, pipe, socket or device, which would never end or
             never begin; it is not opened then.
     """
-    plain(path)
     with _readable(path):
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(fd, "rb") as f:
-        _refuse(path, os.fstat(fd).st_mode)
+        f = regular(path)
+    with f:
         yield f
 
 
@@ -90,8 +88,32 @@ def plain(path: Path) -> os.stat_result:
     """What the system says of a plain file. Raises: see `opened`."""
     with _readable(path):
         about = os.stat(path)
-    _refuse(path, about.st_mode)
+        _refuse(path, about.st_mode)
     return about
+
+
+class NotPlain(OSError):
+    """A folder, pipe, socket or device where a file is wanted."""
+
+
+def regular(path: Path) -> BufferedReader:
+    """Any plain file, of a model or not, opened for reading.
+
+    Raises:
+        OSError: it cannot be opened, or is no plain file; `strerror` says why.
+    """
+    try:
+        _refuse(path, os.stat(path).st_mode)
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as e:  # a name with a null byte
+        raise OSError(errno.EINVAL, str(e), str(path)) from None
+    f = os.fdopen(fd, "rb")
+    try:
+        _refuse(path, os.fstat(fd).st_mode)
+    except OSError:
+        f.close()
+        raise
+    return f
 
 
 @contextmanager
@@ -100,6 +122,8 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing; the folder is not a whole model. Fetch or save it again.") from None
+    except NotPlain as e:
+        raise ArtifactError(f"{path} {e.strerror}; do not use this model.") from None
     except (OSError, ValueError) as e:  # ValueError: a name with a null byte
         raise ArtifactError(f"{path} cannot be read ({_why(e)}); fetch or save the model again.") from e
 
@@ -107,7 +131,7 @@ def _readable(path: Path) -> Iterator[None]:
 def _refuse(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = next((name for test, name in _KINDS.items() if test(mode)), "no plain file")
-        raise ArtifactError(f"{path} is {kind}, not a file; do not use this model.")
+        raise NotPlain(errno.EINVAL, f"is {kind}, not a file", str(path))
 
 
 def _why(e: Exception) -> str:
@@ -528,17 +552,38 @@ def check_out(out: str | Path) -> Path:
         _not_being_written(real, out)
         if os.path.lexists(real) and (not inside or any(not x.startswith(WORK) for x in os.listdir(real))):
             raise InputError(f"{out} exists and is not an empty folder; choose another or remove it.")
-        there = next(p for p in (real, *real.parents) if os.path.lexists(p))
-        os.rmdir(tempfile.mkdtemp(prefix=_LOOK, dir=there))
+        _probe(real)
     except InputError:
         raise
     except OSError as e:
-        at = Path(os.path.dirname(e.filename)) if e.filename and _LOOK in str(e.filename) else e.filename
-        where = f"{at}: " if at and str(at) != str(out) else ""
-        raise InputError(f"{out} cannot be written ({where}{e.strerror}); choose another folder.") from e
+        raise _unwritable(out, e) from e
     except ValueError as e:  # a null byte
         raise InputError(f"{str(out)!r} cannot be a folder ({e}); choose another.") from e
     return real
+
+
+def check_writable(out: str | Path) -> None:
+    """Whether files can be made in `out`, a folder that is there or can be made. Nothing is left there.
+
+    Raises:
+        InputError: they cannot.
+    """
+    try:
+        _probe(Path(os.path.realpath(out)))
+    except (OSError, ValueError) as e:
+        raise _unwritable(out, e) from e
+
+
+def _probe(real: Path) -> None:
+    there = next(p for p in (real, *real.parents) if os.path.lexists(p))
+    os.rmdir(tempfile.mkdtemp(prefix=_LOOK, dir=there))
+
+
+def _unwritable(out: str | Path, e: Exception) -> InputError:
+    name = getattr(e, "filename", None)
+    at = Path(os.path.dirname(name)) if name and _LOOK in str(name) else name
+    where = f"{at}: " if at and str(at) != str(out) else ""
+    return InputError(f"{out} cannot be written ({where}{_why(e)}); choose another folder.")
 
 
 def _not_being_written(real: Path, out: str | Path) -> None:

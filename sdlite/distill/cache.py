@@ -1,13 +1,17 @@
 """Everything that a frozen network says about the data, computed once: latents by the VAE (or made by the teacher) and token ids.
 
-The cache is one safetensors file, written beside and renamed, with a key of what made it; another VAE, size or data makes it anew.
+The cache is one safetensors file with a key of what made it; another VAE, size or data makes it anew. While it is made,
+what is done lies beside it in `<name>.parts`, each part written whole and with its hash: a pass that was interrupted or
+killed goes on where it stopped, and ends with the same tensors.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sdlite.distill import tensors
 from sdlite.distill.data import Captions
+from sdlite.distill.pixels import on_white
 from sdlite.distill.train import Batch
-from sdlite.errors import InputError
+from sdlite.errors import InputError, SdliteWarning
 from sdlite.tokenizer import ClipTokenizer
+
+PART_SECONDS = 20.0  # of encoding that a killed pass loses at most
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
@@ -32,28 +38,39 @@ def to_square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def to_size(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Centre crop, Lanczos resize, RGB on white: float32 (3, height, width) in [-1, 1].
+    """Center crop, Lanczos resize, RGB on white: float32 (3, height, width) in [-1, 1].
 
     Args:
         size: height and width in pixels.
+
+    Raises:
+        InputError: pixels of a kind that is not accepted, see `sdlite.distill.pixels`.
     """
     height, width = size
-    if image.mode in ("RGBA", "LA", "P"):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    wide = min(image.width, image.height * width // height)
-    high = min(image.height, image.width * height // width)
+    image = on_white(image)
+    wide = max(1, min(image.width, image.height * width // height))
+    high = max(1, min(image.height, image.width * height // width))
     left, top = (image.width - wide) // 2, (image.height - high) // 2
     image = image.crop((left, top, left + wide, top + high)).resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
-class CachedLatents:
-    """A `LatentSource` that reads a cache. `captions` are its first 64 different ones; `skipped` lists what was left out and why."""
+def items_hash(captions: Captions) -> str:
+    """What tells one list of data from another: names, captions, and bytes of each image's file."""
+    return hashlib.sha256("\n".join(f"{i.key}\t{i.caption}\t{i.size}" for i in captions.items).encode()).hexdigest()
 
-    def __init__(self, latents: Tensor, ids: Tensor, empty_ids: Tensor, captions: list[str], skipped: dict[str, str]):
+
+Encode = Callable[[list[Any], int], Tensor]
+
+
+class CachedLatents:
+    """A `LatentSource` that reads a cache. `captions` are its first 64 different ones; `skipped` lists what was left out and why;
+    `about` says what it was made of."""
+
+    def __init__(self, latents: Tensor, ids: Tensor, empty_ids: Tensor, captions: list[str], skipped: dict[str, str],
+                 about: dict[str, Any] | None = None):  # fmt: skip
         self.latents, self.ids, self.empty_ids, self.captions, self.skipped = latents, ids, empty_ids, captions, skipped
+        self.about = about or {}
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -64,56 +81,146 @@ class CachedLatents:
         return {"ids": i, "latents": self.latents[i].float(), "input_ids": self.ids[i]}
 
     @classmethod
-    def build(cls, captions: Captions, tokenizer: ClipTokenizer, encode: Callable[[list[Any]], Tensor], path: Path, *, key: dict[str, Any],
+    def build(cls, captions: Captions, tokenizer: ClipTokenizer, encode: Encode, path: Path, *, key: dict[str, Any],
               size: tuple[int, int], batch: int = 16, progress: bool = True) -> CachedLatents:  # fmt: skip
-        """Read the cache at `path`, or make it.
+        """Read the cache at `path`, or make it, from where an earlier pass stopped.
 
         Args:
-            encode: list of float32 (3, *size) arrays, or of captions when there are only prompts -> scaled latents (B, C, h, w).
+            encode: list of float32 (3, *size) arrays, or of captions when there are only prompts, and how many samples came before
+                -> scaled latents (B, C, h, w).
             key: what determines the latents besides the data (VAE hash, teacher, steps).
 
         Raises:
-            InputError: no picture could be read.
+            InputError: no image could be read.
         """
         key = {
             **key,
             "size": size[0] if size[0] == size[1] else size,
             "tokenizer": tokenizer.digest(),
-            "items": hashlib.sha256("\n".join(f"{i.key}\t{i.caption}" for i in captions.items).encode()).hexdigest(),
+            "items": items_hash(captions),
         }
         stamp = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        parts = path.with_name(f"{path.stem}.parts")
+        kept = _kept(path, stamp)
+        if kept is None:
+            made = _Pass(captions, encode, parts, stamp, size, batch).run(progress)
+            kept = _assembled(made, captions, tokenizer, stamp, parts)
+            tensors.save(path, *kept)
+        shutil.rmtree(parts, ignore_errors=True)
+        found, about = kept
         empty = torch.from_numpy(tokenizer([""]))[0]
-        if path.exists():
-            with safe_open(path, framework="pt") as f:
-                about = f.metadata() or {}
-                if about.get("stamp") == stamp:
-                    return cls(
-                        f.get_tensor("latents"), f.get_tensor("ids"), empty, json.loads(about["captions"]), json.loads(about["skipped"])
-                    )
-        skipped, texts, latents = dict(captions.skipped), [], []
+        return cls(found["latents"], found["ids"], empty, json.loads(about["captions"]), json.loads(about["skipped"]), key)
+
+
+_Kept = tuple[dict[str, Tensor], dict[str, str]]
+
+
+def _kept(path: Path, stamp: str) -> _Kept | None:
+    """What a file holds, if it has this key and is whole."""
+    try:
+        return tensors.load(path, stamp=stamp)
+    except tensors.Damaged as e:
+        warnings.warn(f"{path} {e}; it is made anew.", SdliteWarning, stacklevel=4)
+        return None
+
+
+def _assembled(parts: list[_Kept], captions: Captions, tokenizer: ClipTokenizer, stamp: str, folder: Path) -> _Kept:
+    skipped = dict(captions.skipped)
+    for _, about in parts:
+        skipped |= json.loads(about["skipped"])
+    used = torch.cat([p["used"] for p, _ in parts]) if parts else []
+    if not len(used):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(f"no image of {len(captions.items)} could be read; first: {' '.join(next(iter(skipped.items()), ('', '')))}.")
+    texts = [captions.items[i].caption for i in used]
+    found = {"latents": torch.cat([p["latents"] for p, _ in parts if len(p["used"])]), "ids": torch.from_numpy(tokenizer(texts))}
+    shown = list(dict.fromkeys(texts))[:64]
+    return found, {"stamp": stamp, "captions": json.dumps(shown), "skipped": json.dumps(skipped)}
+
+
+class _Pass:
+    """One pass over the items. A part ends where a batch ends, so that the batches, and so the latents, are the same however
+    often the pass is stopped."""
+
+    def __init__(self, captions: Captions, encode: Encode, folder: Path, stamp: str, size: tuple[int, int], batch: int):
+        self.items, self.encode, self.folder, self.stamp = captions.items, encode, folder, stamp
+        self.size, self.batch = size, batch
+        self.parts: list[_Kept] = []
+        self._clear()
+        self.at = self.first = self._read()
+        self.before = int(self.parts[-1][1]["before"]) if self.parts else 0  # samples that were encoded
+        self.names = {*captions.skipped, *(k for _, about in self.parts for k in json.loads(about["skipped"]))}
+
+    def _clear(self) -> None:
+        self.latents: list[Tensor] = []
+        self.used: list[int] = []
+        self.skipped: dict[str, str] = {}
+
+    def _read(self) -> int:
+        """Take the parts that are whole and follow each other; remove the others. Returns the item to go on with."""
+        at, whole = 0, True
+        for path in sorted(self.folder.glob("*.safetensors")):
+            part = _kept(path, self.stamp) if whole else None
+            whole = part is not None and part[1]["first"] == str(at)
+            if part is not None and whole:
+                self.parts.append(part)
+                at = int(part[1]["next"])
+            else:
+                path.unlink()
+        return at
+
+    def _write(self) -> None:
+        if self.at == self.first:
+            return
+        latents = torch.cat(self.latents) if self.latents else torch.zeros(0, dtype=torch.float16)
+        about = {"stamp": self.stamp, "first": str(self.first), "next": str(self.at), "before": str(self.before)}
+        about["skipped"] = json.dumps(self.skipped)
+        part = {"latents": latents, "used": torch.tensor(self.used, dtype=torch.int64)}
+        tensors.save(self.folder / f"{self.first:010d}.safetensors", part, about)
+        self.parts.append((part, about))
+        self.first = self.at
+        self._clear()
+
+    def run(self, progress: bool) -> list[_Kept]:
+        """The parts of the whole pass."""
+        bar = tqdm(total=len(self.items), initial=self.at, desc="latents", unit="img", disable=not progress)
+        written = time.monotonic()
+        try:
+            with bar:
+                while self.at < len(self.items):
+                    done = self.at
+                    self._step()
+                    bar.update(self.at - done)
+                    if time.monotonic() - written >= PART_SECONDS:
+                        self._write()
+                        written = time.monotonic()
+        finally:
+            self._write()
+        return self.parts
+
+    def _step(self) -> None:
+        """Read and encode one batch."""
+        end, used = self.at, list[int]()
         waiting: list[Any] = []
-
-        def flush() -> None:
-            if waiting:
-                latents.append(encode(waiting).half())
-                waiting.clear()
-
-        for item in tqdm(captions.items, desc="latents", unit="img", disable=not progress):
+        skipped: dict[int, str] = {}
+        while end < len(self.items) and len(waiting) < self.batch:
+            item = self.items[end]
             try:
-                waiting.append(item.caption if item.open is None else to_size(item.open(), size))
-            except (OSError, ValueError, SyntaxError) as e:  # Pillow raises all three for damaged files
-                skipped[item.key] = str(e)
-                continue
-            texts.append(item.caption)
-            if len(waiting) == batch:
-                flush()
-        flush()
-        if not latents:
-            raise InputError(f"no picture of {len(captions.items)} could be read; first: {next(iter(skipped.items()), None)}.")
-        tensors = {"latents": torch.cat(latents).contiguous(), "ids": torch.from_numpy(tokenizer(texts))}
-        shown = list(dict.fromkeys(texts))[:64]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(path.name + ".tmp")
-        save_file(tensors, tmp, metadata={"stamp": stamp, "captions": json.dumps(shown), "skipped": json.dumps(skipped)})
-        os.replace(tmp, path)
-        return cls(tensors["latents"], tensors["ids"], empty, shown, skipped)
+                waiting.append(item.caption if item.open is None else to_size(item.open(), self.size))
+                used.append(end)
+            except InputError as e:
+                skipped[end] = str(e)
+            end += 1
+        if waiting:
+            latents = self.encode(waiting, self.before).half()
+            finite = latents.flatten(1).isfinite().all(1)
+            skipped |= {n: "its latents are not finite" for n, ok in zip(used, finite, strict=True) if not ok}
+            self.latents.append(latents[finite].contiguous())
+            self.used += [n for n in used if n not in skipped]
+            self.before += len(waiting)
+        self.at = end
+        for n, why in skipped.items():
+            key = self.items[n].key
+            key = key if key not in self.names else f"{key} ({n})"
+            self.names.add(key)
+            self.skipped[key] = why

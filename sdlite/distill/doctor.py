@@ -191,6 +191,14 @@ def preprocessing(latents: Tensor, used: int, skipped: int, truncated: int) -> l
     return out
 
 
+def left_out(skipped: dict[str, str], shown: int = 5) -> list[Finding]:
+    """The first samples that were left out, and why."""
+    out = [Finding("warn", "data", f"left out: {key}: {why}") for key, why in list(skipped.items())[:shown]]
+    if len(skipped) > shown:
+        out.append(Finding("warn", "data", f"left out: {len(skipped) - shown} more; a run lists all in skipped.json"))
+    return out
+
+
 def gradients(task: StudentTask, batch_size: int, seed: int = 0) -> tuple[list[Finding], dict[str, dict[str, float]]]:
     """Loss and gradient norm of each term at the start, on one batch; how hard each pulls, and the weight at which it would pull as the output."""
     batch = task.batch(batch_size, step_generator(seed, 0))
@@ -291,6 +299,7 @@ def examine(
     ends = (source.ids == taught.tokenizer.eos).int().argmax(1)
     out += settings(recipe, len(source))
     out += preprocessing(source.latents[:512], len(source), len(source.skipped), int((ends == source.ids.shape[1] - 1).sum()))
+    out += left_out(source.skipped)
     first = next((s for s in recipe.stages if s.kind == "output"), None)
     if first is not None:
         parts = {"vae": taught.vae, "tokenizer": taught.tokenizer}

@@ -43,9 +43,12 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
+import shutil
 import time
 import tomllib
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,16 +56,17 @@ from typing import Any
 import torch
 
 from sdlite import families
+from sdlite.arguments import integer, integers, lines, number, one_of, optional, text, truth
 from sdlite.artifact import Artifact
-from sdlite.distill import data, report, stages, tasks
-from sdlite.distill.cache import CachedLatents
+from sdlite.distill import checkpoints, data, report, stages, tasks
+from sdlite.distill.cache import CachedLatents, items_hash
 from sdlite.distill.parts import TextEncoderTask, TinyDecoderTask, smaller_text_encoder, tiny_vae
 from sdlite.distill.students import PRESETS, StudentSpec, build, parameters, shape
 from sdlite.distill.targets import cache_targets
 from sdlite.distill.train import TrainConfig, fit
-from sdlite.errors import InputError, need
+from sdlite.errors import ArtifactError, InputError, SdliteError, SdliteWarning, need
 from sdlite.exporters import CONVERT_NEEDS
-from sdlite.io import read_json, sha256
+from sdlite.io import check_writable, printable, read_json, regular, sha256, write_json
 from sdlite.sampling import guided, known_sampler
 from sdlite.spec import latent_size
 from sdlite.tokenizer import ClipTokenizer
@@ -84,29 +88,71 @@ MAKES = {
     "tiny-decoder": "vae",
 }  # stage kind -> part of the pipeline that it makes; the others make the UNet
 _TRAIN = {f.name for f in dataclasses.fields(TrainConfig)} - {"max_images"}
-_OPTIONS: dict[str, set[str]] = {  # what a stage of each kind may say besides `kind`, `images` and TrainConfig's fields
+_Check = Callable[[str, Any], Any]
+
+
+def _from(low: float, high: float) -> _Check:
+    return lambda name, value: number(name, value, low, high)
+
+
+def _whole(low: int, high: int) -> _Check:
+    return lambda name, value: integer(name, value, low, high)
+
+
+def _halving(name: str, value: Any) -> None:
+    if not isinstance(value, list):
+        raise InputError(f"{name}={value!r}; accepted: a list that halves each time, such as [16, 8, 4].")
+    if any(a != 2 * b for a, b in itertools.pairwise(integers(name, value, 1, 1000))):
+        raise InputError(f"progressive {name}={value} must halve each time, such as [16, 8, 4].")
+
+
+def _two(name: str, value: Any) -> None:
+    if not isinstance(value, list) or len(value) != 2:
+        raise InputError(f"{name}={value!r}; accepted: two numbers, such as [4.0, 1.0].")
+    for i, v in enumerate(value):
+        number(f"{name}[{i}]", v, 1e-3, 1e3)
+
+
+def _weights(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise InputError(f"{name}={value!r}; accepted: a table of numbers, such as {{ mid = 1.0 }}.")
+    for k, v in value.items():
+        number(f"{name}.{k}", v, 0, 1e6)
+
+
+_WEIGHT, _SHARE, _SCALE, _STEPS, _COUNT = _from(0, 1e6), _from(0, 1), _from(0, 1000), _whole(1, 1000), _whole(1, 10**12)
+_GUIDED: dict[str, _Check] = {"guidance_scale": _SCALE, "cache_targets": _COUNT}
+# What a stage of each kind may say besides `kind`, `images` and TrainConfig's fields, and what each accepts.
+_OPTIONS: dict[str, dict[str, _Check]] = {
     "output": {
-        "task_weight",
-        "output_weight",
-        "feature_weight",
-        "multi_scale_weight",
-        "channel_weight",
-        "temperature",
-        "temperature_steps",
-        "mask",
-        "article",
-        "tap_weights",
-        "caption_dropout",
-        "timestep_power",
-        "cache_targets",
+        **{f"{k}_weight": _WEIGHT for k in ("task", "output", "feature", "multi_scale", "channel")},
+        "temperature": _two,
+        "temperature_steps": _COUNT,
+        "mask": truth,
+        "article": truth,
+        "tap_weights": _weights,
+        "caption_dropout": _SHARE,
+        "timestep_power": _from(0.01, 100),
+        "cache_targets": _COUNT,
     },
-    "guidance": {"guidance_scale", "cache_targets"},
-    "progressive": {"steps", "loss_type", "guidance_scale", "cache_targets"},
-    "consistency": {"grid", "sigma_data", "timestep_scaling", "guidance_scale", "cache_targets"},
-    "adversarial": {"num_inference_steps", "weight", "ramp", "reconstruction", "guidance_scale"},
-    "text-encoder": {"layers", "output_weight", "caption_dropout"},
-    "tiny-decoder": {"width", "blocks", "latent_noise", "multi_scale_weight"},
+    "guidance": _GUIDED,
+    "progressive": {"steps": _halving, "loss_type": lambda n, v: one_of(n, v, ("v", "x0")), **_GUIDED},
+    "consistency": {"grid": _STEPS, "sigma_data": _from(1e-6, 1e6), "timestep_scaling": _from(0, 1e6), **_GUIDED},
+    "adversarial": {
+        "num_inference_steps": _STEPS,
+        "weight": _WEIGHT,
+        "ramp": _whole(0, 10**12),
+        "reconstruction": _WEIGHT,
+        "guidance_scale": _SCALE,
+    },
+    "text-encoder": {"layers": _whole(1, 1000), "output_weight": _WEIGHT, "caption_dropout": _SHARE},
+    "tiny-decoder": {"width": _whole(1, 4096), "blocks": _whole(1, 64), "latent_noise": _from(0, 100), "multi_scale_weight": _WEIGHT},
 }
+_SAMPLER: dict[str, _Check] = {"name": lambda n, v: known_sampler(text(n, v)), "num_inference_steps": _STEPS, "guidance_scale": _SCALE}
+_PREVIEW: dict[str, _Check] = {"prompts": lines, "num_inference_steps": _STEPS}
+# Fields of TrainConfig that change how a training runs, not what is learned: free to change when it goes on.
+_FREE = {"micro_batch_size", "gradient_checkpointing", "compile", "plain_attention", "log_every", "sample_every", "checkpoint_minutes",
+         "keep_checkpoints"}  # fmt: skip
 _NEEDED = {"text-encoder": "layers: how many of the teacher's text encoder stay"}
 
 
@@ -147,52 +193,42 @@ class Recipe:
             InputError: the file is missing, is not TOML, or says something that is not known; the message names it and what is.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            return cls.parse(tomllib.loads(text))
+            with regular(Path(path)) as f:
+                raw = f.read(_MOST + 1)
+            if len(raw) > _MOST:
+                raise InputError(f"recipe {path} has more than {_MOST >> 20} MiB, which no recipe needs.")
+            return cls.parse(tomllib.loads(raw.decode("utf-8-sig")))
         except FileNotFoundError:
             raise InputError(f"recipe {path} does not exist; give a TOML file (see sdlite.distill.recipe).") from None
-        except tomllib.TOMLDecodeError as e:
-            raise InputError(f"recipe {path} is not TOML: {e}.") from e
+        except OSError as e:
+            raise InputError(f"recipe {path}: {e.strerror}; give a TOML file (see sdlite.distill.recipe).") from e
+        except UnicodeDecodeError as e:
+            raise InputError(f"recipe {path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8, as TOML is.") from None
+        except (tomllib.TOMLDecodeError, RecursionError, OverflowError) as e:
+            raise InputError(f"recipe {path} is not TOML: {printable(e, 200)}.") from e
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> Recipe:
+        """Check what a TOML file says.
+
+        Raises:
+            InputError: see `load`.
+        """
         _known("recipe", raw, {"name", "student", "train", "stage", "sampler", "preview"})
-        shown = dict(raw.get("preview", {}))
-        _known("[preview]", shown, {"prompts", "num_inference_steps"})
-        if not raw.get("stage"):
+        name = _asked("recipe", "name", text, raw.get("name", "student"))
+        train, student, sampler, shown = (_table(raw, k) for k in ("train", "student", "sampler", "preview"))
+        for where, given, checks in (("[sampler]", sampler, _SAMPLER), ("[preview]", shown, _PREVIEW)):
+            _known(where, given, set(checks))
+            for k, v in given.items():
+                _asked(where, k, checks[k], v)
+        _known("[train]", train, _TRAIN)
+        _train("[train]", {"max_images": 1, **train})
+        listed = raw.get("stage")
+        if not listed or not isinstance(listed, list) or not all(isinstance(s, dict) for s in listed):
             raise InputError("the recipe has no [[stage]]; give at least one, such as kind = 'output'.")
-        common = dict(raw.get("train", {}))
-        _known("[train]", common, _TRAIN)
-        out: list[Stage] = []
-        for n, given in enumerate(raw["stage"]):
-            kind = given.get("kind")
-            if kind not in KINDS:
-                raise InputError(f"[[stage]] {n}: kind={kind!r} is not known; choose one of {', '.join(KINDS)}.")
-            _known(f"[[stage]] {n} ({kind})", given, {"kind", "images"} | _TRAIN | _OPTIONS[kind])
-            if "images" not in given:
-                raise InputError(f"[[stage]] {n} ({kind}) says no images: how many to train on.")
-            if kind in _NEEDED and (name := _NEEDED[kind].split(":")[0]) not in given:
-                raise InputError(f"[[stage]] {n} ({kind}) does not say {name}{_NEEDED[kind].removeprefix(name)}.")
-            features = {
-                "feature_weight": given.get("feature_weight", 0.1),
-                **{k: given.get(k, 0) for k in ("multi_scale_weight", "channel_weight")},
-            }
-            if kind == "output" and given.get("cache_targets") and (used := [k for k, v in features.items() if v]):
-                raise InputError(f"[[stage]] {n} (output): cache_targets keeps the teacher's output, not its features; set {', '.join(used)} = 0, or "
-                                 "leave cache_targets out.")  # fmt: skip
-            settings = {**common, **{k: v for k, v in given.items() if k in _TRAIN}}
-            settings["betas"] = tuple(settings.get("betas", TrainConfig(1).betas))
-            config = TrainConfig(max_images=int(given["images"]), **settings)
-            options = {k: v for k, v in given.items() if k in _OPTIONS[kind]}
-            if kind == "progressive":
-                steps = options.pop("steps", [4])
-                if any(a != 2 * b for a, b in itertools.pairwise(steps)):
-                    raise InputError(f"[[stage]] {n}: progressive steps={steps} must halve each time, such as [16, 8, 4].")
-                out += [Stage(f"{n}-progressive-{s}", kind, config, {**options, "num_inference_steps": s}) for s in steps]
-            else:
-                out.append(Stage(f"{n}-{kind}", kind, config, options))
+        out = [stage for n, s in enumerate(listed) for stage in _stages(n, s, train)]
         _ordered(out)
-        return cls(str(raw.get("name", "student")), _spec(dict(raw.get("student", {}))), tuple(out), dict(raw.get("sampler", {})), shown)
+        return cls(name, _spec(student), tuple(out), sampler, shown)
 
     def default_sampler(self, own: str, teachers: dict[str, Any] | None = None) -> dict[str, Any]:
         """{name, num_inference_steps, guidance_scale} for the artefact: the last UNet stage's own, unless [sampler] says otherwise.
@@ -202,7 +238,6 @@ class Recipe:
         """
         unet = [s for s in self.stages if s.makes == "unet"]
         out: dict[str, Any] = {"name": own, "num_inference_steps": 25, "guidance_scale": 4.0}
-        _known("[sampler]", self.sampler, set(out))
         if unet:
             out["guidance_scale"] = 1.0 if any(guided(s.guidance) for s in unet) else 4.0
             if unet[-1].kind == "consistency":
@@ -211,10 +246,56 @@ class Recipe:
                 out["num_inference_steps"] = steps
         else:
             out |= {k: v for k, v in (teachers or {}).items() if k in out}
-        out |= self.sampler
-        known_sampler(out["name"])
-        guided(out["guidance_scale"])  # says what is out of range
-        return out
+        return out | self.sampler
+
+
+_MOST = 1 << 20  # bytes of a recipe
+
+
+def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    given = raw.get(name, {})
+    if not isinstance(given, dict):
+        raise InputError(f"{name}={printable(repr(given), 80)}; accepted: a table, [{name}].")
+    return dict(given)
+
+
+def _asked(where: str, name: str, check: _Check, value: Any) -> Any:
+    """What `check` says of a value; an error says where it stands."""
+    try:
+        return check(name, value)
+    except SdliteError as e:
+        raise InputError(f"{where}: {e}") from None
+
+
+def _train(where: str, settings: dict[str, Any]) -> TrainConfig:
+    betas = settings.get("betas", TrainConfig(1).betas)
+    settings = {**settings, "betas": tuple(betas) if isinstance(betas, list) else betas}
+    return _asked(where, "", lambda *_: TrainConfig(**settings), None)
+
+
+def _stages(n: int, given: dict[str, Any], common: dict[str, Any]) -> list[Stage]:
+    """The trainings of the n-th [[stage]]; `common` is [train]."""
+    kind = given.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(f"[[stage]] {n}: kind={kind!r} is not known; choose one of {', '.join(KINDS)}.")
+    where, options = f"[[stage]] {n} ({kind})", {k: v for k, v in given.items() if k in _OPTIONS[kind]}
+    _known(where, given, {"kind", "images", *_TRAIN, *_OPTIONS[kind]})
+    if "images" not in given:
+        raise InputError(f"{where} says no images: how many to train on.")
+    if kind in _NEEDED and (name := _NEEDED[kind].split(":")[0]) not in given:
+        raise InputError(f"{where} does not say {name}{_NEEDED[kind].removeprefix(name)}.")
+    images = _asked(where, "images", _COUNT, given["images"])
+    for k, v in options.items():
+        _asked(where, k, _OPTIONS[kind][k], v)
+    features = {"feature_weight": 0.1, "multi_scale_weight": 0, "channel_weight": 0}
+    if kind == "output" and "cache_targets" in given and (used := [k for k, v in features.items() if given.get(k, v)]):
+        raise InputError(f"{where}: cache_targets keeps the teacher's output, not its features; set {', '.join(used)} = 0, or "
+                         "leave cache_targets out.")  # fmt: skip
+    config = _train(where, {**common, **{k: v for k, v in given.items() if k in _TRAIN}, "max_images": images})
+    if kind == "progressive":
+        steps = options.pop("steps", [4])
+        return [Stage(f"{n}-progressive-{s}", kind, config, {**options, "num_inference_steps": s}) for s in steps]
+    return [Stage(f"{n}-{kind}", kind, config, options)]
 
 
 def _steps(stage: Stage) -> int | None:
@@ -251,19 +332,25 @@ def _known(where: str, given: dict[str, Any], known: set[str]) -> None:
 
 
 def _spec(given: dict[str, Any]) -> StudentSpec:
-    preset = given.pop("preset", None)
-    fields = {f.name for f in dataclasses.fields(StudentSpec)}
-    _known("[student]", given, fields)
-    if preset is not None and preset not in PRESETS:
-        raise InputError(f"[student] preset={preset!r} is not known; choose one of {', '.join(PRESETS)}.")
-    return dataclasses.replace(PRESETS[preset] if preset else StudentSpec(), **given)
+    preset = _asked("[student]", "preset", lambda n, v: optional(one_of, n, v, tuple(PRESETS)), given.pop("preset", None))
+    _known("[student]", given, {f.name for f in dataclasses.fields(StudentSpec)})
+    return _asked("[student]", "", lambda *_: dataclasses.replace(PRESETS[preset] if preset else StudentSpec(), **given), None)
 
 
 class Teacher:
-    """A diffusers SD-1.x/2.x folder, opened for training."""
+    """A diffusers SD-1.x/2.x folder, opened for training.
+
+    Raises:
+        InputError: it is no folder. ArtifactError: it is not a whole model.
+    """
 
     def __init__(self, folder: str | Path):
-        self.artifact = Artifact.open(folder)
+        if not Path(folder).is_dir():
+            raise InputError(
+                f"teacher {folder} is no folder; give that of a diffusers Stable Diffusion pipeline: a hub model is made one by "
+                "`hf download ORG/NAME --local-dir DIR`."
+            )
+        self.artifact, self._stamps = Artifact.open(folder), dict[str, str]()
         part = self.artifact.files.part
         self.scheduler = self.artifact.config("scheduler")
         self.unet, self.text_encoder = open_network(part("unet")), open_network(part("text_encoder"))
@@ -296,27 +383,35 @@ class Teacher:
             guidance_scale=guidance_scale, seed=seed,
         )  # fmt: skip
 
-    def _stamp(self, part: str) -> str:
+    def stamp(self, part: str) -> str:
         """What tells one network's weights from another's: the hash of its file, or of all its shards."""
-        return "".join(sha256(f) for f in weight_files(self.artifact.files.part(part)))
+        if part not in self._stamps:
+            self._stamps[part] = "".join(sha256(f) for f in weight_files(self.artifact.files.part(part)))
+        return self._stamps[part]
 
     def source(self, path: str | Path, cache: Path, progress: bool) -> CachedLatents:
-        found = data.read(path)
-        key: dict[str, Any] = {"vae": self._stamp("vae"), "scale": self.vae.config.scaling_factor}
+        """`latents` of what `data.read` finds at `path`."""
+        return self.latents(data.read(path), cache, progress)
+
+    def latents(self, found: data.Captions, cache: Path, progress: bool) -> CachedLatents:
+        """Read `cache`, or make it: latents by the VAE, or painted where there are only prompts.
+
+        Raises:
+            InputError: no image can be read, or this teacher cannot encode.
+        """
+        key: dict[str, Any] = {"vae": self.stamp("vae"), "scale": self.vae.config.scaling_factor}
         if not found.prompts_only and not hasattr(self.vae, "quant_conv"):
             raise InputError(f"{self.artifact.folder} has a {type(self.vae).__name__}, whose encoder need not be trained; give a teacher with an "
-                             "AutoencoderKL to train on pictures, or prompts alone.")  # fmt: skip
+                             "AutoencoderKL to train on images, or prompts alone.")  # fmt: skip
         if found.prompts_only:
-            key |= {"made_by": self._stamp("unet"), "steps": 25, "guidance_scale": 4.0}
-            key["scheduler"] = self.scheduler
-            count = [0]
+            key |= {"made_by": self.stamp("unet"), "steps": 25, "guidance_scale": 4.0, "scheduler": self.scheduler}
 
-            def encode(prompts: list[Any]) -> torch.Tensor:
-                count[0] += len(prompts)
-                return self.make(prompts, num_inference_steps=25, guidance_scale=4.0, seed=count[0])
-        else:
-            encode = self.encode
-        few = max(1, min(16, 2**20 // (self.size[0] * self.size[1])))  # pictures at once: 16 to 256 px, 4 at 512 px
+        def encode(given: list[Any], before: int) -> torch.Tensor:
+            if not found.prompts_only:
+                return self.encode(given)
+            return self.make(given, num_inference_steps=25, guidance_scale=4.0, seed=before + len(given))
+
+        few = max(1, min(16, 2**20 // (self.size[0] * self.size[1])))  # images at once: 16 to 256 px, 4 at 512 px
         return CachedLatents.build(found, self.tokenizer, encode, cache, key=key, size=self.size, batch=few, progress=progress)
 
 
@@ -365,18 +460,36 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
     Raises:
         InputError, TrainingError, ArtifactError: see `Recipe`, `fit`, `Artifact`. MissingExtraError: see `packages`.
     """
-    begin, out = time.monotonic(), Path(out)
+    out = Path(out)
+    new = not out.exists()
+    try:
+        return _run(recipe, teacher, Path(data), out, resume, max_minutes, preview_prompts, export, progress)
+    except KeyboardInterrupt:
+        if not out.exists():
+            raise
+        raise KeyboardInterrupt(f"what was made is kept in {out}: go on with --resume (resume=True)") from None
+    finally:
+        with suppress(OSError):
+            if new:
+                out.rmdir()  # empty: the start failed before it made anything
+
+
+def _run(recipe: Recipe, teacher: str | Path, where: Path, out: Path, resume: bool, max_minutes: float | None,
+         preview_prompts: list[str] | None, export: bool, progress: bool) -> dict[str, Any]:  # fmt: skip
+    begin = time.monotonic()
     packages(export)
-    stamp = hashlib.sha256(repr((recipe.student, recipe.stages)).encode()).hexdigest()
-    taught = Teacher(teacher)  # before anything is written: what is wrong with it must not leave a run behind
     state = _processes()
     if state.is_main_process:
-        _same_recipe(out, stamp, resume)
+        _look(out, resume)
+    taught = Teacher(teacher)
+    found = data.read(where)
+    now = _fingerprint(recipe, taught, found)
+    if state.is_main_process:
+        _same_run(out, now, recipe) if _begun(out) else _room(out, recipe, taught, found)
     with state.main_process_first():
-        source = taught.source(data, out / "latents.safetensors", progress and state.is_main_process)
+        source = taught.latents(found, out / "latents.safetensors", progress and state.is_main_process)
     if source.skipped and state.is_main_process:
-        (out / "skipped.json").write_text(json.dumps(source.skipped, indent=1))
-        print(f"{len(source.skipped)} samples left out, listed in {out / 'skipped.json'}; {len(source)} are used")
+        _say_left_out(out, source)
     parts = {"vae": taught.vae, "tokenizer": taught.tokenizer, "tokenizer_folder": taught.artifact.files.part("tokenizer")}
     prompts = preview_prompts or recipe.preview.get("prompts") or source.captions
     torch.manual_seed(recipe.stages[0].config.seed)  # of new weights: the same on every process and in every run
@@ -385,11 +498,14 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
         gradients = tasks.teacher_gradients(taught.unet, taught.text_encoder, source, taught.scheduler)
     made: dict[str, Any] = {"unet": build(taught.unet, recipe.student, gradients), "text_encoder": taught.text_encoder, "vae": taught.vae}
     last, sampler = None, recipe.default_sampler("ddim", taught.artifact.sampler)
-    about, folders = report.about_run(recipe, taught, made["unet"], source, Path(data)), [out / s.name for s in recipe.stages]
+    about, folders = report.about_run(recipe, taught, made["unet"], source, where), [out / s.name for s in recipe.stages]
+    if state.is_main_process:
+        write_json(out / _RUN, now)
     results: dict[str, Any] = {}
     for stage in recipe.stages:
         folder = out / stage.name
-        if not _done(folder):
+        done = _done(folder)
+        if done is None:
             left = None if max_minutes is None else max(0.0, max_minutes - (time.monotonic() - begin) / 60)
             torch.manual_seed(stage.config.seed)
             if stage.makes == "unet":
@@ -400,25 +516,25 @@ def run(recipe: Recipe, *, teacher: str | Path, data: str | Path, out: str | Pat
                 task = _part_task(recipe, stage, made, taught, source, parts, {"prompts": prompts[:16], **_painted(sampler)}, last)
             if draws := stage.options.get("cache_targets"):
                 _teach_once(task, draws, folder / "targets.safetensors", progress)
-            results[stage.name] = fit(task, stage.config, folder, resume=bool(list(folder.glob("checkpoint-*"))), max_minutes=left)
+            results[stage.name] = fit(task, stage.config, folder, resume=True, max_minutes=left)
             if not results[stage.name]["finished"]:
                 if state.is_main_process:
-                    report.write(out, recipe.name, about, folders, finished=False)
+                    report.write(out, recipe.name, about, folders, finished=False, left_out=source.skipped)
                 return {"finished": False, "stages": results, "artefact": None, "seconds": time.monotonic() - begin}
             if state.is_main_process:
-                (folder / "done.json").write_text(json.dumps(results[stage.name]))
+                write_json(folder / "done.json", results[stage.name])
             state.wait_for_everyone()  # the next stage reads what the main process wrote
         else:
-            results[stage.name] = json.loads((folder / "done.json").read_text())
+            results[stage.name] = done
         made[stage.makes], last = open_network(folder / "model" / stage.makes), folder
     assert last is not None
     artefact = out / "artefact" if export else None
     if state.is_main_process:
         if artefact is not None:
-            _convert(recipe, taught, Path(data), len(source), last, artefact, sampler, prompts)
+            _convert(recipe, taught, where, len(source), last, artefact, sampler, prompts)
         else:
             try_out(last / "model")
-        print(f"wrote {report.write(out, recipe.name, about, folders, finished=True)}")
+        print(f"wrote {report.write(out, recipe.name, about, folders, finished=True, left_out=source.skipped)}")
     state.wait_for_everyone()
     return {"finished": True, "stages": results, "artefact": artefact, "seconds": time.monotonic() - begin}
 
@@ -444,21 +560,121 @@ def _processes() -> Any:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def _same_recipe(out: Path, stamp: str, resume: bool) -> None:
-    path = out / "recipe.sha256"
-    if path.exists():
-        if not resume:
-            raise InputError(f"{out} already holds a run; pass resume to go on with it, or choose another folder.")
-        if path.read_text() != stamp:
-            raise InputError(f"{out} was begun with another recipe; use that one, or choose another folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(stamp)
-    os.replace(tmp, path)
+_RUN, _OLD = "run.json", "recipe.sha256"
 
 
-def _done(folder: Path) -> bool:
-    return (folder / "done.json").exists() and (folder / "model" / "unet").is_dir()
+def _begun(out: Path) -> bool:
+    """Whether anything was trained there. What a failed start leaves (latents) is no run."""
+    inside = [p for p in out.iterdir() if p.is_dir()] if out.is_dir() else []
+    return any((p / "done.json").exists() or checkpoints.folders(p) for p in inside)
+
+
+def _look(out: Path, resume: bool) -> None:
+    """Whether a run can be made there, before any work. Leaves nothing."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose a folder for the run.")
+    if not resume and _begun(out):
+        raise InputError(f"{out} already holds a run; pass resume to go on with it, or choose another folder.")
+    check_writable(out)
+
+
+def _fingerprint(recipe: Recipe, taught: Teacher, found: data.Captions) -> dict[str, Any]:
+    """What a run is made of, as JSON: it goes on with the same only."""
+    said = {f"student.{k}": v for k, v in dataclasses.asdict(recipe.student).items()}
+    for s in recipe.stages:
+        config = {k: v for k, v in dataclasses.asdict(s.config).items() if k not in _FREE}
+        said |= {f"{s.name}.{k}": v for k, v in {"kind": s.kind, **config, **s.options}.items()}
+    teacher = {part: taught.stamp(part) for part in ("unet", "text_encoder", "vae")}
+    out = {
+        "recipe": said,
+        "teacher": {**teacher, "scheduler": taught.scheduler, "tokenizer": taught.tokenizer.digest()},
+        "data": {"samples": len(found.items), "items": items_hash(found)},
+        "size": list(taught.size),
+    }
+    return dict(json.loads(json.dumps(out)))
+
+
+def _same_run(out: Path, now: dict[str, Any], recipe: Recipe) -> None:
+    """Refuse to go on with another recipe, teacher, data or size than the run was begun with.
+
+    Raises:
+        InputError: the message says what differs.
+    """
+    old = out / _OLD
+    if (
+        old.exists()
+        and hashlib.sha256(repr((recipe.student, recipe.stages)).encode()).hexdigest() != old.read_text(errors="replace").strip()
+    ):
+        raise InputError(f"{out} was begun with another recipe; use that one, or choose another folder.")
+    try:
+        before = read_json(out / _RUN)
+    except ArtifactError:
+        why = "was begun by an earlier version" if old.exists() else f"has no readable {_RUN}"
+        warnings.warn(f"{out} {why}: whether teacher and data are those it was begun with is not known.", SdliteWarning, stacklevel=4)
+        return
+    for what, say in (("recipe", _recipes), ("teacher", _teachers), ("size", _sizes), ("data", _data)):
+        if before.get(what) != now[what]:
+            raise InputError(
+                f"{out} was begun with another {what} ({say(before.get(what), now[what])}); use that one, or choose another folder."
+            )
+
+
+def _recipes(before: Any, now: dict[str, Any]) -> str:
+    before = before if isinstance(before, dict) else {}
+    differ = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    said = [f"{k} was {json.dumps(before.get(k))}, now {json.dumps(now.get(k))}" for k in differ[:3]]
+    return "; ".join(said) + (f"; and {len(differ) - 3} more" if len(differ) > 3 else "")
+
+
+def _teachers(before: Any, now: dict[str, Any]) -> str:
+    before = before if isinstance(before, dict) else {}
+    return "other " + ", ".join(k for k in now if before.get(k) != now[k])
+
+
+def _sizes(before: Any, now: list[int]) -> str:
+    return f"was {before}, now {now} pixels"
+
+
+def _data(before: Any, now: dict[str, Any]) -> str:
+    count = before.get("samples") if isinstance(before, dict) else None
+    return (
+        f"{count} samples then, {now['samples']} now" if count != now["samples"] else "as many samples, with other names, captions or bytes"
+    )
+
+
+def _room(out: Path, recipe: Recipe, taught: Teacher, found: data.Captions) -> None:
+    """Whether the disk holds the least that the run leaves: its latents, and a checkpoint of each stage."""
+    height, width = latent_size(taught.unet.config)
+    latents = len(found.items) * 2 * int(taught.unet.config.in_channels) * height * width
+    unet = sum(s.makes == "unet" for s in recipe.stages)
+    needed = latents + unet * 16 * parameters(shape(taught.unet, recipe.student))  # weights, their mean and AdamW's two moments
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if (free := shutil.disk_usage(there).free) < needed:
+        raise InputError(
+            f"too little disk for this run: at least {needed / 2**20:,.0f} MiB are needed in {out}, {free / 2**20:,.0f} MiB are free. "
+            "Make room, or choose another folder."
+        )
+
+
+def _say_left_out(out: Path, source: CachedLatents) -> None:
+    write_json(out / "skipped.json", source.skipped)
+    count, first = len(source.skipped), next(iter(source.skipped.items()))
+    print(f"{count} samples left out, listed in {out / 'skipped.json'} (first: {first[0]} {first[1]}); {len(source)} are used")
+    if count > data.MANY * (count + len(source)):
+        warnings.warn(
+            f"{count} of {count + len(source)} samples were left out, more than {data.MANY:.0%}; look at {out / 'skipped.json'}.",
+            SdliteWarning,
+            stacklevel=4,
+        )
+
+
+def _done(folder: Path) -> dict[str, Any] | None:
+    """What a finished stage said; None where it is not finished."""
+    try:
+        said = read_json(folder / "done.json")
+    except ArtifactError:
+        return None
+    return said if (folder / "model" / "unet").is_dir() else None
 
 
 def _teach_once(task: Any, draws: int, path: Path, progress: bool) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdlite.errors import MissingExtraError
+from sdlite.io import replacing
+from sdlite.io import write as write_text
 
 REPORT, CURVES = "report.md", "curves.png"
+SHOWN = 20  # of the samples that were left out
 
 
 def statistics(folder: Path) -> list[dict[str, float]]:
@@ -19,10 +21,11 @@ def statistics(folder: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     rows: dict[int, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # a line that was being written when the process was killed
+            row["step"], row["loss"]
+        except (ValueError, TypeError, KeyError):  # a line that was being written when the process was killed
             continue
         rows = {k: v for k, v in rows.items() if k < row["step"]} | {row["step"]: row}
     return list(rows.values())
@@ -50,18 +53,18 @@ def curves(stages: Sequence[Path], path: Path) -> list[Path]:
         axes.set_xlabel("images", fontsize=9)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, frameon=False)
-    tmp = path.with_name(path.name + ".tmp")
-    figure.savefig(tmp, format="png", dpi=120)
-    os.replace(tmp, path)
+    with replacing(path) as tmp:
+        figure.savefig(tmp, format="png", dpi=120)
     return [s for s, _ in drawn]
 
 
-def write(out: Path, title: str, about: dict[str, str], stages: Sequence[Path], finished: bool) -> Path:
+def write(out: Path, title: str, about: dict[str, str], stages: Sequence[Path], finished: bool, left_out: dict[str, str]) -> Path:
     """Write `out/report.md` and `out/curves.png`.
 
     Args:
         about: what to say first, name -> value.
         stages: folders of `fit`, in order; those without statistics are named as not begun.
+        left_out: samples that were not used, name -> why; the first ones are listed.
     """
     drawn = curves(stages, out / CURVES)
     lines = [f"# {title}", "", "Finished." if finished else "Stopped before its end; go on with `--resume`.", ""]
@@ -87,10 +90,12 @@ def write(out: Path, title: str, about: dict[str, str], stages: Sequence[Path], 
             lines += [f"## {stage.name}", "", f"![pictures at the end of {stage.name}]({pictures[-1].relative_to(out).as_posix()})", ""]
             earlier = ", ".join(f"[{p.stem.removeprefix('sample-')}]({p.relative_to(out).as_posix()})" for p in pictures[:-1])
             lines += [f"Earlier, by step: {earlier}", ""] if earlier else []
+    if left_out:
+        lines += ["## Left out", "", f"{len(left_out):,} samples, all in skipped.json:", ""]
+        lines += [f"- `{key}`: {why}" for key, why in list(left_out.items())[:SHOWN]]
+        lines += ["- ...", ""] if len(left_out) > SHOWN else [""]
     path = out / REPORT
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text("\n".join(lines), encoding="utf-8")
-    os.replace(tmp, path)
+    write_text(path, "\n".join(lines))
     return path
 
 

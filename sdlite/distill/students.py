@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdlite.arguments import number, truth
 from sdlite.errors import InputError
 
 
@@ -36,6 +37,9 @@ class StudentSpec:
     score: str = "l1"
 
     def __post_init__(self) -> None:
+        for name in ("one_layer", "drop_mid", "drop_inner"):
+            truth(name, getattr(self, name))
+        number("width", self.width, 0.01, 1)
         if self.score not in ("l1", "taylor"):
             raise InputError(f"score={self.score!r}; choose l1 or taylor.")
         if self.weights not in ("teacher", "random"):

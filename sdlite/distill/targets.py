@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sdlite.distill import tensors
 from sdlite.distill.train import Batch, step_generator
-from sdlite.errors import InputError
+from sdlite.errors import InputError, SdliteWarning
 
 TARGET = "wanted"
 _POOL_SEED = 2**31  # its draws are not those of any training step
@@ -89,29 +88,20 @@ def _answers(task: Any, drawn: dict[str, Tensor], batch: int, progress: bool) ->
 def _stamp(task: Any, drawn: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps([type(task).__name__, task.settings()], sort_keys=True, default=str).encode())
     for network in (task.teacher, task.encode.text_encoder):
-        _update(digest, network.state_dict())
-    _update(digest, drawn)
+        tensors.update(digest, network.state_dict())
+    tensors.update(digest, drawn)
     return digest.hexdigest()
 
 
-def _update(digest: Any, tensors: dict[str, Tensor]) -> None:
-    for name, t in sorted(tensors.items()):
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
 def _read(path: Path, stamp: str) -> Pool | None:
-    if not path.exists():
+    try:
+        found = tensors.load(path, stamp=stamp)
+    except tensors.Damaged as e:
+        warnings.warn(f"{path} {e}; it is made anew.", SdliteWarning, stacklevel=3)
         return None
-    with safe_open(path, framework="pt") as f:
-        if (f.metadata() or {}).get("stamp") != stamp:
-            return None
-        return Pool({k: f.get_tensor(k) for k in list(f.keys())})
+    return None if found is None else Pool(found[0])
 
 
-def _write(path: Path, stamp: str, tensors: dict[str, Tensor]) -> Pool:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    save_file(tensors, tmp, metadata={"stamp": stamp})
-    os.replace(tmp, path)
-    return Pool(tensors)
+def _write(path: Path, stamp: str, made: dict[str, Tensor]) -> Pool:
+    tensors.save(path, made, {"stamp": stamp})
+    return Pool(made)

@@ -11,24 +11,23 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdlite.distill import shard
-from sdlite.errors import TrainingError
+from sdlite.arguments import integer, number, one_of, optional, truth
+from sdlite.distill import checkpoints, shard
+from sdlite.errors import InputError, TrainingError
 
 Batch = dict[str, Any]
 
@@ -53,9 +52,45 @@ class Task(Protocol):
         """Write a picture that shows how far training is."""
 
 
+def _betas(name: str, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise InputError(f"{name}={value!r}; accepted: two numbers, 0 to {_BELOW_ONE}, such as [0.9, 0.99].")
+    for i, v in enumerate(value):
+        number(f"{name}[{i}]", v, 0, _BELOW_ONE)
+
+
+_COUNT, _BELOW_ONE = 10**12, 0.999999
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "max_images": lambda n, v: integer(n, v, 1, _COUNT),
+    "batch_size": lambda n, v: integer(n, v, 1, 1_000_000),
+    "micro_batch_size": lambda n, v: optional(integer, n, v, 1, 1_000_000),
+    "lr": lambda n, v: number(n, v, 1e-12, 100),
+    "final_lr": lambda n, v: number(n, v, 0, 100),
+    "warmup_images": lambda n, v: integer(n, v, 0, _COUNT),
+    "decay_from": lambda n, v: number(n, v, 0, 1),
+    "betas": _betas,
+    "weight_decay": lambda n, v: number(n, v, 0, 100),
+    "grad_clip": lambda n, v: number(n, v, 1e-12, 1e12),
+    "ema_decay": lambda n, v: number(n, v, 0, _BELOW_ONE),
+    "mixed_precision": lambda n, v: one_of(n, v, ("no", "bf16", "fp16")),
+    "gradient_checkpointing": truth,
+    "compile": truth,
+    "plain_attention": truth,
+    "seed": lambda n, v: integer(n, v, 0, 2**63 - 1),
+    "log_every": lambda n, v: integer(n, v, 1, _COUNT),
+    "sample_every": lambda n, v: integer(n, v, 0, _COUNT),
+    "checkpoint_minutes": lambda n, v: number(n, v, 0, 1e12),
+    "keep_checkpoints": lambda n, v: integer(n, v, 1, 1_000_000),
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how fast. Lengths are counted in images, so that they do not depend on the batch size."""
+    """How long and how fast. Lengths are counted in images, so that they do not depend on the batch size.
+
+    Raises:
+        InputError: a value is not accepted; the message names it and what is.
+    """
 
     max_images: int
     batch_size: int = 64  # over all processes
@@ -77,6 +112,10 @@ class TrainConfig:
     sample_every: int = 2_000  # steps; 0 = never
     checkpoint_minutes: float = 5.0
     keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _CHECKS[f.name](f.name, getattr(self, f.name))
 
     def lr_at(self, images: int) -> float:
         if images < self.warmup_images:
@@ -135,8 +174,22 @@ class _State:
                 self._plain[k].to(next(iter(tensors.values())).device)
         return self._plain
 
-    @torch.no_grad()
     def restore(self, path: Path) -> None:
+        """Take a checkpoint's tensors.
+
+        Raises:
+            TrainingError: they are another network's.
+        """
+        try:
+            self._restore(path)
+        except (RuntimeError, KeyError, ValueError) as e:
+            first = str(e).strip().splitlines()
+            raise TrainingError(
+                f"{path.parent} is of another network ({' '.join(first[:2])[:300]}); go on with the recipe and teacher that made it."
+            ) from e
+
+    @torch.no_grad()
+    def _restore(self, path: Path) -> None:
         with safe_open(path, framework="pt") as f:
             names = list(f.keys())
             for prefix, group in (("model", self.modules), ("ema", self.ema)):
@@ -155,7 +208,7 @@ class _State:
 
 
 class _StopSignal:
-    """While the block lasts, SIGINT and SIGTERM ask the loop to stop after the current step (a second one ends at once)."""
+    """While the block lasts, SIGINT, SIGTERM and SIGHUP ask the loop to stop after the current step (a second one ends at once)."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -168,7 +221,9 @@ class _StopSignal:
     def __enter__(self) -> _StopSignal:
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
-            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+            asked = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+            ignored = [s for s in asked if signal.getsignal(s) == signal.SIG_IGN]  # nohup
+            self._before = {s: signal.signal(s, self._ask) for s in asked if s not in ignored}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -177,22 +232,48 @@ class _StopSignal:
                 signal.signal(s, handler)
 
 
-def _checkpoints(out: Path) -> list[Path]:
-    return sorted(p for p in out.glob("checkpoint-*") if p.is_dir() and not p.name.endswith(".tmp"))
+def _resumed(out: Path, main: bool) -> checkpoints.Checkpoint | None:
+    """The newest whole checkpoint, as the main process finds it: all take the same."""
+    from accelerate.utils import broadcast_object_list
+
+    said: list[Any] = [None]
+    if main:
+        try:
+            said = [checkpoints.newest(out)]
+        except TrainingError as e:
+            said = [e]
+    broadcast_object_list(said)
+    if isinstance(said[0], TrainingError):
+        raise said[0]
+    return said[0]
 
 
-def _write_checkpoint(out: Path, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> None:
-    final = out / f"checkpoint-{meta['step']:08d}"
-    if final.exists():
-        return
-    tmp = final.with_name(final.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    save_file(tensors, tmp / "state.safetensors")
-    (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
-    os.replace(tmp, final)
-    for old in _checkpoints(out)[:-keep]:
-        shutil.rmtree(old)
+@contextmanager
+def _memory(out: Path, at: Callable[[], int]) -> Iterator[None]:
+    """Memory that runs out is one line that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        text = str(e).lower()
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in text and "out of memory" not in text:
+            raise
+        raise TrainingError(
+            f"memory ran out at step {at()}; {_kept(out)} Set micro_batch_size below its value, or gradient_checkpointing = true: both "
+            "are free to change when a run goes on."
+        ) from e
+
+
+def _diverged(what: str, step: int, terms: dict[str, float], batch: Batch, out: Path) -> str:
+    return (
+        f"{what} at step {step} (terms {terms}; samples {batch.get('ids')}); look at these samples, or begin another run with a lower lr: "
+        f"this one would come to the same. {_kept(out)}"
+    )
+
+
+def _kept(out: Path) -> str:
+    """What a training that stops on an error leaves."""
+    left = checkpoints.folders(out)
+    return f"{left[-1].name} in {out} is kept, go on with --resume (resume=True)." if left else f"there is no checkpoint in {out} yet."
 
 
 def use_plain_attention(networks: Iterable[nn.Module]) -> None:
@@ -238,22 +319,21 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
 
     Args:
         out: folder for checkpoints, `stats.jsonl`, sample pictures and, at the end, what `task.save` writes in `model/`.
-        resume: go on from the newest checkpoint in `out`. Without it a folder that has one is refused.
+        resume: go on from the newest whole checkpoint in `out`. Without it a folder that has one is refused.
         max_minutes: stop after this wall time; 0 stops at once, None never.
 
     Returns:
         {"images", "step", "seconds", "finished", "loss"}.
 
     Raises:
-        TrainingError: the loss is not finite (names step and sample ids); checkpoints exist and `resume` is False;
-            the checkpoint was made with another batch size or seed; the precision or the sharding does not go with device or task.
+        TrainingError: loss or gradient are not finite (names step and sample ids); memory ran out; checkpoints exist and `resume`
+            is False, or none of them is whole; the checkpoint is of another network, batch size or seed; the precision or the
+            sharding does not go with device or task. What was kept, and how to go on, is said.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     out = Path(out)
-    if config.mixed_precision not in ("no", "bf16", "fp16"):
-        raise TrainingError(f"mixed_precision={config.mixed_precision!r}; choose no, bf16 or fp16.")
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise TrainingError("mixed_precision='fp16' needs CUDA, and there is none; use 'bf16' or 'no'.")
     AcceleratorState._reset_state()  # another stage of this process may have had another precision
@@ -267,24 +347,23 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
     sharded = shard.asked(world)
     if sharded and not getattr(task, "shardable", True):
         raise TrainingError(f"a {type(task).__name__} cannot be sharded; start it without --use_fsdp.")
-    done = _checkpoints(out)
-    if done and not resume:
-        raise TrainingError(f"{out} already holds {done[-1].name}; pass resume=True to go on from it, or choose another folder.")
+    if not resume and (there := checkpoints.folders(out)):
+        raise TrainingError(f"{out} already holds {there[-1].name}; pass resume=True to go on from it, or choose another folder.")
+    begun = _resumed(out, accelerator.is_main_process)
+    for field in ("batch_size", "seed"):
+        if begun is not None and begun.config.get(field) != getattr(config, field):
+            raise TrainingError(
+                f"{begun.folder} was made with {field}={begun.config.get(field)}, now {getattr(config, field)}; an exact resume needs the same."
+            )
     out.mkdir(parents=True, exist_ok=True)
 
     if hasattr(task, "to"):
         task.to(device)
     state = _State({k: m.to(device) for k, m in task.modules.items()}, config, sharded)
     step = images = 0
-    if done:
-        meta = json.loads((done[-1] / "meta.json").read_text())
-        for field in ("batch_size", "seed"):
-            if meta["config"][field] != getattr(config, field):
-                raise TrainingError(
-                    f"{done[-1]} was made with {field}={meta['config'][field]}, now {getattr(config, field)}; an exact resume needs the same."
-                )
-        state.restore(done[-1] / "state.safetensors")
-        step, images = meta["step"], meta["images"]
+    if begun is not None:
+        state.restore(begun.folder / checkpoints.STATE)
+        step, images = begun.step, begun.images
     if config.plain_attention:
         use_plain_attention(_networks(task))
     if config.gradient_checkpointing and not use_gradient_checkpointing(_networks(task)):
@@ -300,7 +379,7 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
     def checkpoint() -> None:
         tensors = state.tensors() if sharded or accelerator.is_main_process else {}
         if accelerator.is_main_process:
-            _write_checkpoint(out, tensors, {"step": step, "images": images, "config": asdict(config)}, config.keep_checkpoints)
+            checkpoints.write(out, tensors, {"step": step, "images": images, "config": asdict(config)}, config.keep_checkpoints)
         accelerator.wait_for_everyone()
 
     start = last_checkpoint = last_log = time.monotonic()
@@ -310,7 +389,7 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
     running: dict[str, float] = {}
     logged_images = images
     bar = tqdm(total=config.max_images, initial=images, unit="img", disable=not accelerator.is_main_process, mininterval=5, smoothing=0.05)
-    with _StopSignal() as stop:
+    with _StopSignal() as stop, _memory(out, lambda: step):
         while images < config.max_images:
             late = max_minutes is not None and time.monotonic() - start >= max_minutes * 60
             due = time.monotonic() - last_checkpoint >= config.checkpoint_minutes * 60
@@ -333,16 +412,16 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
                 for k, v in losses.items():
                     terms[k] = terms.get(k, 0.0) + v.item() * micro / share
                 if not math.isfinite(terms["loss"]):
-                    raise TrainingError(
-                        f"loss is {terms['loss']} at step {step} (terms {terms}; samples {part.get('ids')}); lower the learning rate or look at these samples."
-                    )
+                    raise TrainingError(_diverged(f"loss is {terms['loss']}", step, terms, part, out))
                 accelerator.backward(losses["loss"] * (micro / share))
-            norm = accelerator.clip_grad_norm_(state.parameters, config.grad_clip)
+            norm = float(accelerator.clip_grad_norm_(state.parameters, config.grad_clip))
+            if config.mixed_precision != "fp16" and not math.isfinite(norm):  # the scaler of fp16 skips such a step
+                raise TrainingError(_diverged(f"the gradient's norm is {norm}", step, terms, batch, out))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.update_ema(min(config.ema_decay, (1 + step) / (10 + step)))
             step, images = step + 1, images + config.batch_size
-            terms["grad_norm"] = float(norm)
+            terms["grad_norm"] = norm
             for k, v in terms.items():
                 running[k] = v if k not in running else 0.95 * running[k] + 0.05 * v
             bar.update(config.batch_size)
@@ -363,10 +442,10 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
                 averaged = state.averaged() if sharded or accelerator.is_main_process else {}
                 if accelerator.is_main_process:
                     task.sample(averaged, out / f"sample-{step:08d}.png")
-    if stop.asked:
-        bar.write("asked to stop: writing a checkpoint")
-    bar.close()
     checkpoint()
+    bar.close()
+    if stop.asked:
+        print(f"asked to stop: wrote a checkpoint at step {step}")
     averaged = state.averaged() if sharded or accelerator.is_main_process else {}
     if accelerator.is_main_process:
         task.save(averaged, out / "model")

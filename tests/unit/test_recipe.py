@@ -96,7 +96,7 @@ def test_shards_and_prompts(pictures, tmp_path):
         tar.add(pictures / "2.png", "2.png")
     found = data.read(tmp_path / "a-*.tar")
     assert [i.caption for i in found.items] == ["picture 0", "picture 1"]
-    assert list(found.skipped) == ["2"]
+    assert list(found.skipped) == ["a-0.tar: 2"]
     (tmp_path / "prompts.txt").write_text("# a comment\na fox\n\na house\n")
     found = data.read(tmp_path / "prompts.txt")
     assert [i.caption for i in found.items] == ["a fox", "a house"]

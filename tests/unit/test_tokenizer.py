@@ -388,7 +388,7 @@ def test_latents_cached_with_another_tokenizer_are_made_again(tmp_path):
     (tmp_path / "prompts.txt").write_text("a fox!\n")
     captions, made = data.read(tmp_path / "prompts.txt"), []
 
-    def encode(prompts: list[str]) -> Any:
+    def encode(prompts: list[str], before: int) -> Any:
         made.append(prompts)
         return torch.zeros(len(prompts), 4, 8, 8)
 

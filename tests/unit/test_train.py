@@ -22,7 +22,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder, Forward, TeacherTask, stratified_timesteps  # noqa: E402
 from sdlite.distill.train import TrainConfig, fit  # noqa: E402
-from sdlite.errors import TrainingError  # noqa: E402
+from sdlite.errors import SdliteError, TrainingError  # noqa: E402
 from sdlite.sampling import Schedule  # noqa: E402
 
 
@@ -316,13 +316,13 @@ def test_bfloat16_keeps_float32_weights_and_comes_near(tmp_path):
     assert {t.dtype for k, t in last(tmp_path / "half").items() if k.startswith(("model.", "ema."))} == {torch.float32}
 
 
-@pytest.mark.parametrize(("precision", "words"), [("fp16", "'fp16' needs CUDA"), ("fp8", "choose no, bf16 or fp16")])
+@pytest.mark.parametrize(("precision", "words"), [("fp16", "'fp16' needs CUDA"), ("fp8", "choose one of no, bf16, fp16")])
 def test_precisions_that_cannot_be(precision, words, tmp_path):
     if precision == "fp16" and torch.cuda.is_available():
         pytest.skip("fp16 is possible here")
     from dataclasses import replace
 
-    with pytest.raises(TrainingError, match=words):
+    with pytest.raises(SdliteError, match=words):
         fit(task(), replace(CONFIG, mixed_precision=precision), tmp_path)
 
 
