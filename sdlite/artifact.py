@@ -14,27 +14,30 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from sdlite import families
+from sdlite import families, schema
 from sdlite.errors import ArtifactError
 from sdlite.files import Files
-from sdlite.io import left_behind, printable, read_json, sha256, write_json
+from sdlite.io import left_behind, plain, printable, read_bytes, read_json, sha256, write_json
 from sdlite.sampling import known_sampler, sampler_of
 
 if TYPE_CHECKING:
     from sdlite.exported import Export
 
 MANIFEST = "sdlite.json"
+INDEX = "model_index.json"
 FORMAT = "1.0"
 PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-static")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 PARTS = ("text_encoder", "unet", "vae_decoder")
 REPORT = "export-report.json"
 STUDENT = "student.json"
+GRAPH_BYTES = 64 << 20  # more than a graph has whose weights stand elsewhere
 ADAPTER = "adapter_config.json"
 # Keys of a configuration by which transformers and diffusers load code, kernels or other classes.
 CODE = (
@@ -67,52 +70,99 @@ class Manifest:
     max_pixels: int | None = None  # height x width x images that a call may make when it does not say; None: sdlite's own
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Manifest:
-        version = str(data.get("format", ""))
-        if version.split(".")[0] != FORMAT.split(".")[0]:
-            raise ArtifactError(
-                f"{MANIFEST} has format {version!r}; this sdlite reads {FORMAT.split('.')[0]}.x. Update sdlite or save the model again."
-            )
+    def from_dict(cls, data: dict[str, Any], file: str | Path = MANIFEST) -> Manifest:
+        """Check everything that a manifest says; `file` is what errors call it.
+
+        Raises:
+            ArtifactError: another major version, or what is not accepted, with its key.
+        """
+        version = data.get("format")
+        if not isinstance(version, str) or version.split(".")[0] != FORMAT.split(".")[0]:
+            raise schema.refused(file, "format", version, f"{FORMAT.split('.')[0]}.x, which this sdlite reads; or update sdlite")
         known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := set(data) - known:
-            raise ArtifactError(f"{MANIFEST} has unknown keys {sorted(unknown)}; known: {', '.join(sorted(known))}.")
+        if unknown := sorted(set(data) - known):
+            raise schema.refused(file, "a key", unknown[0], ", ".join(sorted(known)))
+        _MANIFEST(file, "", data)
         out = cls(**data)
-        most = out.max_pixels
-        if most is not None and (type(most) is not int or most < 1):
-            raise ArtifactError(f"{MANIFEST} has max_pixels={most!r}; accepted: a whole number, at least 1. Save the model again.")
-        try:
-            for path, entry in out.files.items():
-                safe_path(path)
-                entry["sha256"], int(entry["bytes"])
-            for precision, parts in out.variants.items():
-                if precision not in PRECISIONS:
-                    raise ArtifactError(f"{MANIFEST} has a variant {precision!r}; known: {', '.join(PRECISIONS)}.")
-                for part, entry in parts.items():
-                    if missing := [p for p in (entry["file"], *entry["weights"]) if p not in out.files]:
-                        raise ArtifactError(
-                            f"{MANIFEST}: {precision} {part} names {missing}, which `files` does not list; save the model again."
-                        )
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
-            if isinstance(e, ArtifactError):
-                raise
-            raise ArtifactError(f"{MANIFEST} is malformed ({type(e).__name__}: {e}); save the model again.") from e
+        for precision, parts in out.variants.items():
+            for part, entry in parts.items():
+                check_row(file, f"variants.{precision}.{part}", part, entry, out.files, (".onnx",))
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """What sdlite.json holds."""
+        out = dataclasses.asdict(self)
+        if self.max_pixels is None:
+            del out["max_pixels"]  # earlier versions do not know it
         return out
 
 
-def plain_path(path: str, listing: str = MANIFEST) -> PurePosixPath:
-    """A relative POSIX path that stays inside the folder; `listing` is the file that names it."""
+def check_row(file: str | Path, key: str, part: str, entry: dict[str, Any], files: Collection[str], endings: tuple[str, ...] = ()) -> None:
+    """Whether a network's files are listed, and stand in its own folder with a known ending.
+
+    Raises:
+        ArtifactError: they do not.
+    """
+    if endings and not (entry["file"].startswith(f"{part}/") and entry["file"].endswith(endings)):
+        raise schema.refused(file, f"{key}.file", entry["file"], f"{part}/*{' or '.join(endings)}")
+    if missing := [p for p in (entry["file"], *entry["weights"]) if p not in files]:
+        raise schema.refused(file, key, missing[0], "files that `files` lists")
+
+
+def plain_path(path: str, listing: str | Path = MANIFEST) -> PurePosixPath:
+    """A relative POSIX path that stays inside the folder; `listing` is the file that names it.
+
+    Raises:
+        ArtifactError: it is none.
+    """
     p = PurePosixPath(path)
-    if not path or p.is_absolute() or ".." in p.parts or "\\" in path or ":" in path:
-        raise ArtifactError(f"{listing} names {path!r}, which is not a plain path inside the model folder; do not use this model.")
+    bad = p.is_absolute() or ".." in p.parts or str(p) != path or path == "." or len(path) > 1000 or any(len(x) > 255 for x in p.parts)
+    if bad or "\\" in path or ":" in path or schema.unclean(path):
+        raise ArtifactError(
+            f"{listing} names {printable(repr(path), 100)}, which is not a plain path inside the model folder; do not use this model."
+        )
     return p
 
 
-def safe_path(path: str) -> PurePosixPath:
-    """A plain path that is not a pickle."""
-    p = plain_path(path)
+def safe_path(path: str, listing: str | Path = MANIFEST) -> PurePosixPath:
+    """A plain path that is not a pickle. Raises: ArtifactError."""
+    p = plain_path(path, listing)
     if p.suffix.lower() in PICKLES:
-        raise ArtifactError(f"{MANIFEST} names {path!r}, a pickle format that can run code; only safetensors and ONNX are loaded.")
+        raise ArtifactError(f"{listing} names {path!r}, a pickle format that can run code; only safetensors and ONNX are loaded.")
     return p
+
+
+def listed(path: schema.Rule) -> schema.Rule:
+    """Rule of path -> {sha256, bytes}."""
+    sha = schema.rule("64 hexadecimal digits", lambda v: isinstance(v, str) and re.fullmatch(r"[0-9a-fA-F]{64}", v) is not None)
+    return schema.table(path, schema.record({"sha256": sha, "bytes": schema.whole()}, ("sha256", "bytes")))
+
+
+_TEXT, _TEXTS = schema.text(), schema.each(schema.text(10_000))
+SIZE_MULTIPLE = schema.whole(1, 8192)
+SAMPLER = schema.record({"name": _TEXT, "num_inference_steps": schema.whole(1, 1000), "guidance_scale": schema.number()})
+ROW = schema.record(
+    {
+        "file": _TEXT, "weights": schema.each(_TEXT), "storage": _TEXT, "arithmetic": _TEXT, "opset": schema.whole(1), "scheme": _TEXT,
+        "inputs": schema.each(schema.OBJECT), "output": schema.OBJECT, "batch": schema.whole(1), "cuts": schema.BOOL,
+    },
+    ("file", "weights", "storage", "arithmetic"),
+)  # fmt: skip
+_MANIFEST = schema.record(
+    {
+        "name": _TEXT,
+        "student": schema.OBJECT,
+        "sampler": SAMPLER,
+        "variants": schema.table(schema.one_of(PRECISIONS), schema.table(schema.one_of(PARTS), ROW)),
+        "files": listed(lambda file, key, path: safe_path(path, file)),
+        "calibration": schema.optional(schema.record({"prompts": _TEXTS, "keep_float": schema.table(_TEXT, _TEXTS)})),
+        "quality": schema.optional(schema.record({"engines": schema.table(_TEXT, schema.OBJECT), "failed": _TEXTS})),
+        "size_multiple": SIZE_MULTIPLE,
+        "max_pixels": schema.optional(schema.whole(1)),
+    }
+)
+_STUDENT = schema.record({"name": _TEXT, "student": schema.OBJECT, "sampler": SAMPLER})
+_COMPONENT = schema.each(schema.optional(_TEXT), 2, 2)  # [library, class], or [null, null]
 
 
 class Artifact:
@@ -122,7 +172,15 @@ class Artifact:
         self.folder, self.manifest, self.export = folder, manifest, export
         listed, listing = (manifest.files, MANIFEST) if manifest else (export.files, REPORT) if export else (None, "")
         self.files = Files(folder, listed, listing)
-        self.index = self.files.read_json("model_index.json")
+        self.index = self._index()
+
+    def _index(self) -> dict[str, Any]:
+        out = self.files.read_json(INDEX)
+        for key, value in out.items():
+            _TEXT(self.files.path(INDEX), "a key", key)
+            if isinstance(value, (list, str)):
+                (_COMPONENT if isinstance(value, list) else _TEXT)(self.files.path(INDEX), key, value)
+        return out
 
     @classmethod
     def open(cls, folder: str | Path, *, any_kind: bool = False) -> Artifact:
@@ -142,18 +200,36 @@ class Artifact:
             raise ArtifactError(
                 f"{folder} is half written, by a process that is still at work or was stopped; use what it wrote in the end."
             )
-        if not os.path.lexists(folder / "model_index.json"):
+        if not os.path.lexists(folder / INDEX):
             raise ArtifactError(
                 f"{folder} has no model_index.json, so it is not a diffusers pipeline folder; give the folder that holds it."
             )
         from sdlite.exported import Export
 
         path = folder / MANIFEST
-        listed = os.path.lexists(path)
-        out = cls(folder, Manifest.from_dict(read_json(path)) if listed else None, None if listed else Export.open(folder))
+        has = os.path.lexists(path)
+        out = cls(folder, Manifest.from_dict(read_json(path), path) if has else None, None if has else Export.open(folder))
+        if out.listing is None and (sign := out._lost()):
+            raise ArtifactError(
+                f"{folder} was made by sdlite ({sign}) and has lost {MANIFEST}, which lists its files; without it, it would be "
+                "another model. Fetch or save it again."
+            )
         if not any_kind and (why := out.refusal()):
             raise ArtifactError(why)
         return out
+
+    def _lost(self) -> str:
+        """What only a folder has that had a manifest or a report; "" for diffusers' and optimum's own."""
+        if families.MARK in self.index:
+            return f"{INDEX} says so"
+        graphs = [f"{p}/{n}" for p in PARTS for n in self.files.part(p).names() if n.endswith(".onnx")]
+        signs = [n for n in (STUDENT, "quantize-report.json", "vae_decoder/model.onnx.data") if self.files.has(n)]
+        signs += [n for n in graphs if "/model.int8-" in n or self._points_into_safetensors(n)]
+        return f"it holds {signs[0]}" if signs else ""
+
+    def _points_into_safetensors(self, graph: str) -> bool:
+        path = self.files.path(graph)
+        return plain(path).st_size <= GRAPH_BYTES and b".safetensors" in read_bytes(path, GRAPH_BYTES)
 
     def refusal(self) -> str:
         """Why sdlite does not run this kind of model, in one line; "" where it does."""
@@ -214,7 +290,11 @@ class Artifact:
 
     def _student(self) -> dict[str, Any]:
         """student.json, which an export carries."""
-        return self.files.read_json(STUDENT) if self.export and self.files.has(STUDENT) else {}
+        if not self.export or not self.files.has(STUDENT):
+            return {}
+        out = self.files.read_json(STUDENT)
+        _STUDENT(self.files.path(STUDENT), "", out)
+        return out
 
     @property
     def listing(self) -> Manifest | Export | None:
@@ -251,9 +331,32 @@ class Artifact:
         checked = sorted(self.listing.files) if paths is None else list(paths)
         for path in checked:
             self.files.verified(path, again=paths is None)
-        if paths is None and self.failed:
-            raise ArtifactError(f"{self.folder} failed its quality check ({'; '.join(self.failed)}); it was kept to be looked at alone.")
+        if paths is None:
+            self._refuse_failed()
         return checked
+
+    def save(self, folder: Path) -> None:
+        """Copy what the model consists of to a new folder: the listed files, or what a plain diffusers folder runs with.
+
+        Raises:
+            ArtifactError: a file is missing, cut off, changed or no plain file, or the model failed its quality check.
+        """
+        from sdlite.weights import model_files
+
+        self._refuse_failed()
+        for name in self.listing.files if self.listing else model_files(self.files):
+            if self.listing or name != INDEX:
+                self.files.copy(name, folder / name)
+        if self.manifest:
+            write_json(folder / MANIFEST, self.manifest.to_dict())
+        elif self.export:
+            write_json(folder / REPORT, self.export.report)
+        else:
+            write_json(folder / INDEX, families.own_index(self.index))
+
+    def _refuse_failed(self) -> None:
+        if self.failed:
+            raise ArtifactError(f"{self.folder} failed its quality check ({'; '.join(self.failed)}); it was kept to be looked at alone.")
 
     def loose_pickles(self) -> list[str]:
         listed = self.export.files if self.export else {}  # an OpenVINO or ncnn network ends in .bin
@@ -285,8 +388,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Hash every file below `folder` into `manifest.files` and write sdlite.json beside and rename."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     manifest.files = {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in paths}
-    data = dataclasses.asdict(manifest)
-    if manifest.max_pixels is None:
-        del data["max_pixels"]  # earlier versions do not know it
+    data = manifest.to_dict()
     Manifest.from_dict(json.loads(json.dumps(data)))
     write_json(folder / MANIFEST, data)

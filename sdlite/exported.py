@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlite.artifact import REPORT, plain_path
+from sdlite import schema
+from sdlite.arguments import MOST_PIXELS
+from sdlite.artifact import PARTS, REPORT, ROW, SIZE_MULTIPLE, check_row, listed, plain_path, safe_path
 from sdlite.errors import ArtifactError
 from sdlite.io import read_json
 
@@ -21,6 +23,35 @@ OPENED_BY = {  # target -> backends that run what it makes
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt",),
 }
+
+
+_TEXT = schema.text()
+
+
+def _made(file: str | Path, key: str, path: Any) -> None:
+    """A path of what a converter made: OpenVINO's and ncnn's networks end in .bin."""
+    (plain_path if path.endswith(".bin") else safe_path)(path, file)
+
+
+_REPORT = schema.record(
+    {
+        "files": listed(_made),
+        "companions": listed(lambda file, key, path: safe_path(path, file)),
+        "networks": schema.optional(schema.table(schema.one_of(PARTS), ROW)),
+        "size": schema.optional(schema.each(schema.whole(1, MOST_PIXELS), 2, 2)),
+        "size_multiple": SIZE_MULTIPLE,
+        "profile": schema.record(
+            {
+                "name": _TEXT, "target": _TEXT, "precision": _TEXT, "dynamic": schema.BOOL, "batch": schema.whole(),
+                "options": schema.OBJECT,
+            },
+            ("target", "precision"),
+        ),
+        "model": _TEXT, "tools": schema.OBJECT, "checked_by": _TEXT, "not_run": schema.OBJECT, "parity": schema.OBJECT,
+        "failed": schema.each(schema.text(10_000)),
+    },
+    ("files", "profile"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,29 +77,21 @@ class Export:
         """
         if not os.path.lexists(folder / REPORT):
             return None
-        report = read_json(folder / REPORT)
-        try:
-            files = {**report["files"], **report.get("companions", {})}
-            for path, entry in files.items():
-                plain_path(path, REPORT)
-                entry["sha256"], int(entry["bytes"])
-            networks = report.get("networks") or {}
-            for part, entry in networks.items():
-                if missing := [p for p in (entry["file"], *entry["weights"]) if p not in files]:
-                    raise ArtifactError(f"{REPORT}: {part} has {missing}, which it does not list.")
-            size = tuple(report["size"]) if report.get("size") else None
-            precision = str(report["profile"]["precision"])
-            str(report["profile"]["target"])
-            return cls(
-                report,
-                {precision: networks} if networks else {},
-                files,
-                size,
-                int(report.get("size_multiple", 8)),
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
-            what = f"{type(e).__name__}: {e}"
-            raise ArtifactError(f"{folder / REPORT} is malformed ({what}); export the model again.") from e
+        path = folder / REPORT
+        report = read_json(path)
+        _REPORT(path, "", report)
+        files = {**report["files"], **report.get("companions", {})}
+        networks = report.get("networks") or {}
+        for part, row in networks.items():
+            check_row(path, f"networks.{part}", part, row, files)
+        size = report.get("size")
+        return cls(
+            report,
+            {report["profile"]["precision"]: networks} if networks else {},
+            files,
+            None if size is None else (size[0], size[1]),
+            report.get("size_multiple", 8),
+        )
 
     @property
     def target(self) -> str:

@@ -48,11 +48,19 @@ def vae_stride(config: Mapping[str, Any]) -> int:
     return int(2 ** (len(vae_config(config)["block_out_channels"]) - 1))
 
 
+MARK = "_sdlite"  # in model_index.json: the folder has a list of its files; diffusers and optimum pass over it
+
+
 def own_index(index: Mapping[str, Any]) -> dict[str, Any]:
     """model_index.json of a folder that holds what a model runs with and nothing else: other components are none."""
     kept = (*PARTS, "tokenizer", "scheduler")
     out = {k: [None, None] if isinstance(v, list) and k not in kept and not k.startswith("_") else v for k, v in index.items()}
     return {**out, **({"requires_safety_checker": False} if "safety_checker" in index else {})}
+
+
+def listed_index(index: Mapping[str, Any]) -> dict[str, Any]:
+    """`own_index` of a folder whose files are listed: without its list it is refused."""
+    return {**own_index(index), MARK: "1.0"}
 
 
 def unknown_parts(index: Mapping[str, Any]) -> str:

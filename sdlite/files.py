@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlite.errors import ArtifactError
-from sdlite.io import JSON_BYTES, copy, decoded, json_of, plain, read_bytes, sha256
+from sdlite.io import JSON_BYTES, decoded, json_of, opened, plain, read_bytes, sha256
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,13 @@ class Files:
 
     def names(self) -> list[str]:
         """Files that are listed or there, sorted."""
-        listed = {p.removeprefix(self.under) for p in self.listed or () if p.startswith(self.under)}
         try:
             there = {e.name for e in os.scandir(self.folder) if not e.is_dir()}
         except (FileNotFoundError, NotADirectoryError):
             there = set()
         except OSError as e:
             raise ArtifactError(f"{self.folder} cannot be read ({e.strerror}).") from e
-        return sorted(there.union(n for n in listed if "/" not in n))
+        return sorted(there.union(n for n in self._listed() if "/" not in n))
 
     def read(self, name: str, most: int = JSON_BYTES) -> bytes:
         """The content of a file of at most `most` bytes; what is verified is what is returned.
@@ -92,6 +91,23 @@ class Files:
     def read_json(self, name: str) -> dict[str, Any]:
         """The object that a JSON file holds. Raises: see `read_text` and `io.read_json`."""
         return json_of(self.read_text(name), self.path(name))
+
+    def copy(self, name: str, out: Path) -> None:
+        """Write the file's content to a new file `out`; what is verified is what is written.
+
+        Raises:
+            ArtifactError: see `read`. OSError: `out` cannot be written.
+        """
+        path, entry = self._entry(name)
+        digest, size = hashlib.sha256(), 0
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with opened(path) as f, open(out, "xb") as made:
+            while chunk := f.read(1 << 20):
+                digest.update(chunk)
+                size += len(chunk)
+                made.write(chunk)
+        if entry is not None:
+            self._compare(path, entry, size, digest.hexdigest())
 
     def file(self, name: str) -> Path:
         """The path of a whole file, for those who open it themselves: weights and graphs.
@@ -115,11 +131,20 @@ class Files:
         return path
 
     def copy_configs(self, out: Path) -> None:
-        """The JSON and text files of the model into `out`, which is made where it is missing. Raises: see `read`."""
+        """The JSON and text files of the model into `out`, which is made where it is missing: those that are listed, of a plain
+        folder those that are read. Raises: see `copy`.
+        """
+        from sdlite.tokenizer_files import FILES
+
         out.mkdir(exist_ok=True)
+        own = ("config.json", "scheduler_config.json", *FILES) if self.listed is None else self._listed()
         for name in self.names():
-            if name.endswith((".json", ".txt")) and (self.listed is None or self.under + name in self.listed):
-                copy(self.file(name), out / name)
+            if name in own and name.endswith((".json", ".txt")) and not name.endswith(".index.json"):
+                self.copy(name, out / name)
+
+    def _listed(self) -> set[str]:
+        """Files that are listed, by their names here; of folders in this one their paths."""
+        return {p.removeprefix(self.under) for p in self.listed or () if p.startswith(self.under)}
 
     def _entry(self, name: str) -> tuple[Path, Mapping[str, Any] | None]:
         path = self.path(name)

@@ -6,7 +6,6 @@ Each stage is callable alone and takes exactly what the one before returns; `Pip
 from __future__ import annotations
 
 import gc
-import shutil
 import threading
 import time
 import warnings
@@ -187,13 +186,17 @@ class Pipeline(metaclass=_Class):
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Copy the whole artefact to `folder` (new or empty), verified, all or nothing."""
-        if self.artifact.listing:
-            self.artifact.verify()
-        pickles = shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
+        """Save the model in `folder` (new or empty), verified, all or nothing.
+
+        Copied is what the manifest or the export's report lists; of a plain diffusers folder what sdlite runs: networks,
+        tokenizer, scheduler, and the license beside them. Nothing else that lies there, and no pickle.
+
+        Raises:
+            InputError: `folder` is not empty, or cannot be written. ArtifactError: a file of the model is damaged.
+        """
         out = Path(arguments.path("folder", folder))
-        with writing(out) as tmp:  # an export's networks may end in .bin, and its report names each of its files
-            shutil.copytree(self.artifact.folder, tmp, dirs_exist_ok=True, ignore=None if self.artifact.export else pickles)
+        with writing(out) as tmp:
+            self.artifact.save(tmp)
         return out
 
     def enable_vae_tiling(self, size_px: int | None = None, overlap: float = 0.25) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from sdlite.artifact import PICKLES
+from sdlite import tokenizer_files
+from sdlite.artifact import INDEX, PICKLES
 from sdlite.errors import ArtifactError
 from sdlite.files import Files
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what a network may be stored in
+_TERMS = r"(?i)(licen[cs]e|notice|readme)(\.\w+)?"
 LFS = b"version https://git-lfs"
 # Traits of names that a network does not have, what they come from and what to do.
 _CAUSES = (
@@ -114,6 +116,24 @@ def weight_files(folder: Path | Files) -> list[Path]:
     files = Files.of(folder)
     chosen = select(files.names(), files.name, str(files.folder), files.read_json)
     return [files.file(n) for n in chosen]
+
+
+def model_files(files: Files) -> list[str]:
+    """What a plain diffusers folder runs with, and what says who may: paths, sorted.
+
+    Raises:
+        ArtifactError: weights or a configuration are missing, see `select`.
+    """
+    out = [INDEX, "scheduler/scheduler_config.json"]
+    out += [f"tokenizer/{n}" for n in tokenizer_files.FILES if files.part("tokenizer").has(n)]
+    for part in ("text_encoder", "unet", "vae"):
+        folder = files.part(part)
+        index = f"{stem(part)}.safetensors.index.json"
+        chosen = select(folder.names(), part, str(folder.folder), folder.read_json)
+        out += [f"{part}/{n}" for n in ("config.json", *chosen, *([index] if len(chosen) > 1 else []))]
+    if missing := [n for n in out if not files.has(n)]:
+        raise ArtifactError(f"{files.path(missing[0])} is missing; fetch or save the model again.")
+    return sorted({*out, *(n for n in files.names() if re.fullmatch(_TERMS, n) and not files.path(n).is_symlink())})
 
 
 def weight_index(paths: Iterable[Path]) -> dict[str, Stored]:

@@ -352,7 +352,7 @@ def _companions(artifact: Artifact, out: Path) -> None:
     for part in {*PARTS, *(SPECS[p].source for p in PARTS)}:  # optimum looks for the decoder's beside its graph
         (out / part).mkdir(exist_ok=True)
         copy(artifact.files.file(f"{SPECS[part].source if part in SPECS else part}/config.json"), out / part / "config.json")
-    (out / "model_index.json").write_text(json.dumps(families.own_index(artifact.index), indent=1) + "\n", encoding="utf-8")
+    (out / "model_index.json").write_text(json.dumps(families.listed_index(artifact.index), indent=1) + "\n", encoding="utf-8")
     manifest = artifact.manifest
     assert manifest is not None
     (out / "student.json").write_text(

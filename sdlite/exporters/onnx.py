@@ -27,9 +27,9 @@ from sdlite._version import __version__
 from sdlite.artifact import Artifact, Manifest, write_manifest
 from sdlite.errors import InputError, need
 from sdlite.exporters import CONVERT_NEEDS
-from sdlite.families import own_index, vae_config, vae_stride
+from sdlite.families import listed_index, vae_config, vae_stride
 from sdlite.files import Files
-from sdlite.io import alone, cache_root, copy, read_json, writing
+from sdlite.io import alone, cache_root, read_json, writing
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS, IOSpec, latent_size
 from sdlite.tokenizer import ClipTokenizer
@@ -305,18 +305,17 @@ def _copy(source: Artifact, out: Path) -> None:
     Networks that are neither all float32 nor all float16 are cast to float32, which is exact.
     """
     for part in _COPIED:
-        folder, weights = source.folder / part, list[Path]()
-        (out / part).mkdir()
+        files, weights = source.files.part(part), list[Path]()
+        files.copy_configs(out / part)
         if part not in ("tokenizer", "scheduler"):
-            weights = weight_files(folder)
+            weights = weight_files(files)
             if dtypes(weight_index(weights)) not in (["float16"], ["float32"]):
                 widen(weights, out / part / f"{stem(part)}.safetensors")
                 weights = []
-        names = {f"{stem(part)}.safetensors.index.json"} if len(weights) < 2 else set[str]()
-        files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".txt") and p.name not in names]
-        for path in files + weights:
-            copy(path, out / part / path.name)
-    (out / "model_index.json").write_text(json.dumps(own_index(source.index), indent=1), encoding="utf-8")
+        index = [f"{stem(part)}.safetensors.index.json"] if len(weights) > 1 else []
+        for name in [*(w.name for w in weights), *index]:
+            files.copy(name, out / part / name)
+    (out / "model_index.json").write_text(json.dumps(listed_index(source.index), indent=1), encoding="utf-8")
     vae = vae_config(read_json(out / "vae" / "config.json"))
     (out / "vae" / "config.json").write_text(json.dumps(vae, indent=2) + "\n", encoding="utf-8")
     for path in out.rglob("*.json"):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sdlite import arguments, hub
+from sdlite import arguments, families, hub
 from sdlite.artifact import PARTS, Artifact, Manifest, write_manifest
 from sdlite.errors import InputError, PrecisionError, QuantizationError, SdliteWarning, UnknownNameError
 from sdlite.io import check_out, remove, scratch, writing
@@ -440,7 +440,7 @@ def _write(work: _Work, parts: dict[str, Any], folder: Path) -> None:
     source = work.pipe.artifact
     for child in folder.iterdir():
         remove(child) if child.is_dir() else child.unlink()
-    (folder / "model_index.json").write_text(json.dumps(source.index, indent=1) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(families.listed_index(source.index), indent=1) + "\n")
     for part in ("tokenizer", "scheduler", "text_encoder", "unet", "vae", "vae_decoder"):
         if (source.folder / part).is_dir():
             source.files.part(part).copy_configs(folder / part)

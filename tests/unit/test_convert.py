@@ -120,6 +120,7 @@ def test_bfloat16_is_copied_as_float32_exactly(tmp_path):
     half, out = folders.write(tmp_path / "half", dtype="bfloat16"), tmp_path / "out"
     out.mkdir()
     _copy(Artifact.open(half), out)
+    folders.configure(out / "model_index.json", _sdlite=...)  # a plain folder again
     pipe = sdlite.Pipeline.from_pretrained(out, backend="torch")
     assert {n.storage for n in pipe.report.networks} == {"float32"}
     assert (pixels(out, "torch") == pixels(half, "torch")).all()

@@ -1,0 +1,119 @@
+"""What a JSON file of a model may hold: types and ranges, checked where it enters.
+
+A rule raises one line with the file, the key, what was given and what is accepted.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdlite.errors import ArtifactError
+from sdlite.io import printable
+
+Rule = Callable[[str | Path, str, Any], object]  # (file, key, value); raises ArtifactError
+
+
+def refused(file: str | Path, key: str, value: Any, accepted: str) -> ArtifactError:
+    """The error of a value that is not accepted."""
+    if isinstance(value, int) and value.bit_length() > 512:  # Python prints 4,300 digits at most
+        shown = f"a number of {value.bit_length()} bits"
+    else:
+        shown = printable(repr(value[:100] if isinstance(value, (str, list)) else value), 100)
+    where = f"{printable(file)}: {printable(key, 200)}" if key else printable(file)
+    return ArtifactError(f"{where} is {shown}; accepted: {accepted}. Fetch or save the model again.")
+
+
+def rule(accepted: str, holds: Callable[[Any], bool]) -> Rule:
+    """A rule of one value."""
+
+    def check(file: str | Path, key: str, value: Any) -> None:
+        if not holds(value):
+            raise refused(file, key, value, accepted)
+
+    return check
+
+
+def whole(least: int = 0, most: int = 2**63 - 1) -> Rule:
+    """A whole number of a range; true and 1.0 are none."""
+    top = "" if most == 2**63 - 1 else f", {most} at most"
+    return rule(f"a whole number, {least} or more{top}", lambda v: type(v) is int and least <= v <= most)
+
+
+def number(least: float = 0.0) -> Rule:
+    """A finite number from `least`."""
+
+    def holds(value: Any) -> bool:
+        try:
+            return type(value) in (int, float) and math.isfinite(value) and value >= least
+        except OverflowError:  # a whole number that no float holds
+            return False
+
+    return rule(f"a number, {least:g} or more", holds)
+
+
+def text(most: int = 200) -> Rule:
+    """Text of at most `most` characters, none of which controls a terminal."""
+    return rule(
+        f"text of at most {most} characters, no control characters",
+        lambda v: isinstance(v, str) and len(v) <= most and not unclean(v),
+    )
+
+
+def unclean(value: str) -> bool:
+    """Whether text has control characters, line ends or lone surrogates."""
+    return any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value)
+
+
+def one_of(names: Collection[str]) -> Rule:
+    return rule(", ".join(names), lambda v: isinstance(v, str) and v in names)
+
+
+OBJECT = rule("an object", lambda v: isinstance(v, dict))
+BOOL = rule("true or false", lambda v: isinstance(v, bool))
+
+
+def optional(inner: Rule) -> Rule:
+    """What `inner` accepts, or null."""
+    return lambda file, key, value: None if value is None else inner(file, key, value)
+
+
+def each(inner: Rule, least: int = 0, most: int = 10_000) -> Rule:
+    """A list whose entries obey a rule."""
+    many = f"a list of {least} to {most} entries" if least or most != 10_000 else "a list"
+    outer = rule(many, lambda v: isinstance(v, list) and least <= len(v) <= most)
+
+    def check(file: str | Path, key: str, value: Any) -> None:
+        outer(file, key, value)
+        for i, entry in enumerate(value):
+            inner(file, f"{key}[{i}]", entry)
+
+    return check
+
+
+def table(name: Rule, inner: Rule) -> Rule:
+    """An object whose keys obey `name` and whose values `inner`."""
+
+    def check(file: str | Path, key: str, value: Any) -> None:
+        OBJECT(file, key, value)
+        for k, entry in value.items():
+            name(file, f"a key of {key}", k)
+            inner(file, f"{key}.{k}", entry)
+
+    return check
+
+
+def record(rules: Mapping[str, Rule], need: Collection[str] = ()) -> Rule:
+    """An object with some keys, of which those in `need` must be there. Other keys are not looked at."""
+
+    def check(file: str | Path, key: str, value: Any) -> None:
+        OBJECT(file, key, value)
+        if missing := [k for k in need if k not in value]:
+            raise refused(file, key, value, f"an object with {', '.join(missing)} too")
+        for k in (k for k in rules if k in value):
+            rules[k](file, f"{key}.{k}" if key else k, value[k])
+
+    return check
