@@ -60,7 +60,7 @@ class Place:
         (self.outside / "secret.json").write_text('{"canary": 1}')
 
     def build(self, name: str, change: Change, rehash: bool) -> Path:
-        """A new folder with a change; `rehash`: its manifest vouches for it, as a stranger's does."""
+        """A new folder with a change; `rehash`: the manifest vouches for it: a stranger's."""
         folder = self.root / "made" / name
         for file in FILES:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
