@@ -41,6 +41,7 @@ _FILLED = {
     b"Expand": 1,
     b"Tile": 1,
 }  # operator -> the input that says a size
+_OPSETS = 100  # ONNX has come to 28
 _MOST = 1 << 28  # elements: 1 GiB of float32
 
 # An attribute without these bytes has no tag of a tensor or a graph: 5, 6, 10, 11, 22, 23.
@@ -120,12 +121,21 @@ def _read(data: bytes) -> list[_Tensor]:
         if number == 7:
             graphs += 1
             _graph(_inner(wire, value), found)
+        elif number == 8:
+            _opset(_inner(wire, value))
         elif number in (20, 25):
             raise ValueError("holds local functions or training steps, which no exporter of sdlite writes")
     if not graphs:
         raise ValueError("is not an ONNX file: it has no graph")
     _check_sizes(found)
     return found.tensors
+
+
+def _opset(data: bytes) -> None:
+    """OperatorSetIdProto. OpenVINO 2026.4 counts from the version that a file gives down to its own."""
+    for number, wire, value in _fields(data):
+        if number == 2 and not (wire == _VARINT and 0 < value <= _OPSETS):
+            raise ValueError(f"has operators of version {value!r}; known: 1 to {_OPSETS}")
 
 
 def _graph(data: bytes, found: _Found) -> None:

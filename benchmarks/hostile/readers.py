@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -302,6 +303,36 @@ def _photo(folder: Path, raw: bytes) -> None:
     _latents(folder, folder / "data")
 
 
+def _checkpoints(folder: Path) -> None:
+    """Two of them, with a network of one matrix."""
+    import torch
+    from sdlite.distill import checkpoints
+
+    for step in (1, 2):
+        meta = {"step": step, "images": 8 * step, "config": {"batch_size": 8, "seed": 0}}
+        checkpoints.write(folder, {"w": torch.ones(2, 3) * step}, meta, 2)
+
+
+def _checkpoint(file: str) -> tuple[Callable[[Path], list[bytes]], Target]:
+    """The newest of two checkpoints is changed; the one before is whole."""
+
+    def prepare(folder: Path) -> list[bytes]:
+        _checkpoints(folder)
+        return [(folder / "checkpoint-00000002" / file).read_bytes()]
+
+    def target(folder: Path, raw: bytes) -> None:
+        from sdlite.distill import checkpoints
+
+        for path in folder.iterdir():
+            shutil.rmtree(path)
+        _checkpoints(folder)
+        put(folder, f"checkpoint-00000002/{file}", raw)
+        if checkpoints.newest(folder) is None:
+            raise LookupError("the checkpoint before it is whole, and is not found")
+
+    return prepare, target
+
+
 class _Tokens:
     """A tokenizer that takes any text."""
 
@@ -320,7 +351,7 @@ def _latents(folder: Path, data: Path) -> None:
     kept = folder / "latents"
     for path in folder.glob("latents*"):
         path.unlink()
-    cache.CachedLatents.build(read(data), _Tokens(), lambda some: torch.zeros(len(some), 4, 2, 2),
+    cache.CachedLatents.build(read(data), _Tokens(), lambda some, *_: torch.zeros(len(some), 4, 2, 2),
                               kept, key={}, size=(16, 16), progress=False)  # fmt: skip
 
 
@@ -362,6 +393,9 @@ READERS = {
         Reader("compiled network's seal", _sealed, _seal, JSON, ("openvino",)),
         Reader("profile.toml", lambda _: [samples.PROFILE], _profile, TOML),
         Reader("recipe.toml", lambda _: [samples.RECIPE], _recipe, TOML, TORCH),
+        Reader("checkpoint's meta.json", *_checkpoint("meta.json"), JSON, TORCH),
+        Reader("checkpoint's tensors", *_checkpoint("state.safetensors"),
+               (mutate.as_safetensors, mutate.as_bytes), TORCH),
         Reader("prompts.txt", lambda _: [samples.PROMPTS], _prompts, TEXTS),
         Reader("training images", _data(samples.images), _photo, BYTES, TORCH),
         Reader("training captions", _data(lambda: [samples.PROMPTS]), _captioned, TEXTS, TORCH),

@@ -374,3 +374,11 @@ def test_memory_that_is_not_there_is_one_line_and_the_pipeline_lives_on(capfd):
     assert "\n" not in str(e.value)
     assert capfd.readouterr().err == ""
     assert np.array_equal(before, np.asarray(pipe("x", seed=1).images[0]))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("version", [2**31 - 1, 2**62, 0, -1])
+def test_operators_of_a_version_that_there_is_not(model, version, backend):
+    """OpenVINO counts down from it, for years."""
+    pytest.importorskip(backend)
+    refused(edited(model, lambda p: setattr(p.opset_import[0], "version", version)), "has operators of version", backend)
