@@ -159,7 +159,7 @@ def _clean(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise InputError(f"is not UTF-8 text ({e.reason} at character {e.start}); save it as UTF-8") from None
+        raise InputError(f"is not UTF-8 text (character {e.start}); save it as UTF-8") from None
     return text
 
 
@@ -188,7 +188,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | InputError]]:
     """Number and content of each line, or why it cannot be read."""
     with _opened(path) as f:
         kind = _encoding(f.peek(3))
-        text = io.TextIOWrapper(f, kind, errors="strict" if kind == "utf-16" else "surrogateescape")
+        text = io.TextIOWrapper(f, kind, errors="surrogatepass" if kind == "utf-16" else "surrogateescape")
         number = 0
         try:
             while line := text.readline(shards.MOST_TEXT):
@@ -203,7 +203,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | InputError]]:
                 except InputError as e:
                     yield number, e
         except UnicodeError as e:
-            yield number + 1, InputError(f"and what follows is not the UTF-16 text that the file's first bytes promise ({e})")
+            yield number + 1, InputError(f"is not the UTF-16 text that the file's first bytes promise ({e})")
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -212,8 +212,14 @@ def _json(text: str) -> dict[str, Any]:
     except ValueError as e:
         raise InputError(f"is no JSON ({e})") from None
     if not isinstance(out, dict):
-        raise InputError(f"holds a {type(out).__name__}, not an object")
+        raise InputError(f"holds {_kind(out)}, not an object")
     return out
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    kinds = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "null")
 
 
 def _object(raw: bytes) -> dict[str, Any]:
@@ -228,7 +234,7 @@ def _caption(meta: dict[str, Any]) -> str:
     if key is None:
         raise InputError(f"has no {' or '.join(CAPTION_KEYS)}")
     if not isinstance(meta[key], str):
-        raise InputError(f"has a {type(meta[key]).__name__} as {key}, not a string")
+        raise InputError(f"has {_kind(meta[key])} as {key}, not a string")
     if not (out := _clean(meta[key]).strip()):
         raise InputError(f"has an empty {key}")
     return out
@@ -374,7 +380,7 @@ def _from_metadata(folder: Path, listing: str, rows: Iterator[_Row], out: Captio
                 continue
             name = row.get("file_name")
             if not isinstance(name, str) or not name:
-                out.leave(where, "has no file_name" if not name else f"has a {type(name).__name__} as file_name")
+                out.leave(where, "has no file_name" if not name else f"has {_kind(name)} as file_name, not a string")
                 continue
             try:
                 out.add(name, *_named(folder, name, row))

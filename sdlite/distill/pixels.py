@@ -37,7 +37,7 @@ def decode(raw: bytes) -> Image.Image:
     except InputError:
         raise
     except Image.UnidentifiedImageError:
-        raise InputError(f"is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
+        raise InputError(f"is no readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
     except Exception as e:  # Pillow raises a dozen kinds for damaged files
         first = printable((str(e).splitlines() or [""])[0], 200)
         raise InputError(f"cannot be read ({type(e).__name__}: {first})") from e
