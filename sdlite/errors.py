@@ -6,7 +6,16 @@ import importlib.util
 
 
 class SdliteError(Exception):
-    """Base class: `except sdlite.errors.SdliteError` catches all that the package raises on purpose."""
+    """Base class: `except sdlite.errors.SdliteError` catches all that the package raises on purpose.
+
+    Its text is one line that a terminal or a log can show: what names and values of a file hold of
+    control characters is escaped.
+    """
+
+    def __str__(self) -> str:
+        from sdlite.io import printable
+
+        return printable(super().__str__(), 10_000)
 
 
 class UnknownNameError(SdliteError, ValueError):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sdlite.errors import AttributeNameError, InputError, MissingExtraError
+
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 pytest.importorskip("openvino", reason="needs the openvino extra")
 pytest.importorskip("diffusers", reason="needs the torch extra")
@@ -22,6 +24,12 @@ def _run(*arguments: str) -> None:
     command = [sys.executable, "-m", "benchmarks.hostile", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kind", [InputError, MissingExtraError, AttributeNameError])
+def test_an_error_is_one_line_that_a_terminal_can_show(kind):
+    """What a file is called, or says, is in errors as it is given."""
+    assert str(kind("a\n\x1b[2J\u202eb, \xe9")) == "a\\n\\x1b[2J\\u202eb, \xe9"
 
 
 @pytest.mark.slow
