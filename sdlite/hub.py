@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from sdlite import families
-from sdlite.artifact import MANIFEST, Artifact
-from sdlite.errors import ArtifactError, HubError, InputError, SdliteError, UnknownNameError
-from sdlite.exported import REPORT
-from sdlite.io import read_json
-from sdlite.weights import select, stem
+from sdlite import families, schema
+from sdlite.artifact import INDEX, MANIFEST, REPORT, Artifact
+from sdlite.errors import ArtifactError, HubError, InputError, SdliteError, SdliteWarning, UnknownNameError
+from sdlite.files import Files
+from sdlite.io import printable, write
+from sdlite.tokenizer_files import FILES
+from sdlite.weights import model_files, select, stem
 
 EMBEDDED = Path(__file__).parent / "models"
 NETWORKS = ("text_encoder", "unet", "vae")
@@ -46,53 +49,127 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise UnknownNameError(
-            f"model {name!r} is not an existing folder, an embedded model ({', '.join(embedded_models()) or 'none'}) or a hub id like 'org/name'."
+            f"model {printable(repr(name), 200)} is not an existing folder, an embedded model "
+            f"({', '.join(embedded_models()) or 'none'}) or a hub id like 'org/name'."
         )
+    _check_id(name, revision)
     return _fetch(name, revision)
 
 
-def _fetch(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-
-    at = f"{repo}@{revision}" if revision else repo
-
-    def fetched(files: Iterable[str]) -> Path:
-        exact = [re.sub(r"([*?[])", r"[\1]", f) for f in files]  # they are taken as patterns
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=exact))
+def _check_id(repo: str, revision: str | None) -> None:
+    """What the hub and git accept as names; the cache makes paths of them."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        names = _names(repo, revision)
-        if names is None:
-            # What is not there is said when it is opened; newer hub libraries want every file of the repository otherwise.
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["model_index.json"]))
-        return fetched(_wanted(at, names, fetched))
-    except SdliteError:
-        raise
+        validate_repo_id(repo)
+    except HFValidationError as e:
+        why = " ".join(str(e).split())
+        raise UnknownNameError(f"model {printable(repr(repo), 200)} is no hub id: {why} Or give a folder that exists.") from e
+    if revision is not None and (not re.fullmatch(r"[\w][\w./+-]{0,254}", revision) or ".." in revision or "//" in revision):
+        raise InputError(f"revision={printable(repr(revision), 200)} is no name of a branch, tag or commit, such as 'main'.")
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    """The folder of a hub model in the cache. A commit that the cache holds whole is not asked for: it cannot change."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    at = f"{repo}@{revision}" if revision else repo
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and (there := _cached(repo, revision)) and not _lacks(there):
+        return there
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except RevisionNotFoundError as e:
         raise HubError(f"hub model {repo!r} has no revision {revision!r}; use a branch, tag or commit that exists.") from e
     except RepositoryNotFoundError as e:
         raise HubError(
             f"hub model {repo!r} does not exist, or is private or gated: check the spelling, or log in with `hf auth login`."
         ) from e
-    except LocalEntryNotFoundError as e:
-        raise HubError(f"the hub cannot be reached and {at} is not in the cache; connect once, or give a local folder.") from e
     except Exception as e:  # requests', httpx' and the hub's own kinds
-        first = (str(e).splitlines() or [""])[0][:160]
-        raise HubError(f"fetching {at} failed ({type(e).__name__}: {first}); run again, finished files are kept.") from e
-
-
-def _names(repo: str, revision: str | None) -> list[str] | None:
-    """The repository's files; None where the hub cannot be reached, or answers with an error of its own."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
+        return _from_cache(repo, revision, at, e)
     try:
-        return [s.rfilename for s in HfApi().model_info(repo, revision=revision).siblings or []]
-    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return _download(repo, revision, str(info.sha), [s.rfilename for s in info.siblings or []])
+    except SdliteError:
         raise
-    except Exception:  # the cache may have it
+    except Exception as e:
+        raise HubError(f"fetching {at} failed ({_words(e.__cause__ or e)}); run again, finished files are kept.") from e
+
+
+def _words(e: BaseException) -> str:
+    return f"{type(e).__name__}: {printable((str(e).splitlines() or [''])[0], 160)}"
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """The folder of a revision in the cache, as whole as it is there. No network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:  # newer hub libraries want every file of the repository without the pattern
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[INDEX]))
+    except LocalEntryNotFoundError:
         return None
+
+
+def _lacks(folder: Path) -> str:
+    """What a folder in the cache lacks or is wrong with, without hashing weights; "" where it is a whole model."""
+    try:
+        artifact = Artifact.open(folder, any_kind=True)
+        names = artifact.listing.files if artifact.listing else model_files(artifact.files)
+    except ArtifactError as e:
+        return str(e)
+    return next((f"{n} is missing" for n in names if not artifact.files.path(n).exists()), "")
+
+
+def _from_cache(repo: str, revision: str | None, at: str, why: Exception) -> Path:
+    """The cached folder where the hub does not answer."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    there = _cached(repo, revision)
+    offline = isinstance(why, OfflineModeIsEnabled)
+    said = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({_words(why)})"
+    if there is None:
+        raise HubError(f"{said} and {at} is not in the cache; connect once, or give a local folder.") from why
+    if lacks := _lacks(there):
+        raise HubError(f"{said} and {at} is not whole in the cache: {lacks} Run again when it can; finished files are kept.") from why
+    if not offline:
+        warnings.warn(f"{said}; {at} is the copy in the cache, commit {there.name[:12]}, which may be older.", SdliteWarning, stacklevel=2)
+    return there
+
+
+def _download(repo: str, revision: str | None, commit: str, names: Sequence[str]) -> Path:
+    """Fetch what is needed of one commit into the cache. Weights come last: a folder that has them has all the rest."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.utils import tqdm
+    from tqdm.contrib.concurrent import thread_map
+
+    at = f"{repo}@{revision}" if revision else repo
+    _check_names(at, commit, names)
+
+    def one(name: str) -> Path:
+        return Path(hf_hub_download(repo, name, revision=commit, etag_timeout=constants.HF_HUB_ETAG_TIMEOUT))
+
+    def fetched(files: Iterable[str]) -> Path:
+        folder = one(INDEX).parent
+        if wanted := [n for n in files if not (folder / n).exists()]:
+            thread_map(one, wanted, desc=f"Fetching {len(wanted)} files", max_workers=8, tqdm_class=tqdm)
+        return folder
+
+    folder = fetched(_wanted(at, names, fetched))
+    if revision != commit:  # what "offline" finds by this name, which is whole from here
+        ref = folder.parent.parent / "refs" / (revision or constants.DEFAULT_REVISION)
+        with suppress(OSError):  # a cache that is read only
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            write(ref, commit)
+    return folder
+
+
+def _check_names(at: str, commit: str, names: Sequence[str]) -> None:
+    """Names of files that would lead out of the cache's folder, and commits that are none, are nobody's mistake."""
+    bad = [n for n in names if ".." in re.split(r"[/\\]", n) or n.startswith(("/", "\\")) or schema.unclean(n)]
+    if bad or not re.fullmatch(r"[0-9a-f]{40}", commit):
+        what = f"a file called {printable(repr(bad[0]), 100)}" if bad else f"the commit {printable(repr(commit), 100)}"
+        raise HubError(f"the hub says that model {at} has {what}, which no honest repository has; do not use it.")
 
 
 def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Path]) -> list[str]:
@@ -106,23 +183,22 @@ def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Pa
     Raises:
         HubError, ArtifactError: see `resolve`.
     """
-    if "model_index.json" not in names:
+    if INDEX not in names:
         single = [n for n in names if "/" not in n and n.endswith((".safetensors", ".ckpt"))]
         how = f"; it holds {single[0]}: make a folder of it with diffusers' from_single_file" if single else ""
         raise HubError(f"hub model {at} has no model_index.json, so it is not a diffusers pipeline{how}.")
-    about = rf"model_index\.json|{MANIFEST}|{REPORT}|student\.json|({'|'.join(NETWORKS)})/(config|.+\.index)\.json"
+    about = rf"model_index\.json|{MANIFEST}|{REPORT}|student\.json|({'|'.join(NETWORKS)})/(config|[\w.-]+\.index)\.json"
     small = [n for n in names if re.fullmatch(about, n)]
     folder = fetched(small)
     artifact = Artifact.open(folder, any_kind=True)
     if why := families.refusal(at, artifact.index, artifact.config):
         raise ArtifactError(why)
-    texts = [n for n in names if re.fullmatch(r"(tokenizer|scheduler)/[^/]+\.(json|txt)", n)]
-    if artifact.manifest:
-        listed = [*artifact.manifest.files, MANIFEST]
-    elif artifact.export:
-        listed = sorted({*artifact.export.files, *small, *texts})
-    else:
-        return [*small, *texts, *_weights(at, names, folder)]
+    if artifact.listing is None:
+        texts = [n for n in names if re.fullmatch(rf"scheduler/scheduler_config\.json|tokenizer/({'|'.join(map(re.escape, FILES))})", n)]
+        weights = _weights(at, names, folder)
+        fetched(texts)
+        return [*small, *texts, *weights]
+    listed = [*artifact.listing.files, MANIFEST if artifact.manifest else REPORT]
     if missing := sorted(set(listed) - set(names)):
         raise HubError(f"hub model {at} lacks {missing[0]}, which its own list names; tell its author, or take another revision.")
     return listed
@@ -133,7 +209,7 @@ def _weights(at: str, names: Sequence[str], folder: Path) -> list[str]:
     for part in NETWORKS:
         there = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
         try:
-            chosen = select(there, part, f"{at}/{part}", lambda n, part=part: read_json(folder / part / n))  # type: ignore[misc]
+            chosen = select(there, part, f"{at}/{part}", Files(folder).part(part).read_json)
         except ArtifactError as e:
             raise HubError(f"{e}{_elsewhere(at)}") from e
         out += [f"{part}/{n}" for n in chosen]
@@ -142,17 +218,20 @@ def _weights(at: str, names: Sequence[str], folder: Path) -> list[str]:
 
 def _elsewhere(at: str) -> str:
     """Revisions of a repository that hold safetensors of all networks, in words: branches, tags, the latest pull requests."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import build_hf_headers, get_session
 
     repo, _, revision = at.partition("@")
     found = []
-    try:
-        refs = HfApi().list_repo_refs(repo, include_pull_requests=True)
-        pulls = sorted(refs.pull_requests or [], key=lambda r: int(r.ref.split("/")[-1]), reverse=True)
-        for ref in [*(r.name for r in (*refs.branches, *refs.tags)), *(r.ref for r in pulls[:12])]:
-            names = _names(repo, ref) or []
+    try:  # HfApi.list_repo_refs waits for ever
+        url = f"{constants.ENDPOINT}/api/models/{repo}/refs"
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        refs = get_session().get(url, headers=build_hf_headers(), params={"include_prs": 1}, timeout=timeout).json()
+        pulls = sorted((r["ref"] for r in refs.get("pullRequests") or []), key=lambda r: int(r.split("/")[-1]), reverse=True)
+        for ref in [*(r["name"] for r in (*refs["branches"], *refs["tags"])), *pulls[:12]]:
+            names = [s.rfilename for s in HfApi().model_info(repo, revision=ref, timeout=timeout).siblings or []]
             if all(any(re.fullmatch(rf"{p}/{stem(p)}\.safetensors(\.index\.json)?", n) for n in names) for p in NETWORKS):
-                found.append(ref)
+                found.append(printable(ref, 100))
     except Exception:  # the hub need not tell
         found = []
     if found:

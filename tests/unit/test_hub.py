@@ -5,14 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
+import sdlite
+from sdlite.errors import ArtifactError, InputError, UnknownNameError
+from sdlite.hub import resolve as open_model
 from tests.conftest import EMOJI
 
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
@@ -50,6 +57,8 @@ class Hub(ThreadingHTTPServer):
         self.repos = {"org/emoji": {"main": self.files, "v1": self.files}}
         self.cut: dict[str, int] = {}
         self.change: set[str] = set()
+        self.refused: set[str] = set()
+        self.silent: set[str] = set()  # "revision": the list of files is never answered; "resolve": the files
         self.served: list[tuple[str, str, str | None]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -77,6 +86,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body: bool):
         path = self.path.split("?")[0].removeprefix("/api/models").lstrip("/")
         org, name, what, *rest = [*path.split("/", 3), "revision", "main"] if path.count("/") == 1 else path.split("/", 3)
+        if what in self.server.silent:
+            time.sleep(60)
         repo = self.server.repos.get(f"{org}/{name}")
         if repo is None:
             return self.error("RepoNotFound", body)
@@ -99,6 +110,8 @@ class Handler(BaseHTTPRequestHandler):
             rows = [{"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for f, d in files.items()]
             return self.json(rows, body)
         data = files[unquote(name)]
+        if name in self.server.refused:
+            return self.error("Forbidden", body, 403)
         if name in self.server.change:
             data = data[:-1] + bytes([data[-1] ^ 1])
         start = 0
@@ -133,8 +146,8 @@ class Handler(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(data)
 
-    def error(self, code, body):
-        self.send_response(404)
+    def error(self, code, body, status=404):
+        self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -148,7 +161,7 @@ def hub():
     server.server_close()
 
 
-def run(url, home, revision=None, code=RUN, repo="org/emoji", **env):
+def run(url, home, revision=None, code=RUN, repo="org/emoji", every=False, **env):
     env = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "3", **env}  # fmt: skip
     out = subprocess.run(
@@ -159,7 +172,9 @@ def run(url, home, revision=None, code=RUN, repo="org/emoji", **env):
         timeout=120,
     )
     assert out.stdout, out.stderr[-2000:]
-    return out.stdout.strip().splitlines()[-1]
+    assert "Traceback" not in out.stderr, out.stderr[-2000:]
+    said = out.stdout.strip().splitlines()
+    return said if every else said[-1]
 
 
 def test_model_is_fetched_once_then_served_from_the_cache_even_offline(hub, tmp_path):
@@ -319,3 +334,146 @@ def test_single_file_is_not_taken_for_a_hub_id(path):
 
     with pytest.raises(UnknownNameError, match=r"single file.*from_single_file"):
         hub.resolve(path)
+
+
+# --- a hub that is silent, hostile or damaged -------------------------------------------------------
+
+
+SAID = """
+import time, warnings, sdlite.hub
+from sdlite.errors import SdliteError, SdliteWarning
+begin = time.monotonic()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", SdliteWarning)
+    try:
+        folder = sdlite.hub.resolve({repo!r}, {revision!r})
+        print("OK", len(list(folder.rglob("*"))), int(time.monotonic() - begin), [str(w.message) for w in caught])
+    except SdliteError as e:
+        print(type(e).__name__, int(time.monotonic() - begin), repr(str(e)))
+"""
+
+
+@pytest.fixture
+def silence():
+    """URL of a socket that accepts and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        yield f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+def asked(url, home, revision=None, **env):
+    """(kind, seconds, what was said) of `hub.resolve("org/emoji", revision)`."""
+    said = run(url, home, revision, code=SAID, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1", **env)
+    kind, *rest = said.split(" ", 3 if said.startswith("OK") else 2)
+    return kind, int(rest[-2]), rest[-1]
+
+
+def test_a_silent_hub_does_not_hold_what_is_in_the_cache(hub, silence, tmp_path):
+    assert asked(hub.url, tmp_path)[::2] == ("OK", "[]")
+    pinned = commit("main", hub.files)
+    kind, seconds, said = asked(silence, tmp_path)
+    assert kind == "OK"
+    assert seconds < 10
+    assert "the hub cannot be reached" in said
+    assert f"org/emoji is the copy in the cache, commit {pinned[:12]}" in said
+    assert asked(silence, tmp_path, pinned) == ("OK", 0, "[]")  # a commit cannot change: nobody is asked
+    assert asked("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")[::2] == ("OK", "[]")
+    kind, seconds, said = asked(silence, tmp_path / "other")
+    assert kind == "HubError"
+    assert seconds < 10
+    assert "org/emoji is not in the cache" in said
+
+
+@pytest.mark.slow  # the hub's library tries again for half a minute
+def test_a_hub_that_falls_silent_in_a_download_ends_it(hub, tmp_path):
+    hub.silent.add("resolve")
+    kind, seconds, said = asked(hub.url, tmp_path)
+    assert kind == "HubError"
+    assert "fetching org/emoji failed" in said
+    assert seconds < 60
+
+
+def test_a_cache_that_is_not_whole_is_not_taken_for_a_model(hub, silence, tmp_path):
+    assert asked(hub.url, tmp_path)[0] == "OK"
+    pinned = commit("main", hub.files)
+    [link] = tmp_path.rglob("merges.txt")
+    link.unlink()
+    for revision in (None, pinned):
+        kind, _, said = asked(silence, tmp_path, revision)
+        assert kind == "HubError"
+        assert "is not whole in the cache: tokenizer/merges.txt is missing" in said
+    assert asked(hub.url, tmp_path, pinned)[0] == "OK"
+    assert link.exists()
+
+
+def test_a_plain_model_that_was_broken_off_is_not_taken_for_whole(hub, silence, tmp_path):
+    hub.repos["org/emoji"]["main"] = pipeline()
+    hub.refused.add("vae/diffusion_pytorch_model.safetensors")
+    assert asked(hub.url, tmp_path)[0] == "HubError"
+    assert not list(tmp_path.rglob("refs/main"))
+    assert asked(silence, tmp_path, commit("main", pipeline()))[0] == "HubError"
+    hub.refused.clear()
+    assert asked(hub.url, tmp_path)[0] == "OK"
+    assert asked(silence, tmp_path, commit("main", pipeline())) == ("OK", 0, "[]")
+
+
+def test_a_damaged_blob_in_the_cache_is_named(hub, tmp_path):
+    folder = Path(run(hub.url, tmp_path).removeprefix("OK "))
+    for name in ("tokenizer/vocab.json", "sdlite.json", "model_index.json", "unet/model.onnx"):
+        blob = (folder / name).resolve()
+        whole = blob.read_bytes()
+        blob.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ArtifactError, match=re.escape(name)) as e:
+            sdlite.Pipeline.from_pretrained(folder, threads=1)
+        assert "\n" not in str(e.value)
+        blob.write_bytes(whole)
+    assert sdlite.Pipeline.from_pretrained(folder, threads=1).artifact.verify()
+
+
+@pytest.mark.parametrize("repo", ["a/b..c", "a/..", "org/m.", "org/" + "m" * 97, "org/-m", "org/m--x", "org/m.git"])
+def test_ids_that_the_hub_refuses_are_one_line(repo):
+    with pytest.raises(UnknownNameError, match=f"model {re.escape(repr(repo))} is no hub id: ") as e:
+        open_model(repo)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("revision", ["../../x", "", "a b", "x" * 300, "/main", "a\x1b"])
+def test_revisions_that_git_refuses_are_one_line(revision):
+    with pytest.raises(InputError, match=r"revision=.* is no name of a branch") as e:
+        open_model("org/m", revision)
+    assert str(e.value).isprintable()
+
+
+OUTSIDE = [
+    "unet/../../../../../evil.json",
+    "../evil.index.json",
+    "/etc/evil.json",
+    "unet/a\nb.json",
+    "unet\\..\\evil.json",
+    "tokenizer/\x1b[2J.json",
+]
+
+
+def test_names_that_lead_out_of_the_cache_are_one_line(hub, tmp_path):
+    for i, name in enumerate(OUTSIDE):
+        hub.repos[f"org/x{i}"] = {"main": {**pipeline(), name: b"{}"}}
+    each = RESOLVE.replace("try:", "for i in range(6):\n  try:").replace("\n    ", "\n      ").replace("\nexcept", "\n  except")
+    said = run(hub.url, tmp_path, code=each.replace("{repo!r}", '"org/x" + str(i)'), every=True)
+    assert len(said) == 6
+    assert all(line.startswith("HubError the hub says that model org/x") and line.isprintable() for line in said)
+    assert hub.served == []
+
+
+def test_nothing_that_no_model_needs_is_fetched(hub, tmp_path):
+    names = ["tokenizer/evil.pt", "tokenizer/evil.json", "tokenizer/x.txt", "scheduler/evil.bin", "unet/adapter_config.json"]
+    assert resolve(hub, tmp_path, {**pipeline(), **dict.fromkeys(names, b"{}")}).split() == ["OK", *sorted(pipeline())]
+
+
+def test_a_quantized_model_of_the_hub_is_verified_and_saved(hub, tmp_path):
+    """Whatever its manifest lists is fetched: reports, images of them."""
+    more = {"quantize-report.json": b"{}", "quantize-grid.png": b"png", "student.json": b"{}"}
+    manifest = json.loads(hub.files["sdlite.json"])
+    manifest["files"] |= listed(more)
+    hub.repos["org/emoji"]["main"] = {**hub.files, **more, "sdlite.json": json.dumps(manifest).encode()}
+    save = RUN.replace('print("OK"', f'pipe.artifact.verify(); pipe.save_pretrained({str(tmp_path / "saved")!r}); print("OK"')
+    assert run(hub.url, tmp_path / "home", code=save).startswith("OK")
+    assert (tmp_path / "saved/quantize-grid.png").read_bytes() == b"png"
