@@ -238,7 +238,7 @@ class Artifact:
     @property
     def name(self) -> str:
         given = self.manifest.name if self.manifest else self.export.report.get("model") if self.export else None
-        return str(given or self.folder.name)
+        return printable(given or self.folder.name)
 
     @property
     def sampler(self) -> dict[str, Any]:

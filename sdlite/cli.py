@@ -316,7 +316,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.list:
         for name, p in profiles.builtin().items():
             shape = "any shape" if p.dynamic else f"batch {p.batch}, fixed"
-            print(f"{name:<18} {p.precision:<12} {shape:<15} {p.about}")
+            _say(f"{name:<18} {p.precision:<12} {shape:<15} {p.about}")
         return
     try:
         from sdlite.exporters.export import export, table
@@ -376,7 +376,7 @@ def _distill(args: argparse.Namespace) -> None:
         max_minutes=args.max_minutes,
         export=not args.no_export,
     )
-    print("finished" if done["finished"] else f"stopped after {done['seconds'] / 60:.1f} min; go on with --resume")
+    _say("finished" if done["finished"] else f"stopped after {done['seconds'] / 60:.1f} min; go on with --resume")
 
 
 def _advise(args: argparse.Namespace) -> None:
@@ -603,6 +603,8 @@ def _streams() -> Iterator[None]:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, streams.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -668,9 +670,10 @@ def _ended(args: argparse.Namespace) -> int:
     return 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked for, with `wrote`: images that are whole, of several."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(wrote=[]))
     if args.command == "export" and not args.list and not (args.model and args.target and args.out):
         parser.error("export needs MODEL, --target and --out (or --list)")
     if args.command == "distill":
@@ -685,8 +688,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{', '.join(wrong)}: for `distill advise` alone; how a training runs is said in the recipe's [train]")
         if not doctor and not args.dry_run and args.out is None:
             parser.error("distill needs --out")
-    args.wrote = []  # images that are whole, of several
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     with _streams():
+        try:
+            args = _arguments(argv)
+        except SystemExit:  # --help, --version, wrong usage
+            try:
+                sys.stdout.flush()
+            except BrokenPipeError:
+                return _nobody_reads()
+            raise
         return _ended(args)
 
 

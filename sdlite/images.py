@@ -76,7 +76,7 @@ def save(image: Image, path: str | Path, metadata: dict[str, str] | None = None)
     path = Path(path)
     if metadata is None:
         metadata = {k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)}
-    with replacing(path) as tmp:
+    with replacing(path, lasting=False) as tmp:
         image.save(tmp, **_kept(path.suffix.lower(), metadata))
 
 

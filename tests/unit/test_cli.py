@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +13,9 @@ import time
 import pytest
 from PIL import Image
 
+from sdlite import cli, io
 from sdlite.cli import _parser, main
+from sdlite.errors import SdliteError
 
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 FAST = ["--steps", "1", "--threads", "1", "--quiet"]
@@ -267,3 +272,203 @@ def test_terminated_half_way_nothing_is_left(tmp_path):
     assert run.returncode == 1
     assert "interrupted; nothing was written" in said
     assert not list(tmp_path.iterdir())
+
+
+# --- what comes from files and users, and what the system refuses -------------------------------------------------------
+
+
+def sdlite(*arguments: str, **more: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "sdlite", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **more)  # type: ignore[call-overload]
+
+
+HOSTILE = "\x1b[2J\x1b]0;x\x07EVIL\n\rsdlite: ok\u202e\x9b1m"
+
+
+@pytest.fixture
+def hostile(copy):
+    """A whole model whose name clears a screen, writes a line of its own and turns the text around."""
+    from sdlite.artifact import Artifact, write_manifest
+
+    manifest = Artifact.open(copy).manifest
+    manifest.name, manifest.student = HOSTILE, {**manifest.student, HOSTILE: HOSTILE}
+    write_manifest(copy, manifest)
+    return copy
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "generate", "quantize"])
+def test_names_out_of_files_move_no_cursor(command, hostile, tmp_path, capsys):
+    more = {
+        "generate": ["--out", str(tmp_path / "a.png"), "--steps", "1"],
+        "quantize": ["--precision", "int8-dynamic", "--out", str(tmp_path / "q"), *GATE],
+    }
+    given = ["x", "--model", str(hostile)] if command == "generate" else [str(hostile)]
+    main([command, *given, *more.get(command, [])])
+    said = capsys.readouterr()
+    assert "EVIL" in "".join(said)
+    assert not set(said.out + said.err.replace("\r", "")) & set("\x1b\x07\r\u202e\x9b"), "progress bars begin with a return"
+    assert not re.search(r"EVIL$|^sdlite: ok|^\\rsdlite", "".join(said), re.MULTILINE), "it stays on its line"
+
+
+GATE = ["--gate-prompts", "1", "--steps", "1", "--engine", "onnxruntime", "--psnr-mean", "9", "--psnr-worst", "9", "--ssim-mean", "0"]
+
+
+def test_names_in_json_are_json(hostile, capsys):
+    assert main(["info", str(hostile), "--json"]) == 0
+    text = capsys.readouterr().out
+    assert text.isascii()
+    assert json.loads(text)["student"][HOSTILE] == HOSTILE
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="bytes of a POSIX shell")
+@pytest.mark.parametrize(
+    "arguments", [["generate", b"\xff"], ["generate", "x", "--model", b"\xff"], ["quantize", b"\xff\x1b", "--precision", "int8-static"]]
+)
+def test_bytes_that_are_no_text_are_one_line(arguments, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "sdlite", *arguments, "--out", str(tmp_path / "a.png")]
+    done = subprocess.run(command, capture_output=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"sdlite: ")
+    assert done.stderr.count(b"\n") == 1
+    assert b"\x1b" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_usage_moves_no_cursor(capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "\x1b[2J", "b", "c"])
+    assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError("unknown"), "unknown"),
+        (OSError(), "OSError"),
+        (OSError(errno.EIO, "Input/output error", b"a\n\xff"), r"a\n\udcff: Input/output error"),
+        (OSError(errno.EACCES, "Permission denied", f"x/{io.WORK}abc/model", None, "x/out"), "x/out: Permission denied"),
+        (MemoryError("Unable to allocate 9.00 GiB"), "the memory ran out (Unable to allocate 9.00 GiB). Close other programs"),
+        (RecursionError("maximum recursion depth exceeded"), "a file is nested too deep"),
+        (SdliteError("two\nlines"), r"two\nlines"),
+    ],
+)
+def test_every_error_of_the_system_is_one_line(error, words, monkeypatch, capsys):
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_models", fail)
+    assert main(["models"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"sdlite: {words}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of a POSIX shell")
+def test_a_reader_that_goes_away_is_no_error():
+    for command in ("info emoji | true", "info emoji | head -1", "info emoji --json | true", "models 2>&1 | true", "--help | true"):
+        done = subprocess.run(
+            ["bash", "-c", f"{sys.executable} -W ignore -m sdlite {command}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True
+        )
+        assert done.stderr == ""
+        assert done.stdout.splitlines()[-1] in ("0", "141"), command
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors of a POSIX shell")
+def test_closed_and_full_outputs_and_narrow_encodings(tmp_path):
+    run = f"{sys.executable} -W ignore -m sdlite"
+    done = subprocess.run(["bash", "-c", f"{run} generate x --steps 1 --out {tmp_path}/a.png <&- >&- 2>&-"], timeout=60)
+    assert done.returncode == 0
+    Image.open(tmp_path / "a.png").load()
+    if os.path.exists("/dev/full"):
+        done = subprocess.run(["bash", "-c", f"{run} info > /dev/full"], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (1, "sdlite: what is printed: No space left on device\n")
+    done = sdlite("info", f"{tmp_path}/häuser", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 1
+    assert "h\\xe4user" in done.stderr
+
+
+def test_places_are_looked_at_before_the_work(tmp_path, capsys, monkeypatch):
+    """No model is loaded for what cannot be written."""
+    monkeypatch.setattr("sdlite.pipeline.Pipeline.from_pretrained", None)
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "file").write_text("x")
+    commands = {
+        f"generate x --out {tmp_path}/a.png": "is a folder; name a file in it",
+        f"generate x --out {tmp_path}/none/a.png": "does not exist; make it first",
+        f"quantize emoji --precision int8-static --out {tmp_path}/file": "not an empty folder",
+        f"quantize emoji --precision int8-static --out {tmp_path}/file/q": "cannot be written",
+        f"export emoji --target onnx --out {tmp_path}": "not an empty folder",
+        f"bench --out {tmp_path}": "is a folder; name a file in it",
+        f"distill advise --out {tmp_path}/none/r.toml": "does not exist; make it first",
+    }
+    for command, words in commands.items():
+        assert main(command.split()) == 1, command
+        said = capsys.readouterr().err
+        assert words in said, command
+        assert said.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "file"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_every_signal_ends_a_command_in_one_true_line(name, tmp_path):
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "sdlite",
+        "generate",
+        "x",
+        "--num",
+        "64",
+        "--steps",
+        "1000",
+        "--out",
+        str(tmp_path / "a.png"),
+    ]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        while "/1000" not in (said := run.stderr.readline(200)):  # the progress bar: it is at work
+            assert run.poll() is None, said
+        run.send_signal(getattr(signal, name))
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 1
+    assert said.splitlines()[-1] == "sdlite: interrupted; nothing was written"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As SIGHUP is under nohup."""
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        with cli._terminable():
+            for s in before:
+                os.kill(os.getpid(), s)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def test_what_was_written_before_an_interrupt_is_said(tmp_path, monkeypatch, capsys):
+    from sdlite import images
+
+    saved = images.save
+
+    def save(image: object, path: object) -> None:
+        if str(path).endswith("2.png"):
+            raise KeyboardInterrupt
+        saved(image, path)
+
+    monkeypatch.setattr(images, "save", save)
+    assert main(["generate", "x", "--num", "4", "--steps", "1", "--quiet", "--out", str(tmp_path / "a.png")]) == 1
+    assert capsys.readouterr().err == f"sdlite: interrupted; {tmp_path}/a-0.png, {tmp_path}/a-1.png had been written\n"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.sha256").write_text("x")
+    args = _parser().parse_args(["distill", "r.toml", "--out", str(tmp_path / "run")])
+    assert cli._interrupted(args) == f"interrupted; what was trained is kept in {tmp_path}/run: go on with --resume"

@@ -23,6 +23,7 @@ from sdlite.errors import InputError, PrecisionError, QuantizationError, SdliteE
 from sdlite.images import to_uint8
 from sdlite.quant import Calibration, Gate, insert, quantize, reports, rewrite, table
 from sdlite.quant.calibrate import Session, let_go, on_demand, read_prompts, walk
+from sdlite.quant.gate import Comparison
 from sdlite.quant.graph import Graph
 from sdlite.quant.metrics import psnr, ssim, structure_distance
 from sdlite.quant.observe import ChannelMax, Histogram, choose_range, quantization_error
@@ -401,6 +402,12 @@ def test_prompts_that_show_little_are_said_to(tmp_path):
     assert re.search("1 of the gate's 1 prompts were calibrated on too", report["warnings"][1])
     assert f"warning: {report['warnings'][0]}" in table(report)
     assert json.loads((tmp_path / "one/quantize-report.json").read_text())["warnings"] == report["warnings"]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_figures_that_json_does_not_hold_are_none(value):
+    found = Comparison("e", 1, 1.0, value, 1.0, 0.0, "w", {"vae_decoder": value}).to_dict()
+    assert (found["psnr_worst"], found["networks"]) == (None, {"vae_decoder": None})
 
 
 def test_a_model_that_does_not_get_smaller_is_said_to(static):
