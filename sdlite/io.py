@@ -314,16 +314,6 @@ def write_json(path: str | Path, value: Any) -> None:
     write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def copy(source: Path, out: Path) -> None:
-    """The content of a plain file alone: what is copied from a folder that is read only can be written and removed.
-
-    Raises:
-        ArtifactError: `source` cannot be read, see `opened`. OSError: `out` cannot be written.
-    """
-    with opened(source) as f, open(out, "wb") as made:
-        shutil.copyfileobj(f, made, 1 << 20)
-
-
 @contextmanager
 def _named(path: Path, made: Path) -> Iterator[None]:
     """A full disk is an OSError that names `path`, whoever found it full: Python, safetensors, torch or an engine.

@@ -29,7 +29,7 @@ from sdlite.exporters.parity import Recording, measure, pictures, record
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.static import fix, opset_of, size_of
 from sdlite.exporters.targets import NotRunnable
-from sdlite.io import copy, read_json, scratch, sha256, write_json, writing
+from sdlite.io import read_json, scratch, sha256, write_json, writing
 from sdlite.pipeline import Pipeline
 from sdlite.quant import reports
 from sdlite.quant.calibrate import let_go, on_demand
@@ -351,7 +351,7 @@ def _companions(artifact: Artifact, out: Path) -> None:
         artifact.files.part(part).copy_configs(out / part)
     for part in {*PARTS, *(SPECS[p].source for p in PARTS)}:  # optimum looks for the decoder's beside its graph
         (out / part).mkdir(exist_ok=True)
-        copy(artifact.files.file(f"{SPECS[part].source if part in SPECS else part}/config.json"), out / part / "config.json")
+        artifact.files.copy(f"{SPECS[part].source if part in SPECS else part}/config.json", out / part / "config.json")
     (out / "model_index.json").write_text(json.dumps(families.listed_index(artifact.index), indent=1) + "\n", encoding="utf-8")
     manifest = artifact.manifest
     assert manifest is not None

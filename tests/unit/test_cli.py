@@ -288,27 +288,39 @@ HOSTILE = "\x1b[2J\x1b]0;x\x07EVIL\n\rsdlite: ok\u202e\x9b1m"
 
 @pytest.fixture
 def hostile(copy):
-    """A whole model whose name clears a screen, writes a line of its own and turns the text around."""
+    """A whole model that clears a screen, writes a line of its own and turns the text around."""
     from sdlite.artifact import Artifact, write_manifest
 
     manifest = Artifact.open(copy).manifest
-    manifest.name, manifest.student = HOSTILE, {**manifest.student, HOSTILE: HOSTILE}
+    manifest.student = {**manifest.student, HOSTILE: HOSTILE}
     write_manifest(copy, manifest)
     return copy
 
 
+def moves_a_cursor(text: str) -> bool:
+    return bool(set(text) & set("\x1b\x07\r\u202e\x9b")) or re.search(r"EVIL$|^sdlite: ok", text, re.MULTILINE) is not None
+
+
+def test_texts_out_of_files_move_no_cursor(hostile, capsys):
+    assert main(["info", str(hostile)]) == 0
+    said = "".join(capsys.readouterr())
+    assert "EVIL" in said
+    assert not moves_a_cursor(said)
+
+
 @pytest.mark.parametrize("command", ["info", "verify", "generate", "quantize"])
-def test_names_out_of_files_move_no_cursor(command, hostile, tmp_path, capsys):
+def test_names_out_of_files_move_no_cursor(command, copy, tmp_path, capsys):
+    said = json.loads((copy / "sdlite.json").read_text())
+    (copy / "sdlite.json").write_text(json.dumps({**said, "name": HOSTILE}))
     more = {
         "generate": ["--out", str(tmp_path / "a.png"), "--steps", "1"],
         "quantize": ["--precision", "int8-dynamic", "--out", str(tmp_path / "q"), *GATE],
     }
-    given = ["x", "--model", str(hostile)] if command == "generate" else [str(hostile)]
+    given = ["x", "--model", str(copy)] if command == "generate" else [str(copy)]
     main([command, *given, *more.get(command, [])])
     said = capsys.readouterr()
     assert "EVIL" in "".join(said)
-    assert not set(said.out + said.err.replace("\r", "")) & set("\x1b\x07\r\u202e\x9b"), "progress bars begin with a return"
-    assert not re.search(r"EVIL$|^sdlite: ok|^\\rsdlite", "".join(said), re.MULTILINE), "it stays on its line"
+    assert not moves_a_cursor(said.out + said.err.replace("\r", "")), "progress bars begin with a return"
 
 
 GATE = ["--gate-prompts", "1", "--steps", "1", "--engine", "onnxruntime", "--psnr-mean", "9", "--psnr-worst", "9", "--ssim-mean", "0"]
@@ -469,6 +481,6 @@ def test_what_was_written_before_an_interrupt_is_said(tmp_path, monkeypatch, cap
     assert main(["generate", "x", "--num", "4", "--steps", "1", "--quiet", "--out", str(tmp_path / "a.png")]) == 1
     assert capsys.readouterr().err == f"sdlite: interrupted; {tmp_path}/a-0.png, {tmp_path}/a-1.png had been written\n"
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.sha256").write_text("x")
-    args = _parser().parse_args(["distill", "r.toml", "--out", str(tmp_path / "run")])
+    (tmp_path / "run" / "run.json").write_text("x")
+    args = cli._arguments(["distill", "r.toml", "--teacher", "t", "--data", "d", "--out", str(tmp_path / "run")])
     assert cli._interrupted(args) == f"interrupted; what was trained is kept in {tmp_path}/run: go on with --resume"

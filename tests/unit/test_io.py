@@ -125,22 +125,22 @@ def test_rows_that_do_not_fit_leave_those_before(tmp_path):
 def test_copies_are_content_alone(tmp_path):
     source = tmp_path / "from"
     source.mkdir()
-    for name in ("a.json", "b.txt", "c.bin"):
+    for name in ("config.json", "merges.txt", "c.bin"):
         (source / name).write_text(name)
         (source / name).chmod(0o444)
     source.chmod(0o555)
     Files.of(source).copy_configs(tmp_path / "to")
     source.chmod(0o755)
-    assert sorted(p.name for p in (tmp_path / "to").iterdir()) == ["a.json", "b.txt"]
-    assert os.access(tmp_path / "to" / "a.json", os.W_OK)
-    assert (tmp_path / "to" / "a.json").stat().st_mode & 0o200
+    assert sorted(p.name for p in (tmp_path / "to").iterdir()) == ["config.json", "merges.txt"]
+    assert os.access(tmp_path / "to" / "config.json", os.W_OK)
+    assert (tmp_path / "to" / "config.json").stat().st_mode & 0o200
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
 def test_a_named_pipe_is_not_copied(tmp_path):
     os.mkfifo(tmp_path / "a.json")
     with pytest.raises(ArtifactError, match="a named pipe"):
-        io.copy(tmp_path / "a.json", tmp_path / "b.json")
+        Files.of(tmp_path).copy("a.json", tmp_path / "b.json")
     assert not (tmp_path / "b.json").exists()
 
 

@@ -76,16 +76,17 @@ model, plain, out = map(Path, sys.argv[1:])
 assert not os.access(model, os.W_OK) and not os.access(model / "unet", os.W_OK)
 import sdlite
 from sdlite.cli import main
-from sdlite.exporters.onnx import convert
-convert(plain, out / "converted")
 for backend in ("onnxruntime", "openvino"):
     sdlite.Pipeline.from_pretrained(plain, backend=backend, threads=1)("x", num_inference_steps=1)
 assert main(["generate", "x", "--model", str(model), "--steps", "1", "--quiet", "--out", str(out / "a.png")]) == 0
 assert main(["quantize", str(model), "--precision", "int8-dynamic", "--out", str(out / "q"), *{quantize}]) == 0
 assert main(["export", str(model), "--target", "onnx-fixed", "--steps", "1", "--threads", "1", "--out", str(out / "x")]) == 0
-for folder in ("converted", "q", "x"):
-    for path in (out / folder).rglob("*"):
+[converted] = [p for p in Path(os.environ["SDLITE_CACHE"], "onnx").iterdir() if p.name != ".lock"]
+for folder in (converted, out / "q", out / "x"):
+    assert list(folder.rglob("*/*"))
+    for path in folder.rglob("*"):
         assert os.access(path, os.W_OK), path
+shutil.rmtree(converted)
 shutil.rmtree(out)
 print("removed", os.path.exists(out))
 """
@@ -123,10 +124,10 @@ print(pipe("x", num_inference_steps=1, seed=0).images[0].tobytes().hex()[:2000])
 def test_processes_that_convert_a_model_at_once_all_open_it(place, tiny):
     command = [*QUIET, "-c", OPENS, str(tiny)]
     running = [
-        subprocess.Popen(command, env=place.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)
+        subprocess.Popen(command, env=place.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
     done = [p.communicate() for p in running]
-    assert [p.returncode for p in running] == [0, 0, 0], done
+    assert [p.returncode for p in running] == [0, 0], done
     assert len({images for images, _ in done}) == 1
     assert sum("converting it once" in said for _, said in done) == 1
     cache = place.root / "home" / "cache" / "onnx"
@@ -250,7 +251,7 @@ def test_the_harness_sees_what_is_wrong(place):
     shutil.copytree(EMOJI, place.out / "half")
     (place.out / "half" / "unet" / "model.onnx").write_bytes(b"x")
     (place.out / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    plain = shutil.copytree(EMOJI, place.root / "tmp" / "plain", ignore=shutil.ignore_patterns("sdlite.json"))
+    plain = shutil.copytree(EMOJI, place.root / "tmp" / "plain", ignore=shutil.ignore_patterns("sdlite.json", "*.onnx*", "vae_decoder"))
     (plain / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
     (place.root / "home" / f"{io.WORK}x").mkdir()
     assert sorted(kills.wrong(place)) == ["out/a.png is damaged", "out/half is damaged", "tmp/plain opens and is half written"]
