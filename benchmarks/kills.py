@@ -113,7 +113,8 @@ def _quantize(precision: str) -> Command:
 
 
 def _distill(place: Place, out: Path) -> list[str]:
-    return [*SDLITE, "distill", *place.recipe(), "--out", str(out), *(["--resume"] if (out / "run.json").exists() else [])]
+    begun = [*out.glob("*/done.json"), *out.glob("*/checkpoint-*")]
+    return [*SDLITE, "distill", *place.recipe(), "--out", str(out), *(["--resume"] if begun else [])]
 
 
 COMMANDS: dict[str, Command] = {

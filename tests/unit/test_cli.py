@@ -480,7 +480,3 @@ def test_what_was_written_before_an_interrupt_is_said(tmp_path, monkeypatch, cap
     monkeypatch.setattr(images, "save", save)
     assert main(["generate", "x", "--num", "4", "--steps", "1", "--quiet", "--out", str(tmp_path / "a.png")]) == 1
     assert capsys.readouterr().err == f"sdlite: interrupted; {tmp_path}/a-0.png, {tmp_path}/a-1.png had been written\n"
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text("x")
-    args = cli._arguments(["distill", "r.toml", "--teacher", "t", "--data", "d", "--out", str(tmp_path / "run")])
-    assert cli._interrupted(args) == f"interrupted; what was trained is kept in {tmp_path}/run: go on with --resume"
