@@ -297,3 +297,112 @@ def test_vaes_config_has_what_diffusers_adds_in_memory():
     assert families.vae_config(tiny) == {**tiny, "scaling_factor": 1.0, "block_out_channels": [8] * 4}
     assert families.vae_config({"block_out_channels": [8, 8]}) == {"scaling_factor": 0.18215, "block_out_channels": [8, 8]}
     assert families.vae_config({"block_out_channels": [8], "scaling_factor": 0.13})["scaling_factor"] == 0.13
+
+
+# --- code and weights from elsewhere --------------------------------------------------------------
+
+
+CODE = [
+    ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}),
+    ("text_encoder/config.json", {"_attn_implementation": "evil-org/evil-kernel"}),
+    ("text_encoder/config.json", {"attn_implementation": "evil-org/evil-kernel"}),
+    ("text_encoder/config.json", {"quantization_config": {"quant_method": "evil"}}),
+    ("text_encoder/config.json", {"transformers_weights": "other.safetensors"}),
+    ("unet/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}),
+    ("unet/config.json", {"trust_remote_code": True}),
+    ("vae/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}),
+]
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "/other/folder", "r": 1, "target_modules": ["q_proj"]}
+
+
+def every_way_to_open(folder, out):
+    """What opens the networks of a folder."""
+    from sdlite.distill.recipe import Teacher
+
+    return [
+        lambda: sdlite.Pipeline.from_pretrained(folder, backend="torch"),
+        lambda: sdlite.convert(folder, out),
+        lambda: Teacher(folder),
+    ]
+
+
+def refused_in_one_line(folder, out, match):
+    for call in every_way_to_open(folder, out):
+        with pytest.raises(ArtifactError, match=match) as e:
+            call()
+        assert str(e.value).isprintable()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("file", "keys"), CODE, ids=lambda x: x if isinstance(x, str) else next(iter(x)))
+def test_a_config_that_asks_for_code_is_refused_by_everything_that_loads_it(damaged, tmp_path, file, keys):
+    pytest.importorskip("onnxscript", reason="needs the export extra")
+    pytest.importorskip("accelerate", reason="needs the distill extra")
+    folders.configure(damaged / file, **keys)
+    refused_in_one_line(damaged, tmp_path / "out", rf"{file} has {next(iter(keys))}=.*accepted: none")
+    with pytest.raises(ArtifactError, match=next(iter(keys))):
+        open_network(damaged / file.split("/")[0])
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_an_adapter_is_refused_by_everything_that_loads_it(damaged, tmp_path, part):
+    pytest.importorskip("onnxscript", reason="needs the export extra")
+    pytest.importorskip("accelerate", reason="needs the distill extra")
+    (damaged / part / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    refused_in_one_line(damaged, tmp_path / "out", rf"{part}/adapter_config\.json puts other weights")
+
+
+def test_transformers_is_told_its_config_and_nothing_is_asked_of_a_network(damaged, whole, monkeypatch):
+    """What transformers does not know of CLIP is not said to it; where names of repositories stand, nobody asks there."""
+    import socket
+
+    import transformers
+
+    def asked(*args, **more):
+        raise AssertionError(f"a connection to {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", asked)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    told, real = [], transformers.CLIPTextModel.from_pretrained
+    monkeypatch.setattr(transformers.CLIPTextModel, "from_pretrained", lambda *args, **more: told.append(more) or real(*args, **more))
+    folders.configure(
+        damaged / "text_encoder/config.json", _name_or_path="org/evil", base_model="org/evil", use_kernels=True, dtype="float64"
+    )
+    folders.configure(damaged / "unet/config.json", _name_or_path="org/evil", _class_name="EvilModel")
+    for part in ("text_encoder", "unet"):
+        mine, theirs = open_network(damaged / part).state_dict(), open_network(whole / part).state_dict()
+        assert all(torch.equal(v, theirs[k]) for k, v in mine.items())
+    assert told[0]["attn_implementation"] == "sdpa"
+    assert told[0]["local_files_only"] is True
+    assert not hasattr(told[0]["config"], "use_kernels")
+    assert told[0]["config"].to_dict() == told[1]["config"].to_dict()
+
+
+DAMAGE = {
+    "cut": lambda raw: raw[:-100],
+    "header": lambda raw: raw[:4],
+    "random": lambda raw: bytes(range(256)) * (len(raw) // 256),
+    "empty": lambda raw: b"",
+    "long header": lambda raw: b"\xff" * 8 + raw[8:],
+}
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_weights_are_one_line_for_everything_that_loads_them(damaged, tmp_path, part, how):
+    pytest.importorskip("onnxscript", reason="needs the export extra")
+    pytest.importorskip("accelerate", reason="needs the distill extra")
+    file = damaged / part / folders.WEIGHTS[part]
+    file.write_bytes(DAMAGE[how](file.read_bytes()))
+    refused_in_one_line(damaged, tmp_path / "out", rf"{part}/{folders.WEIGHTS[part]}")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "\xff", "null", '{"a":' * 5000 + "1" + "}" * 5000], ids=["empty", "cut", "list", "latin", "null", "deep"]
+)
+def test_a_damaged_config_is_one_line_for_everything_that_loads_it(damaged, tmp_path, part, content):
+    pytest.importorskip("onnxscript", reason="needs the export extra")
+    pytest.importorskip("accelerate", reason="needs the distill extra")
+    (damaged / part / "config.json").write_bytes(content.encode("latin-1"))
+    refused_in_one_line(damaged, tmp_path / "out", rf"{part}/config\.json")
