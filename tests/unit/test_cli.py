@@ -441,7 +441,11 @@ def test_every_signal_ends_a_command_in_one_true_line(name, tmp_path):
         "--out",
         str(tmp_path / "a.png"),
     ]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def default() -> None:  # a background job ignores SIGINT
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=default)
     try:
         while "/1000" not in (said := run.stderr.readline(200)):  # the progress bar: it is at work
             assert run.poll() is None, said
