@@ -22,7 +22,7 @@ from sdlite.distill.losses import multi_scale_loss, output_loss
 from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder, LatentSource, _Denoising, decode_scaled
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
-from sdlite.images import grid, to_pil
+from sdlite.images import grid, save, to_pil
 
 
 def tiny_vae(vae: Any, width: int = 64, blocks: int = 3) -> Any:
@@ -127,7 +127,7 @@ class TinyDecoderTask(_Denoising):
         picture = grid(to_pil(((both + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()), 8)
         if picture.width < 1024:
             picture = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
-        picture.save(path)
+        save(picture, path)
 
 
 def smaller_text_encoder(teacher: Any, layers: int) -> Any:

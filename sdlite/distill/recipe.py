@@ -117,7 +117,7 @@ def _weights(name: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise InputError(f"{name}={value!r}; accepted: a table of numbers, such as {{ mid = 1.0 }}.")
     for k, v in value.items():
-        number(f"{name}.{k}", v, 0, 1e6)
+        number(f"{name}.{printable(k, 80)}", v, 0, 1e6)
 
 
 _WEIGHT, _SHARE, _SCALE, _STEPS, _COUNT = _from(0, 1e6), _from(0, 1), _from(0, 1000), _whole(1, 1000), _whole(1, 10**12)
@@ -327,7 +327,7 @@ def _ordered(made: list[Stage]) -> None:
 def _known(where: str, given: dict[str, Any], known: set[str]) -> None:
     if unknown := sorted(set(given) - known):
         raise InputError(
-            f"{where}: {', '.join(unknown)} {'is' if len(unknown) == 1 else 'are'} not known; known: {', '.join(sorted(known))}."
+            f"{where}: {printable(', '.join(unknown), 200)} {'is' if len(unknown) == 1 else 'are'} not known; known: {', '.join(sorted(known))}."
         )
 
 

@@ -108,9 +108,7 @@ def samples(path: Path, leave: Callable[[str, str], None]) -> Iterator[tuple[str
     except Exception as e:  # tarfile, gzip and zlib each raise their own
         said = getattr(e, "strerror", None) or str(e) or type(e).__name__
         why = printable(said.splitlines()[0], 200)
-        leave(
-            path.name, f"is damaged or cut off after {len(found)} samples ({why})" if found else f"is no tar shard ({why})"
-        )
+        leave(path.name, f"is damaged or cut off after {len(found)} samples ({why})" if found else f"is no tar shard ({why})")
     yield from found.items()
 
 

@@ -23,7 +23,7 @@ from sdlite.distill.losses import feature_loss, output_loss
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
 from sdlite.files import Files
-from sdlite.images import grid, to_pil, to_uint8
+from sdlite.images import grid, save, to_pil, to_uint8
 from sdlite.sampling import Noise, Schedule, denoise, get_sampler
 from sdlite.spec import latent_size
 
@@ -151,7 +151,7 @@ class _Denoising:
         picture = grid(images, min(8, len(images)))
         if picture.width < 1024:
             picture = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
-        picture.save(path)
+        save(picture, path)
 
 
 class TeacherTask(_Denoising):

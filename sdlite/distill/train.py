@@ -28,6 +28,7 @@ from tqdm import tqdm
 from sdlite.arguments import integer, number, one_of, optional, truth
 from sdlite.distill import checkpoints, shard
 from sdlite.errors import InputError, TrainingError
+from sdlite.io import append
 
 Batch = dict[str, Any]
 
@@ -435,8 +436,7 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
                     **running,
                 }
                 last_log, logged_images = now, images
-                with open(out / "stats.jsonl", "a") as f:
-                    f.write(json.dumps(row) + "\n")
+                append(out / "stats.jsonl", json.dumps(row) + "\n")
                 bar.set_postfix(loss=f"{running['loss']:.4f}")
             if config.sample_every and step % config.sample_every == 0:
                 averaged = state.averaged() if sharded or accelerator.is_main_process else {}

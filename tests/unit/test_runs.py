@@ -237,7 +237,7 @@ def test_a_failed_start_leaves_nothing_that_blocks_the_next(plain, pictures, tmp
         with pytest.raises(SdliteError, match=words):
             run(parse(SMALL), **good | given)
         assert not out.exists()
-    with pytest.raises(InputError, match="width=0.3"):
+    with pytest.raises(InputError, match=r"width=0\.3"):
         run(parse("[student]\nwidth = 0.3\n" + SMALL), **good)
     monkeypatch.setattr(tasks.StudentTask, "loss", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(TrainingError, match="there is no checkpoint"):
