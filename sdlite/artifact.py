@@ -370,7 +370,7 @@ def config(files: Files, name: str = "config.json") -> dict[str, Any]:
     Raises:
         ArtifactError: the file cannot be used, or it or a file beside it asks the libraries for code or weights from elsewhere.
     """
-    out = files.read_json(name)
+    out = files.read_json(name, infinity=name == "scheduler_config.json")
     if asked := [k for k in CODE if out.get(k) is not None]:
         raise ArtifactError(
             f"{files.path(name)} has {asked[0]}={printable(repr(out[asked[0]]), 80)}, which has code or weights from elsewhere loaded; "
@@ -381,6 +381,7 @@ def config(files: Files, name: str = "config.json") -> dict[str, Any]:
             f"{files.path(ADAPTER)} puts other weights into the network; sdlite loads no adapters. "
             "Merge it (peft's merge_and_unload(), or fuse_lora()) and save_pretrained(), or remove the file."
         )
+    families.check_config(files.name, files.path(name), out)
     return out
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from sdlite.schema import BOOL, Rule, each, either, number, optional, record, text, whole
 
 RUNS = (
     "sdlite runs text-to-image models with the parts of Stable Diffusion 1.x and 2.x: a CLIPTextModel, a UNet2DConditionModel "
@@ -25,6 +28,77 @@ UNFED = {
     "encoder_hid_dim_type": "image embeddings",
     "encoder_hid_dim": "projected embeddings",
 }
+
+# What values may be that sdlite, torch or diffusers reserve memory for or count to: several times those
+# of any published model (SD-2.1: 1280 channels, 24 heads of text; latents of 128 are 1024 px).
+_CHANNELS, _LAYERS, _BLOCKS = whole(1, 16384), whole(1, 256), 16
+_SIDE = either("a whole number, 1 to 2048, or [height, width]", whole(1, 2048), each(whole(1, 2048), 2, 2))
+
+
+def _by_block(inner: Rule, most: int) -> Rule:
+    """One for all blocks, or a list of one for each, or of one for each layer in it."""
+    words = f"a whole number, 1 to {most}, or a list of them for up to {_BLOCKS} blocks"
+    return either(words, inner, each(either("", inner, each(inner, 1, _BLOCKS)), 1, _BLOCKS))
+
+
+_BY_BLOCK, _LAYERS_BY_BLOCK = _by_block(_CHANNELS, 16384), _by_block(_LAYERS, 256)
+_SHARED: dict[str, Rule] = {
+    "in_channels": whole(1, 1024),
+    "out_channels": whole(1, 1024),
+    "down_block_types": each(text(), 1, _BLOCKS),
+    "up_block_types": each(text(), 1, _BLOCKS),
+    "layers_per_block": _LAYERS_BY_BLOCK,
+    "norm_num_groups": optional(whole(1, 1024)),
+    "norm_eps": number(0, 1),
+}
+SCHEMAS: dict[str, dict[str, Rule]] = {
+    "unet": {
+        **_SHARED,
+        "sample_size": _SIDE,
+        "block_out_channels": each(_CHANNELS, 1, _BLOCKS),
+        "cross_attention_dim": optional(_BY_BLOCK),
+        "attention_head_dim": optional(_BY_BLOCK),
+        "num_attention_heads": optional(_BY_BLOCK),
+        "transformer_layers_per_block": optional(_LAYERS_BY_BLOCK),
+        "reverse_transformer_layers_per_block": optional(_LAYERS_BY_BLOCK),
+        "time_embedding_dim": optional(_CHANNELS),
+        "conv_in_kernel": whole(1, 31),
+        "conv_out_kernel": whole(1, 31),
+    },
+    "vae": {
+        **_SHARED,
+        "sample_size": optional(whole(1, 16384)),
+        "block_out_channels": each(_CHANNELS, 1, 8),  # each but one halves the size
+        "encoder_block_out_channels": each(_CHANNELS, 1, 8),
+        "decoder_block_out_channels": each(_CHANNELS, 1, 8),
+        "num_encoder_blocks": each(_LAYERS, 1, 8),
+        "num_decoder_blocks": each(_LAYERS, 1, 8),
+        "latent_channels": whole(1, 1024),
+        "scaling_factor": number(1e-4, 1e4),  # published: 0.13025 to 1.5305
+        "shift_factor": optional(number(-1e4, 1e4)),
+    },
+    "text_encoder": {
+        "vocab_size": whole(1, 1 << 20),
+        "max_position_embeddings": whole(3, 4096),  # start, a token, end; CLIP has 77
+        "hidden_size": _CHANNELS,
+        "intermediate_size": whole(1, 65536),
+        "projection_dim": _CHANNELS,
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": whole(1, 1024),
+        "layer_norm_eps": number(0, 1),
+        "hidden_act": text(),
+        "tie_word_embeddings": BOOL,
+    },
+}  # fmt: skip
+
+
+def check_config(part: str, path: Path, config: Mapping[str, Any]) -> None:
+    """Look at the values of a network's config.json before anything uses them.
+
+    Raises:
+        ArtifactError: one is not what it may be.
+    """
+    record(SCHEMAS.get(part, {}))(path, "", config)
 
 
 def class_name(index: Mapping[str, Any]) -> str:

@@ -88,9 +88,9 @@ class Files:
         """UTF-8 text. Raises: see `read`, and what is not UTF-8."""
         return decoded(self.read(name), self.path(name))
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The object that a JSON file holds. Raises: see `read_text` and `io.read_json`."""
-        return json_of(self.read_text(name), self.path(name))
+    def read_json(self, name: str, infinity: bool = False) -> dict[str, Any]:
+        """The object that a JSON file holds. Raises: see `read_text` and `io.parse_json`."""
+        return json_of(self.read_text(name), self.path(name), infinity)
 
     def copy(self, name: str, out: Path) -> None:
         """Write the file's content to a new file `out`; what is verified is what is written.

@@ -181,10 +181,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return json_of(read_text(path), path)
 
 
-def json_of(text: str, path: Path) -> dict[str, Any]:
+def json_of(text: str, path: Path, infinity: bool = False) -> dict[str, Any]:
     """The object of a JSON text, which stands in `path`. Raises: see `read_json`."""
     try:
-        out = parse_json(text)
+        out = parse_json(text, infinity)
     except ValueError as e:
         raise ArtifactError(f"{path} cannot be read ({e}); fetch or save the model again.") from e
     if not isinstance(out, dict):
@@ -192,14 +192,17 @@ def json_of(text: str, path: Path) -> dict[str, Any]:
     return out
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, infinity: bool = False) -> Any:
     """A JSON value.
+
+    Args:
+        infinity: take -Infinity, which diffusers writes for its DPM solvers' `lambda_min_clipped`.
 
     Raises:
         ValueError: not JSON, NaN, infinity (1e999 too), or nested deeper than `DEPTH`.
     """
     try:
-        out = json.loads(text, parse_constant=_no_number, parse_float=_number)
+        out = json.loads(text, parse_constant=_lowest if infinity else _no_number, parse_float=_number)
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEPTH}") from None
     waiting = [(out, 1)]
@@ -210,6 +213,10 @@ def parse_json(text: str) -> Any:
             raise ValueError(f"it is nested deeper than {DEPTH}")
         waiting += [(v, depth + 1) for v in inner if isinstance(v, (dict, list))]
     return out
+
+
+def _lowest(name: str) -> float:
+    return -math.inf if name == "-Infinity" else _no_number(name)
 
 
 def _no_number(name: str) -> Never:

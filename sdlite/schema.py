@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ Rule = Callable[[str | Path, str, Any], object]  # (file, key, value); raises Ar
 
 def refused(file: str | Path, key: str, value: Any, accepted: str) -> ArtifactError:
     """The error of a value that is not accepted."""
-    if isinstance(value, int) and value.bit_length() > 512:  # Python prints 4,300 digits at most
-        shown = f"a number of {value.bit_length()} bits"
-    else:
-        shown = printable(repr(value[:100] if isinstance(value, (str, list)) else value), 100)
     where = f"{printable(file)}: {printable(key, 200)}" if key else printable(file)
-    return ArtifactError(f"{where} is {shown}; accepted: {accepted}. Fetch or save the model again.")
+    return ArtifactError(f"{where} is {shown(value)}; accepted: {accepted}. Fetch or save the model again.")
+
+
+def shown(value: Any) -> str:
+    """A value for a message, however long it is."""
+    if isinstance(value, int) and value.bit_length() > 512:  # Python prints 4,300 digits at most
+        return f"a number of {value.bit_length()} bits"
+    return printable(repr(value[:100] if isinstance(value, (str, list)) else value), 100)
 
 
 def rule(accepted: str, holds: Callable[[Any], bool]) -> Rule:
@@ -43,16 +47,17 @@ def whole(least: int = 0, most: int = 2**63 - 1) -> Rule:
     return rule(f"a whole number, {least} or more{top}", lambda v: type(v) is int and least <= v <= most)
 
 
-def number(least: float = 0.0) -> Rule:
-    """A finite number from `least`."""
+def number(least: float = 0.0, most: float = math.inf) -> Rule:
+    """A finite number of a range."""
 
     def holds(value: Any) -> bool:
         try:
-            return type(value) in (int, float) and math.isfinite(value) and value >= least
+            return type(value) in (int, float) and math.isfinite(value) and least <= value <= most
         except OverflowError:  # a whole number that no float holds
             return False
 
-    return rule(f"a number, {least:g} or more", holds)
+    top = "" if most == math.inf else f", {most:g} at most"
+    return rule(f"a number, {least:g} or more{top}", holds)
 
 
 def text(most: int = 200) -> Rule:
@@ -81,10 +86,23 @@ def optional(inner: Rule) -> Rule:
     return lambda file, key, value: None if value is None else inner(file, key, value)
 
 
+def either(accepted: str, *rules: Rule) -> Rule:
+    """What one of the rules accepts; `accepted` are their words."""
+
+    def holds(value: Any) -> bool:
+        for inner in rules:
+            with suppress(ArtifactError):
+                inner("", "", value)
+                return True
+        return False
+
+    return rule(accepted, holds)
+
+
 def each(inner: Rule, least: int = 0, most: int = 10_000) -> Rule:
-    """A list whose entries obey a rule."""
+    """A list whose entries obey a rule; or a tuple, as live configurations have it."""
     many = f"a list of {least} to {most} entries" if least or most != 10_000 else "a list"
-    outer = rule(many, lambda v: isinstance(v, list) and least <= len(v) <= most)
+    outer = rule(many, lambda v: isinstance(v, (list, tuple)) and least <= len(v) <= most)
 
     def check(file: str | Path, key: str, value: Any) -> None:
         outer(file, key, value)

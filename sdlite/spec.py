@@ -64,7 +64,7 @@ def latent_size(unet: Mapping[str, Any]) -> tuple[int, int]:
         ArtifactError: `sample_size` is neither a number nor a pair of them.
     """
     side = unet.get("sample_size")
-    if isinstance(side, int) and not isinstance(side, bool) and side > 0:
+    if type(side) is int and side > 0:
         version = re.match(r"0\.(\d+)", str(unet.get("_diffusers_version", "")))
         side = 64 if version and int(version[1]) < 9 and side < 64 else side
         return side, side

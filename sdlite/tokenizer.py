@@ -13,6 +13,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import numpy as np
 from sdlite import tokenizer_files
 from sdlite.errors import ArtifactError, InputError, SdliteWarning
 from sdlite.files import Files
+from sdlite.io import printable
+from sdlite.schema import shown
 from sdlite.tokenizer_files import WORDS, TokenizerFiles
 
 WINDOW, ROWS = 77, 49408  # of CLIPTextConfig: positions and embeddings
@@ -53,10 +56,22 @@ class ClipTokenizer:
 
     def __init__(self, files: TokenizerFiles, folder: Path, max_length: int):
         self._files, self._folder, self.max_length = files, folder, max_length
-        self._bpe = self._backend()
+        try:
+            self._bpe = self._backend()
+        except ArtifactError:
+            raise
+        except Exception as e:  # tokenizers has no type of its own
+            said = printable(e, 200)
+            raise ArtifactError(f"{folder} is refused by tokenizers ({said}); fetch the model again.") from e
         self.bos, self.eos, self.pad = map(self._named, ("bos_token", "eos_token", "pad_token"))
         self._added = {i: t.content for i, t in self._bpe.get_added_tokens_decoder().items()}
         self.vocab_size = max(*files.vocab.values(), *self._added) + 1
+        ids = {*files.vocab.values(), *self._added}
+        if len(ids) < self.vocab_size:
+            raise ArtifactError(
+                f"{folder} has no token with id {next(i for i in count() if i not in ids)}, "
+                f"and {self.vocab_size - 1} is its last; fetch or save the model again."
+            )
         self._vectors = self._spelled_out(set(self._added.values()))
 
     @classmethod
@@ -106,7 +121,7 @@ class ClipTokenizer:
         for token, i in files.ids.items():
             if (got := backend.token_to_id(token)) != i:
                 raise ArtifactError(
-                    f"{self._folder} gives {token!r} the id {i}, where the next free one is {got}: "
+                    f"{self._folder} gives {shown(token)} the id {i}, where the next free one is {got}: "
                     "versions of transformers do not agree on it. Save tokenizer and text encoder "
                     "again, with no id left out."
                 )
@@ -116,7 +131,7 @@ class ClipTokenizer:
         token = self._files.named.get(key)
         out: int | None = None if token is None else self._bpe.token_to_id(token)
         if out is None:
-            why = f"has no id for its {key}, {token!r}; fetch or save the model again."
+            why = f"has no id for its {key}, {shown(token)}; fetch or save the model again."
             raise ArtifactError(f"{self._folder} {why}")
         return out
 
@@ -125,7 +140,7 @@ class ClipTokenizer:
         if self.vocab_size > rows:
             token = self._bpe.id_to_token(self.vocab_size - 1)
             raise ArtifactError(
-                f"{self._folder} has {token!r} with id {self.vocab_size - 1}, but the text encoder "
+                f"{self._folder} has {shown(token)} with id {self.vocab_size - 1}, but the text encoder "
                 f"has {rows} embeddings (vocab_size of its config.json): learned words are lost. "
                 "Save tokenizer and text encoder together."
             )

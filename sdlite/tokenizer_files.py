@@ -19,6 +19,8 @@ from typing import Any
 
 from sdlite.errors import ArtifactError
 from sdlite.files import Files
+from sdlite.io import printable
+from sdlite.schema import shown
 
 VOCAB, MERGES, FAST = "vocab.json", "merges.txt", "tokenizer.json"
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -110,12 +112,12 @@ def read(folder: Path | Files) -> TokenizerFiles:
         ids={t.content: i for i, t in numbered.items()},
         named={k: _content(v) for k, v in named.items() if k in NAMED and v is not None},
         max_length=_max_length(folder / CONFIG, config),
-        split_special_tokens=bool(config.get("split_special_tokens")),
+        split_special_tokens=_flag(folder / CONFIG, config, "split_special_tokens", False),
     )
 
 
 def _bad(path: Path, what: str) -> ArtifactError:
-    return ArtifactError(f"{path} {what}; fetch or save the model again.")
+    return ArtifactError(f"{path} {printable(what, 400)}; fetch or save the model again.")
 
 
 def _optional(files: Files, name: str) -> dict[str, Any]:
@@ -132,19 +134,21 @@ def _check_text(folder: Path, tokens: list[str]) -> None:
 def _check_config(path: Path, config: dict[str, Any]) -> None:
     kind = config.get("tokenizer_class") or CLASSES[0]
     if kind not in CLASSES:
-        raise ArtifactError(f"{path} names a {kind!r}; of tokenizers only CLIPTokenizer is read.")
+        raise ArtifactError(f"{path} names a {shown(kind)}; of tokenizers only CLIPTokenizer is read.")
     for key in ("padding_side", "truncation_side"):
         if config.get(key, "right") != "right":
-            raise ArtifactError(f"{path} has {key} {config[key]!r}; CLIP's is 'right'.")
+            raise ArtifactError(f"{path} has {key} {shown(config[key])}; CLIP's is 'right'.")
 
 
 def _max_length(path: Path, config: dict[str, Any]) -> int | None:
-    """model_max_length, in tokens; transformers writes 1e30 for a length that nobody set."""
+    """model_max_length, in tokens: start, one at least, end. transformers writes 1e30 for a length
+    that nobody set; whatever is above the text encoder's window means the window.
+    """
     given = config.get("model_max_length")
     if given is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not given >= 2:
-        raise _bad(path, f"has model_max_length {given!r}, which is no number of tokens from 2")
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not given >= 3:
+        raise _bad(path, f"has model_max_length {shown(given)}, which is no number of tokens from 3")
     return int(min(given, 2**31))
 
 
@@ -177,7 +181,7 @@ def _read_fast(path: Path, data: dict[str, Any]) -> _Parts:
         raise _bad(path, "has no model, or added_tokens that are no list")
     for key, want in MODEL.items():
         if (got := model.get(key, want)) != want and not (want == "" and got is None):
-            raise ArtifactError(f"{path} has a model with {key} {got!r}; CLIP's has {want!r}.")
+            raise ArtifactError(f"{path} has a model with {key} {shown(got)}; CLIP's has {want!r}.")
     if data.get("normalizer") != NORMALIZER:
         raise ArtifactError(f"{path} has another normalizer than CLIP's tokenizer has.")
     vocab, pairs = _vocabulary(path, model.get("vocab")), model.get("merges")
@@ -211,7 +215,7 @@ def _vocabulary(path: Path, given: Any) -> dict[str, int]:
         raise _bad(path, "has no vocabulary (token -> id)")
     for token, i in given.items():
         if type(i) is not int or not 0 <= i < 2**31:
-            raise _bad(path, f"gives {token!r} the id {i!r}, which is no whole number from 0")
+            raise _bad(path, f"gives {shown(token)} the id {shown(i)}, which is no whole number from 0")
     if len(set(given.values())) < len(given):
         raise _bad(path, "gives one id to two tokens")
     return given
@@ -226,7 +230,7 @@ def _id(path: Path, token: str, given: Any) -> int:
     """An id, of JSON's whole numbers or its keys."""
     valid = type(given) is int or (isinstance(given, str) and given.isdecimal() and given.isascii())
     if not valid or not 0 <= int(given) < 2**31:
-        raise _bad(path, f"gives {token!r} the id {given!r}, which is no whole number from 0")
+        raise _bad(path, f"gives {shown(token)} the id {shown(given)}, which is no whole number from 0")
     return int(given)
 
 
@@ -299,7 +303,7 @@ def _named(path: Path, data: dict[str, Any], special: bool) -> Named:
     for key in EXTRA:
         value = data.get(key) or []
         if not isinstance(value, (list, dict)):
-            raise _bad(path, f"has {key} {value!r}, which is no list of tokens")
+            raise _bad(path, f"has {key} {shown(value)}, which is no list of tokens")
         extra += value.values() if isinstance(value, dict) else value
     named: Named = {key: token(data[key]) for key in NAMED if key in data}
     return named | {"extra": [token(t) for t in extra if t is not None]}
@@ -308,11 +312,18 @@ def _named(path: Path, data: dict[str, Any], special: bool) -> Named:
 def _token(path: Path, given: Any, special: bool = False) -> Token:
     """A token with its flags; `normalized` is unsaid for "not special", as in tokenizers."""
     if not isinstance(given, dict) or not isinstance(given.get("content"), str):
-        raise _bad(path, f"has the token {given!r}, which is no object with content")
-    special = special or bool(given.get("special"))
-    flags = {k: bool(given.get(k)) for k in ("lstrip", "rstrip", "single_word")}
-    normalized = bool(given.get("normalized", not special))
+        raise _bad(path, f"has the token {shown(given)}, which is no object with content")
+    special = special or _flag(path, given, "special", False)
+    flags = {k: _flag(path, given, k, False) for k in ("lstrip", "rstrip", "single_word")}
+    normalized = _flag(path, given, "normalized", not special)
     return Token(given["content"], **flags, normalized=normalized, special=special)
+
+
+def _flag(path: Path, given: dict[str, Any], key: str, default: bool) -> bool:
+    value = given.get(key, default)
+    if not isinstance(value, bool):
+        raise _bad(path, f"has {key} {shown(value)}, which is neither true nor false")
+    return value
 
 
 def _content(token: str | Token) -> str:

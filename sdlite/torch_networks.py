@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ def open_network(folder: Path | Files, **options: Any) -> Any:
         with _quiet():
             if files.name == "text_encoder":
                 options["config"] = _text_config(config)
+            _check_size(files, config, stored)
             network, info = _class(files.name, config).from_pretrained(files.folder, **options)
     except ArtifactError:
         raise
@@ -94,6 +96,37 @@ def _text_config(config: dict[str, Any]) -> Any:
 
     own = inspect.signature(CLIPTextConfig.__init__).parameters
     return CLIPTextConfig(**{k: v for k, v in config.items() if k in own})
+
+
+# Keys that multiply what a network is made of.
+_COUNTED = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block", "num_hidden_layers",
+            "num_encoder_blocks", "num_decoder_blocks")  # fmt: skip
+
+
+def _check_size(files: Files, config: dict[str, Any], stored: dict[str, Stored]) -> None:
+    """A configuration may ask for any memory; the weights say how much there is to it. Nothing is reserved here.
+
+    Raises:
+        ArtifactError: it asks for more layers than there are tensors, or for more than twice the numbers that they hold.
+    """
+    import torch
+
+    path, layers = files.path("config.json"), math.prod(_most(config.get(k)) for k in _COUNTED)
+    if layers > len(stored):
+        raise ArtifactError(f"{path} asks for {layers} layers, its weights have {len(stored)} tensors; fetch or save the model again.")
+    kind = _class(files.name, config)
+    with torch.device("meta"):
+        network = kind(_text_config(config)) if files.name == "text_encoder" else kind.from_config(config)
+    asked = sum(p.numel() for p in network.parameters())
+    held = sum(math.prod(s.shape) for s in stored.values())
+    if asked > 2 * held + (1 << 20):  # some may be missing: that is said by name
+        raise ArtifactError(f"{path} asks for {asked} numbers, its weights hold {held}; fetch or save the model again.")
+
+
+def _most(value: Any) -> int:
+    """The largest of a count, or of counts in lists."""
+    inner = [_most(v) for v in value] if isinstance(value, (list, tuple)) else []
+    return max(inner, default=1) if not isinstance(value, int) else value
 
 
 def _shapes(network: Any, mismatched: list[Any], stored: dict[str, Stored]) -> list[str]:

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from sdlite import tokenizer_files
+from sdlite import headers, tokenizer_files
 from sdlite.artifact import INDEX, PICKLES
 from sdlite.errors import ArtifactError
 from sdlite.files import Files
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what a network may be stored in
 _TERMS = r"(?i)(licen[cs]e|notice|readme)(\.\w+)?"
-LFS = b"version https://git-lfs"
 # Traits of names that a network does not have, what they come from and what to do.
 _CAUSES = (
     ("_orig_mod.", "it was saved compiled: save module._orig_mod, the network inside"),
@@ -154,31 +153,7 @@ def weight_index(paths: Iterable[Path]) -> dict[str, Stored]:
 
 
 def _header(path: Path) -> dict[str, Stored]:
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        head = f.read(8)
-        if (head + f.read(len(LFS))).startswith(LFS):
-            raise ArtifactError(
-                f"{path} is a git-lfs pointer of {size} bytes, not the weights; run `git lfs pull`, or fetch the model again."
-            )
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        f.seek(8)
-        raw = f.read(length) if length <= size else b""
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        out = {
-            name: Stored(
-                path, str(e["dtype"]), tuple(e["shape"]), 8 + length + e["data_offsets"][0],
-                e["data_offsets"][1] - e["data_offsets"][0],
-            )
-            for name, e in header.items()
-        }  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ArtifactError(f"{path} is not a safetensors file, or is cut off in its header; fetch or save the model again.") from e
-    if size < (end := max((s.offset + s.length for s in out.values()), default=0)):
-        raise ArtifactError(f"{path} has {size} bytes, its header says {end}: it is cut off. Fetch the model again.")
-    return out
+    return {name: Stored(path, *entry) for name, entry in headers.read(path).items()}
 
 
 def dtypes(index: dict[str, Stored]) -> list[str]:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdlite.errors import InputError, UnknownNameError
+from sdlite.io import printable
 from sdlite.sampling import exponential, solvers
 from sdlite.sampling.schedule import DEFAULTS, HARMLESS, KEYS, Schedule
+from sdlite.schema import shown
 
 
 def _with_karras(plain: dict[str, type[solvers.SigmaSampler]]) -> dict[str, type[solvers.Sampler]]:
@@ -112,7 +114,7 @@ def sampler_of(config: Mapping[str, Any]) -> str:
     kind = str(config.get("_class_name"))
     if kind not in _CLASSES:
         way_out = _way_out(_NEAREST.get(kind, "dpm++2m"))
-        raise UnknownNameError(f"scheduler {kind!r} is not supported; {way_out}")
+        raise UnknownNameError(f"scheduler {shown(kind)} is not supported; {way_out}")
     name = _CLASSES[kind]
     read = {k: v for k, v in config.items() if k in DEFAULTS[kind] and v is not None}
     settings = {**DEFAULTS[kind], **read}
@@ -133,14 +135,14 @@ def _refuse(kind: str, settings: dict[str, Any], config: Mapping[str, Any], near
             accepted = (2,)
         if key in settings and settings[key] not in accepted:
             raise InputError(
-                f"scheduler config: {key}={settings[key]!r} of {kind} is not supported "
+                f"scheduler config: {key}={shown(settings[key])} of {kind} is not supported "
                 f"(accepted: {', '.join(map(repr, accepted))}); {_way_out(nearest)}"
             )
     for key, value in config.items():
         known = key in KEYS or key in HARMLESS or key.startswith("_")
         if not known and value not in (None, False, [], {}):
             raise InputError(
-                f"scheduler config: {key}={value!r} is not a setting that sdlite knows, and it "
+                f"scheduler config: {printable(key, 80)}={shown(value)} is not a setting that sdlite knows, and it "
                 f"might change the image; remove it from the file, or {_way_out(nearest)}"
             )
 

@@ -7,17 +7,20 @@ them whatever the file says, so neither is read: `steps_offset` is 1, `clip_samp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 
-from sdlite.errors import InputError, UnknownNameError
+from sdlite.errors import ArtifactError, InputError, UnknownNameError
+from sdlite.schema import BOOL, Rule, each, either, number, one_of, optional, refused, rule, text, whole
 
 Array = np.ndarray
 F32 = np.float32
 
+FILE = "scheduler_config.json"  # in messages
 STEPS_OFFSET = 1  # of "leading" timesteps
 
 # --- diffusers' own defaults, class by class: signatures of diffusers 0.39 (tests/parity) ---------
@@ -134,11 +137,86 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 KEYS = {k for keys in DEFAULTS.values() for k in keys}
 HARMLESS = {"tensor_format", "timestep_values", "format"}  # of files from before diffusers 0.3
 
-_ACCEPTED: dict[str, tuple[str, ...]] = {
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "timestep_spacing": ("leading", "trailing", "linspace"),
+# Published models have 1000; 100 times that is a table of 1 MB, made for each call.
+MOST_TIMESTEPS = 100_000
+# float32 holds 1 - beta apart from 1 down to 6e-8; published betas begin at 0.0001. A beta of 1 is
+# the end of trained_betas that were rescaled to no signal at all.
+_BETA, _TRAINED = number(1e-6, 0.9999), number(1e-6, 1)
+_NAMES = ("prediction_type", "beta_schedule", "timestep_spacing")
+_ACCEPTED: dict[str, Rule] = {
+    "prediction_type": one_of(("epsilon", "v_prediction", "sample")),
+    "beta_schedule": one_of(("linear", "scaled_linear", "squaredcos_cap_v2")),
+    "timestep_spacing": one_of(("leading", "trailing", "linspace")),
+    "num_train_timesteps": whole(2, MOST_TIMESTEPS),
+    "beta_start": _BETA,
+    "beta_end": _BETA,
+    "trained_betas": optional(each(_TRAINED, 2, MOST_TIMESTEPS)),
+    "steps_offset": whole(0, MOST_TIMESTEPS),
+    "clip_sample": BOOL,
+    "clip_sample_range": number(1e-6, 1e6),
+    "thresholding": BOOL,
+    "dynamic_thresholding_ratio": number(0, 1),
+    "sample_max_value": number(0, 1e6),
+    "set_alpha_to_one": BOOL,
+    "skip_prk_steps": BOOL,
+    "rescale_betas_zero_snr": BOOL,
+    "use_karras_sigmas": BOOL,
+    "use_exponential_sigmas": BOOL,
+    "use_beta_sigmas": BOOL,
+    "use_flow_sigmas": BOOL,
+    "use_lu_lambdas": BOOL,
+    "use_dynamic_shifting": BOOL,
+    "lower_order_final": BOOL,
+    "euler_at_final": BOOL,
+    "predict_x0": BOOL,
+    "flow_shift": number(0, 1e6),
+    "interpolation_type": text(),
+    "timestep_type": text(),
+    "final_sigmas_type": text(),
+    "algorithm_type": text(),
+    "solver_type": text(),
+    "time_shift_type": text(),
+    "variance_type": optional(text()),
+    "solver_order": whole(1, 3),
+    "sigma_min": optional(number(1e-6, 1e6)),
+    "sigma_max": optional(number(1e-6, 1e6)),
+    "lambda_min_clipped": either("a number, or -Infinity", number(-1e6, 1e6), rule("", lambda v: v == -math.inf)),
+    "original_inference_steps": whole(1, MOST_TIMESTEPS),
+    "timestep_scaling": number(1e-6, 1e6),
+    "_class_name": text(),
 }
+
+
+def _check(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Every value that is there, used or not.
+
+    A null has no meaning where the class's default is not off: diffusers would take it for false.
+
+    Raises:
+        UnknownNameError, InputError: the first that is not what it may be.
+    """
+    for key, accepts in _ACCEPTED.items():
+        if key not in config:
+            continue
+        value, default = config[key], defaults.get(key)
+        if value is None and key != "_class_name" and (key not in defaults or default in (None, False)):
+            continue
+        try:
+            accepts(FILE, key, value)
+        except ArtifactError as e:
+            raise (UnknownNameError if key in _NAMES else InputError)(str(e)) from None
+    total = config.get("num_train_timesteps", 1000)
+    if (betas := config.get("trained_betas")) is not None and len(betas) != total:
+        _refuse("trained_betas", betas, f"{total} of them, as num_train_timesteps says; there are {len(betas)}")
+    if (offset := config.get("steps_offset") or 0) >= total:
+        _refuse("steps_offset", offset, f"less than num_train_timesteps, {total}")
+    start, end = (config.get(k, defaults[k]) for k in ("beta_start", "beta_end"))
+    if betas is None and start > end:
+        _refuse("beta_start", start, f"at most beta_end, {end}")
+
+
+def _refuse(key: str, value: Any, accepted: str) -> Never:
+    raise InputError(str(refused(FILE, key, value, accepted)))
 
 
 @dataclass(frozen=True)
@@ -166,21 +244,12 @@ class Schedule:
         Raises:
             UnknownNameError, InputError: a noise schedule that is not one of ours.
         """
-        defaults = DEFAULTS.get(config.get("_class_name", ""), _BETAS | _ZERO_SNR)
+        kind = config.get("_class_name")
+        defaults = DEFAULTS.get(kind if isinstance(kind, str) else "", _BETAS | _ZERO_SNR)
+        _check(config, defaults)
         given = {k: v for k, v in config.items() if v is not None and not k.startswith("_")}
         read = {k: given.get(k, default) for k, default in defaults.items()}
-        for key, accepted in _ACCEPTED.items():
-            value = {**given, **read}.get(key, accepted[0])
-            if value not in accepted:
-                shown = ", ".join(map(repr, accepted))
-                raise UnknownNameError(f"scheduler config: {key}={value!r}; accepted: {shown}.")
-        total, betas = read["num_train_timesteps"], read["trained_betas"]
-        if not isinstance(total, int) or total < 2 or (betas is not None and len(betas) != total):
-            raise InputError(
-                f"scheduler config: num_train_timesteps={total!r} with "
-                f"{'no' if betas is None else len(betas)} trained_betas; a whole number from 2 up, "
-                "and as many betas where there are any."
-            )
+        betas = read["trained_betas"]
         noise = {k: read[k] for k in ("rescale_betas_zero_snr", *_BETAS) if k in read}
         noise["trained_betas"] = None if betas is None else tuple(betas)
         return cls(**noise, settings={k: v for k, v in given.items() if k not in noise})

@@ -223,7 +223,7 @@ def test_javascript_gives_the_same_ids(layout, tmp_path):
 # --- the text encoder ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [None, 10**30, 1e30, float("inf"), 10**9])
+@pytest.mark.parametrize("given", [None, 10**30, 1e30, 10**9])
 def test_max_length_is_bounded_by_the_text_encoder(tmp_path, given):
     config = {} if given is None else {"model_max_length": given}
     folder = write(tmp_path / "tokenizer", config=config)
@@ -334,7 +334,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "left": ("slow", put("config", padding_side="left"), "padding_side 'left'"),
     "length a word": ("slow", put("config", model_max_length="77"), "model_max_length '77'"),
     "length 0": ("slow", put("config", model_max_length=0), "model_max_length 0"),
-    "length NaN": ("slow", put("config", model_max_length=float("nan")), "model_max_length nan"),
+    "length NaN": ("slow", put("config", model_max_length=float("nan")), "NaN is not a number"),
     "no pad token": ("slow", put("special", pad_token=None), "no id for its pad_token"),
     "start a number": ("decoder", put("config", bos_token=5), "config.json has the token 5"),
     "decoder a list": ("decoder", put("config", added_tokens_decoder=[]), "added_tokens_decoder"),
