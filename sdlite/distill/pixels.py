@@ -20,7 +20,7 @@ from sdlite.io import printable
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 # Pillow warns from here on; its own limit is twice that. With copies, 1.3 GB at most.
 MOST_PIXELS = 2**30 // 12
-_BITS, _PHOTOMETRIC = 258, 262  # TIFF's tags
+_BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # tags of TIFF and EXIF
 
 
 def decode(raw: bytes) -> Image.Image:
@@ -54,7 +54,7 @@ def _check(image: Image.Image) -> None:
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """Any PIL image -> RGB or RGBA, 8 bits, upright.
+    """Any PIL image -> RGB or RGBA, 8 bits, upright; itself where it is that already.
 
     Raises:
         InputError: 32-bit integers, or floats outside 0 to 1.
@@ -64,14 +64,16 @@ def plain(image: Image.Image) -> Image.Image:
         bits = tags.get(_BITS, (16,))[0]
         most = 2**bits - 1 if 8 < bits <= 16 else most
         inverted = tags.get(_PHOTOMETRIC) == 0 and image.mode[0] in "IF"  # white is 0; Pillow inverts 8 bits only
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "I":
         raise InputError("has 32-bit integers, whose range no file says; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         image = _gray(_of_integers(np.asarray(image), most), image.info.get("transparency"), image, inverted)
     elif image.mode == "F":
         image = _gray(_of_floats(np.asarray(image)), None, image, inverted)
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _of_integers(pixels: np.ndarray, most: int) -> np.ndarray:
@@ -100,4 +102,4 @@ def on_white(image: Image.Image) -> Image.Image:
     image = plain(image)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

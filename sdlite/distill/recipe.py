@@ -35,6 +35,10 @@
     num_inference_steps = 10
 
 `text-encoder` and `tiny-decoder` come last, each at most once; alone they make parts for a UNet that stays. Each stage has its own folder, checkpoints and statistics, starts from the stage before it, and is skipped when it is already done.
+
+A run goes on (`resume`) with the recipe, the teacher's weights, the data and the size that it was begun with, as `run.json` says; only
+how it runs may change: micro_batch_size, gradient_checkpointing, compile, plain_attention, log_every, sample_every, checkpoint_minutes
+and keep_checkpoints. What is in `out` before the first checkpoint (latents) never stands in the way of another start.
 """
 
 from __future__ import annotations
