@@ -15,7 +15,7 @@ from benchmarks.hostile import attempts, corpus
 from benchmarks.hostile.folder import MODEL, Case, Place
 from benchmarks.hostile.isolate import SECONDS, Ended, Job
 
-WAIT = 0.005  # seconds between two looks at the jobs
+WAIT = 0.02  # seconds between two looks at the jobs
 References = dict[str, str]
 MADE_BY = (("onnxruntime", "fp16"), ("onnxruntime", "fp32"), ("openvino", "fp16"),
            ("openvino", "fp32"), ("torch", "fp16"), ("torch", "fp32"))  # fmt: skip
