@@ -157,10 +157,13 @@ def _node(data: bytes, found: _Found) -> None:
             outputs.append(_inner(wire, value))
         elif number == 4:
             op = _inner(wire, value)
+        elif number == 3:
+            _text(wire, value)
         elif number == 5 and _HOLDS.search(_inner(wire, value)):
             constants += _attribute(value)
         elif number == 7 and _inner(wire, value) not in _KNOWN:
             raise ValueError(f"has an operator of the domain {_text(wire, value)!r}; known: {', '.join(DOMAINS[1:])}")
+    _text(_BYTES, b" ".join((*inputs, *outputs, op)))
     found.tensors += constants
     if op == b"Constant" and constants and outputs:
         constants[-1].name = _text(_BYTES, outputs[0])

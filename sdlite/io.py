@@ -20,6 +20,7 @@ import shutil
 import stat
 import tempfile
 import time
+import tomllib
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -36,6 +37,7 @@ except ImportError:  # Windows: what a killed process left is not recognized
 
 log = logging.getLogger("sdlite")
 JSON_BYTES = 32 << 20  # the largest known: a tokenizer.json of 4 MiB, a manifest of 50 kB
+TOML_BYTES = 1 << 20
 DEPTH = 64  # of objects and lists in one another
 WORK = ".sdlite-work-"
 _LOOK = f"{WORK}look-"  # is a folder that can be written; there for a moment, and empty
@@ -228,6 +230,32 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:40]} is not a finite number")
     return value
+
+
+def read_toml(path: str | Path, kind: str, hint: str) -> dict[str, Any]:
+    """What a TOML file that a user wrote says.
+
+    Args:
+        kind: what errors call it. hint: what they say is accepted.
+
+    Raises:
+        InputError: it is missing, larger than `TOML_BYTES`, no UTF-8 text, or not TOML.
+    """
+    try:
+        with regular(Path(path)) as f:
+            raw = f.read(TOML_BYTES + 1)
+        if len(raw) > TOML_BYTES:
+            raise InputError(f"{kind} {path} has more than {TOML_BYTES >> 20} MiB; {hint}.")
+        return tomllib.loads(raw.decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise InputError(f"{kind} {path} does not exist; {hint}.") from None
+    except OSError as e:
+        raise InputError(f"{kind} {path}: {e.strerror}; {hint}.") from e
+    except UnicodeDecodeError as e:
+        why = f"({e.reason} at byte {e.start}); save it as UTF-8, as TOML is"
+        raise InputError(f"{kind} {path} is not UTF-8 text {why}.") from None
+    except (ValueError, RecursionError, OverflowError) as e:
+        raise InputError(f"{kind} {path} is not TOML: {printable(e, 200)}.") from e
 
 
 def sha256(path: Path) -> str:

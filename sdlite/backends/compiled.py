@@ -19,8 +19,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sdlite.errors import InputError
-from sdlite.io import WORK, cache_root, sha256, working
+from sdlite.errors import ArtifactError, InputError
+from sdlite.io import WORK, cache_root, read_json, sha256, working
 
 SWITCH = "SDLITE_OPENVINO_CACHE"  # GB that all entries may have together; 0 keeps nothing
 LIMIT_GB = 10.0
@@ -85,14 +85,14 @@ def kept(key: dict[str, Any], size: int) -> Iterator[Path | None]:
 def _whole(place: Path) -> bool:
     """Whether the folder holds what its seal says, and nothing else. Marks it as used now."""
     try:
-        sealed = json.loads((place / SEAL).read_text(encoding="utf-8"))
+        sealed = read_json(place / SEAL)
         if {p.name for p in place.iterdir()} != {SEAL, *sealed} or not sealed:
             return False
         if any(sha256(place / name) != digest for name, digest in sealed.items()):
             return False
         with suppress(OSError):  # a shared folder that only others may write
             os.utime(place)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ArtifactError):
         return False
     return True
 

@@ -49,7 +49,6 @@ import itertools
 import json
 import shutil
 import time
-import tomllib
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -70,7 +69,7 @@ from sdlite.distill.targets import cache_targets
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.errors import ArtifactError, InputError, SdliteError, SdliteWarning, need
 from sdlite.exporters import CONVERT_NEEDS
-from sdlite.io import check_writable, printable, read_json, regular, sha256, write_json
+from sdlite.io import check_writable, printable, read_json, sha256, write_json
 from sdlite.sampling import guided, known_sampler
 from sdlite.spec import latent_size
 from sdlite.tokenizer import ClipTokenizer
@@ -196,20 +195,7 @@ class Recipe:
         Raises:
             InputError: the file is missing, is not TOML, or says something that is not known; the message names it and what is.
         """
-        try:
-            with regular(Path(path)) as f:
-                raw = f.read(_MOST + 1)
-            if len(raw) > _MOST:
-                raise InputError(f"recipe {path} has more than {_MOST >> 20} MiB, which no recipe needs.")
-            return cls.parse(tomllib.loads(raw.decode("utf-8-sig")))
-        except FileNotFoundError:
-            raise InputError(f"recipe {path} does not exist; give a TOML file (see sdlite.distill.recipe).") from None
-        except OSError as e:
-            raise InputError(f"recipe {path}: {e.strerror}; give a TOML file (see sdlite.distill.recipe).") from e
-        except UnicodeDecodeError as e:
-            raise InputError(f"recipe {path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8, as TOML is.") from None
-        except (tomllib.TOMLDecodeError, RecursionError, OverflowError) as e:
-            raise InputError(f"recipe {path} is not TOML: {printable(e, 200)}.") from e
+        return cls.parse(read_toml(path, "recipe", "give a TOML file (see sdlite.distill.recipe)"))
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> Recipe:
@@ -251,9 +237,6 @@ class Recipe:
         else:
             out |= {k: v for k, v in (teachers or {}).items() if k in out}
         return out | self.sampler
-
-
-_MOST = 1 << 20  # bytes of a recipe
 
 
 def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:

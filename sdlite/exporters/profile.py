@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdlite.arguments import MOST_IMAGES, MOST_PIXELS, integer, number, one_of, text, truth
 from sdlite.artifact import Artifact
 from sdlite.errors import InputError, UnknownNameError
+from sdlite.io import printable, read_toml
 
 TARGETS = {  # runtime -> (module, the extras that install it)
     "onnx": ("sdlite.exporters.targets.onnx", "quantize"),
@@ -26,6 +28,7 @@ TARGETS = {  # runtime -> (module, the extras that install it)
 # precision -> the artefact's graphs that it can be made from, the best first
 SOURCES = {"fp32": ("fp32",), "fp16": ("fp16", "fp32"), "bf16": ("fp32",), "int8-static": ("int8-static",), "a16w8": ("fp32",)}
 PRECISIONS = tuple(SOURCES)
+GATES = ("psnr", "reference", "text_encoder", "unet", "vae_decoder")
 
 
 @dataclass(frozen=True)
@@ -68,23 +71,41 @@ class Profile:
 
     @classmethod
     def parse(cls, raw: dict[str, Any], name: str) -> Profile:
-        """Raises InputError or UnknownNameError for what is not known."""
+        """Check what a TOML file says.
+
+        Raises:
+            InputError, UnknownNameError: an unknown name, or a value of another type or range.
+        """
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(raw) - known):
             raise InputError(f"profile {name}: {', '.join(unknown)} not known; known: {', '.join(sorted(known))}.")
-        out = cls(**{"name": name, **raw})
-        if out.target not in TARGETS:
-            raise UnknownNameError(f"profile {name}: target={out.target!r} is not known; choose one of {', '.join(TARGETS)}.")
-        if out.precision not in PRECISIONS:
-            raise UnknownNameError(f"profile {name}: precision={out.precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
-        parts = {"psnr", "reference", "text_encoder", "unet", "vae_decoder"}
-        if unknown := sorted(set(out.gate) - parts):
-            raise InputError(f"profile {name}: gate names {', '.join(unknown)}; known: {', '.join(sorted(parts))}.")
-        if min(out.batch, out.height, out.width, out.memory_mib) < 0:
-            raise InputError(
-                f"profile {name}: batch={out.batch}, height={out.height}, width={out.width}, memory_mib={out.memory_mib} must not be negative."
-            )
-        return out
+        for key, value in {"target": "", **raw}.items():
+            _check(f"profile {name}: {key}", key, value)
+        return cls(**{"name": name, **raw})
+
+
+def _check(label: str, key: str, value: Any) -> None:
+    """One key of a profile: its type and its range."""
+    match key:
+        case "target" | "precision":
+            one_of(label, value, tuple(TARGETS) if key == "target" else PRECISIONS)
+        case "batch":
+            integer(label, value, 0, MOST_IMAGES)
+        case "height" | "width":
+            integer(label, value, 0, MOST_PIXELS)
+        case "memory_mib":
+            integer(label, value, 0)
+        case "dynamic":
+            truth(label, value)
+        case "name" | "about":
+            text(label, value)
+        case "gate" | "options":
+            if not isinstance(value, dict):
+                raise InputError(f"{label}={printable(repr(value), 80)} is no table; accepted: name = value.")
+            if key == "gate" and (unknown := sorted(set(value) - set(GATES))):
+                raise InputError(f"{label} names {', '.join(unknown)}; known: {', '.join(GATES)}.")
+            for part, least in value.items() if key == "gate" else ():
+                number(f"{label}, {part}", least)
 
 
 def assets() -> Path:
@@ -112,10 +133,7 @@ def load(target: str | Path) -> Profile:
     if path.suffix == ".toml":
         if not path.is_file():
             raise InputError(f"profile {path} does not exist; give a TOML file or one of {', '.join(builtin())}.")
-        try:
-            return Profile.parse(tomllib.loads(path.read_text(encoding="utf-8")), path.stem)
-        except tomllib.TOMLDecodeError as e:
-            raise InputError(f"profile {path} is not TOML: {e}.") from e
+        return Profile.parse(read_toml(path, "profile", "give a TOML file"), path.stem)
     known = builtin()
     if str(target) not in known:
         raise UnknownNameError(f"target {str(target)!r} is not known; choose one of {', '.join(known)}, or a profile.toml.")

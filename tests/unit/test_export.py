@@ -415,3 +415,28 @@ def test_half_arithmetic_leaves_norms_in_float32(tmp_path):
     want, got = (Session(str(p), "cpu", 1)(**inputs) for p in (source, tmp_path / "half.onnx"))
     error = 10 * np.log10((want**2).sum() / ((got - want) ** 2).sum())
     assert 40 < error < 100  # near, and not the same arithmetic
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"precision = 'fp32'", "target=''"),
+        (b"target = ['onnx']", "target=.*a string"),
+        (b"target = 'onnx'\nbatch = '1'", "batch='1'"),
+        (b"target = 'onnx'\nbatch = -1", "batch=-1"),
+        (b"target = 'onnx'\nheight = 1000000", "height=1000000"),
+        (b"target = 'onnx'\nwidth = 64.5", "width=64.5"),
+        (b"target = 'onnx'\ndynamic = 1", "dynamic=1"),
+        (b"target = 'onnx'\nabout = 3", "about=3"),
+        (b"target = 'onnx'\ngate = 40", "gate=40 is no table"),
+        (b"target = 'onnx'\noptions = [1]", "options=.*is no table"),
+        (b"target = 'onnx'\n[gate]\npsnr = nan", "gate, psnr=nan"),
+        (b"target = 'onnx'\n[gate]\npsnr = '40'", "gate, psnr='40'"),
+        (b"about = '\xff'", "not UTF-8"),
+        (b"a = " + b"[" * 5000, "not TOML"),
+    ],
+)
+def test_a_profiles_values_are_looked_at(tmp_path, text, says):
+    (tmp_path / "p.toml").write_bytes(text)
+    with pytest.raises((InputError, UnknownNameError), match=says):
+        profile.load(tmp_path / "p.toml")
