@@ -69,7 +69,7 @@ from sdlite.distill.targets import cache_targets
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.errors import ArtifactError, InputError, SdliteError, SdliteWarning, need
 from sdlite.exporters import CONVERT_NEEDS
-from sdlite.io import check_writable, printable, read_json, sha256, write_json
+from sdlite.io import check_writable, printable, read_json, read_toml, sha256, write_json
 from sdlite.sampling import guided, known_sampler
 from sdlite.spec import latent_size
 from sdlite.tokenizer import ClipTokenizer
