@@ -139,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--num", type=int, default=1, help="number of pictures")
     g.add_argument("--height", type=int, help="pixels; default: what the model was trained at")
     g.add_argument("--width", type=int, help="pixels; default: what the model was trained at")
+    g.add_argument(
+        "--max-pixels", type=int, metavar="N", help="height x width x pictures that may be made at once; default: the model's own"
+    )
     g.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory, slightly other pixels")
     g.add_argument(
         "--vae-tile-size", type=int, metavar="PX", help="the same, in tiles of at most PX pixels; default: the autoencoder's own size"
@@ -270,6 +273,7 @@ def _generate(args: argparse.Namespace) -> None:
     out = pipe(
         args.prompt, negative_prompt=args.negative_prompt, num_inference_steps=args.steps, guidance_scale=args.guidance, seed=args.seed,
         num_images_per_prompt=args.num, height=args.height, width=args.width, sampler=args.sampler, progress=not args.quiet,
+        max_pixels=args.max_pixels,
     )  # fmt: skip
     if args.grid and args.num > 1:
         images.save(images.grid(out.images), paths[0], {**out.metadata[0], "seed": ",".join(map(str, out.seeds))})

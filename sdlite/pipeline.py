@@ -133,8 +133,7 @@ class Pipeline(metaclass=_Class):
         self.stride = families.vae_stride(self.vae_config)
         self.defaults = artifact.sampler_defaults
         self.tiling: tiling.Tiling | None = None
-        own = artifact.manifest.max_pixels if artifact.manifest else None
-        self.max_pixels = MAX_PIXELS if own is None else own
+        self.max_pixels: int | None = None  # no limit, for pipelines that are made of networks
         self._warned: set[str] = set()
         self._calls: set[running.Call] = set()
         self._lock = threading.Condition()  # of what the threads share: tiling with report, calls, warnings
@@ -179,7 +178,7 @@ class Pipeline(metaclass=_Class):
             artifact, note = _convert(artifact), f"converted to ONNX from {artifact.folder}, once, into the cache"
         pipe = cls(artifact, backends.load(artifact, precision, backend, device, threads, arithmetic))
         pipe.report.notes += [note] if note else []
-        pipe.max_pixels = pipe.max_pixels if most is None else most
+        pipe.max_pixels = pipe._most() if most is None else most
         if artifact.failed:
             pipe.report.notes.append(f"failed its quality check: {'; '.join(artifact.failed)}")
             warnings.warn(f"{artifact.folder} {pipe.report.notes[-1]}; it is kept to be looked at.", SdliteWarning, stacklevel=2)
@@ -506,6 +505,13 @@ class Pipeline(metaclass=_Class):
         if not known:
             warnings.warn(text, SdliteWarning, stacklevel=stacklevel)
 
+    def _most(self) -> int:
+        """The model's own `max_pixels`, else sdlite's; one image of the model's own size is always inside."""
+        if self.artifact.manifest and self.artifact.manifest.max_pixels is not None:
+            return self.artifact.manifest.max_pixels
+        tall, wide = self.networks.size or (s * self.stride for s in latent_size(self.unet_config))
+        return max(MAX_PIXELS, tall * wide)
+
     def _within(self, count: int, height: int, width: int, most: int | None) -> None:
         """Refuse a call that is too large, before any work.
 
@@ -514,7 +520,7 @@ class Pipeline(metaclass=_Class):
         """
         most = self.max_pixels if most is None else arguments.integer("max_pixels", most, 1)
         asked = count * height * width
-        if asked > most:
+        if most is not None and asked > most:
             raise ShapeError(
                 f"{count} x {height} x {width} is {asked} pixels in one call; accepted: up to {most} (max_pixels), for memory and time grow "
                 f"with them. Ask for fewer or smaller images in a call, or pass max_pixels={asked}, with pipe.enable_vae_tiling() if memory "

@@ -9,15 +9,19 @@ the node that they are at).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
+
+import numpy as np
 
 from sdlite.errors import Cancelled
 
 T = TypeVar("T")
 PIECE = 0.05  # seconds until a cancel or a signal is seen
+LONG = 0.2  # seconds of a run that is worth the waiting
 GRACE = 1.0  # seconds that a run has to stop; one node of onnxruntime may take longer (attention at 2048 px: 10 s)
 
 
@@ -98,3 +102,30 @@ def waited(work: Callable[[], T], stop: Callable[[], None]) -> T:
     if failed:
         raise failed[0]
     return out[0]
+
+
+class Runs:
+    """The runs of one network: those that will be long, or nobody knows, are waited for; the others are made in the caller's thread, as
+    before there was any waiting (and as processes need it that are forked from one that has run)."""
+
+    def __init__(self) -> None:
+        self._pace: float | None = None  # seconds an element of the inputs
+        self.seconds = 0.0  # of the last run
+
+    def __call__(self, work: Callable[[], T], stop: Callable[[], None], elements: int) -> T:
+        """`waited`, where it takes `LONG` or more. `elements`: of the inputs."""
+        start = time.perf_counter()
+        try:
+            if self._pace is not None and self._pace * elements < LONG:
+                check()
+                out = work()
+            else:
+                out = waited(work, stop)
+        finally:
+            self.seconds = time.perf_counter() - start
+        self._pace = self.seconds / elements
+        return out
+
+
+def elements(inputs: Mapping[str, np.ndarray]) -> int:
+    return sum(v.size for v in inputs.values())

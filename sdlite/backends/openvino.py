@@ -5,6 +5,7 @@ GPU and NPU are the same calls with another device name and have not been run by
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -48,9 +49,16 @@ def engine() -> str:
     return f"openvino {ov.__version__}"
 
 
+@functools.cache
+def core() -> ov.Core:
+    """The process's one core, which is never freed: each that is made gives the thread a stack for its signal handlers, and freeing several
+    leaves one that is gone, so that the next Ctrl-C is a segmentation fault (OpenVINO 2026.4, CPUs with AMX)."""
+    return ov.Core()
+
+
 def half() -> str:
     """What this CPU computes half-precision graphs in: bfloat16 where it has instructions for it (AMX, AVX512_BF16), else float32."""
-    return "bfloat16" if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
+    return "bfloat16" if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
 
 
 def arithmetic_of(precision: str, device: str, asked: str | None = None) -> str:
@@ -140,7 +148,7 @@ class CompiledNetwork:
     before it: a graph for any shape rounds otherwise than one for its first (int8-static: 40 dB apart). `keep` of the compiled graphs
     stay in memory, those used last, with `ACTIVE` bytes of tensors.
 
-    A request is waited for in pieces, so that a cancel or a Ctrl-C ends it with the node that it is at.
+    A cancel or a Ctrl-C ends a long run with the node that it is at.
 
     Fused half-precision subgraphs of fixed shapes are wrong in OpenVINO 2026.4 where a feature map is two pixels wide (the embedded UNet
     at 64 px: 3 dB from float32 on noise, unfused 32 dB; from three pixels on they agree), so they are not fused there;
@@ -160,7 +168,7 @@ class CompiledNetwork:
         keep: int = SHAPES,
     ):
         """`weights`: files that the graph reads besides. `hashes`: SHA-256 of all files, for the cache of compiled networks; () keeps none."""
-        self.core, self.name = ov.Core(), device.upper()
+        self.core, self.name = core(), device.upper()
         self.files, self.hashes, self.keep = [Path(path), *map(Path, weights)], hashes, keep
         if not any(d.split(".")[0] == self.name for d in self.core.available_devices):
             raise UnknownNameError(
@@ -174,6 +182,7 @@ class CompiledNetwork:
         self.half = arithmetic != "float32"
         self.requests: OrderedDict[Shapes, ov.InferRequest] = OrderedDict()
         self.active: dict[Shapes, int] = {}  # bytes of their tensors
+        self._runs = running.Runs()
         self._lock = threading.Lock()  # a request holds one answer, and `infer` lets other threads in
         self.mapped = self.files[0].parent  # what the weights are mapped from
         self._graph: ov.Model | None = self._read()
@@ -250,11 +259,8 @@ class CompiledNetwork:
             running.check()
             key, request = self._request({k: list(v.shape) for k, v in inputs.items()})
             try:
-                request.start_async(inputs)
-                while not request.wait_for(int(1000 * running.PIECE)):
-                    running.check()
-            except BaseException:
-                request.cancel()
+                self._runs(lambda: request.infer(inputs), request.cancel, running.elements(inputs))
+            except BaseException:  # what was stopped, or still runs, is not used again
                 self.requests[key] = request.get_compiled_model().create_infer_request()
                 raise
             out: np.ndarray = request.get_tensor(self.output).data.copy()

@@ -6,7 +6,6 @@ CUDA was written against onnxruntime's IOBinding API and has not been run on a G
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,6 @@ import numpy as np  # isort: skip
 PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-static")
 DEVICES = ("cpu", "cuda")
 LARGE = 32 << 20  # bytes of a network
-LONG = 0.2  # seconds of a run that is worth waiting for in pieces, and whose memory is worth giving back
 _SHRINK = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -55,45 +53,6 @@ def session_options(threads: int | None, size: int = 0) -> ort.SessionOptions:
     return options
 
 
-class Run:
-    """Runs of one session: a long one can be stopped, and what it needed is given back by the next small one.
-
-    onnxruntime keeps the memory of its largest run (2048 px of the embedded student: 2.1 GB). Shrinking
-    costs a run that comes back the time to have that memory cleared again, 0.25 s a GB, so it is done by
-    the first run of a quarter of the size or less.
-    """
-
-    def __init__(self, session: ort.InferenceSession):
-        self.session = session
-        self._pace: float | None = None  # seconds an element of the inputs; None: not run yet
-        self._largest = 0  # elements of the largest long run since memory was given back
-
-    def __call__(self, work: Callable[[ort.RunOptions], Any], elements: int) -> Any:
-        """`work` with the options of this run.
-
-        Raises:
-            Cancelled: the call was cancelled, at most `running.PIECE` seconds and one node ago.
-        """
-        options, start = ort.RunOptions(), time.perf_counter()
-        if self._largest >= 4 * elements:
-            options.add_run_config_entry(*_SHRINK)
-            self._largest = 0
-        if self._pace is not None and self._pace * elements < LONG:
-            running.check()
-            out = work(options)
-        else:
-            out = running.waited(lambda: work(options), lambda: setattr(options, "terminate", True))
-        seconds = time.perf_counter() - start
-        self._pace = seconds / elements
-        if seconds > LONG:
-            self._largest = max(self._largest, elements)
-        return out
-
-
-def _elements(inputs: dict[str, np.ndarray]) -> int:
-    return sum(v.size for v in inputs.values())
-
-
 class Session:
     """One graph, its files of `size` bytes. Called with the names of its IOSpec; refuses others."""
 
@@ -114,16 +73,33 @@ class Session:
             )
         self.names = [o.name for o in self.session.get_outputs()]
         self.output = next(iter(self.names), "")
-        self.run = Run(self.session)
+        self._runs = running.Runs()
+        self._largest = 0  # elements of the largest long run since memory was given back
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        out: np.ndarray = self.run(lambda options: self.session.run([self.output], inputs, options)[0], _elements(inputs))
+        out: np.ndarray = self._run(lambda options: self.session.run([self.output], inputs, options)[0], inputs)
         return out
 
     def every(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs, by name."""
-        made = self.run(lambda options: self.session.run(self.names, inputs, options), _elements(inputs))
+        made = self._run(lambda options: self.session.run(self.names, inputs, options), inputs)
         return dict(zip(self.names, made, strict=True))
+
+    def _run(self, work: Callable[[ort.RunOptions], Any], inputs: dict[str, np.ndarray]) -> Any:
+        """`work` with the options of this run, which can be stopped where it is long.
+
+        onnxruntime keeps the memory of its largest run (embedded student at 2048 px: 10 GB). Shrinking costs a run that comes back the
+        time to have that memory cleared again, 0.25 s a GB, so the first run of a quarter of the size or less does it.
+        """
+        options, elements = ort.RunOptions(), running.elements(inputs)
+        if self._largest >= 4 * elements:
+            options.add_run_config_entry(*_SHRINK)
+            self._largest = 0
+        try:
+            return self._runs(lambda: work(options), lambda: setattr(options, "terminate", True), elements)
+        finally:
+            if self._runs.seconds > running.LONG:
+                self._largest = max(self._largest, elements)
 
 
 class BoundSession(Session):
@@ -140,7 +116,7 @@ class BoundSession(Session):
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, self._on_device(name, array))
         binding.bind_output(self.output, "cpu")
-        self.run(lambda options: self.session.run_with_iobinding(binding, options), _elements(inputs))
+        self._run(lambda options: self.session.run_with_iobinding(binding, options), inputs)
         out: np.ndarray = binding.copy_outputs_to_cpu()[0]
         return out
 
@@ -148,7 +124,7 @@ class BoundSession(Session):
         held = getattr(self._mine, "embeds", None)
         if held is not None and held[0] is array:
             return held[1]
-        value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+        value = ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), self.device, 0)  # a scalar stays one
         if name == "encoder_hidden_states":
             self._mine.embeds = (array, value)
         return value

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,6 +143,30 @@ def test_new_shapes_begin_again_and_buffers_grow_only(engine):
     ]
     network.close()
     assert not cuda.memory
+
+
+def test_one_thread_at_a_time_uses_an_engine(engine, monkeypatch):
+    """Shapes, buffers and the graph are the engine's: without a lock threads read each other's images. On the stand-in for the device, not
+    on TensorRT."""
+    network, _ = engine
+    copy = Cuda.cudaMemcpyAsync
+    monkeypatch.setattr(Cuda, "cudaMemcpyAsync", lambda self, *a: time.sleep(1e-4) or copy(self, *a))  # others get their turn
+
+    def call(i):
+        x = np.full((1 + i % 3, 2, 3, 3), i, np.float32)
+        return network(latent_sample=x).shape == x.shape and (network(latent_sample=x) == 2 * x).all()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(call, range(200)))
+
+
+def test_refused_shape_leaves_the_next_call_right(engine):
+    network, _ = engine
+    x = np.ones((1, 2, 3, 3), np.float32)
+    network(latent_sample=x)
+    with pytest.raises(UnknownNameError):
+        network(latent_sample=np.zeros((5, 2, 3, 3), np.float32))
+    np.testing.assert_array_equal(network(latent_sample=x), 2 * x)
 
 
 def test_shape_outside_the_engine_and_unreadable_engine(engine, tmp_path):
@@ -347,7 +373,7 @@ def test_backend_refuses_what_it_cannot_load(tmp_path):
     (tmp_path / "unet" / "model.engine").write_bytes(b"x")
     report = {
         "profile": {"precision": "fp16", "target": "tensorrt"},
-        "files": {"unet/model.engine": {"sha256": "0", "bytes": 1}},
+        "files": {"unet/model.engine": {"sha256": "0" * 64, "bytes": 1}},
     }
     (tmp_path / "export-report.json").write_text(json.dumps(report))
     with pytest.raises(PrecisionError, match="are fp16, not fp32"):
