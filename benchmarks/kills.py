@@ -1,12 +1,14 @@
-"""What is left when a command is killed? kill -9 and signals at random moments, then every folder is looked at and the command runs again.
+"""What is left when a command is killed? kill -9 and signals at random moments; then every folder is
+looked at, and the command runs again.
 
-    python -m benchmarks.kills                          25 kill -9 and 3 of each signal a command: about half an hour
+    python -m benchmarks.kills                  25 kill -9 and 3 of each signal a command: an hour
     python -m benchmarks.kills generate --kills 5
 
-One row a command in benchmarks/results/kills.jsonl. Counted are outputs that were complete before and are not any more, outputs
-under their own name that are not whole, half-written folders that open as a model, and work folders that a clean run after the
-kills leaves. All of them should be 0. The moments are drawn from the second to the last quarter of the command's own duration.
-A training goes on after each kill and makes no ONNX at its end, which `convert` does.
+One row a command in benchmarks/results/kills.jsonl. Counted are outputs that were complete before and
+are not any more, outputs under their own name that are not whole, half-written folders that open as a
+model, and work folders that a clean run after the kills leaves. All of them should be 0. The moments are
+drawn from the second to the last quarter of the command's own duration. A training goes on after each
+kill and makes no ONNX at its end, which `convert` does.
 """
 
 from __future__ import annotations
@@ -266,6 +268,8 @@ def run(name: str, place: Place, kills: int, asked: int, drawn: random.Random) -
         if i % 5 == 4 or i in (kills - 1, len(numbers) - 1):
             cleanly(place, make(place, out), row)
             row.wrong += wrong(place)
+            for made in place.out.glob("r*"):  # judged; "kept" stays
+                shutil.rmtree(made) if made.is_dir() else made.unlink()
             out = place.out / f"r{i + 1}"
     return row
 

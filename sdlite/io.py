@@ -42,7 +42,7 @@ DEPTH = 64  # of objects and lists in one another
 WORK = ".sdlite-work-"
 _LOOK = f"{WORK}look-"  # is a folder that can be written; there for a moment, and empty
 _LOCK = "lock"
-_HOUR = 3600.0  # seconds until a work folder without a lock, which lasts for a moment, was left behind
+_HOUR = 3600.0  # seconds until a work folder without a lock was left behind; it has none for a moment
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_WORDS = ("No space left", "os error 28", "Disk quota", "iostream error", "inline_container")
 _NEARLY = 1 << 20  # bytes that a full disk may have left
@@ -56,7 +56,7 @@ _KINDS = {
 
 
 def printable(text: object, most: int = 2000) -> str:
-    """Text for a terminal or a log: control characters, other line ends and lone surrogates as escapes."""
+    """Text for a terminal or a log: control characters, line ends and lone surrogates as escapes."""
     whole = str(text)
     shown = whole if len(whole) <= most else f"{whole[:most]}... ({len(whole)} characters)"
     return "".join(_escaped(c) if unicodedata.category(c) in _UNSAFE else c for c in shown)
@@ -287,7 +287,7 @@ def cache_root() -> Path:
 
 @contextmanager
 def replacing(path: str | Path, *, lasting: bool = True) -> Iterator[Path]:
-    """A file that the block writes, with the name of `path` in a folder of its own, takes the place of `path`.
+    """A file of the same name in a folder of its own, which the block writes, takes the place of `path`.
 
     Args:
         lasting: it is there after a power cut, which costs about 10 ms on a disk.
@@ -351,7 +351,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def _named(path: Path, made: Path) -> Iterator[None]:
-    """A full disk is an OSError that names `path`, whoever found it full: Python, safetensors, torch or an engine.
+    """A full disk is an OSError that names `path`, whoever found it: Python, safetensors, torch or an engine.
 
     Args:
         made: the folder that the block writes into; another disk may be the one that is full.
@@ -372,7 +372,8 @@ def _is_full(e: Exception, made: Path) -> bool:
         if e.errno not in _FULL or (e.filename and str(made) not in str(e.filename)):
             return False
         return bool(e.filename) or _free(made) < _NEARLY
-    said = isinstance(e, OSError) or any(words in str(e) for words in _FULL_WORDS)  # numpy's and Pillow's have no number
+    # numpy's and Pillow's OSErrors have no number
+    said = isinstance(e, OSError) or any(words in str(e) for words in _FULL_WORDS)
     return said and _free(made) < _NEARLY
 
 
@@ -410,7 +411,7 @@ _own: set[Path] = set()  # work folders of this process
 
 
 def left_behind(folder: Path) -> Path | None:
-    """The work folder that `folder` lies in, of another process or one that was killed; None where it lies in none."""
+    """The work folder that `folder` lies in, which is not of this process; None where it lies in none."""
     real = Path(os.path.realpath(folder))
     return next((p for p in (real, *real.parents) if p.name.startswith(WORK) and p not in _own), None)
 
@@ -427,7 +428,7 @@ _clean_once = functools.lru_cache(maxsize=64)(clean)  # a folder may hold 100,00
 
 
 def working(place: Path, purpose: str = "") -> AbstractContextManager[Path]:
-    """A new folder in `place` that is gone after the block. Removes those that killed processes left there.
+    """A new folder in `place`, gone after the block. Removes those that killed processes left there.
 
     Raises:
         OSError: `place` cannot be written, or is full; its `filename` is `place`.
@@ -461,7 +462,7 @@ def _working(place: Path, purpose: str, named: Path, tidy: Callable[[Path], None
 
 
 def _machine() -> list[str]:
-    """This boot of this machine, then its name. Locks are seen by all processes of one boot, containers too."""
+    """This boot of this machine, then its name. All processes of one boot see a lock, containers too."""
     boot = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -524,7 +525,7 @@ def remove(folder: Path) -> None:
 
 @contextmanager
 def alone(place: Path) -> Iterator[None]:
-    """Wait until no other process or thread that calls this holds `place`, a folder, which is made where it is missing.
+    """Wait until no other process or thread that calls this holds `place`, a folder that may be missing yet.
 
     A process that ends, however it ends, lets go. Where there are no locks, nobody waits.
 
@@ -617,7 +618,7 @@ def _unwritable(out: str | Path, e: Exception) -> InputError:
 
 
 def _not_being_written(real: Path, out: str | Path) -> None:
-    """Raises InputError where a work folder of `real` stands, in it or beside it, after those left behind are removed."""
+    """Raises InputError where a work folder of `real` stands in it or beside it and was not left behind."""
     mine = f"{WORK}{_purpose(real)}-"
     for place in (real, real.parent):
         clean(place)
@@ -639,7 +640,8 @@ def _names(place: Path) -> list[str]:
 
 def _purpose(real: Path) -> str:
     """The folder's name, as a part of its work folder's."""
-    return real.name if len(os.fsencode(real.name)) < 100 else hashlib.sha256(os.fsencode(real.name)).hexdigest()[:32]
+    name = os.fsencode(real.name)
+    return real.name if len(name) < 100 else hashlib.sha256(name).hexdigest()[:32]
 
 
 @contextmanager

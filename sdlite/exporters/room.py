@@ -58,22 +58,34 @@ def check(artifact: Artifact, profile: Profile, source: str, out: Path) -> None:
     """
     size = sizes(artifact, source)
     total, largest = sum(size.values()), max(size.values())
-    scratch, place = Path(tempfile.gettempdir()), _existing(out)
-    need = {scratch: total + largest, place: 2 * total}
-    if os.stat(scratch).st_dev == os.stat(place).st_dev:
-        need = {place: total + largest + 2 * total}
-    for where, wanted in need.items():
-        if (have := free_disk(where)) < wanted:
-            raise ExportError(
-                f"too little disk for {profile.name}: about {wanted // _MIB + 1:,} MiB are needed in {where}, {have // _MIB:,} MiB are free. Make room, or "
-                "choose another folder (--out; TMPDIR for the scratch folder). Nothing was written."
-            )
+    if said := no_room(profile.name, total + largest, 2 * total, out):
+        raise ExportError(said)
     have_memory = free_memory()
     if have_memory is not None and have_memory < 2 * largest:
         raise ExportError(
             f"too little memory for {profile.name}: at least {2 * largest // _MIB + 1:,} MiB are needed for its largest network, "
             f"{have_memory // _MIB:,} MiB are free. Close other programs, or export on a larger machine. Nothing was written."
         )
+
+
+def no_room(what: str, aside: int, made: int, out: Path) -> str:
+    """What is missing where the disks have less free than what is needed; "" where there is enough.
+
+    Args:
+        aside, made: bytes in the system's folder for temporary files, and where `out` will be.
+    """
+    scratch, place = Path(tempfile.gettempdir()), _existing(out)
+    need = {scratch: aside, place: made}
+    if os.stat(scratch).st_dev == os.stat(place).st_dev:
+        need = {place: aside + made}
+    for where, wanted in need.items():
+        if (have := free_disk(where)) < wanted:
+            return (
+                f"too little disk for {what}: about {wanted // _MIB + 1:,} MiB are needed in {where}, "
+                f"{have // _MIB:,} MiB are free. Make room, or choose another folder (--out; TMPDIR for the "
+                "scratch folder). Nothing was written."
+            )
+    return ""
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 from sdlite import arguments, families, hub
 from sdlite.artifact import PARTS, Artifact, Manifest, write_manifest
 from sdlite.errors import InputError, PrecisionError, QuantizationError, SdliteWarning, UnknownNameError
+from sdlite.exporters import room
 from sdlite.io import check_out, remove, scratch, writing
 from sdlite.pipeline import Pipeline
 from sdlite.quant import gate as gates
@@ -88,6 +89,7 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
     with scratch("quantize") as aside:
         pipe = _float_pipeline(model, aside, threads, sampler)
         _prompts(pipe, calibration, gate)
+        _room(pipe.artifact, precision, Path(out))
         doubts = _doubts(calibration, gate) if precision == "int8-static" else []
         for doubt in doubts:
             warnings.warn(doubt, SdliteWarning, stacklevel=2)
@@ -102,6 +104,17 @@ def quantize(model: Pipeline | str | Path, precision: str, *, out: str | Path, c
         else:
             candidate = _static(work, insert.SCHEMES[scheme], keep)
         return _until_it_holds(work, candidate, Path(out), keep_failed)
+
+
+def _room(artifact: Artifact, precision: str, out: Path) -> None:
+    """Refuse what cannot end well: calibration writes every network in float32, and the model has a quarter of that at least.
+
+    Raises:
+        InputError: too little disk, with what is needed and what is free.
+    """
+    floats = sum(room.sizes(artifact, "fp32").values())
+    if said := room.no_room(precision, floats if precision == "int8-static" else 0, floats // 4, out):
+        raise InputError(said)
 
 
 def _kept(keep_float: Any) -> None:

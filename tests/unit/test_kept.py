@@ -178,7 +178,7 @@ def test_of_two_exports_into_one_folder_one_wins_and_the_other_says_what_to_do(p
 
 CONVERT = "import sys; from sdlite.exporters.onnx import convert; convert(sys.argv[1], sys.argv[2])"
 SAVE = "import sys, sdlite; sdlite.Pipeline.from_pretrained('emoji').save_pretrained(sys.argv[1])"
-ON_8_MIB = {  # command -> what must be in its line
+ON_8_MIB = {
     "quantize-dynamic": [*SDLITE, "quantize", "emoji", "--precision", "int8-dynamic", "--out", "{}/q", *STEPS, *GATE],
     "quantize-static": [*SDLITE, "quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", *STEPS, *GATE],
     "export": [*SDLITE, "export", "emoji", "--target", "onnx", "--out", "{}/x"],
