@@ -57,15 +57,14 @@ def plain(image: Image.Image) -> Image.Image:
     """Any PIL image -> RGB or RGBA, 8 bits, upright; itself where it is that already.
 
     Raises:
-        InputError: 32-bit integers, or floats outside 0 to 1.
+        InputError: 32-bit integers, floats outside 0 to 1, or EXIF data that cannot be read.
     """
     most, inverted = 65535, False
     if tags := getattr(image, "tag_v2", None):
         bits = tags.get(_BITS, (16,))[0]
         most = 2**bits - 1 if 8 < bits <= 16 else most
         inverted = tags.get(_PHOTOMETRIC) == 0 and image.mode[0] in "IF"  # white is 0; Pillow inverts 8 bits only
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode == "I":
         raise InputError("has 32-bit integers, whose range no file says; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
@@ -74,6 +73,16 @@ def plain(image: Image.Image) -> Image.Image:
         image = _gray(_of_floats(np.asarray(image)), None, image, inverted)
     mode = "RGBA" if image.has_transparency_data else "RGB"
     return image if image.mode == mode else image.convert(mode)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        if exif := image.info.get("exif"):
+            Image.Exif().load(exif)  # the image's own may hide that it is damaged
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception as e:
+        raise InputError(f"has EXIF data that cannot be read ({type(e).__name__}), so how it is turned is not known") from e
 
 
 def _of_integers(pixels: np.ndarray, most: int) -> np.ndarray:

@@ -159,3 +159,13 @@ def test_any_image_is_taken_and_is_left_as_it_was():
     assert np.array_equal(np.asarray(pixels.on_white(image)), eight_bit(RAMP))
     assert np.array_equal(np.asarray(image), RAMP)
     assert ImageOps.exif_transpose(image).size == image.size
+
+
+def test_damaged_exif_data_leaves_the_image_out_each_time():
+    image = pixels.Image.new("RGB", (8, 8))
+    with pytest.raises(InputError, match="has EXIF data that cannot be read"):
+        pixels.decode(stored(image, "JPEG", exif=b"Exif\0\0MMi*\0\0\0\x08\0\0"))
+    image.info["exif"] = b"MMi*\0\0\0\x08\0\0"
+    for _ in range(2):
+        with pytest.raises(InputError, match="has EXIF data that cannot be read"):
+            pixels.on_white(image)
