@@ -364,6 +364,14 @@ def _configs(folder):
     shutil.copy(EMOJI / "model_index.json", folder / "model_index.json")
 
 
+def _listed(folder):
+    """Its files as a report lists them."""
+    from sdlite.io import sha256
+
+    every = [p for p in folder.rglob("*") if p.is_file()]
+    return {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in every}
+
+
 def test_backend_refuses_what_it_cannot_load(tmp_path):
     from tests.conftest import EMOJI
 
@@ -373,7 +381,7 @@ def test_backend_refuses_what_it_cannot_load(tmp_path):
     (tmp_path / "unet" / "model.engine").write_bytes(b"x")
     report = {
         "profile": {"precision": "fp16", "target": "tensorrt"},
-        "files": {"unet/model.engine": {"sha256": "0" * 64, "bytes": 1}},
+        "files": {**_listed(tmp_path), "unet/model.engine": {"sha256": "0" * 64, "bytes": 1}},
     }
     (tmp_path / "export-report.json").write_text(json.dumps(report))
     with pytest.raises(PrecisionError, match="are fp16, not fp32"):
@@ -403,7 +411,8 @@ def test_pipeline_takes_the_precision_of_the_engines(tmp_path):
         shutil.copytree(EMOJI / name, tmp_path / name)
     _configs(tmp_path)
     assert Artifact.open(tmp_path).export is None
-    (tmp_path / "export-report.json").write_text(json.dumps({"profile": {"precision": "bf16", "target": "tensorrt"}, "files": {}}))
+    report = {"profile": {"precision": "bf16", "target": "tensorrt"}, "files": _listed(tmp_path)}
+    (tmp_path / "export-report.json").write_text(json.dumps(report))
     assert Artifact.open(tmp_path).export.precision == "bf16"
     with pytest.raises(PrecisionError, match="'onnxruntime' has no bf16"):
         Pipeline.from_pretrained(EMOJI, backend="onnxruntime", precision="bf16")
