@@ -318,6 +318,17 @@ class Artifact:
         """
         return config(self.files.part(part), "scheduler_config.json" if part == "scheduler" else "config.json")
 
+    def graph(self, precision: str, part: str) -> Path:
+        """Where a network's graph is that the manifest lists. It and its weights are verified.
+
+        Raises:
+            ArtifactError: see `verify`.
+        """
+        assert self.manifest is not None
+        row = self.manifest.variants[precision][part]
+        self.verify([row["file"], *row["weights"]])
+        return self.files.path(row["file"])
+
     def verify(self, paths: Iterable[str] | None = None) -> list[str]:
         """Check size and SHA-256 of `paths` (default: every file of the manifest, or of an export's report); returns what was checked.
 

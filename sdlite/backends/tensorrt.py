@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from sdlite import running
 from sdlite.artifact import Artifact
 from sdlite.backends import Network, NetworkReport, RowByRow
 from sdlite.errors import ArtifactError, MissingExtraError, PrecisionError, UnknownNameError
-from sdlite.io import sha256
 from sdlite.spec import SPECS
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8-static")
@@ -185,19 +183,17 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
         ArtifactError: the folder holds no engines, or one was changed. PrecisionError: they have another precision.
         UnknownNameError: no CUDA device.
     """
-    path, about = artifact.folder / part / "model.engine", artifact.folder / "export-report.json"
-    if not path.is_file() or not about.is_file():
+    name = f"{part}/model.engine"
+    if artifact.export is None or not artifact.files.has(name):
         raise ArtifactError(
             f"{artifact.folder} holds no TensorRT engine of {part}; make them on this GPU: sdlite export MODEL --target tensorrt."
         )
-    report = json.loads(about.read_text(encoding="utf-8"))
-    if (held := report["profile"]["precision"]) != precision:
+    if (held := artifact.export.precision) != precision:
         raise PrecisionError(f"the engines in {artifact.folder} are {held}, not {precision}; pass precision={held!r} or export again.")
-    if sha256(path) != report["files"][f"{part}/model.engine"]["sha256"]:
-        raise ArtifactError(f"{path} is not what the export wrote; export again.")
+    path = artifact.files.file(name)
     if why := no_gpu():
         raise UnknownNameError(f"device='cuda': {why}; use backend='onnxruntime' on the CPU.")
     network = Engine(path, part)
     fixed = next(iter(network.engine.get_tensor_shape(SPECS[part].inputs[0].name))) == 1
-    row = NetworkReport(part, f"{part}/model.engine", path.stat().st_size, precision, precision, 0.0)
+    row = NetworkReport(part, name, path.stat().st_size, precision, precision, 0.0)
     return (RowByRow(network) if fixed else network), row

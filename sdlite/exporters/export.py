@@ -267,8 +267,7 @@ def _graph(
     artifact: Artifact, part: str, profile: Profile, source: str, recording: Recording, scratch: Path, free_size: bool = True
 ) -> Path:
     """The artefact's graph with the profile's shapes and plain weights."""
-    assert artifact.manifest is not None
-    graph = Graph.load(artifact.folder / artifact.manifest.variants[source][part]["file"])
+    graph = Graph.load(artifact.graph(source, part))
     out = scratch / f"{part}.onnx"
     if profile.dynamic and free_size:
         graph.save(out)

@@ -209,9 +209,7 @@ class _Work:
             path.unlink()
 
     def graph(self, part: str) -> Graph:
-        assert self.pipe.artifact.manifest is not None
-        entry = self.pipe.artifact.manifest.variants["fp32"][part]
-        return Graph.load(self.pipe.artifact.folder / entry["file"])
+        return Graph.load(self.pipe.artifact.graph("fp32", part))
 
     def bar(self, run: Iterable[Any], total: int, text: str) -> Iterable[Any]:
         if not self.progress:

@@ -68,8 +68,7 @@ def quantise(graphs: dict[str, Path], pipe: Pipeline, profile: Profile, shown: l
 
 
 def _original(pipe: Pipeline, part: str) -> Graph:
-    assert pipe.artifact.manifest is not None
-    return Graph.load(pipe.artifact.folder / pipe.artifact.manifest.variants["fp32"][part]["file"])
+    return Graph.load(pipe.artifact.graph("fp32", part))
 
 
 def _integer(options: dict[str, Any], part: str) -> list[str]:
