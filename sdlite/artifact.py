@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdlite import families, schema
 from sdlite.errors import ArtifactError
-from sdlite.files import Files
-from sdlite.io import left_behind, plain, printable, read_bytes, read_json, sha256, write_json
+from sdlite.files import Files, read_listing
+from sdlite.io import left_behind, plain, printable, read_bytes, sha256, write_json
 from sdlite.sampling import known_sampler, sampler_of
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Artifact:
 
         path = folder / MANIFEST
         has = os.path.lexists(path)
-        out = cls(folder, Manifest.from_dict(read_json(path), path) if has else None, None if has else Export.open(folder))
+        out = cls(folder, Manifest.from_dict(read_listing(folder, MANIFEST), path) if has else None, None if has else Export.open(folder))
         if out.listing is None and (sign := out._lost()):
             raise ArtifactError(
                 f"{folder} was made by sdlite ({sign}) and has lost {MANIFEST}, which lists its files; without it, it would be "

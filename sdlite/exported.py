@@ -15,7 +15,7 @@ from sdlite import schema
 from sdlite.arguments import MOST_PIXELS
 from sdlite.artifact import PARTS, REPORT, ROW, SIZE_MULTIPLE, check_row, listed, plain_path, safe_path
 from sdlite.errors import ArtifactError
-from sdlite.io import read_json
+from sdlite.files import read_listing
 
 OPENED_BY = {  # target -> backends that run what it makes
     "onnx": ("onnxruntime", "openvino"),
@@ -78,7 +78,7 @@ class Export:
         if not os.path.lexists(folder / REPORT):
             return None
         path = folder / REPORT
-        report = read_json(path)
+        report = read_listing(folder, REPORT)
         _REPORT(path, "", report)
         files = {**report["files"], **report.get("companions", {})}
         networks = report.get("networks") or {}

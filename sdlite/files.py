@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlite.errors import ArtifactError
-from sdlite.io import JSON_BYTES, decoded, json_of, opened, plain, read_bytes, sha256
+from sdlite.io import JSON_BYTES, decoded, json_of, opened, plain, read_bytes, read_json, sha256
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ class Files:
             ArtifactError: see `read`. OSError: `out` cannot be written.
         """
         path, entry = self._entry(name)
+        if not name.endswith(".safetensors"):  # weights of one's own plain folder may lie elsewhere, other texts are nobody's
+            _stay(self.root, path)
         digest, size = hashlib.sha256(), 0
         out.parent.mkdir(parents=True, exist_ok=True)
         with opened(path) as f, open(out, "xb") as made:
@@ -156,10 +158,7 @@ class Files:
             raise ArtifactError(
                 f"{path} {there} {self.listing} does not list it: it is not of this model. Remove it, or fetch or save the model again."
             )
-        real = Path(os.path.realpath(path))
-        inside = real.is_relative_to(os.path.realpath(self.root))
-        if not inside and not _in_hub_cache(self.root, real):
-            raise ArtifactError(f"{path} is a link that leaves the model folder; do not use this model.")
+        _stay(self.root, path)
         return path, entry
 
     def _compare(self, path: Path, entry: Mapping[str, Any], size: int, sha: str = "") -> None:
@@ -173,6 +172,22 @@ class Files:
                 f"{path} has SHA-256 {sha[:12]}..., {self.listing} says {entry['sha256'][:12]}...; "
                 "it was changed. Fetch or save the model again."
             )
+
+
+def read_listing(folder: Path, name: str) -> dict[str, Any]:
+    """The manifest or report of a folder: a file of its own, as what it lists.
+
+    Raises:
+        ArtifactError: it is a link that leaves the folder, or see `io.read_json`.
+    """
+    _stay(folder, folder / name)
+    return read_json(folder / name)
+
+
+def _stay(root: Path, path: Path) -> None:
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(root)) and not _in_hub_cache(root, real):
+        raise ArtifactError(f"{path} is a link that leaves the model folder; do not use this model, or put the file in its place.")
 
 
 def _in_hub_cache(root: Path, real: Path) -> bool:
