@@ -343,8 +343,21 @@ class Artifact:
         for path in checked:
             self.files.verified(path, again=paths is None)
         if paths is None:
+            for path in filter(self.files.has, self._used()):
+                self.files.file(path)  # an error where it is not listed
             self._refuse_failed()
         return checked
+
+    def _used(self) -> list[str]:
+        """Where files stand that are read, or that libraries read, if they are there."""
+        from sdlite.tokenizer_files import FILES
+        from sdlite.weights import stem
+
+        out = [INDEX, "scheduler/scheduler_config.json", *(f"tokenizer/{n}" for n in FILES)]
+        for part in ("text_encoder", "unet", "vae"):
+            weights = f"{stem(part)}.safetensors"
+            out += [f"{part}/{n}" for n in ("config.json", ADAPTER, weights, f"{weights}.index.json")]
+        return out
 
     def save(self, folder: Path) -> None:
         """Copy what the model consists of to a new folder: the listed files, or what a plain diffusers folder runs with.

@@ -87,6 +87,7 @@ def test_a_file_that_is_not_listed_is_not_read(copy, name):
     (copy / name).write_text('{"a": 1}')
     said = one_line(load, copy)
     assert name in said
+    assert main(["verify", str(copy)]) == 1
 
 
 @pytest.mark.parametrize(
