@@ -431,7 +431,9 @@ def _sampler(artifact: Any) -> dict[str, Any]:
 
 def _describe(artifact: Any) -> dict[str, Any]:
     m, scheduler = artifact.manifest, artifact.config("scheduler")
-    sampler = {"prediction_type": scheduler.get("prediction_type"), **_sampler(artifact)} if artifact.listing else _sampler(artifact)
+    sampler, predicts = _sampler(artifact), scheduler.get("prediction_type")
+    if artifact.listing:  # -Infinity is what such a file may hold, and JSON may not
+        sampler = {"prediction_type": predicts if isinstance(predicts, str) else None, **sampler}
     if m is None:
         export = artifact.export.describe() if artifact.export else None
         return {

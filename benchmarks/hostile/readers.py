@@ -203,11 +203,13 @@ def _engine(backend: str) -> Target:
 
     def target(folder: Path, raw: bytes) -> None:
         from sdlite.backends import get_backend
+        from sdlite.backends.checked import Checked
 
         put(folder, GRAPH, raw)
         vouch(folder)
         artifact = Artifact.open(folder)
-        network, _ = get_backend(backend).load_part(artifact, "unet", "fp16", "cpu", 1)
+        loaded, _ = get_backend(backend).load_part(artifact, "unet", "fp16", "cpu", 1)
+        network = Checked(loaded, "unet", 8, backend)
         sample, text = np.zeros((1, 8, 8, 8), np.float32), np.zeros((1, 28, 192), np.float32)
         network(sample=sample, timestep=np.array(3, np.float32), encoder_hidden_states=text)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from sdlite import cli
 from sdlite.errors import AttributeNameError, InputError, MissingExtraError
+from tests import strangers
 
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 pytest.importorskip("openvino", reason="needs the openvino extra")
@@ -30,6 +33,15 @@ def _run(*arguments: str) -> None:
 def test_an_error_is_one_line_that_a_terminal_can_show(kind):
     """What a file is called, or says, is in errors as it is given."""
     assert str(kind("a\n\x1b[2J\u202eb, \xe9")) == "a\\n\\x1b[2J\\u202eb, \xe9"
+
+
+def test_what_info_prints_is_json_whatever_a_scheduler_holds(copy, capsys):
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"v_prediction"', "-Infinity"))
+    strangers.rehashed(copy)
+    assert cli.main(["info", str(copy), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert shown["sampler"]["prediction_type"] is None
 
 
 @pytest.mark.slow
