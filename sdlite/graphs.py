@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,25 @@ def _graph(data: bytes, found: _Found) -> None:
             _node(_inner(wire, value), found)
         elif number == 5:
             found.tensors.append(_tensor(_inner(wire, value)))
+        elif number in (11, 12):
+            _port(_inner(wire, value))
         elif number == 15:
             raise ValueError(_SPARSE)
+
+
+def _port(data: bytes) -> None:
+    """ValueInfoProto of an input or output: what onnxruntime gives Python of it is text."""
+    for name in _below(data, 1):
+        _text(_BYTES, name)
+    for side in _below(data, 2, 1, 2, 1, 2):  # type, tensor_type, shape, dim, dim_param
+        _text(_BYTES, side)
+
+
+def _below(data: bytes, *path: int) -> Iterator[bytes]:
+    """What stands in messages in one another under these field numbers."""
+    for number, wire, value in _fields(data):
+        if number == path[0] and wire == _BYTES:
+            yield from _below(value, *path[1:]) if path[1:] else (value,)
 
 
 def _node(data: bytes, found: _Found) -> None:

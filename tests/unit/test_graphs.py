@@ -382,3 +382,14 @@ def test_operators_of_a_version_that_there_is_not(model, version, backend):
     """OpenVINO counts down from it, for years."""
     pytest.importorskip(backend)
     refused(edited(model, lambda p: setattr(p.opset_import[0], "version", version)), "has operators of version", backend)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_names_that_are_no_text(model, backend):
+    """Of a side of an input: onnxruntime says them to Python, which cannot read them."""
+    pytest.importorskip(backend)
+    path = model / "unet" / "model.onnx"
+    proto = onnx.load(str(path), load_external_data=False)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "sideways"
+    path.write_bytes(proto.SerializeToString().replace(b"sideways", b"side\xec\xffys"))
+    refused(strangers.rehashed(model), "no UTF-8 text", backend)
