@@ -251,7 +251,7 @@ def _asked(where: str, name: str, check: _Check, value: Any) -> Any:
     try:
         return check(name, value)
     except SdliteError as e:
-        raise InputError(f"{where}: {e}") from None
+        raise type(e)(f"{where}: {e}") from None
 
 
 def _train(where: str, settings: dict[str, Any]) -> TrainConfig:
