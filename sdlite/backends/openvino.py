@@ -52,7 +52,7 @@ def engine() -> str:
 @functools.cache
 def core() -> ov.Core:
     """The process's one core, which is never freed: each that is made gives the thread a stack for its signal handlers, and freeing several
-    leaves one that is gone, so that the next Ctrl-C is a segmentation fault (OpenVINO 2026.4, CPUs with AMX)."""
+    leaves one that is gone, so that the next Ctrl-C is a segmentation fault (OpenVINO 2026.4)."""
     return ov.Core()
 
 
