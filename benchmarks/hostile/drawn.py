@@ -145,9 +145,9 @@ def _external(rng: Rng) -> tuple[str, Change]:
     chosen = Rng(rng.random())
 
     def edit(model: onnx.ModelProto) -> None:
-        for tensor in graphs.external(model):
-            if chosen.random() < share:
-                graphs.point(tensor, **{key: given})
+        every = graphs.external(model)
+        for tensor in [t for t in every if chosen.random() < share] or every[:1]:
+            graphs.point(tensor, **{key: given})
 
     shown = "".join(c for c in str(given)[:20] if c.isalnum())
     return f"{part}-{key}-{shown}", graphs.graph(edit, part)
