@@ -51,10 +51,17 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
     return int(value)
 
 
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
 def number(name: str, value: Any, low: float | None = None, high: float | None = None) -> float:
     """A finite number of `low` to `high`, both included."""
     known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not known or not math.isfinite(value) or not _inside(float(value), low, high):
+    if not known or not _finite(value) or not _inside(float(value), low, high):
         raise _wrong(name, value, f"a finite number{_range(low, high)}")
     return float(value)
 

@@ -24,7 +24,7 @@ def guided(guidance_scale: float) -> bool:
     Raises:
         InputError: NaN, infinite or negative.
     """
-    if not (np.isfinite(guidance_scale) and guidance_scale >= 0):
+    if not (0 <= guidance_scale < float("inf")):
         said = "is not a finite number from 0 up; 0 to 1 is no guidance"
         raise InputError(f"guidance_scale={guidance_scale} {said}.")
     return guidance_scale > 1

@@ -155,6 +155,16 @@ def test_models_md_is_generated_from_the_committed_results():
     assert (ROOT / "models.md").read_text() == report.models_md(), "run python -m benchmarks.report"
 
 
+def test_every_test_that_holds_a_promise_exists():
+    """SECURITY.md: `test_file.py`, `test_file.py::test_name`, and `::test_name` of the file named before."""
+    text, file, named = (ROOT / "SECURITY.md").read_text(), "", 0
+    for given, name in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", text):
+        file, named = given or file, named + bool(given or name)
+        held = (ROOT / "tests/unit" / file).read_text() if given or name else ""
+        assert not name or f"def {name}(" in held, f"{file} has no {name}"
+    assert named > 30
+
+
 def test_ci_runs_the_readmes_test_command():
     readme = (ROOT / "README.md").read_text()
     assert "bash tests/run.sh" in readme

@@ -14,7 +14,7 @@ from sdlite import images
 from sdlite.artifact import Artifact
 from sdlite.errors import InputError, MissingExtraError, PrecisionError, SdliteWarning, ShapeError, UnknownNameError
 from sdlite.pipeline import Cancelled
-from sdlite.sampling import Noise
+from sdlite.sampling import Noise, guided
 from sdlite.tokenizer import TruncationWarning
 
 FAST = {"num_inference_steps": 2}
@@ -55,6 +55,11 @@ def test_guidance_below_one_is_none_as_in_diffusers(emoji, scale):
     assert (pixels(emoji("pizza", negative_prompt="", guidance_scale=scale, seed=1, **FAST)) == want).all()
     with pytest.raises(InputError, match=r"guidance_scale=.*no guidance"):
         emoji("pizza", negative_prompt="ghost", guidance_scale=scale, seed=1, **FAST)
+
+
+def test_a_manifests_guidance_may_be_any_whole_number_that_is_a_float():
+    assert guided(10**30)
+    assert not guided(0)
 
 
 def test_guidance_one_calls_the_network_once_per_image(emoji, monkeypatch):
@@ -141,6 +146,7 @@ def test_report_says_what_runs(emoji):
         ({"prompt": "x", "sampler": 3}, InputError, "sampler=3; accepted: a string"),
         ({"prompt": "x", "callback": 3}, InputError, "callback=3; accepted: a function"),
         ({"prompt": "x", "num_inference_steps": 1001}, InputError, "1 to 1000"),
+        ({"prompt": "x", "guidance_scale": 10**400}, InputError, "guidance_scale=1000.*accepted: a finite number"),
         ({"prompt": "x", "guidance_scale": float("nan")}, InputError, "guidance_scale=nan; accepted: a finite number"),
         ({"prompt": "x", "seed": -1}, InputError, "seed=-1"),
         ({"prompt": "x", "seed": [1, 2]}, InputError, "2 seeds for 1"),
