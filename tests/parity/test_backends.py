@@ -141,7 +141,7 @@ def test_plain_diffusers_folder_is_converted_once_for_both_engines(plain, want, 
         pipe = sdlite.Pipeline.from_pretrained(plain, backend="openvino", precision="fp32", threads=1)
         assert caplog.text == ""
         assert psnr(pixels(pipe(PROMPTS, latents=LATENTS, sampler="ddim", **CALL).images), want) >= 50
-    [made] = (tmp_path / "cache" / "onnx").iterdir()
+        [made] = (p for p in (tmp_path / "cache" / "onnx").iterdir() if p.is_dir())
     assert (made / "unet/model.onnx").stat().st_size < 1_000_000, "weights were written into the graph instead of shared"
 
 
