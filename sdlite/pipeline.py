@@ -36,8 +36,9 @@ Callback = Callable[[int, int, np.ndarray], Any]  # (step, number of steps, late
 
 # An image of this many times the trained area, or less than this share of it, is warned about.
 FAMILIAR = (0.25, 2.5)
-# What one call may make where neither it nor the model says: 12 images of 512 px, and never less than a batch of the model's own size.
-MAX_PIXELS = 3 << 20
+# What one call may make where neither it nor the model says, in pixels: 8 images of the model's own size, at least 12 of 512 px, at most 8
+# of 1024 px, whatever size a stranger's configuration names.
+MAX_PIXELS = (3 << 20, 8 << 20)
 OWN_IMAGES = 8
 
 
@@ -156,8 +157,8 @@ class Pipeline(metaclass=_Class):
             threads: CPU threads per network call, 1 to 4 for each CPU (64 on small machines); None is the engine's own choice.
             arithmetic: what float layers are computed in: "float32", "bfloat16" or "float16", on "openvino". None: float32 for fp32; for fp16
                 and what int8 leaves in float, the CPU's half precision where it has one. The report says which it is.
-            max_pixels: height x width x images that one call may make; None is the model's own, else 3 million, or 8 images of
-                the model's own size where that is more. Memory and time of a call grow with them.
+            max_pixels: height x width x images that one call may make; None is the model's own, else 8 images of the
+                model's own size, at least 3 and at most 8 million. Memory and time of a call grow with them.
             positional, others: none; diffusers' keywords are answered with ours.
 
         Raises:
@@ -507,11 +508,11 @@ class Pipeline(metaclass=_Class):
             warnings.warn(text, SdliteWarning, stacklevel=stacklevel)
 
     def _most(self) -> int:
-        """The model's own `max_pixels`, else sdlite's; `OWN_IMAGES` of the model's own size are always inside."""
+        """The model's own `max_pixels`, else sdlite's."""
         if self.artifact.manifest and self.artifact.manifest.max_pixels is not None:
             return self.artifact.manifest.max_pixels
         tall, wide = self.networks.size or (s * self.stride for s in latent_size(self.unet_config))
-        return max(MAX_PIXELS, OWN_IMAGES * tall * wide)
+        return min(max(MAX_PIXELS[0], OWN_IMAGES * tall * wide), MAX_PIXELS[1])
 
     def _within(self, count: int, height: int, width: int, most: int | None) -> None:
         """Refuse a call that is too large, before any work.

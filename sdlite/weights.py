@@ -98,9 +98,10 @@ def _way_out(others: Collection[str]) -> str:
 
 def _listed(index: dict[str, Any], names: Collection[str], where: str) -> list[str]:
     weights = index.get("weight_map")
-    found = sorted(set(weights.values())) if isinstance(weights, dict) else []
-    if not found or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(n)) for n in found):
+    given = list(weights.values()) if isinstance(weights, dict) else []
+    if not given or not all(isinstance(n, str) and re.fullmatch(r"[\w.-]+\.safetensors", n) for n in given):
         raise ArtifactError(f"{where} has no weight_map of safetensors files beside it; fetch or save the model again.")
+    found = sorted(set(given))
     if missing := [n for n in found if n not in names]:
         raise ArtifactError(f"{where} lists {missing[0]}, which is missing; fetch or save the model again.")
     return found

@@ -30,8 +30,9 @@ def value(rng: Rng, old: Any) -> Any:
     """Something else than `old`: of another type, out of range, or a little off."""
     kind = rng.randrange(6)
     if kind == 0 and isinstance(old, (int, float)) and not isinstance(old, bool):
-        near = (-old, old + 1, old - 1, old * 10, old / 7, old + 0.5, str(old), [old], old * 10**9)
-        return rng.choice(near)
+        fits = abs(old) < 1e300  # a whole number that a float holds
+        near = (-old, old + 1, old - 1, old * 10, str(old), [old], old * 10**9)
+        return rng.choice((*near, old / 7, old + 0.5) if fits else near)
     if kind == 0 and isinstance(old, str):
         return rng.choice((old.upper(), old[:-1], old + "x", old * 2, [old], {"content": old}))
     if kind == 0 and isinstance(old, list) and old:

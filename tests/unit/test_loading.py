@@ -167,6 +167,14 @@ def test_index_may_not_name_files_elsewhere(damaged):
         weight_files(damaged / "unet")
 
 
+@pytest.mark.parametrize("named", [3, None, ["a.safetensors"], {"a": 1}, "x/y.safetensors"])
+def test_an_index_names_files_by_text(damaged, named):
+    index = damaged / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": named}}))
+    with pytest.raises(ArtifactError, match="no weight_map"):
+        weight_files(damaged / "unet")
+
+
 def test_variants_and_pickles_alone_are_named_with_the_way_out(damaged):
     file = damaged / "unet" / folders.WEIGHTS["unet"]
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))

@@ -370,6 +370,10 @@ def test_a_call_that_is_too_large_is_refused_before_any_work(emoji, monkeypatch)
             ShapeError, match=r"x \d+ is \d+ pixels in one call; accepted: up to .*pass max_pixels=\d+, with pipe.enable_vae"
         ):
             pipe("pizza", **call)
+    monkeypatch.setitem(pipe.unet_config, "sample_size", 1000)
+    pipe.max_pixels = pipe._most()
+    with pytest.raises(ShapeError, match=r"1 x 8000 x 8000 is 64000000 pixels in one call; accepted: up to 8388608"):
+        pipe("pizza")
     for most in (0, 1.5, "all"):
         with pytest.raises(InputError, match=r"max_pixels=.*at least 1"):
             pipe("pizza", max_pixels=most)
