@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach a network; the hub test overrides it for its local server
 os.environ.setdefault("SDLITE_OPENVINO_CACHE", "0")  # tests leave nothing in the user's cache; those of the cache switch it on
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores Ctrl-C; tests of it raise it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EMOJI = Path(__file__).parent.parent / "sdlite" / "models" / "emoji"
 

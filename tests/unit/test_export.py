@@ -22,6 +22,7 @@ from sdlite.io import sha256
 from sdlite.pipeline import Pipeline
 from sdlite.quant.graph import Graph, constant
 from tests.conftest import EMOJI
+from tests.folders import relist
 
 PROMPTS = ["red apple", "dog face on a blue background"]
 NEEDS = {
@@ -226,6 +227,7 @@ def test_pictures_of_the_reference_and_the_memory_ceiling(tmp_path, plain):
     other = shutil.copytree(EMOJI, tmp_path / "other")  # draws other pictures: the model was not made of this one
     scheduler = other / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("trailing", "leading"))
+    relist(other)
     with pytest.raises(ExportError, match=r"PSNR to the reference .* wanted 40"):
         export(EMOJI, tmp_path / "x", reference=other, **arguments)
     with pytest.raises(PrecisionError, match="no float ONNX graphs"):

@@ -19,7 +19,7 @@ from sdlite.distill import data  # noqa: E402
 from sdlite.distill.cache import to_square  # noqa: E402
 from sdlite.distill.recipe import Recipe, Teacher, plan, run  # noqa: E402
 from sdlite.distill.tasks import StudentTask  # noqa: E402
-from sdlite.errors import InputError  # noqa: E402
+from sdlite.errors import InputError, UnknownNameError  # noqa: E402
 
 RECIPE = """
 name = "small"
@@ -151,7 +151,7 @@ def test_recipe_is_read():
     ],
 )
 def test_recipe_errors(text, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises((InputError, UnknownNameError), match=words):
         parse(text)
 
 

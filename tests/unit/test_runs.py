@@ -24,7 +24,7 @@ from sdlite.cli import main  # noqa: E402
 from sdlite.distill import recipe, tasks  # noqa: E402
 from sdlite.distill.recipe import Recipe, run  # noqa: E402
 from sdlite.distill.students import StudentSpec  # noqa: E402
-from sdlite.errors import InputError, SdliteError, SdliteWarning, TrainingError  # noqa: E402
+from sdlite.errors import InputError, SdliteError, SdliteWarning, TrainingError, UnknownNameError  # noqa: E402
 from tests.folders import change  # noqa: E402
 from tests.unit.test_recipe import parse  # noqa: E402
 
@@ -110,7 +110,7 @@ def test_values_of_an_output_stage(text, words):
     ],
 )
 def test_values_of_a_recipe(text, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises((InputError, UnknownNameError), match=words):
         parse(text)
 
 
