@@ -41,6 +41,24 @@ _FILLED = {
     b"Expand": 1,
     b"Tile": 1,
 }  # operator -> the input that says a size
+# Operator of ONNX -> inputs that it has at least, in versions 13 to 24; 1 where it stands in none. Engines ask for them without looking.
+_NONE = "Constant Optional OptionalHasElement RandomNormal RandomUniform SequenceEmpty"
+_TWO = (
+    "Add AffineGrid And BitShift BitwiseAnd BitwiseOr BitwiseXor CastLike CenterCropPad Compress Conv ConvInteger ConvTranspose CumSum "
+    "DequantizeLinear Div Equal Expand Gather GatherElements GatherND Gemm Greater GreaterOrEqual GridSample LayerNormalization Less "
+    "LessOrEqual MatMul MatMulInteger MaxRoiPool MaxUnpool Mod Mul NegativeLogLikelihoodLoss NonMaxSuppression Or PRelu Pad Pow "
+    "QuantizeLinear RMSNormalization Reshape ReverseSequence STFT SequenceAt SequenceInsert SoftmaxCrossEntropyLoss StringConcat Sub "
+    "TensorScatter Tile TopK Unsqueeze Upsample Xor"
+)
+_THREE = (
+    "Attention Col2Im DeformConv GRU GroupNormalization InstanceNormalization LSTM OneHot RNN Range RoiAlign RotaryEmbedding Scatter "
+    "ScatterElements ScatterND Slice Where"
+)
+_LEAST = {
+    op.encode(): least
+    for least, ops in {0: _NONE, 2: _TWO, 3: _THREE, 5: "BatchNormalization MelWeightMatrix", 8: "QLinearConv QLinearMatMul"}.items()
+    for op in ops.split()
+}
 _OPSETS = 100  # ONNX has come to 28
 _MOST = 1 << 28  # elements: 1 GiB of float32
 
@@ -166,7 +184,7 @@ def _below(data: bytes, *path: int) -> Iterator[bytes]:
 
 
 def _node(data: bytes, found: _Found) -> None:
-    op, inputs, outputs, constants = b"", list[bytes](), list[bytes](), list[_Tensor]()
+    op, domain, inputs, outputs, constants = b"", b"", list[bytes](), list[bytes](), list[_Tensor]()
     for number, wire, value in _fields(data):
         if number == 1:
             inputs.append(_inner(wire, value))
@@ -178,9 +196,12 @@ def _node(data: bytes, found: _Found) -> None:
             _text(wire, value)
         elif number == 5 and _HOLDS.search(_inner(wire, value)):
             constants += _attribute(value)
-        elif number == 7 and _inner(wire, value) not in _KNOWN:
+        elif number == 7 and (domain := _inner(wire, value)) not in _KNOWN:
             raise ValueError(f"has an operator of the domain {_text(wire, value)!r}; known: {', '.join(DOMAINS[1:])}")
     _text(_BYTES, b" ".join((*inputs, *outputs, op)))
+    least = 0 if domain == b"com.microsoft" else _LEAST.get(op, 1)
+    if not outputs or len(inputs) < least or not all(inputs[:least]):
+        raise ValueError(f"has a {_text(_BYTES, op)!r} of {len(inputs)} inputs and {len(outputs)} outputs; it needs {least} and 1")
     found.tensors += constants
     if op == b"Constant" and constants and outputs:
         constants[-1].name = _text(_BYTES, outputs[0])

@@ -385,6 +385,19 @@ def test_operators_of_a_version_that_there_is_not(model, version, backend):
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("field", ["input", "output"])
+def test_an_operator_that_lacks_what_it_needs(model, field, backend):
+    """OpenVINO looks for it without looking, and takes the process with it."""
+    pytest.importorskip(backend)
+
+    def lacking(proto):
+        node = next(n for n in proto.graph.node if n.op_type == "Conv")
+        del getattr(node, field)[1 if field == "input" else 0 :]
+
+    refused(edited(model, lacking), "outputs; it needs 2 and 1", backend)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_names_that_are_no_text(model, backend):
     """Of a side of an input: onnxruntime says them to Python, which cannot read them."""
     pytest.importorskip(backend)
