@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import reliability
 from benchmarks import speed_tables as speed
 
 ROOT = Path(__file__).parent.parent
@@ -279,6 +280,14 @@ def models_md() -> str:
         "## Scaling", "", *speed.scaling(), "", *speed.footnotes("scaling"), "",
         "## The limit of this CPU", "", *speed.roofline(), "",
         "## Where the time goes", "", *speed.profiles(), "",
+        "## Tried to break", "",
+        "Corpus 0 is what was found by hand, corpus 1 is drawn, and each reader got files changed at random (`python -m benchmarks.hostile`). An image is wrong where",
+        "it is not the whole model's although the manifest is untouched; \"run rightly\" also counts files whose change does not matter.", "",
+        *reliability.hostile(), "",
+        "Kills at random moments, then a clean run (`python -m benchmarks.kills`):", "", *reliability.kills(), "",
+        "Calls of mixed sizes, samplers and batches by 2, 8 and 32 threads, against the same calls alone, bit by bit (`python -m benchmarks.threads`):", "",
+        *reliability.threads(), "",
+        "Memory in MiB (`python -m benchmarks.soak`):", "", *reliability.soak(), "",
         *pictures(),
     ]  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip("\n") + "\n"
