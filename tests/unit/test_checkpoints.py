@@ -197,9 +197,10 @@ def test_a_closed_terminal_asks_for_a_checkpoint_and_nohup_is_respected(tmp_path
     t = task()
     real = t.batch
     t.batch = lambda *args: (signal.raise_signal(signal.SIGHUP), real(*args))[1]
-    assert fit(t, CONFIG, tmp_path / "a")["step"] == 1
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
+        assert fit(t, CONFIG, tmp_path / "a")["step"] == 1
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         assert fit(t, CONFIG, tmp_path / "b")["finished"]
     finally:
         signal.signal(signal.SIGHUP, before)
