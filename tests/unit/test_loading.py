@@ -383,7 +383,8 @@ def test_transformers_is_told_its_config_and_nothing_is_asked_of_a_network(damag
     assert told[0]["attn_implementation"] == "sdpa"
     assert told[0]["local_files_only"] is True
     assert not hasattr(told[0]["config"], "use_kernels")
-    assert told[0]["config"].to_dict() == told[1]["config"].to_dict()
+    ours, plain = (told[i]["config"].to_dict() for i in (0, 1))
+    assert {**ours, "dtype": None} == {**plain, "dtype": None}  # a key of every configuration in transformers 5; the network is float32
 
 
 DAMAGE = {
