@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from benchmarks.hostile.__main__ import table as hostile_table
+from benchmarks.speed_tables import read, table
 
-RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
-
-
-def _rows(name: str) -> list[Row]:
-    path = RESULTS / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _table(head: list[str], body: Iterable[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return [*lines, *("| " + " | ".join(cells) + " |" for cells in body)]
 
 
 def _of_last_commit(rows: list[Row], key: str) -> dict[str, list[Row]]:
@@ -35,37 +22,37 @@ def _of_last_commit(rows: list[Row], key: str) -> dict[str, list[Row]]:
 
 def hostile() -> list[str]:
     """Bad models and changed files: kind x how they ended."""
-    return hostile_table(_rows("hostile"))
+    return hostile_table(read("hostile"))
 
 
 def kills() -> list[str]:
     """Command x what was left behind, of the commit that it was measured at last."""
     body = []
-    for command, rows in _of_last_commit(_rows("kills"), "command").items():
+    for command, rows in _of_last_commit(read("kills"), "command").items():
         faults = [str(sum(len(r[k]) for r in rows)) for k in ("lost", "wrong", "left")]
         signals = sum(sum(r["signals"].values()) for r in rows)
         tried = [str(sum(r["kills"] for r in rows)), str(signals)]
         body.append([f"`{command}`", *tried, *faults, f"`{rows[0]['commit']}`"])
     head = ["command", "kill -9", "signals", "lost", "taken for whole", "left by the next run", "commit"]
-    return _table(head, body)
+    return table(head, body)
 
 
 def threads() -> list[str]:
     """Case x calls by 2, 8 and 32 threads that gave another image than alone, of every run."""
     cases: dict[str, list[Row]] = {}
-    for r in _rows("threads"):
+    for r in read("threads"):
         cases.setdefault(r["case"], []).append(r)
     body = []
     for case, rows in cases.items():
         sums = [f"{sum(r[k] for r in rows):,}" for k in ("calls", "wrong", "errors")]
         body.append([case, *sums, ", ".join(f"`{c}`" for c in dict.fromkeys(r["commit"] for r in rows))])
-    return _table(["case", "calls", "another image", "errors", "commits"], body)
+    return table(["case", "calls", "another image", "errors", "commits"], body)
 
 
 def soak() -> list[str]:
     """Backend x memory over many calls of mixed sizes, and around a large one."""
     body = []
-    for backend, rows in _of_last_commit(_rows("soak"), "backend").items():
+    for backend, rows in _of_last_commit(read("soak"), "backend").items():
         r = rows[-1]
         levels, large = list(r["rss_mib"].values()), r["large"]
         ends = [str(levels[len(levels) // 2]), str(levels[-1])]
@@ -73,4 +60,4 @@ def soak() -> list[str]:
         calls = [f"{r['calls']:,}", str(r["shapes"])]
         body.append([backend, *calls, *ends, *around, f"`{r['commit']}`"])
     head = ["backend", "calls", "shapes", "MiB half way", "MiB at the end", "before a 1024 px call"]
-    return _table([*head, "held by it", "after small calls", "closed", "commit"], body)
+    return table([*head, "held by it", "after small calls", "closed", "commit"], body)
