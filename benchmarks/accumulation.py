@@ -1,9 +1,10 @@
-"""Where the error of an int8 network comes from: layer by layer as it adds up, and at other numbers of steps than it was calibrated for.
+"""Where the error of an int8 network comes from: layer by layer as it adds up, and at other numbers
+of steps than it was calibrated for.
 
     python -m benchmarks.accumulation FLOAT INT8 --label shape:bk-tiny --size 256 --steps 4 1 25
 
-FLOAT and INT8 are folders: a model and what `sdlite quantize` made of it. The first of `--steps` is the
-one that INT8 was calibrated for. Rows go to benchmarks/results/accumulation.jsonl.
+FLOAT and INT8 are folders: a model and what `sdlite quantize` made of it. The first of `--steps` is
+the one that INT8 was calibrated for. Rows go to benchmarks/results/accumulation.jsonl.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ PROMPT = "a child blowing soap bubbles in a park"
 
 def ratio(wanted: np.ndarray, got: np.ndarray) -> float:
     """SQNR in dB."""
-    signal, noise = np.square(wanted, dtype=np.float64).sum(), np.square(got - wanted.astype(np.float64)).sum()
+    signal, noise = (
+        np.square(wanted, dtype=np.float64).sum(),
+        np.square(got - wanted.astype(np.float64)).sum(),
+    )
     return sqnr(float(signal), float(noise))
 
 
@@ -37,7 +41,9 @@ def calls(folder: Path, steps: int, size: int | None, threads: int) -> dict[str,
     """Every call of the float networks while they make one image."""
     pipe = on_demand(Artifact.open(folder), threads)
     tapes = {p: Tape(getattr(pipe.networks, p), []) for p in PARTS}
-    with_networks(pipe, dict(tapes))(PROMPT, seed=0, num_inference_steps=steps, guidance_scale=1.0, height=size, width=size)
+    with_networks(pipe, dict(tapes))(
+        PROMPT, seed=0, num_inference_steps=steps, guidance_scale=1.0, height=size, width=size
+    )
     let_go(pipe)
     return {p: t.calls for p, t in tapes.items()}
 
@@ -48,10 +54,16 @@ def graph_of(folder: Path, precision: str, part: str) -> Graph:
     return Graph.load(folder / manifest.variants[precision][part]["file"])
 
 
-def layers(args: argparse.Namespace, part: str, inputs: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Each integer layer of a network in order: its error alone, on float inputs, and with all before it integer."""
+def layers(
+    args: argparse.Namespace, part: str, inputs: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """Each integer layer of a network in order: its error alone, on float inputs, and with all
+    before it integer.
+    """
     report = json.loads((args.int8 / "quantize-report.json").read_text())
-    alone = {r["name"]: r["sqnr"] for r in report["networks"][part]["layers"] if r["scheme"] != "float"}
+    alone = {
+        r["name"]: r["sqnr"] for r in report["networks"][part]["layers"] if r["scheme"] != "float"
+    }
     floats, made = graph_of(args.float, "fp32", part), graph_of(args.int8, "int8-static", part)
     chosen = [x for x in floats.layers() if x.name in alone]
     names = sorted({x.output for x in chosen} & set(made.producers()))
@@ -59,27 +71,43 @@ def layers(args: argparse.Namespace, part: str, inputs: dict[str, np.ndarray]) -
         want = Session(floats.outputs(names), Path(tmp) / "float.onnx", args.threads)(**inputs)
         got = Session(made.outputs(names), Path(tmp) / "int8.onnx", args.threads)(**inputs)
     rows = [
-        {"layer": x.name, "alone": alone[x.name], "together": ratio(want[x.output], got[x.output])} for x in chosen if x.output in names
+        {"layer": x.name, "alone": alone[x.name], "together": ratio(want[x.output], got[x.output])}
+        for x in chosen
+        if x.output in names
     ]
     end = floats.proto.graph.output[0].name
-    return [*rows, {"layer": "the network's answer", "alone": None, "together": ratio(want[end], got[end])}]
+    return [
+        *rows,
+        {"layer": "the network's answer", "alone": None, "together": ratio(want[end], got[end])},
+    ]
 
 
 def at_steps(args: argparse.Namespace, steps: int) -> tuple[dict[str, Any], dict[str, list[Call]]]:
-    """The integer networks on what the float ones are given when they make an image in so many steps."""
+    """The integer networks on what the float ones are given when they make an image in so many
+    steps.
+    """
     held = calls(args.float, steps, args.size, args.threads)
     made = on_demand(Artifact.open(args.int8), args.threads, "int8-static")
     close = {}
     for p in PARTS:
         wanted = np.concatenate([y.ravel() for _, y in held[p]])
-        close[p] = ratio(wanted, np.concatenate([getattr(made.networks, p)(**x).ravel() for x, _ in held[p]]))
+        close[p] = ratio(
+            wanted, np.concatenate([getattr(made.networks, p)(**x).ravel() for x, _ in held[p]])
+        )
         let_go(made)
     latents = held["vae_decoder"][0][0]["latent_sample"]
-    return {"kind": "steps", "steps": steps, "decoder_input_std": float(latents.std()), "sqnr": close}, held
+    return {
+        "kind": "steps",
+        "steps": steps,
+        "decoder_input_std": float(latents.std()),
+        "sqnr": close,
+    }, held
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("float", type=Path)
     ap.add_argument("int8", type=Path)
     ap.add_argument("--label", required=True, help="name in the rows")
@@ -107,7 +135,10 @@ def main() -> None:
             found = layers(args, args.part, held[args.part][-1][0])
             rows.append({"kind": "layers", "steps": steps, "part": args.part, "layers": found})
             for x in found:
-                print(f"  {x['layer']:<60} alone {x['alone'] or 0:5.1f}, together {x['together']:5.1f} dB")
+                print(
+                    f"  {x['layer']:<60} alone {x['alone'] or 0:5.1f}, together"
+                    f" {x['together']:5.1f} dB"
+                )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "a") as f:
         f.writelines(json.dumps({**r, **about}) + "\n" for r in rows)

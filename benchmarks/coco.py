@@ -1,15 +1,21 @@
-"""COCO-2014 zero-shot evaluation of a real checkpoint: FID and KID by clean-fid, CLIP score by open_clip; 30,000 captions.
+"""COCO-2014 zero-shot evaluation of a real checkpoint: FID and KID by clean-fid, CLIP score by
+open_clip; 30,000 captions.
 
-    pip install clean-fid open_clip_torch                    # not extras of ours: large, and used here only; both fetch their weights
-    python -m benchmarks.coco real val2014 --out val2014-256                                            # once
-    python -m benchmarks.coco generate run/artefact --captions annotations/captions_val2014.json --out coco-run
+    pip install clean-fid open_clip_torch                    # not extras of ours: large, and used
+                                                             here only; both fetch their weights
+    # once:
+    python -m benchmarks.coco real val2014 --out val2014-256
+    python -m benchmarks.coco generate run/artefact \
+        --captions annotations/captions_val2014.json --out coco-run
     python -m benchmarks.coco score coco-run --real val2014-256
 
-One caption of each of 30,000 val2014 pictures, drawn once (seed 0); picture i from seed i at the model's own size, steps, guidance and
-sampler, then 256 px (Lanczos); real pictures: all of val2014, centre crop, 256 px. That is the field's "FID-30k" but for the feature code:
-clean-fid's resize is antialiased, pytorch-fid's is not, so compare rows of this file with each other, and a student with its own teacher.
-CLIP score: mean cosine of picture and caption, ViT-g-14 laion2b_s34b_b88k (BK-SDM's). Figures of fewer than 2,048 pictures are refused: the
-covariance of 2,048 features would be singular. One row goes to benchmarks/results/coco.jsonl; `generate` goes on where it was stopped.
+One caption of each of 30,000 val2014 pictures, drawn once (seed 0); picture i from seed i at the
+model's own size, steps, guidance and sampler, then 256 px (Lanczos); real pictures: all of val2014,
+centre crop, 256 px. That is the field's "FID-30k" but for the feature code: clean-fid's resize is
+antialiased, pytorch-fid's is not, so compare rows of this file with each other, and a student with
+its own teacher. CLIP score: mean cosine of picture and caption, ViT-g-14 laion2b_s34b_b88k
+(BK-SDM's). Figures of fewer than 2,048 pictures are refused: the covariance of 2,048 features would
+be singular. One row goes to benchmarks/results/coco.jsonl; `generate` goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -41,25 +47,36 @@ def load(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as e:
-        raise SystemExit(f"the COCO evaluation needs {e.name!r}: pip install {PACKAGES[module]}") from e
+        raise SystemExit(
+            f"the COCO evaluation needs {e.name!r}: pip install {PACKAGES[module]}"
+        ) from e
 
 
 def captions(path: Path, count: int) -> list[tuple[int, str]]:
-    """(image id, caption) of `count` different pictures of a COCO captions file, the same ones for everybody.
+    """(image id, caption) of `count` different pictures of a COCO captions file, the same ones for
+    everybody.
 
     Raises:
         SystemExit: the file is not one, or has fewer pictures.
     """
     try:
-        rows = sorted((a["image_id"], a["id"], " ".join(a["caption"].split())) for a in json.loads(path.read_text())["annotations"])
+        rows = sorted(
+            (a["image_id"], a["id"], " ".join(a["caption"].split()))
+            for a in json.loads(path.read_text())["annotations"]
+        )
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise SystemExit(f"{path} is not a COCO captions file ({type(e).__name__}: {e}); give annotations/captions_val2014.json.") from e
+        raise SystemExit(
+            f"{path} is not a COCO captions file ({type(e).__name__}: {e}); give"
+            " annotations/captions_val2014.json."
+        ) from e
     rng = np.random.default_rng(0)
     chosen: dict[int, str] = {}
     for i in rng.permutation(len(rows)):
         chosen.setdefault(rows[i][0], rows[i][2])
     if len(chosen) < count:
-        raise SystemExit(f"{path} has captions of {len(chosen)} pictures, {count} are asked for; lower --count.")
+        raise SystemExit(
+            f"{path} has captions of {len(chosen)} pictures, {count} are asked for; lower --count."
+        )
     return list(chosen.items())[:count]
 
 
@@ -93,12 +110,22 @@ def real(folder: Path, out: Path) -> int:
 def generate(pipe: Any, chosen: list[tuple[int, str]], out: Path, batch: int = 1) -> None:
     """`out/<image id>.png` for every caption that has none yet, and `out/about.json`."""
     out.mkdir(parents=True, exist_ok=True)
-    about = {"model": pipe.artifact.name, "captions": [c for _, c in chosen], "ids": [i for i, _ in chosen], "precision": pipe.report.precision,
-             "backend": pipe.report.backend, "engine": pipe.report.engine, "sampler": pipe.default_sampler,
-             "steps": pipe.defaults.num_inference_steps, "guidance": pipe.defaults.guidance_scale}  # fmt: skip
+    about = {
+        "model": pipe.artifact.name,
+        "captions": [c for _, c in chosen],
+        "ids": [i for i, _ in chosen],
+        "precision": pipe.report.precision,
+        "backend": pipe.report.backend,
+        "engine": pipe.report.engine,
+        "sampler": pipe.default_sampler,
+        "steps": pipe.defaults.num_inference_steps,
+        "guidance": pipe.defaults.guidance_scale,
+    }
     path = out / "about.json"
     if path.exists() and json.loads(path.read_text()) != about:
-        raise SystemExit(f"{out} holds pictures of another model, setting or caption set; choose another folder.")
+        raise SystemExit(
+            f"{out} holds pictures of another model, setting or caption set; choose another folder."
+        )
     path.write_text(json.dumps(about))
     todo = [(n, i, c) for n, (i, c) in enumerate(chosen) if not (out / f"{i:012d}.png").exists()]
     for start in range(0, len(todo), batch):
@@ -106,7 +133,11 @@ def generate(pipe: Any, chosen: list[tuple[int, str]], out: Path, batch: int = 1
         made = pipe([c for _, _, c in part], seed=[n for n, _, _ in part])
         for (_, i, _), image in zip(part, made.images, strict=True):
             _save(_shrunk(image), out / f"{i:012d}.png")
-        print(f"{len(chosen) - len(todo) + start + len(part)} of {len(chosen)}", end="\r", file=sys.stderr)
+        print(
+            f"{len(chosen) - len(todo) + start + len(part)} of {len(chosen)}",
+            end="\r",
+            file=sys.stderr,
+        )
 
 
 def clip_score(paths: Sequence[Path], texts: Sequence[str], device: str, batch: int = 16) -> float:
@@ -119,8 +150,13 @@ def clip_score(paths: Sequence[Path], texts: Sequence[str], device: str, batch: 
     model, tokenize, total = model.eval().to(device), open_clip.get_tokenizer(CLIP[0]), 0.0
     with torch.no_grad():
         for i in range(0, len(paths), batch):
-            x = torch.stack([preprocess(Image.open(p).convert("RGB")) for p in paths[i : i + batch]]).to(device)
-            a, b = model.encode_image(x), model.encode_text(tokenize(list(texts[i : i + batch])).to(device))
+            x = torch.stack(
+                [preprocess(Image.open(p).convert("RGB")) for p in paths[i : i + batch]]
+            ).to(device)
+            a, b = (
+                model.encode_image(x),
+                model.encode_text(tokenize(list(texts[i : i + batch])).to(device)),
+            )
             total += float(torch.nn.functional.cosine_similarity(a.float(), b.float()).sum())
     return total / len(paths)
 
@@ -136,21 +172,42 @@ def score(made: Path, real_folder: Path, device: str = "cpu", least: int = LEAST
     fid = load("cleanfid.fid")
     load("open_clip")
     if not (made / "about.json").exists():
-        raise SystemExit(f"{made} has no about.json; make the pictures with `python -m benchmarks.coco generate`.")
+        raise SystemExit(
+            f"{made} has no about.json; make the pictures with `python -m benchmarks.coco"
+            " generate`."
+        )
     about = json.loads((made / "about.json").read_text())
     paths = [made / f"{i:012d}.png" for i in about["ids"]]
     if missing := [p.name for p in paths if not p.exists()]:
-        raise SystemExit(f"{len(missing)} of {len(paths)} pictures are missing in {made} (first: {missing[0]}); go on with `generate`.")
+        raise SystemExit(
+            f"{len(missing)} of {len(paths)} pictures are missing in {made} (first: {missing[0]});"
+            " go on with `generate`."
+        )
     truth = len(list(real_folder.glob("*.png")))
     if min(len(paths), truth) < least:
-        raise SystemExit(f"{len(paths)} made and {truth} real pictures; FID needs at least {least} of each (30,000 and all of val2014).")
-    settings = {"mode": "clean", "num_workers": 0, "device": torch.device(device), "use_dataparallel": False, "verbose": False}
+        raise SystemExit(
+            f"{len(paths)} made and {truth} real pictures; FID needs at least {least} of each"
+            " (30,000 and all of val2014)."
+        )
+    settings = {
+        "mode": "clean",
+        "num_workers": 0,
+        "device": torch.device(device),
+        "use_dataparallel": False,
+        "verbose": False,
+    }
     return {
-        "benchmark": "coco", **{k: v for k, v in about.items() if k not in ("captions", "ids")}, "pictures": len(paths), "real_pictures": truth,
-        "px": PX, "fid": float(fid.compute_fid(str(made), str(real_folder), **settings)),
+        "benchmark": "coco",
+        **{k: v for k, v in about.items() if k not in ("captions", "ids")},
+        "pictures": len(paths),
+        "real_pictures": truth,
+        "px": PX,
+        "fid": float(fid.compute_fid(str(made), str(real_folder), **settings)),
         "kid_x1000": 1000 * float(fid.compute_kid(str(made), str(real_folder), **settings)),
-        "clip_score": clip_score(paths, about["captions"], device), "clip_model": " ".join(CLIP), "tools": _versions(),
-    }  # fmt: skip
+        "clip_score": clip_score(paths, about["captions"], device),
+        "clip_model": " ".join(CLIP),
+        "tools": _versions(),
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -164,7 +221,9 @@ def _versions() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     sub = ap.add_subparsers(dest="command", required=True)
     r = sub.add_parser("real", help="prepare the real pictures")
     r.add_argument("folder", type=Path, help="val2014")
@@ -192,7 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         import sdlite
 
         pipe = sdlite.Pipeline.from_pretrained(
-            args.model, precision=args.precision, backend=args.backend, device=args.device, threads=args.threads
+            args.model,
+            precision=args.precision,
+            backend=args.backend,
+            device=args.device,
+            threads=args.threads,
         )
         generate(pipe, captions(args.captions, args.count), args.out, args.batch)
         return 0
@@ -207,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open(args.out, "a") as f:
         f.write(json.dumps(row) + "\n")
     print(
-        f"{row['model']}: FID {row['fid']:.2f}, KID x1000 {row['kid_x1000']:.2f}, CLIP {row['clip_score']:.4f} ({row['pictures']} pictures)"
+        f"{row['model']}: FID {row['fid']:.2f}, KID x1000 {row['kid_x1000']:.2f}, CLIP"
+        f" {row['clip_score']:.4f} ({row['pictures']} pictures)"
     )
     return 0
 

@@ -1,14 +1,20 @@
-"""Every distillation strategy under one protocol: one teacher, one student shape, one budget, several seeds.
+"""Every distillation strategy under one protocol: one teacher, one student shape, one budget,
+several seeds.
 
-    python -m benchmarks.distil size --teacher runs/teacher/model --latents runs/teacher/latents.safetensors --out runs/distil
+    python -m benchmarks.distil size --teacher runs/teacher/model \
+        --latents runs/teacher/latents.safetensors --out runs/distil
     python -m benchmarks.distil steps --student runs/student/model ...
-    python -m benchmarks.distil summary        # what `sdlite distill advise` reads: sdlite/distill/measured.json
+    python -m benchmarks.distil summary        # what `sdlite distill advise` reads:
+                                               sdlite/distill/measured.json
 
-`size`: students of 5.4M parameters (`half`: BK-Base's blocks at half width) from the teacher, by different losses, sampled in 25 guided
-steps. `steps`: the student given by `--student` made to need fewer steps and no guidance pass; without it only the teacher's table row.
-A row has parameters, MACs of one UNet call (batch 1), network calls of a picture, quality by `benchmarks.quality`'s definitions, PSNR to
-the teacher's 50-step guided picture from the same noise, seconds of one picture (torch, batch 1) and training minutes. Rows that are
-already in the results file (same strategy, seed and budget) are not measured again, so an interrupted run goes on where it was.
+`size`: students of 5.4M parameters (`half`: BK-Base's blocks at half width) from the teacher, by
+    different losses, sampled in 25 guided steps. `steps`: the student given by `--student` made to
+    need fewer steps and no guidance pass; without it only the teacher's table row. A row has
+    parameters, MACs of one UNet call (batch 1), network calls of a picture, quality by
+    `benchmarks.quality`'s definitions, PSNR to the teacher's 50-step guided picture from the same
+    noise, seconds of one picture (torch, batch 1) and training minutes. Rows that are already in
+    the results file (same strategy, seed and budget) are not measured again, so an interrupted run
+    goes on where it was.
 """
 
 from __future__ import annotations
@@ -27,7 +33,17 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "emoji"))
 RESULTS = HERE / "results" / "distil.jsonl"
 SUMMARY = HERE.parent / "sdlite" / "distill" / "measured.json"
-METRICS = ("identity@1", "exact@1", "colour", "heldout@1", "kid", "fid", "paired_psnr", "seconds_per_image", "loss")
+METRICS = (
+    "identity@1",
+    "exact@1",
+    "colour",
+    "heldout@1",
+    "kid",
+    "fid",
+    "paired_psnr",
+    "seconds_per_image",
+    "loss",
+)
 
 
 @dataclass(frozen=True)
@@ -52,21 +68,40 @@ SIZE = {
     "feature + output": Strategy("output", BOTH),
     "feature + output + multi-scale": Strategy("output", {**BOTH, "multi_scale_weight": 0.1}),
     "feature + output + mask": Strategy("output", {**BOTH, "mask": True}),
-    "feature + output + channel, temperature 4 to 1": Strategy("output", {**BOTH, "channel_weight": 0.01}),
+    "feature + output + channel, temperature 4 to 1": Strategy(
+        "output", {**BOTH, "channel_weight": 0.01}
+    ),
     "article's literal loss": Strategy("output", {**NONE, "article": True}),
 }
 FEW: dict[str, Any] = {"lr": 2e-4, "guidance": 1.0}
 STEPS = {
     "guidance": Strategy("guidance", {"guidance_scale": 2.0}, **FEW),
-    "progressive 8": Strategy("progressive", {"num_inference_steps": 8}, steps=8, after="guidance", **FEW),
-    "progressive 4": Strategy("progressive", {"num_inference_steps": 4}, steps=4, after="progressive 8", **FEW),
-    "progressive 2": Strategy("progressive", {"num_inference_steps": 2}, steps=2, after="progressive 4", **FEW),
-    "progressive 1": Strategy("progressive", {"num_inference_steps": 1}, steps=1, after="progressive 2", **FEW),
-    # its target is the student itself: at 2e-4 it drifts to a grey mean within 200 steps, as LCM's reports of its touchy rate say
-    "consistency 4": Strategy("consistency", {"guidance_scale": 2.0}, sampler="lcm", steps=4, **{**FEW, "lr": 2e-5}),
-    "adversarial 4": Strategy("adversarial", {"num_inference_steps": 4}, steps=4, after="progressive 4", **FEW),
-    "adversarial 2": Strategy("adversarial", {"num_inference_steps": 2}, steps=2, after="progressive 2", **FEW),
-    "adversarial 1": Strategy("adversarial", {"num_inference_steps": 1}, steps=1, after="progressive 1", **FEW),
+    "progressive 8": Strategy(
+        "progressive", {"num_inference_steps": 8}, steps=8, after="guidance", **FEW
+    ),
+    "progressive 4": Strategy(
+        "progressive", {"num_inference_steps": 4}, steps=4, after="progressive 8", **FEW
+    ),
+    "progressive 2": Strategy(
+        "progressive", {"num_inference_steps": 2}, steps=2, after="progressive 4", **FEW
+    ),
+    "progressive 1": Strategy(
+        "progressive", {"num_inference_steps": 1}, steps=1, after="progressive 2", **FEW
+    ),
+    # its target is the student itself: at 2e-4 it drifts to a grey mean within 200 steps, as LCM's
+    # reports of its touchy rate say
+    "consistency 4": Strategy(
+        "consistency", {"guidance_scale": 2.0}, sampler="lcm", steps=4, **{**FEW, "lr": 2e-5}
+    ),
+    "adversarial 4": Strategy(
+        "adversarial", {"num_inference_steps": 4}, steps=4, after="progressive 4", **FEW
+    ),
+    "adversarial 2": Strategy(
+        "adversarial", {"num_inference_steps": 2}, steps=2, after="progressive 2", **FEW
+    ),
+    "adversarial 1": Strategy(
+        "adversarial", {"num_inference_steps": 1}, steps=1, after="progressive 1", **FEW
+    ),
 }
 
 
@@ -99,7 +134,11 @@ class Bench:
         self.teacher = self.load(args.teacher / "unet").eval()
         tokenizer = ClipTokenizer.from_pretrained(HERE / "emoji" / "tokenizer")
         self.source = EmojiLatents(self.vae, tokenizer, emoji.load(), args.latents)
-        self.parts = {"vae": self.vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "emoji" / "tokenizer"}
+        self.parts = {
+            "vae": self.vae,
+            "tokenizer": tokenizer,
+            "tokenizer_folder": HERE / "emoji" / "tokenizer",
+        }
         self.preview = {"prompts": PREVIEW}
         self.protocol = Protocol(args.prompts, args.heldout)
         self.paired: dict[int, np.ndarray] = {}
@@ -107,7 +146,9 @@ class Bench:
     def pipeline(self, folder: Path) -> Any:
         import sdlite
 
-        return sdlite.Pipeline.from_pretrained(folder, precision="fp32", backend="torch", threads=self.args.threads)
+        return sdlite.Pipeline.from_pretrained(
+            folder, precision="fp32", backend="torch", threads=self.args.threads
+        )
 
     def taught(self, seed: int) -> np.ndarray:
         """The teacher's guided 50-step pictures of the protocol's prompts."""
@@ -116,7 +157,14 @@ class Bench:
         if seed not in self.paired:
             kept = Path(self.args.out) / f"taught-{seed}-{len(self.protocol.prompts)}.npy"
             if not kept.exists():
-                made = generate(self.pipeline(self.args.teacher), self.protocol, self.protocol.prompts, seed, 50, 2.0)
+                made = generate(
+                    self.pipeline(self.args.teacher),
+                    self.protocol,
+                    self.protocol.prompts,
+                    seed,
+                    50,
+                    2.0,
+                )
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 np.save(kept.with_suffix(".tmp.npy"), made)
                 kept.with_suffix(".tmp.npy").replace(kept)
@@ -133,21 +181,44 @@ class Bench:
         if s.kind == "output":
             from dataclasses import replace
 
-            student, master = build(self.teacher, replace(PRESETS["half"], weights=s.weights)), self.teacher
+            student, master = (
+                build(self.teacher, replace(PRESETS["half"], weights=s.weights)),
+                self.teacher,
+            )
             if options.get("channel_weight"):
                 options["temperature_steps"] = self.args.images // 64
             options["timestep_power"] = 0.6
         else:
             start = self.run_folder(s.after, seed) / "model" if s.after else self.args.student
             student, master = self.load(start / "unet"), self.load(start / "unet")
-        task = KINDS[s.kind](student, master, self.text_encoder, self.source, parts=self.parts, preview=self.preview, **options)
-        config = TrainConfig(max_images=self.args.images, batch_size=32, lr=s.lr, warmup_images=1_000, decay_from=0.3, seed=seed,
-                             sample_every=0, checkpoint_minutes=30, mixed_precision=self.args.mixed_precision,
-                             plain_attention=self.args.mixed_precision != "no")  # fmt: skip
+        task = KINDS[s.kind](
+            student,
+            master,
+            self.text_encoder,
+            self.source,
+            parts=self.parts,
+            preview=self.preview,
+            **options,
+        )
+        config = TrainConfig(
+            max_images=self.args.images,
+            batch_size=32,
+            lr=s.lr,
+            warmup_images=1_000,
+            decay_from=0.3,
+            seed=seed,
+            sample_every=0,
+            checkpoint_minutes=30,
+            mixed_precision=self.args.mixed_precision,
+            plain_attention=self.args.mixed_precision != "no",
+        )
         return fit(task, config, folder, resume=folder.exists())
 
     def run_folder(self, name: str, seed: int) -> Path:
-        return Path(self.args.out) / f"{name.replace(' ', '-').replace(chr(39), '')}-{seed}-{self.args.images}"
+        return (
+            Path(self.args.out)
+            / f"{name.replace(' ', '-').replace(chr(39), '')}-{seed}-{self.args.images}"
+        )
 
     def measure(self, folder: Path, s: Strategy, seed: int) -> dict[str, Any]:
         from benchmarks.quality import fid, generate, kid
@@ -155,24 +226,48 @@ class Bench:
         from sdlite.quant.metrics import psnr
 
         pipe, p = self.pipeline(folder), self.protocol
-        made = {"heldout": generate(_With(pipe, s.sampler), p, p.heldout, seed, s.steps, s.guidance)}
+        made = {
+            "heldout": generate(_With(pipe, s.sampler), p, p.heldout, seed, s.steps, s.guidance)
+        }
         taught = (folder, s.steps, s.guidance, s.sampler) == (self.args.teacher, 50, 2.0, "ddim")
-        made["prompts"] = self.taught(seed) if taught else generate(_With(pipe, s.sampler), p, p.prompts, seed, s.steps, s.guidance)
+        made["prompts"] = (
+            self.taught(seed)
+            if taught
+            else generate(_With(pipe, s.sampler), p, p.prompts, seed, s.steps, s.guidance)
+        )
         scored = p.score(p.prompts, made["prompts"])
         held = p.score(p.heldout, made["heldout"])
-        paired = [min(psnr(a, b), 100.0) for a, b in zip(self.taught(seed), made["prompts"], strict=True)]
+        paired = [
+            min(psnr(a, b), 100.0) for a, b in zip(self.taught(seed), made["prompts"], strict=True)
+        ]
         times = []
         for _ in range(5):
             begin = time.perf_counter()
-            pipe("red apple", seed=0, num_inference_steps=s.steps, guidance_scale=s.guidance, sampler=s.sampler)
+            pipe(
+                "red apple",
+                seed=0,
+                num_inference_steps=s.steps,
+                guidance_scale=s.guidance,
+                sampler=s.sampler,
+            )
             times.append(time.perf_counter() - begin)
         unet = self.load(folder / "unet")
         return {
-            "parameters": parameters(unet), "macs": macs(unet), "calls": s.steps * (1 if s.guidance <= 1 else 2), "steps": s.steps,
-            "guidance": s.guidance, "sampler": s.sampler, "identity@1": float(scored["identity@1"]), "exact@1": float(scored["exact@1"]),
-            "colour": float(scored["colour"]), "heldout@1": float(held["exact@1"]),
-            "kid": kid(scored["features"], p.real(p.prompts)), "fid": fid(scored["features"], p.real(p.prompts)), "paired_psnr": float(np.mean(paired)), "seconds_per_image": float(np.median(times)),
-        }  # fmt: skip
+            "parameters": parameters(unet),
+            "macs": macs(unet),
+            "calls": s.steps * (1 if s.guidance <= 1 else 2),
+            "steps": s.steps,
+            "guidance": s.guidance,
+            "sampler": s.sampler,
+            "identity@1": float(scored["identity@1"]),
+            "exact@1": float(scored["exact@1"]),
+            "colour": float(scored["colour"]),
+            "heldout@1": float(held["exact@1"]),
+            "kid": kid(scored["features"], p.real(p.prompts)),
+            "fid": fid(scored["features"], p.real(p.prompts)),
+            "paired_psnr": float(np.mean(paired)),
+            "seconds_per_image": float(np.median(times)),
+        }
 
 
 class _With:
@@ -186,11 +281,15 @@ class _With:
 
 
 def chain(table: str, name: str) -> list[dict[str, Any]]:
-    """The strategy as stages of a recipe, without images: what came before it, and it; halvings in one row."""
+    """The strategy as stages of a recipe, without images: what came before it, and it; halvings in
+    one row.
+    """
     if name not in (SIZE if table == "size" else STEPS):
         return []
     if table == "size":
-        return [{"kind": "output", **SIZE[name].options, "timestep_power": 0.6, "lr": SIZE[name].lr}]
+        return [
+            {"kind": "output", **SIZE[name].options, "timestep_power": 0.6, "lr": SIZE[name].lr}
+        ]
     done: list[Strategy] = []
     at: str | None = name
     while at is not None:
@@ -201,14 +300,18 @@ def chain(table: str, name: str) -> list[dict[str, Any]]:
         if s.kind == "progressive" and out and out[-1]["kind"] == "progressive":
             out[-1]["steps"].append(s.options["num_inference_steps"])
         elif s.kind == "progressive":
-            out.append({"kind": "progressive", "steps": [s.options["num_inference_steps"]], "lr": s.lr})
+            out.append(
+                {"kind": "progressive", "steps": [s.options["num_inference_steps"]], "lr": s.lr}
+            )
         else:
             out.append({"kind": s.kind, **s.options, "lr": s.lr})
     return out
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of each (table, strategy, budget); a seed that was measured twice counts once, the last time."""
+    """Mean and standard deviation over seeds of each (table, strategy, budget); a seed that was
+    measured twice counts once, the last time.
+    """
     groups: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
     for r in rows:
         groups.setdefault((r["table"], r["strategy"], r["images"]), {})[r["seed"]] = r
@@ -219,15 +322,35 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         values = {m: [r[m] for r in found if r.get(m) is not None] for m in METRICS}
         out.append(
             {
-                "table": table, "strategy": strategy, "images": images, "seeds": len(found), "stages": chain(table, strategy),
-                **{k: last[k] for k in ("parameters", "macs", "calls", "steps", "guidance", "sampler")}, "teacher_macs": teachers.get(table),
-                "minutes": float(np.median([r["minutes"] for r in found])),  # other work on the machine can only lengthen one
+                "table": table,
+                "strategy": strategy,
+                "images": images,
+                "seeds": len(found),
+                "stages": chain(table, strategy),
+                **{
+                    k: last[k]
+                    for k in ("parameters", "macs", "calls", "steps", "guidance", "sampler")
+                },
+                "teacher_macs": teachers.get(table),
+                "minutes": float(
+                    np.median([r["minutes"] for r in found])
+                ),  # other work on the machine can only lengthen one
                 "mean": {m: float(np.mean(v)) for m, v in values.items() if v},
-                "std": {m: float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for m, v in values.items() if v},
+                "std": {
+                    m: float(np.std(v, ddof=1)) if len(v) > 1 else 0.0
+                    for m, v in values.items()
+                    if v
+                },
                 **{k: last[k] for k in ("date", "commit", "cpu", "cores")},
             }
-        )  # fmt: skip
-    return {"about": "made by `python -m benchmarks.distil summary` from benchmarks/results/distil.jsonl; do not edit", "rows": out}
+        )
+    return {
+        "about": (
+            "made by `python -m benchmarks.distil summary` from benchmarks/results/distil.jsonl; do"
+            " not edit"
+        ),
+        "rows": out,
+    }
 
 
 def write_summary(results: Path, out: Path) -> None:
@@ -241,19 +364,31 @@ def summary_text(results: Path) -> str:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("table", choices=("size", "steps", "summary"))
     ap.add_argument("--teacher", type=Path, help="diffusers folder")
     ap.add_argument("--latents", type=Path, help="latent cache of the teacher's training")
     ap.add_argument("--student", type=Path, help="diffusers folder that `steps` starts from")
     ap.add_argument("--out", type=Path, help="folder of the runs")
     ap.add_argument("--only", nargs="+", help="strategies; default: all of the table")
-    ap.add_argument("--images", type=int, default=12_800, help="training images of each strategy (of each halving)")
+    ap.add_argument(
+        "--images",
+        type=int,
+        default=12_800,
+        help="training images of each strategy (of each halving)",
+    )
     ap.add_argument("--seeds", type=int, default=3)
     ap.add_argument("--prompts", type=int, default=128)
     ap.add_argument("--heldout", type=int, default=64)
     ap.add_argument("--threads", type=int, default=2)
-    ap.add_argument("--mixed-precision", default="no", choices=["no", "bf16"], help="bf16 pays where the CPU has AMX or AVX512-BF16")
+    ap.add_argument(
+        "--mixed-precision",
+        default="no",
+        choices=["no", "bf16"],
+        help="bf16 pays where the CPU has AMX or AVX512-BF16",
+    )
     ap.add_argument("--results", type=Path, default=RESULTS)
     args = ap.parse_args()
     if args.table == "summary":
@@ -297,33 +432,51 @@ def main() -> None:
             }
             f.write(json.dumps({**protocol, **row, **about}) + "\n")
         print(
-            f"{name} (seed {seed}): identity {row['identity@1']:.1%}, KID {row['kid']:.1f}, PSNR to teacher {row['paired_psnr']:.2f} dB",
+            f"{name} (seed {seed}): identity {row['identity@1']:.1%}, KID {row['kid']:.1f}, PSNR to"
+            f" teacher {row['paired_psnr']:.2f} dB",
             flush=True,
         )
 
     for seed in range(args.seeds):
         for name, (folder, s) in reference.items():
             known = [
-                r for r in before if (r["strategy"], r["seed"], r["prompts"], r["heldout"]) == (name, seed, args.prompts, args.heldout)
+                r
+                for r in before
+                if (r["strategy"], r["seed"], r["prompts"], r["heldout"])
+                == (name, seed, args.prompts, args.heldout)
             ]
-            if (args.table, name, seed, 0) not in done and name.startswith("teacher") and known:  # of the other table
+            if (
+                (args.table, name, seed, 0) not in done and name.startswith("teacher") and known
+            ):  # of the other table
                 with open(args.results, "a") as f:
                     f.write(json.dumps({**known[-1], "table": args.table}) + "\n")
             elif (args.table, name, seed, 0) not in done:
-                write(name, seed, 0, {"minutes": 0.0, "loss": None, **bench.measure(folder, s, seed)})
+                write(
+                    name, seed, 0, {"minutes": 0.0, "loss": None, **bench.measure(folder, s, seed)}
+                )
         for name, s in strategies.items():
-            if (args.table, name, seed, args.images) in done or (args.only and name not in args.only):
+            if (args.table, name, seed, args.images) in done or (
+                args.only and name not in args.only
+            ):
                 continue
             folder = bench.run_folder(name, seed)
             trained = bench.train(name, s, seed, folder)
             if not trained["finished"]:  # interrupted: a row would claim the whole budget
-                raise SystemExit(f"{name} (seed {seed}) was stopped after {trained['images']} images; start again to go on from there.")
+                raise SystemExit(
+                    f"{name} (seed {seed}) was stopped after {trained['images']} images; start"
+                    " again to go on from there."
+                )
             row = bench.measure(folder / "model", s, seed)
             write(
                 name,
                 seed,
                 args.images,
-                {"minutes": trained["seconds"] / 60, "loss": trained["loss"], "mixed_precision": args.mixed_precision, **row},
+                {
+                    "minutes": trained["seconds"] / 60,
+                    "loss": trained["loss"],
+                    "mixed_precision": args.mixed_precision,
+                    **row,
+                },
             )
 
 

@@ -1,9 +1,11 @@
-"""onnxruntime against OpenVINO on one model: what `backend="auto"` rests on (`sdlite/backends/auto.py`).
+"""onnxruntime against OpenVINO on one model: what `backend="auto"` rests on
+(`sdlite/backends/auto.py`).
 
 python -m benchmarks.engines FOLDER --model shape:bk-tiny --px 512
 
-Every row is a process of its own, with one thread, and has seconds of the processor beside those of the clock: they bear a machine that
-others use too. OpenVINO's first image is measured without compiled networks of an earlier process, and once more with them.
+Every row is a process of its own, with one thread, and has seconds of the processor beside those of
+the clock: they bear a machine that others use too. OpenVINO's first image is measured without
+compiled networks of an earlier process, and once more with them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ RESULTS = Path(__file__).parent / "results" / "engines.jsonl"
 ENGINES = ("onnxruntime", "openvino")
 
 
-def measure(folder: str, precision: str, backend: str, px: int, steps: int, images: int) -> dict[str, Any]:
+def measure(
+    folder: str, precision: str, backend: str, px: int, steps: int, images: int
+) -> dict[str, Any]:
     """Seconds of loading, of the first image and of `images` more, as {clock, cpu}."""
     import sdlite
 
@@ -43,7 +47,11 @@ def measure(folder: str, precision: str, backend: str, px: int, steps: int, imag
             width=px,
         )
 
-    pipe, load = timed(lambda: sdlite.Pipeline.from_pretrained(folder, precision=precision, backend=backend, threads=1))
+    pipe, load = timed(
+        lambda: sdlite.Pipeline.from_pretrained(
+            folder, precision=precision, backend=backend, threads=1
+        )
+    )
     first = timed(image)[1]
     later = [timed(image)[1] for _ in range(images)]
     arithmetic = {n.part: n.arithmetic for n in pipe.report.networks}
@@ -57,7 +65,9 @@ def measure(folder: str, precision: str, backend: str, px: int, steps: int, imag
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("folder")
     ap.add_argument("--model", required=True, help="what rows call it")
     ap.add_argument("--precision", default="int8-static")
@@ -70,7 +80,10 @@ def main() -> None:
         for number in range(args.rounds):
             for engine in ENGINES:
                 call = (args.folder, args.precision, engine, args.px, args.steps, args.images)
-                code = f"import json; from benchmarks.engines import measure; print(json.dumps(measure(*{call!r})))"
+                code = (
+                    "import json; from benchmarks.engines import measure;"
+                    f" print(json.dumps(measure(*{call!r})))"
+                )
                 on = {
                     **os.environ,
                     "SDLITE_CACHE": cache,

@@ -1,11 +1,13 @@
-"""Every export profile on one model: what it gives, how it was checked, how long it took. One process a row.
+"""Every export profile on one model: what it gives, how it was checked, how long it took. One
+process a row.
 
     python -m benchmarks.export emoji                      # all built-in profiles
     python -m benchmarks.export shape:bk-tiny --profiles onnx ncnn-fp16
 
-int8 profiles take a model that `sdlite quantize` made: give its folder (for TensorRT with --scheme s8s8). A profile that fails is a row with
-its error. `--steps 0` takes the model's own number.
-Rows go to benchmarks/results/exports.jsonl; `python -m benchmarks.report` makes the matrix in export/README.md of them.
+int8 profiles take a model that `sdlite quantize` made: give its folder (for TensorRT with --scheme
+s8s8). A profile that fails is a row with its error. `--steps 0` takes the model's own number. Rows
+go to benchmarks/results/exports.jsonl; `python -m benchmarks.report` makes the matrix in
+export/README.md of them.
 """
 
 from __future__ import annotations
@@ -43,30 +45,58 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
             target = sized(job["profile"], job["size_px"], Path(tmp))
         try:
             r = export(
-                job["folder"], Path(tmp) / "out", target=target, num_inference_steps=job["steps"] or None, threads=job["threads"],
+                job["folder"],
+                Path(tmp) / "out",
+                target=target,
+                num_inference_steps=job["steps"] or None,
+                threads=job["threads"],
                 reference=job["reference"],
-            )  # fmt: skip
+            )
         except SdliteError as e:
             return {"error": f"{type(e).__name__}: {e}"}
     return {
-        "target": r["profile"]["target"], "precision": r["profile"]["precision"], "dynamic": r["profile"]["dynamic"], "tools": r["tools"], "opset": r["opset"], "source": r["source"],
-        "bytes": sum(f["bytes"] for name, f in r["files"].items() if name.split("/")[0] in ("text_encoder", "unet", "vae_decoder")),
-        "checked_by": r["checked_by"], "not_run": next(iter(r["not_run"].values()), None), "parity": r["parity"], "gate": r["profile"]["gate"],
-        "options": r["profile"]["options"], "seconds": r["seconds"], "peak_mib": r["peak_mib"], "converter_peak_mib": r["converter_peak_mib"],
-        "picture_seconds": r["picture_seconds"], "calibration": r["calibration"],
-    }  # fmt: skip
+        "target": r["profile"]["target"],
+        "precision": r["profile"]["precision"],
+        "dynamic": r["profile"]["dynamic"],
+        "tools": r["tools"],
+        "opset": r["opset"],
+        "source": r["source"],
+        "bytes": sum(
+            f["bytes"]
+            for name, f in r["files"].items()
+            if name.split("/")[0] in ("text_encoder", "unet", "vae_decoder")
+        ),
+        "checked_by": r["checked_by"],
+        "not_run": next(iter(r["not_run"].values()), None),
+        "parity": r["parity"],
+        "gate": r["profile"]["gate"],
+        "options": r["profile"]["options"],
+        "seconds": r["seconds"],
+        "peak_mib": r["peak_mib"],
+        "converter_peak_mib": r["converter_peak_mib"],
+        "picture_seconds": r["picture_seconds"],
+        "calibration": r["calibration"],
+    }
 
 
 def main() -> None:
     from sdlite.exporters import profile
 
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("model", nargs="?", default="emoji", help="embedded name, folder or shape:NAME")
     ap.add_argument("--profiles", nargs="+", help="default: all that suit the model's precisions")
-    ap.add_argument("--reference", help="the float model of an int8 one: its pictures are compared too")
+    ap.add_argument(
+        "--reference", help="the float model of an int8 one: its pictures are compared too"
+    )
     ap.add_argument("--label", help="name of the model in the row; default: as given")
     ap.add_argument("--steps", type=int, default=4)
-    ap.add_argument("--size", type=int, help="height and width of the pictures, pixels; default: the model's own")
+    ap.add_argument(
+        "--size",
+        type=int,
+        help="height and width of the pictures, pixels; default: the model's own",
+    )
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sdlite-bench")
     ap.add_argument("--out", type=Path, default=RESULTS)
@@ -80,17 +110,39 @@ def main() -> None:
     names = args.profiles or [n for n, p in profile.builtin().items() if {*p.sources} & {*held}]
     about = {**environment(), "command": "python -m benchmarks.export " + " ".join(sys.argv[1:])}
     for name in names:
-        job = {"folder": str(folder), "profile": name, "steps": args.steps, "threads": args.threads, "reference": args.reference,
-               "size_px": args.size}  # fmt: skip
-        done = subprocess.run([sys.executable, "-m", "benchmarks.export", "--worker", json.dumps(job)], capture_output=True, text=True)
+        job = {
+            "folder": str(folder),
+            "profile": name,
+            "steps": args.steps,
+            "threads": args.threads,
+            "reference": args.reference,
+            "size_px": args.size,
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.export", "--worker", json.dumps(job)],
+            capture_output=True,
+            text=True,
+        )
         lines = done.stdout.strip().splitlines()
         row = (
-            json.loads(lines[-1]) if done.returncode == 0 and lines else {"error": f"exit {done.returncode}: {done.stderr.strip()[-300:]}"}
+            json.loads(lines[-1])
+            if done.returncode == 0 and lines
+            else {"error": f"exit {done.returncode}: {done.stderr.strip()[-300:]}"}
         )
-        row = {"model": args.label or args.model, "profile": name, "steps": args.steps, "size_px": args.size, **row, **about}
+        row = {
+            "model": args.label or args.model,
+            "profile": name,
+            "steps": args.steps,
+            "size_px": args.size,
+            **row,
+            **about,
+        }
         with open(args.out, "a") as f:
             f.write(json.dumps(row) + "\n")
-        what = row.get("error") or f"{row['checked_by']}, PSNR {min(row['parity']['psnr'] or [0]):.1f} dB, {row['seconds']:.0f} s"
+        what = row.get("error")
+        if what is None:
+            worst = min(row["parity"]["psnr"] or [0])
+            what = f"{row['checked_by']}, PSNR {worst:.1f} dB, {row['seconds']:.0f} s"
         print(f"{name}: {what}", flush=True)
 
 

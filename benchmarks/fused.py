@@ -1,10 +1,11 @@
-"""What `--fuse-schedule` saves: the UNet's calls of whole pictures, as one graph and as three, in turn. One row each run.
+"""What `--fuse-schedule` saves: the UNet's calls of whole pictures, as one graph and as three, in
+turn. One row each run.
 
     python -m benchmarks.fused emoji
     python -m benchmarks.fused shape:bk-tiny --steps 4 --pictures 3
 
-Every picture has a new prompt, so the three graphs pay for each prompt once; timesteps are paid for in the first picture alone, which is a
-field of its own. Rows go to benchmarks/results/fused.jsonl.
+Every picture has a new prompt, so the three graphs pay for each prompt once; timesteps are paid for
+in the first picture alone, which is a field of its own. Rows go to benchmarks/results/fused.jsonl.
 """
 
 from __future__ import annotations
@@ -29,8 +30,15 @@ RESULTS = Path(__file__).parent / "results" / "fused.jsonl"
 PROFILES = ("onnx-fixed", "onnx-fused")
 
 
-def picture(unet: Callable[..., np.ndarray], inputs: dict[str, np.ndarray], times: list[np.ndarray], prompts: list[np.ndarray]) -> float:
-    """Seconds of the UNet's calls for one picture: every timestep, every prompt (two with guidance)."""
+def picture(
+    unet: Callable[..., np.ndarray],
+    inputs: dict[str, np.ndarray],
+    times: list[np.ndarray],
+    prompts: list[np.ndarray],
+) -> float:
+    """Seconds of the UNet's calls for one picture: every timestep, every prompt (two with
+    guidance).
+    """
     begin = time.perf_counter()
     for t in times:
         for embeds in prompts:
@@ -38,7 +46,9 @@ def picture(unet: Callable[..., np.ndarray], inputs: dict[str, np.ndarray], time
     return time.perf_counter() - begin
 
 
-def measure(folder: Path, steps: int, guidance: float, pictures: int, threads: int, size_px: int | None) -> dict[str, Any]:
+def measure(
+    folder: Path, steps: int, guidance: float, pictures: int, threads: int, size_px: int | None
+) -> dict[str, Any]:
     from sdlite.exporters import profile
     from sdlite.exporters.export import export
     from sdlite.exporters.static import input_shapes
@@ -56,7 +66,10 @@ def measure(folder: Path, steps: int, guidance: float, pictures: int, threads: i
         shapes = input_shapes(Path(tmp) / "onnx-fixed" / "unet" / "model.onnx")
         rng = np.random.default_rng(0)
         draw = lambda name: rng.standard_normal([int(d) for d in shapes[name]]).astype(np.float32)  # noqa: E731
-        inputs, times = {"sample": draw("sample")}, [np.array(t, np.float32) for t in np.linspace(999, 1, steps)]
+        inputs, times = (
+            {"sample": draw("sample")},
+            [np.array(t, np.float32) for t in np.linspace(999, 1, steps)],
+        )
         samples: dict[str, list[float]] = {n: [] for n in PROFILES}
         worst = 0.0
         for i in range(pictures + 1):
@@ -68,16 +81,24 @@ def measure(folder: Path, steps: int, guidance: float, pictures: int, threads: i
             worst = max(worst, float(np.abs(a - b).max()))
     later = {n: float(np.median(s[1:])) for n, s in samples.items()}
     return {
-        "first_seconds": {n: s[0] for n, s in samples.items()}, "samples_seconds": {n: s[1:] for n, s in samples.items()},
-        "median_seconds": later, "saved": 1 - later["onnx-fused"] / later["onnx-fixed"], "largest_difference": worst, "bytes": size,
-    }  # fmt: skip
+        "first_seconds": {n: s[0] for n, s in samples.items()},
+        "samples_seconds": {n: s[1:] for n, s in samples.items()},
+        "median_seconds": later,
+        "saved": 1 - later["onnx-fused"] / later["onnx-fixed"],
+        "largest_difference": worst,
+        "bytes": size,
+    }
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("model", nargs="?", default="emoji", help="embedded name, folder or shape:NAME")
     ap.add_argument("--steps", type=int, default=25)
-    ap.add_argument("--guidance", type=float, default=2.0, help="1 is one call a step, anything else two")
+    ap.add_argument(
+        "--guidance", type=float, default=2.0, help="1 is one call a step, anything else two"
+    )
     ap.add_argument("--pictures", type=int, default=20, help="after the first")
     ap.add_argument("--size", type=int, help="pixels; default: the model's own")
     ap.add_argument("--threads", type=int, default=2)
@@ -85,12 +106,21 @@ def main() -> None:
     ap.add_argument("--out", type=Path, default=RESULTS)
     args = ap.parse_args()
     folder = model_folder(Case(args.model, "sdlite-ort", args.steps, args.size or 512), args.cache)
-    row = {"model": args.model, "size_px": args.size, "steps": args.steps, "guidance": args.guidance, "threads": args.threads}
+    row = {
+        "model": args.model,
+        "size_px": args.size,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "threads": args.threads,
+    }
     row |= measure(folder, args.steps, args.guidance, args.pictures, args.threads, args.size)
     row |= {**environment(), "command": "python -m benchmarks.fused " + " ".join(sys.argv[1:])}
     with open(args.out, "a") as f:
         f.write(json.dumps(row) + "\n")
-    print(", ".join(f"{n} {s:.3f} s" for n, s in row["median_seconds"].items()), f"a picture's UNet; saved {row['saved']:.1%}")
+    print(
+        ", ".join(f"{n} {s:.3f} s" for n, s in row["median_seconds"].items()),
+        f"a picture's UNet; saved {row['saved']:.1%}",
+    )
 
 
 if __name__ == "__main__":

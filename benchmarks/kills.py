@@ -1,14 +1,14 @@
-"""What is left when a command is killed? kill -9 and signals at random moments; then every folder is
-looked at, and the command runs again.
+"""What is left when a command is killed? kill -9 and signals at random moments; then every folder
+is looked at, and the command runs again.
 
     python -m benchmarks.kills                  25 kill -9 and 3 of each signal a command: an hour
     python -m benchmarks.kills generate --kills 5
 
-One row a command in benchmarks/results/kills.jsonl. Counted are outputs that were complete before and
-are not any more, outputs under their own name that are not whole, half-written folders that open as a
-model, and work folders that a clean run after the kills leaves. All of them should be 0. The moments are
-drawn from the second to the last quarter of the command's own duration. A training goes on after each
-kill and makes no ONNX at its end, which `convert` does.
+One row a command in benchmarks/results/kills.jsonl. Counted are outputs that were complete before
+and are not any more, outputs under their own name that are not whole, half-written folders that
+open as a model, and work folders that a clean run after the kills leaves. All of them should be 0.
+The moments are drawn from the second to the last quarter of the command's own duration. A training
+goes on after each kill and makes no ONNX at its end, which `convert` does.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ for i in range(int(sys.argv[2])):
 
 @dataclass
 class Place:
-    """A folder with inputs, outputs, and everything else that a run may write: temporary files, cache, home."""
+    """A folder with inputs, outputs, and everything else that a run may write: temporary files,
+    cache, home.
+    """
 
     root: Path
 
@@ -84,7 +86,14 @@ class Place:
 
     def environment(self) -> dict[str, str]:
         tmp, home = str(self.root / "tmp"), str(self.root / "home")
-        return {**os.environ, "TMPDIR": tmp, "HOME": home, "SDLITE_CACHE": f"{home}/cache", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return {
+            **os.environ,
+            "TMPDIR": tmp,
+            "HOME": home,
+            "SDLITE_CACHE": f"{home}/cache",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
 
     def plain(self) -> Path:
         """The embedded model as a plain diffusers folder."""
@@ -101,38 +110,120 @@ class Place:
             data.mkdir()
             drawn = np.random.default_rng(0)
             for i in range(8):
-                Image.fromarray(drawn.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(data / f"{i}.png")
+                Image.fromarray(drawn.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+                    data / f"{i}.png"
+                )
                 (data / f"{i}.txt").write_text(f"image {i}")
             (self.root / "recipe.toml").write_text(RECIPE)
-        return [str(self.root / "recipe.toml"), "--teacher", str(hub.EMBEDDED / "emoji"), "--data", str(data)]
+        return [
+            str(self.root / "recipe.toml"),
+            "--teacher",
+            str(hub.EMBEDDED / "emoji"),
+            "--data",
+            str(data),
+        ]
 
 
 Command = Callable[[Place, Path], list[str]]
-QUICK = ["--samples", "2", "--gate-prompts", "2", "--steps", "2", "--psnr-mean", "5", "--psnr-worst", "5", "--ssim-mean", "0", "--quiet"]
+QUICK = [
+    "--samples",
+    "2",
+    "--gate-prompts",
+    "2",
+    "--steps",
+    "2",
+    "--psnr-mean",
+    "5",
+    "--psnr-worst",
+    "5",
+    "--ssim-mean",
+    "0",
+    "--quiet",
+]
 
 
 def _quantize(precision: str) -> Command:
-    return lambda place, out: [*SDLITE, "quantize", "emoji", "--precision", precision, "--out", str(out), *QUICK]
+    return lambda place, out: [
+        *SDLITE,
+        "quantize",
+        "emoji",
+        "--precision",
+        precision,
+        "--out",
+        str(out),
+        *QUICK,
+    ]
 
 
 def _distill(place: Place, out: Path) -> list[str]:
     begun = [*out.glob("*/done.json"), *out.glob("*/checkpoint-*")]
-    return [*SDLITE, "distill", *place.recipe(), "--no-export", "--out", str(out), *(["--resume"] if begun else [])]
+    return [
+        *SDLITE,
+        "distill",
+        *place.recipe(),
+        "--no-export",
+        "--out",
+        str(out),
+        *(["--resume"] if begun else []),
+    ]
 
 
 COMMANDS: dict[str, Command] = {
     "quantize int8-dynamic": _quantize("int8-dynamic"),
     "quantize int8-static": _quantize("int8-static"),
-    "export": lambda place, out: [*SDLITE, "export", "emoji", "--target", "onnx", "--steps", "2", "--out", str(out)],
-    "convert": lambda place, out: [sys.executable, "-W", "ignore", "-c", CONVERT, str(place.plain()), str(out)],
-    "save_pretrained": lambda place, out: [sys.executable, "-W", "ignore", "-c", SAVE, str(out), "10"],
+    "export": lambda place, out: [
+        *SDLITE,
+        "export",
+        "emoji",
+        "--target",
+        "onnx",
+        "--steps",
+        "2",
+        "--out",
+        str(out),
+    ],
+    "convert": lambda place, out: [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        CONVERT,
+        str(place.plain()),
+        str(out),
+    ],
+    "save_pretrained": lambda place, out: [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        SAVE,
+        str(out),
+        "10",
+    ],
     "distill": _distill,
-    "generate": lambda place, out: [*SDLITE, "generate", "a fox", "--num", "40", "--steps", "1", "--quiet", "--out", f"{out}.png"],
+    "generate": lambda place, out: [
+        *SDLITE,
+        "generate",
+        "a fox",
+        "--num",
+        "40",
+        "--steps",
+        "1",
+        "--quiet",
+        "--out",
+        f"{out}.png",
+    ],
 }
-CAUGHT = ("quantize int8-dynamic", "quantize int8-static", "export", "distill", "generate")  # the commands; two are functions
+CAUGHT = (
+    "quantize int8-dynamic",
+    "quantize int8-static",
+    "export",
+    "distill",
+    "generate",
+)  # the commands; two are functions
 
 
-# --- what is there -----------------------------------------------------------------------------------------------------
+# --- what is there
 
 
 def _opens(folder: Path) -> bool:
@@ -147,7 +238,9 @@ def _opens(folder: Path) -> bool:
 
 
 def _whole(folder: Path) -> bool:
-    """Whether what opens as a model is one: a plain folder has no hashes, so each of its files is read."""
+    """Whether what opens as a model is one: a plain folder has no hashes, so each of its files is
+    read.
+    """
     if Artifact.open(folder).listing:
         return True  # verified when it was opened
     try:
@@ -159,7 +252,9 @@ def _whole(folder: Path) -> bool:
                 json.loads(path.read_text(encoding="utf-8"))
     except (SafetensorError, ValueError):
         return False
-    return all((folder / x).exists() for x in ("tokenizer", "scheduler", "unet", "vae", "text_encoder"))
+    return all(
+        (folder / x).exists() for x in ("tokenizer", "scheduler", "unet", "vae", "text_encoder")
+    )
 
 
 def _readable(path: Path) -> bool:
@@ -183,25 +278,41 @@ def strays(place: Place) -> list[str]:
 
 
 def wrong(place: Place) -> list[str]:
-    """Outputs under their own names that are not whole, and half-written folders that open as a model."""
+    """Outputs under their own names that are not whole, and half-written folders that open as a
+    model.
+    """
     out = []
     for folder in folders(place):
         work = any(p.name.startswith(WORK) for p in (folder, *folder.parents))
         if _opens(folder) and (work or not _whole(folder)):
             out.append(f"{folder.relative_to(place.root)} opens and is half written")
-        elif folder.parent == place.out and not work and (folder / "model_index.json").exists() and not _opens(folder):
+        elif (
+            folder.parent == place.out
+            and not work
+            and (folder / "model_index.json").exists()
+            and not _opens(folder)
+        ):
             out.append(f"{folder.relative_to(place.root)} is damaged")
-    images = (p for p in place.out.rglob("*.png") if not any(x.name.startswith(WORK) for x in p.parents))
+    images = (
+        p for p in place.out.rglob("*.png") if not any(x.name.startswith(WORK) for x in p.parents)
+    )
     return out + [f"{p.relative_to(place.root)} is damaged" for p in images if not _readable(p)]
 
 
 def _complete(place: Place) -> dict[str, str]:
     """Hash of every output, by name."""
-    found = (p for p in place.out.rglob("*") if p.is_file() and not any(x.name.startswith(WORK) for x in p.parents))
-    return {p.relative_to(place.out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+    found = (
+        p
+        for p in place.out.rglob("*")
+        if p.is_file() and not any(x.name.startswith(WORK) for x in p.parents)
+    )
+    return {
+        p.relative_to(place.out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in found
+    }
 
 
-# --- killing -----------------------------------------------------------------------------------------------------------
+# --- killing
 
 
 @dataclass
@@ -214,9 +325,13 @@ class Row:
     strays: int = 0  # kills that left a work folder, which the next run removes
     lost: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)  # work folders after a clean run, or after a signal that is caught
+    left: list[str] = field(
+        default_factory=list
+    )  # work folders after a clean run, or after a signal that is caught
     refused: list[str] = field(default_factory=list)  # clean runs that failed
-    lines: list[str] = field(default_factory=list)  # what a caught signal said, where it was not one line
+    lines: list[str] = field(
+        default_factory=list
+    )  # what a caught signal said, where it was not one line
 
     @property
     def faults(self) -> list[str]:
@@ -225,7 +340,12 @@ class Row:
 
 def start(place: Place, command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command, env=place.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=place.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -249,7 +369,8 @@ def cleanly(place: Place, command: list[str], row: Row) -> None:
 
 
 def run(name: str, place: Place, kills: int, asked: int, drawn: random.Random) -> Row:
-    """`kills` times SIGKILL and `asked` times each signal that is caught, with a clean run after every fifth and at the end.
+    """`kills` times SIGKILL and `asked` times each signal that is caught, with a clean run after
+    every fifth and at the end.
 
     A run that ends before its signal comes is counted apart and made again.
     """
@@ -285,7 +406,9 @@ def _once(row: Row, place: Place, name: str, out: Path, number: int, after: floa
     again = name in ("distill", "generate")  # go on with, or write anew, what is there
     mine = f"{out.name}{'/' if name == 'distill' else '-'}"
     then = _complete(place)
-    row.lost += [k for k, v in before.items() if then.get(k) != v and not (again and k.startswith(mine))]
+    row.lost += [
+        k for k, v in before.items() if then.get(k) != v and not (again and k.startswith(mine))
+    ]
     if not again:  # an output that was finished is in the way of the next
         for folder in (out, *place.out.glob(f"{out.name}-*")):
             shutil.rmtree(folder, ignore_errors=True)
@@ -310,13 +433,20 @@ def _judge(row: Row, place: Place, name: str, number: int, code: int, said: str)
     if name == "distill" and code == 0:  # it ended with a checkpoint
         return True
     ours = [line for line in said.splitlines() if line.startswith("sdlite: ")]  # libraries warn too
-    if code != 1 or len(ours) != 1 or not ours[0].startswith("sdlite: interrupted") or "Traceback" in said:
+    if (
+        code != 1
+        or len(ours) != 1
+        or not ours[0].startswith("sdlite: interrupted")
+        or "Traceback" in said
+    ):
         row.lines.append(f"{sent}: exit code {code}, {said.strip()[-300:]}")
     return True
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument("commands", nargs="*", help=f"default: {', '.join(COMMANDS)}")
     ap.add_argument("--kills", type=int, default=25)
     ap.add_argument("--signals", type=int, default=3, help="of each of " + ", ".join(ASKED))
@@ -327,9 +457,19 @@ def main() -> None:
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     for name in args.commands or COMMANDS:
         with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-            row = run(name, Place(Path(folder)), args.kills, args.signals, random.Random(f"{args.seed} {name}"))
+            row = run(
+                name,
+                Place(Path(folder)),
+                args.kills,
+                args.signals,
+                random.Random(f"{args.seed} {name}"),
+            )
         append(args.out, json.dumps({**vars(row), "seed": args.seed, **environment()}) + "\n")
-        print(f"{name}: {row.kills} kills, {row.signals}, {row.ended} ended before; {len(row.faults)} faults {row.faults[:3]}", flush=True)
+        print(
+            f"{name}: {row.kills} kills, {row.signals}, {row.ended} ended before; {len(row.faults)}"
+            f" faults {row.faults[:3]}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

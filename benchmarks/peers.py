@@ -1,7 +1,8 @@
-"""The engines of a case: what each needs on disk, and a callable that makes its pictures. Settings are named in `cases.SETTINGS`.
+"""The engines of a case: what each needs on disk, and a callable that makes its pictures. Settings
+are named in `cases.SETTINGS`.
 
-Peers' packages are the `optimum`, `torchao` and `peers` extras; each is imported by its own engine alone, so a missing one is an error in its
-row and in no other.
+Peers' packages are the `optimum`, `torchao` and `peers` extras; each is imported by its own engine
+alone, so a missing one is an error in its row and in no other.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ import numpy as np
 from benchmarks.cases import Case
 from sdlite.io import sha256
 
-TEACHER = "emoji-teacher"  # of the embedded student: benchmarks/emoji/teacher with the student's other parts
+TEACHER = (  # of the embedded student: benchmarks/emoji/teacher with the student's other parts
+    "emoji-teacher"
+)
 HERE = Path(__file__).parent
 PROMPT = "red apple on a blue background"
-Call = Callable[[np.ndarray], tuple[np.ndarray, dict[str, float]]]  # latents -> (picture uint8 (B, H, W, 3), seconds per stage)
+Call = Callable[
+    [np.ndarray], tuple[np.ndarray, dict[str, float]]
+]  # latents -> (picture uint8 (B, H, W, 3), seconds per stage)
 
 
-# --- what is on disk -------------------------------------------------------------------------------------------------
+# --- what is on disk
 
 
 def prepare(case: Case, cache: Path) -> Path:
@@ -39,9 +44,12 @@ def prepare(case: Case, cache: Path) -> Path:
 
 
 def plain_folder(case: Case, cache: Path) -> Path:
-    """diffusers' own layout; random-weight shapes and the embedded student's teacher are written once."""
+    """diffusers' own layout; random-weight shapes and the embedded student's teacher are written
+    once.
+    """
     if case.model == TEACHER:
-        out = cache / f"{TEACHER}-{sha256(HERE / 'emoji' / 'teacher' / 'diffusion_pytorch_model.safetensors')[:8]}"
+        weights = HERE / "emoji" / "teacher" / "diffusion_pytorch_model.safetensors"
+        out = cache / f"{TEACHER}-{sha256(weights)[:8]}"
         if not out.exists():
             from benchmarks.emoji.assemble_teacher import assemble
 
@@ -67,31 +75,59 @@ def model_folder(case: Case, cache: Path) -> Path:
     if not (out / "sdlite.json").exists():
         from sdlite.exporters.onnx import convert
 
-        convert(plain_folder(case, cache), out, sampler={"name": "ddim", "num_inference_steps": 4, "guidance_scale": 1.0})
+        convert(
+            plain_folder(case, cache),
+            out,
+            sampler={"name": "ddim", "num_inference_steps": 4, "guidance_scale": 1.0},
+        )
     return out
 
 
 def quantised(case: Case, folder: Path, cache: Path) -> Path:
-    """The case's folder in its precision; int8 is made once into `cache`, with a gate that measures and lets everything pass."""
+    """The case's folder in its precision; int8 is made once into `cache`, with a gate that measures
+    and lets everything pass.
+    """
     if not case.precision.startswith("int8"):
         return folder
-    out = cache / f"{case.model.removeprefix('shape:')}-{case.precision}-{sha256(folder / 'sdlite.json')[:8]}"
+    model = case.model.removeprefix("shape:")
+    out = cache / f"{model}-{case.precision}-{sha256(folder / 'sdlite.json')[:8]}"
     if not out.exists():
         from sdlite.quant import Calibration, Gate, quantize, read_prompts
 
         emoji = case.model == "emoji"
-        prompts = read_prompts(Path(__file__).parents[1] / "export" / "calibration" / ("emoji.txt" if emoji else "sd.txt"))
+        prompts = read_prompts(
+            Path(__file__).parents[1]
+            / "export"
+            / "calibration"
+            / ("emoji.txt" if emoji else "sd.txt")
+        )
         quantize(
-            folder, case.precision, out=out, threads=case.threads, calibration=Calibration(prompts=prompts, samples=8 if emoji else 2),
-            gate=Gate(psnr_mean=0, psnr_worst=0, ssim_mean=-1, num_prompts=8 if emoji else 1, seeds=(0,), engines=["onnxruntime"]),
-        )  # fmt: skip
+            folder,
+            case.precision,
+            out=out,
+            threads=case.threads,
+            calibration=Calibration(prompts=prompts, samples=8 if emoji else 2),
+            gate=Gate(
+                psnr_mean=0,
+                psnr_worst=0,
+                ssim_mean=-1,
+                num_prompts=8 if emoji else 1,
+                seeds=(0,),
+                engines=["onnxruntime"],
+            ),
+        )
     return out
 
 
 def genai_folder(folder: Path, case: Case, cache: Path) -> Path:
-    """OpenVINO IR in the layout that openvino-genai opens, from our ONNX graphs and openvino_tokenizers; int8 by NNCF."""
+    """OpenVINO IR in the layout that openvino-genai opens, from our ONNX graphs and
+    openvino_tokenizers; int8 by NNCF.
+    """
     kind = "int8" if case.precision == "int8" else "float"
-    out = cache / f"{case.model.removeprefix('shape:')}-genai-{kind}-{sha256(folder / 'sdlite.json')[:8]}"
+    out = (
+        cache
+        / f"{case.model.removeprefix('shape:')}-genai-{kind}-{sha256(folder / 'sdlite.json')[:8]}"
+    )
     if out.exists():
         return out
     import openvino as ov
@@ -99,25 +135,35 @@ def genai_folder(folder: Path, case: Case, cache: Path) -> Path:
     from transformers import AutoTokenizer
 
     tmp = Path(tempfile.mkdtemp(dir=cache))
-    for part, source in (("text_encoder", "text_encoder"), ("unet", "unet"), ("vae_decoder", "vae")):
+    for part, source in (
+        ("text_encoder", "text_encoder"),
+        ("unet", "unet"),
+        ("vae_decoder", "vae"),
+    ):
         graph = ov.Core().read_model(str(folder / part / "model.onnx"))
         if kind == "int8":
             graph = _nncf(graph, part, case)
         if part == "unet":
             _integer_timestep(graph)
-        ov.save_model(graph, tmp / part / "openvino_model.xml", compress_to_fp16=True)  # optimum-intel's own default for these sizes
+        ov.save_model(
+            graph, tmp / part / "openvino_model.xml", compress_to_fp16=True
+        )  # optimum-intel's own default for these sizes
         shutil.copy(folder / source / "config.json", tmp / part / "config.json")
     for part in ("scheduler", "tokenizer"):
         shutil.copytree(folder / part, tmp / part)
     shutil.copy(folder / "model_index.json", tmp)
-    tokenizer = convert_tokenizer(AutoTokenizer.from_pretrained(folder / "tokenizer"), with_detokenizer=False)
+    tokenizer = convert_tokenizer(
+        AutoTokenizer.from_pretrained(folder / "tokenizer"), with_detokenizer=False
+    )
     ov.save_model(tokenizer, tmp / "tokenizer" / "openvino_tokenizer.xml")
     tmp.rename(out)
     return out
 
 
 def _nncf(graph: Any, part: str, case: Case) -> Any:
-    """int8 as OpenVINO's notebooks do it for latent consistency models: the UNet fully, of the other networks the weights."""
+    """int8 as OpenVINO's notebooks do it for latent consistency models: the UNet fully, of the
+    other networks the weights.
+    """
     import nncf
 
     if part != "unet":
@@ -130,18 +176,28 @@ def _nncf(graph: Any, part: str, case: Case) -> Any:
         {
             "sample": rng.standard_normal((1, channels, side, side)).astype(np.float32),
             "timestep": np.array(t, np.float32),
-            "encoder_hidden_states": rng.standard_normal((1, text[1].get_length(), text[2].get_length())).astype(np.float32),
+            "encoder_hidden_states": (
+                rng.standard_normal((1, text[1].get_length(), text[2].get_length())).astype(
+                    np.float32
+                )
+            ),
         }
         for t in (999.0, 499.0)
     ]  # weights are random, so are the inputs: only speed and memory are read off this row
     quick = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)
     return nncf.quantize(
-        graph, nncf.Dataset(inputs), subset_size=len(inputs), model_type=nncf.ModelType.TRANSFORMER, advanced_parameters=quick
+        graph,
+        nncf.Dataset(inputs),
+        subset_size=len(inputs),
+        model_type=nncf.ModelType.TRANSFORMER,
+        advanced_parameters=quick,
     )
 
 
 def _integer_timestep(graph: Any) -> None:
-    """In place: openvino-genai feeds an int64 timestep of shape (1,), our graphs take a float32 scalar."""
+    """In place: openvino-genai feeds an int64 timestep of shape (1,), our graphs take a float32
+    scalar.
+    """
     import openvino as ov
     from openvino import opset13 as ops
 
@@ -161,7 +217,9 @@ def gguf(case: Case, folder: Path, cache: Path) -> Path:
         from stable_diffusion_cpp import StableDiffusion
 
         part = out.with_suffix(".part.gguf")
-        done = StableDiffusion(verbose=False).convert(input_path=str(folder), output_path=str(part), output_type=case.precision)
+        done = StableDiffusion(verbose=False).convert(
+            input_path=str(folder), output_path=str(part), output_type=case.precision
+        )
         if not done:
             raise RuntimeError("stable-diffusion.cpp could not convert the folder")
         part.rename(out)
@@ -179,12 +237,20 @@ def weight_bytes(case: Case, path: Path) -> int:
         assert manifest is not None
         parts = manifest.variants["fp32" if case.precision == "bf16" else case.precision].values()
         return sum(manifest.files[f]["bytes"] for p in parts for f in (p["file"], *p["weights"]))
-    kinds = {"openvino-genai": (".bin", ".xml"), "optimum-ort": (".onnx", ".data", ".safetensors")}.get(case.engine, (".safetensors",))
-    skip = "tokenizer" if case.engine != "optimum-ort" else "vae/"  # optimum reads the decoder's graph, which has weights of its own
-    return sum(p.stat().st_size for p in path.rglob("*") if p.suffix in kinds and skip not in p.relative_to(path).as_posix())
+    kinds = {
+        "openvino-genai": (".bin", ".xml"),
+        "optimum-ort": (".onnx", ".data", ".safetensors"),
+    }.get(case.engine, (".safetensors",))
+    # optimum reads the decoder's graph, which has weights of its own
+    skip = "tokenizer" if case.engine != "optimum-ort" else "vae/"
+    return sum(
+        p.stat().st_size
+        for p in path.rglob("*")
+        if p.suffix in kinds and skip not in p.relative_to(path).as_posix()
+    )
 
 
-# --- the engines -----------------------------------------------------------------------------------------------------
+# --- the engines
 
 
 def load(case: Case, path: Path) -> Call:
@@ -200,10 +266,16 @@ def load(case: Case, path: Path) -> Call:
 def _sdlite(case: Case, path: Path) -> Call:
     import sdlite
 
-    backend = {"sdlite-ort": "onnxruntime", "sdlite-openvino": "openvino", "sdlite-torch": "torch"}[case.engine]
-    precision, arithmetic = ("fp32", "bfloat16") if case.precision == "bf16" else (case.precision, None)
+    backend = {"sdlite-ort": "onnxruntime", "sdlite-openvino": "openvino", "sdlite-torch": "torch"}[
+        case.engine
+    ]
+    precision, arithmetic = (
+        ("fp32", "bfloat16") if case.precision == "bf16" else (case.precision, None)
+    )
     pipes = [
-        sdlite.Pipeline.from_pretrained(path, precision=precision, backend=backend, threads=case.threads, arithmetic=arithmetic)
+        sdlite.Pipeline.from_pretrained(
+            path, precision=precision, backend=backend, threads=case.threads, arithmetic=arithmetic
+        )
         for _ in range(case.pipelines)
     ]
     for pipe in pipes:
@@ -213,7 +285,12 @@ def _sdlite(case: Case, path: Path) -> Call:
     def call(latents: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         for pipe in pipes:
             out = pipe(
-                [PROMPT] * case.batch, latents=latents, seed=0, sampler="ddim", num_inference_steps=case.steps, guidance_scale=case.guidance
+                [PROMPT] * case.batch,
+                latents=latents,
+                seed=0,
+                sampler="ddim",
+                num_inference_steps=case.steps,
+                guidance_scale=case.guidance,
             )
         return np.stack([np.asarray(i) for i in out.images]), out.timings
 
@@ -239,21 +316,33 @@ def _diffusers(case: Case, path: Path) -> Call:
         marks.clear()
         begin = time.perf_counter()
         out = pipe(
-            [PROMPT] * case.batch, latents=torch.from_numpy(latents).to(dtype), num_inference_steps=case.steps, guidance_scale=case.guidance,
+            [PROMPT] * case.batch,
+            latents=torch.from_numpy(latents).to(dtype),
+            num_inference_steps=case.steps,
+            guidance_scale=case.guidance,
             callback_on_step_end=step_end,
-        )  # fmt: skip
-        return np.stack([np.asarray(i) for i in out.images]), stages(begin, marks, time.perf_counter())
+        )
+        return np.stack([np.asarray(i) for i in out.images]), stages(
+            begin, marks, time.perf_counter()
+        )
 
     return call
 
 
 def stages(begin: float, marks: list[float], end: float) -> dict[str, float]:
-    """Seconds per stage from the times at which steps ended; the first step is taken to last as long as the others."""
+    """Seconds per stage from the times at which steps ended; the first step is taken to last as
+    long as the others.
+    """
     if len(marks) < 2:
         return {}
     step = (marks[-1] - marks[0]) / (len(marks) - 1)
     text = max(marks[0] - begin - step, 0.0)
-    return {"text_encoder": text, "unet": marks[-1] - begin - text, "vae_decoder": end - marks[-1], "total": end - begin}
+    return {
+        "text_encoder": text,
+        "unet": marks[-1] - begin - text,
+        "vae_decoder": end - marks[-1],
+        "total": end - begin,
+    }
 
 
 def _optimum(case: Case, path: Path) -> Any:
@@ -278,7 +367,8 @@ def _torch_pipeline(case: Case, path: Path) -> Any:
     if case.engine in ("diffusers-compile", "diffusers-torchao"):
         import torch._inductor.config
 
-        torch._inductor.config.freezing = True  # what pytorch.org names for inference on x86: weights are folded and packed
+        # what pytorch.org names for inference on x86: weights are folded and packed
+        torch._inductor.config.freezing = True
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
         pipe.unet = torch.compile(pipe.unet, fullgraph=True)
@@ -290,17 +380,28 @@ def _genai(case: Case, path: Path) -> Call:
     import openvino_genai as genai
 
     pipe = genai.Text2ImagePipeline(str(path))
-    pipe.set_scheduler(genai.Scheduler.from_config(str(path / "scheduler" / "scheduler_config.json"), genai.Scheduler.Type.DDIM))
+    pipe.set_scheduler(
+        genai.Scheduler.from_config(
+            str(path / "scheduler" / "scheduler_config.json"), genai.Scheduler.Type.DDIM
+        )
+    )
     pipe.reshape(case.batch, case.size_px, case.size_px, case.guidance)
-    hint = {"fp32": {"INFERENCE_PRECISION_HINT": "f32"}}.get(case.precision, {})  # else its own choice: bf16 where the CPU has it
+    hint = {"fp32": {"INFERENCE_PRECISION_HINT": "f32"}}.get(
+        case.precision, {}
+    )  # else its own choice: bf16 where the CPU has it
     pipe.compile("CPU", INFERENCE_NUM_THREADS=case.threads, PERFORMANCE_HINT="LATENCY", **hint)
 
     def call(latents: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         begin = time.perf_counter()
         out = pipe.generate(
-            PROMPT, num_images_per_prompt=case.batch, height=case.size_px, width=case.size_px, num_inference_steps=case.steps,
-            guidance_scale=case.guidance, generator=genai.TorchGenerator(0),
-        )  # fmt: skip
+            PROMPT,
+            num_images_per_prompt=case.batch,
+            height=case.size_px,
+            width=case.size_px,
+            num_inference_steps=case.steps,
+            guidance_scale=case.guidance,
+            generator=genai.TorchGenerator(0),
+        )
         total, took = time.perf_counter() - begin, pipe.get_performance_metrics()
         seconds = {
             "text_encoder": sum(took.get_text_encoder_infer_duration().values()) / 1e3,
@@ -315,13 +416,25 @@ def _genai(case: Case, path: Path) -> Call:
 def _sdcpp(case: Case, path: Path) -> Call:
     from stable_diffusion_cpp import StableDiffusion
 
-    model = StableDiffusion(model_path=str(path), n_threads=case.threads, vae_decode_only=True, diffusion_flash_attn=True, verbose=False)
+    model = StableDiffusion(
+        model_path=str(path),
+        n_threads=case.threads,
+        vae_decode_only=True,
+        diffusion_flash_attn=True,
+        verbose=False,
+    )
 
     def call(latents: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         images = model.generate_image(
-            prompt=PROMPT, width=case.size_px, height=case.size_px, cfg_scale=case.guidance, sample_method="ddim_trailing",
-            sample_steps=case.steps, seed=0, batch_count=case.batch,
-        )  # fmt: skip
+            prompt=PROMPT,
+            width=case.size_px,
+            height=case.size_px,
+            cfg_scale=case.guidance,
+            sample_method="ddim_trailing",
+            sample_steps=case.steps,
+            seed=0,
+            batch_count=case.batch,
+        )
         return np.stack([np.asarray(i) for i in images]), {}
 
     return call

@@ -1,10 +1,14 @@
-"""Where the time of a picture goes: by stage, by kind of operator in each network, and what is left for everything else.
+"""Where the time of a picture goes: by stage, by kind of operator in each network, and what is left
+for everything else.
 
-    python -m benchmarks.profile shape:bk-tiny --engines sdlite-ort sdlite-openvino --precisions fp32 int8-static [--size 512]
-    python -m benchmarks.profile shape:bk-tiny --variants          # OpenVINO: one shape or any, fused subgraphs or not, and how exact each is
+    python -m benchmarks.profile shape:bk-tiny --engines sdlite-ort sdlite-openvino \
+        --precisions fp32 int8-static [--size 512]
+    # OpenVINO: one shape or any, fused subgraphs or not, and how exact each is:
+    python -m benchmarks.profile shape:bk-tiny --variants
 
-Engines count their own operators (onnxruntime's profile, OpenVINO's performance counters), in a run after the one whose stages are timed,
-since counting costs time. Rows go to benchmarks/results/profile.jsonl; the table on screen is markdown.
+Engines count their own operators (onnxruntime's profile, OpenVINO's performance counters), in a run
+after the one whose stages are timed, since counting costs time. Rows go to
+benchmarks/results/profile.jsonl; the table on screen is markdown.
 """
 
 from __future__ import annotations
@@ -48,21 +52,36 @@ class Watched:
 def open_pipe(case: Case, folder: Path) -> Any:
     import sdlite
 
-    precision, arithmetic = ("fp32", "bfloat16") if case.precision == "bf16" else (case.precision, None)
+    precision, arithmetic = (
+        ("fp32", "bfloat16") if case.precision == "bf16" else (case.precision, None)
+    )
     return sdlite.Pipeline.from_pretrained(
-        folder, precision=precision, backend=BACKENDS[case.engine], threads=case.threads, arithmetic=arithmetic
+        folder,
+        precision=precision,
+        backend=BACKENDS[case.engine],
+        threads=case.threads,
+        arithmetic=arithmetic,
     )
 
 
 def picture(pipe: Any, case: Case) -> dict[str, float]:
     size = {"height": case.size_px, "width": case.size_px}
-    out = pipe([PROMPT] * case.batch, seed=0, sampler="ddim", num_inference_steps=case.steps, guidance_scale=case.guidance, **size)
+    out = pipe(
+        [PROMPT] * case.batch,
+        seed=0,
+        sampler="ddim",
+        num_inference_steps=case.steps,
+        guidance_scale=case.guidance,
+        **size,
+    )
     timings: dict[str, float] = out.timings
     return timings
 
 
 def stage_seconds(pipe: Any, case: Case) -> tuple[dict[str, float], dict[str, Watched]]:
-    """Seconds of one warm picture: each network, and `glue`, which is the rest of the call (tokens, noise, sampler, pixels, PIL)."""
+    """Seconds of one warm picture: each network, and `glue`, which is the rest of the call (tokens,
+    noise, sampler, pixels, PIL).
+    """
     picture(pipe, case)
     watched = {p: Watched(getattr(pipe.networks, p)) for p in PARTS}
     for p, w in watched.items():
@@ -73,19 +92,29 @@ def stage_seconds(pipe: Any, case: Case) -> tuple[dict[str, float], dict[str, Wa
 
 
 def alone(network: Any, inputs: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
-    """The compiled network below, and what it is called with: where rows go one by one, the first."""
-    return (network.network, next(rows(inputs))) if isinstance(network, RowByRow) else (network, inputs)
+    """The compiled network below, and what it is called with: where rows go one by one, the
+    first.
+    """
+    return (
+        (network.network, next(rows(inputs)))
+        if isinstance(network, RowByRow)
+        else (network, inputs)
+    )
 
 
 def openvino_kinds(network: Any, inputs: dict[str, np.ndarray]) -> Counter[str]:
-    """Seconds by kind and kernel type of one call; the network is compiled again with counters on."""
+    """Seconds by kind and kernel type of one call; the network is compiled again with counters
+    on.
+    """
     network.options["PERF_COUNT"] = True
     network.requests.clear()
     network(**inputs), network(**inputs)
     out: Counter[str] = Counter()
     for node in next(iter(network.requests.values())).profiling_info:
         if node.status.name == "EXECUTED":
-            out[f"{node.node_type} {node.exec_type.rsplit('_', 1)[-1]}"] += node.real_time.total_seconds()
+            out[f"{node.node_type} {node.exec_type.rsplit('_', 1)[-1]}"] += (
+                node.real_time.total_seconds()
+            )
     return out
 
 
@@ -116,7 +145,9 @@ def profile(case: Case, folder: Path) -> dict[str, Any]:
     kinds = {}
     for p, w in watched.items():
         found = (
-            openvino_kinds(*alone(w.network, w.inputs)) if case.engine == "sdlite-openvino" else ort_kinds(files[p], w.inputs, case.threads)
+            openvino_kinds(*alone(w.network, w.inputs))
+            if case.engine == "sdlite-openvino"
+            else ort_kinds(files[p], w.inputs, case.threads)
         )
         kinds[p] = dict(found.most_common())
     return {"seconds": seconds, "kinds": kinds}
@@ -143,7 +174,9 @@ WAYS = [  # (hint, shapes, options): the first is what the others are compared w
 
 
 def variants(case: Case, folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """The UNet and the VAE decoder on OpenVINO, compiled in each of WAYS; seconds, and SQNR in dB to float32 of any shape."""
+    """The UNet and the VAE decoder on OpenVINO, compiled in each of WAYS; seconds, and SQNR in dB
+    to float32 of any shape.
+    """
     pipe = open_pipe(case, folder)
     _, watched = stage_seconds(pipe, replace(case, steps=1))
     rows = []
@@ -167,17 +200,28 @@ def variants(case: Case, folder: Path, repeats: int) -> list[dict[str, Any]]:
                     "sqnr_db": sqnr,
                 }
             )
-            print(f"{part} {hint} {shapes} {extra}: {np.median(samples):.4f} s, SQNR {sqnr}", flush=True)
+            print(
+                f"{part} {hint} {shapes} {extra}: {np.median(samples):.4f} s, SQNR {sqnr}",
+                flush=True,
+            )
     return rows
 
 
-def compiled_as(network: Any, inputs: dict[str, np.ndarray], hint: str, shapes: str, extra: dict[str, str],
-                repeats: int) -> tuple[np.ndarray, list[float]]:  # fmt: skip
+def compiled_as(
+    network: Any,
+    inputs: dict[str, np.ndarray],
+    hint: str,
+    shapes: str,
+    extra: dict[str, str],
+    repeats: int,
+) -> tuple[np.ndarray, list[float]]:
     """The network's output (float64) and seconds of `repeats` calls after one."""
     graph = network.core.read_model(network.path)
     if shapes != "any":
         free = shapes == "free batch"
-        graph.reshape({k: [-1, *v.shape[1:]] if free and v.ndim else list(v.shape) for k, v in inputs.items()})
+        graph.reshape(
+            {k: [-1, *v.shape[1:]] if free and v.ndim else list(v.shape) for k, v in inputs.items()}
+        )
     request = network.core.compile_model(
         graph, "CPU", {**network.options, "INFERENCE_PRECISION_HINT": hint, **extra}
     ).create_infer_request()
@@ -190,14 +234,23 @@ def compiled_as(network: Any, inputs: dict[str, np.ndarray], hint: str, shapes: 
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("model", help="embedded name or shape:NAME")
     ap.add_argument("--engines", nargs="+", default=list(BACKENDS), choices=list(BACKENDS))
-    ap.add_argument("--precisions", nargs="+", default=["fp32", "int8-static"], help="fp32, bf16 (openvino), int8-static, int8-dynamic")
+    ap.add_argument(
+        "--precisions",
+        nargs="+",
+        default=["fp32", "int8-static"],
+        help="fp32, bf16 (openvino), int8-static, int8-dynamic",
+    )
     ap.add_argument("--size", type=int, default=512)
     ap.add_argument("--steps", type=int, default=4)
     ap.add_argument("--threads", type=int, default=2)
-    ap.add_argument("--variants", action="store_true", help="compare ways to compile for OpenVINO instead")
+    ap.add_argument(
+        "--variants", action="store_true", help="compare ways to compile for OpenVINO instead"
+    )
     ap.add_argument("--repeats", type=int, default=3, help="of --variants")
     ap.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sdlite-bench")
     ap.add_argument("--out", type=Path, default=RESULTS)
@@ -207,7 +260,9 @@ def main() -> None:
         for precision in args.precisions:
             if precision == "bf16" and engine == "sdlite-ort":
                 continue
-            case = Case(args.model, engine, args.steps, args.size, precision=precision, threads=args.threads)
+            case = Case(
+                args.model, engine, args.steps, args.size, precision=precision, threads=args.threads
+            )
             folder = quantised(case, model_folder(case, args.cache), args.cache)
             head = {
                 "model": args.model,
@@ -217,7 +272,11 @@ def main() -> None:
                 "steps": args.steps,
                 "threads": args.threads,
             }
-            rows = variants(case, folder, args.repeats) if args.variants else [{"kind": "profile", **profile(case, folder)}]
+            rows = (
+                variants(case, folder, args.repeats)
+                if args.variants
+                else [{"kind": "profile", **profile(case, folder)}]
+            )
             with open(args.out, "a") as f:
                 f.writelines(json.dumps({**head, **r, **about}) + "\n" for r in rows)
             if not args.variants:

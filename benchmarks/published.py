@@ -2,11 +2,12 @@
 
     python -m benchmarks.published [MODEL ...]
 
-The folders are those of `benchmarks.published_models` (published configs and file layouts, narrow random networks). Each model makes the
-images of its model card's call (at most four steps, 128 px) twice: by diffusers, in float32, and by each engine; equal seeds, so
-the images should be equal but for rounding: 80 dB and more. `another prompt` is how far apart two prompts are: a figure near it
-means another image. A model that is refused has the words of the refusal. One process a model; rows go to
-benchmarks/results/published.jsonl.
+The folders are those of `benchmarks.published_models` (published configs and file layouts, narrow
+random networks). Each model makes the images of its model card's call (at most four steps, 128 px)
+twice: by diffusers, in float32, and by each engine; equal seeds, so the images should be equal but
+for rounding: 80 dB and more. `another prompt` is how far apart two prompts are: a figure near it
+means another image. A model that is refused has the words of the refusal. One process a model; rows
+go to benchmarks/results/published.jsonl.
 """
 
 from __future__ import annotations
@@ -44,13 +45,20 @@ class Run:
     arithmetic: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.backend} {self.precision}" + (f" in {self.arithmetic}" if self.arithmetic else "")
+        return f"{self.backend} {self.precision}" + (
+            f" in {self.arithmetic}" if self.arithmetic else ""
+        )
 
 
 RUNS = (
-    Run("torch", "fp32"), Run("onnxruntime", "fp32"), Run("openvino", "fp32"),
-    Run("torch", "fp16"), Run("onnxruntime", "fp16"), Run("openvino", "fp16", "float32"), Run("openvino", "fp16"),
-)  # fmt: skip
+    Run("torch", "fp32"),
+    Run("onnxruntime", "fp32"),
+    Run("openvino", "fp32"),
+    Run("torch", "fp16"),
+    Run("onnxruntime", "fp16"),
+    Run("openvino", "fp16", "float32"),
+    Run("openvino", "fp16"),
+)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -58,8 +66,12 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return min(metrics.psnr(a, b), 100.0)
 
 
-def diffusers_images(folder: Path, name: str, prompts: list[str], size: int = SIZE, dtype: str = "float32") -> np.ndarray:
-    """uint8 (N, size, size, 3): the folder's own diffusers pipeline computed in `dtype`, one CPU generator an image, seed i for prompt i."""
+def diffusers_images(
+    folder: Path, name: str, prompts: list[str], size: int = SIZE, dtype: str = "float32"
+) -> np.ndarray:
+    """uint8 (N, size, size, 3): the folder's own diffusers pipeline computed in `dtype`, one CPU
+    generator an image, seed i for prompt i.
+    """
     import diffusers
     import torch
 
@@ -67,12 +79,19 @@ def diffusers_images(folder: Path, name: str, prompts: list[str], size: int = SI
     torch.set_num_threads(THREADS)
     checker = {"safety_checker": None} if model.safety_checker else {}
     half = {"torch_dtype": torch.float16} if "F16" in _dtypes(folder) else {}
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **checker, **half).to(getattr(torch, dtype))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **checker, **half).to(
+        getattr(torch, dtype)
+    )
     pipe.set_progress_bar_config(disable=True)
     out = pipe(
-        prompts, height=size, width=size, num_inference_steps=model.steps, guidance_scale=model.guidance, output_type="np",
+        prompts,
+        height=size,
+        width=size,
+        num_inference_steps=model.steps,
+        guidance_scale=model.guidance,
+        output_type="np",
         generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
-    )  # fmt: skip
+    )
     return (out.images * 255).round().astype(np.uint8)
 
 
@@ -83,18 +102,35 @@ def _dtypes(folder: Path) -> set[str]:
         return {f.get_slice(k).get_dtype() for k in f.keys()}  # noqa: SIM118
 
 
-def sdlite_images(folder: Path, name: str, prompts: list[str], run: Run, size: int = SIZE) -> np.ndarray:
+def sdlite_images(
+    folder: Path, name: str, prompts: list[str], run: Run, size: int = SIZE
+) -> np.ndarray:
     """uint8 (N, size, size, 3): the same by sdlite."""
     import sdlite
 
     model = published_models.MODELS[name]
-    pipe = sdlite.Pipeline.from_pretrained(folder, precision=run.precision, backend=run.backend, arithmetic=run.arithmetic, threads=THREADS)
-    out = pipe(prompts, seed=0, height=size, width=size, num_inference_steps=model.steps, guidance_scale=model.guidance)
+    pipe = sdlite.Pipeline.from_pretrained(
+        folder,
+        precision=run.precision,
+        backend=run.backend,
+        arithmetic=run.arithmetic,
+        threads=THREADS,
+    )
+    out = pipe(
+        prompts,
+        seed=0,
+        height=size,
+        width=size,
+        num_inference_steps=model.steps,
+        guidance_scale=model.guidance,
+    )
     return np.stack([np.asarray(i) for i in out.images])
 
 
 def measure(name: str, scratch: Path) -> dict[str, Any]:
-    """{"another_prompt": dB, "runs": {run: least dB over the prompts, or "refused: ..." or "fault: ..."}}."""
+    """{"another_prompt": dB, "runs": {run: least dB over the prompts, or "refused: ..." or "fault:
+    ..."}}.
+    """
     os.environ["SDLITE_CACHE"] = str(scratch / "cache")
     runs: dict[str, float | str] = {}
     wanted: dict[str, np.ndarray] = {}
@@ -117,7 +153,9 @@ def measure(name: str, scratch: Path) -> dict[str, Any]:
     if "float16" in wanted:  # what half the mantissa costs where the peer computes
         folder = scratch / "float16" / name
         peer = diffusers_images(folder, name, PROMPTS, dtype="bfloat16")
-        runs["diffusers in bfloat16"] = min(psnr(a, b) for a, b in zip(peer, wanted["float16"], strict=True))
+        runs["diffusers in bfloat16"] = min(
+            psnr(a, b) for a, b in zip(peer, wanted["float16"], strict=True)
+        )
     shown = next(iter(wanted.values()), None)
     apart = None if shown is None else psnr(*diffusers_apart(scratch, name))
     return {"another_prompt": apart, "runs": runs}
@@ -131,7 +169,12 @@ def diffusers_apart(scratch: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ap.add_argument("models", nargs="*", metavar="MODEL", help=f"default: all; {', '.join(published_models.MODELS)}")
+    ap.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help=f"default: all; {', '.join(published_models.MODELS)}",
+    )
     ap.add_argument("--out", type=Path, default=RESULTS)
     ap.add_argument("--worker", help=argparse.SUPPRESS)
     args = ap.parse_args()
@@ -140,14 +183,21 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             print(json.dumps(measure(args.worker, Path(scratch))))
         return
-    about = {**environment(), "command": " ".join(["python -m benchmarks.published", *sys.argv[1:]])}
+    about = {
+        **environment(),
+        "command": " ".join(["python -m benchmarks.published", *sys.argv[1:]]),
+    }
     for name in args.models or published_models.MODELS:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "benchmarks.published", "--worker", name], capture_output=True, text=True
+            [sys.executable, "-W", "ignore", "-m", "benchmarks.published", "--worker", name],
+            capture_output=True,
+            text=True,
         )
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
-            result: dict[str, Any] = {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+            result: dict[str, Any] = {
+                "error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
+            }
         else:
             result = json.loads(lines[-1])
         row = {"model": name, "size_px": SIZE, "prompts": len(PROMPTS), **result, **about}

@@ -3,9 +3,10 @@
     python -m benchmarks.quantise emoji --samples 16
     python -m benchmarks.quantise shape:bk-tiny shape:sd14 --samples 2 8 --size 512
 
-Shapes have random weights. Their images mean nothing, but how close the integer network comes to the float one does: nothing in it is
-an outlier, so what is far here is a fault. The gate measures and lets everything pass. `alone` is the PSNR of an image of which one
-network is integer and the others float. Rows go to benchmarks/results/quantise.jsonl.
+Shapes have random weights. Their images mean nothing, but how close the integer network comes to
+the float one does: nothing in it is an outlier, so what is far here is a fault. The gate measures
+and lets everything pass. `alone` is the PSNR of an image of which one network is integer and the
+others float. Rows go to benchmarks/results/quantise.jsonl.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ RESULTS = Path(__file__).parent / "results" / "quantise.jsonl"
 PROMPTS = Path(__file__).parents[1] / "export" / "calibration"
 
 
-def one_by_one(folder: str, quantised: Path, threads: int, gate: dict[str, Any]) -> dict[str, float | None]:
-    """part -> PSNR in dB of the gate's first image with that network alone in integer, on onnxruntime; None where it is equal."""
+def one_by_one(
+    folder: str, quantised: Path, threads: int, gate: dict[str, Any]
+) -> dict[str, float | None]:
+    """part -> PSNR in dB of the gate's first image with that network alone in integer, on
+    onnxruntime; None where it is equal.
+    """
     import sdlite
     from sdlite.artifact import PARTS, Artifact
     from sdlite.quant.calibrate import let_go, on_demand, with_networks
@@ -40,13 +45,22 @@ def one_by_one(folder: str, quantised: Path, threads: int, gate: dict[str, Any])
 
     def image(pipe: sdlite.Pipeline) -> Any:
         steps = gate["num_inference_steps"]
-        made = pipe(gate["prompts"][0], seed=gate["seeds"][0], num_inference_steps=steps, height=height, width=width)
+        made = pipe(
+            gate["prompts"][0],
+            seed=gate["seeds"][0],
+            num_inference_steps=steps,
+            height=height,
+            width=width,
+        )
         let_go(floats)
         return made.images[0]
 
     want, networks = image(floats), {p: getattr(floats.networks, p) for p in PARTS}
     made = sdlite.Pipeline.from_pretrained(quantised, backend="onnxruntime", threads=threads)
-    found = {p: psnr(want, image(with_networks(floats, {**networks, p: getattr(made.networks, p)}))) for p in PARTS}
+    found = {
+        p: psnr(want, image(with_networks(floats, {**networks, p: getattr(made.networks, p)})))
+        for p in PARTS
+    }
     return {p: v if v < float("inf") else None for p, v in found.items()}
 
 
@@ -61,24 +75,55 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
         before = set(Path(tempfile.gettempdir()).iterdir())
         begin = time.perf_counter()
         report = quantize(
-            job["folder"], job["precision"], out=Path(tmp) / "out", threads=job["threads"], scheme=job["scheme"],
-            calibration=Calibration(prompts=prompts[: len(prompts) - 64] if emoji else prompts, samples=job["samples"], size=size,
-                                    num_inference_steps=steps, observer=job["observer"]),
-            gate=Gate(psnr_mean=0, psnr_worst=0, ssim_mean=-1, prompts=prompts[-64:] if emoji else prompts[-1:], num_prompts=64,
-                      seeds=(0, 1) if emoji else (0,), num_inference_steps=steps, size=size, max_float=0),
-        )  # fmt: skip
+            job["folder"],
+            job["precision"],
+            out=Path(tmp) / "out",
+            threads=job["threads"],
+            scheme=job["scheme"],
+            calibration=Calibration(
+                prompts=prompts[: len(prompts) - 64] if emoji else prompts,
+                samples=job["samples"],
+                size=size,
+                num_inference_steps=steps,
+                observer=job["observer"],
+            ),
+            gate=Gate(
+                psnr_mean=0,
+                psnr_worst=0,
+                ssim_mean=-1,
+                prompts=prompts[-64:] if emoji else prompts[-1:],
+                num_prompts=64,
+                seeds=(0, 1) if emoji else (0,),
+                num_inference_steps=steps,
+                size=size,
+                max_float=0,
+            ),
+        )
         seconds = time.perf_counter() - begin
         alone = one_by_one(job["folder"], Path(tmp) / "out", job["threads"], report["gate"])
-        stray = sorted(p.name for p in set(Path(tempfile.gettempdir()).iterdir()) - before - {Path(tmp)})
-    networks = {p: {k: n[k] for k in ("bytes", "float_bytes", "float_share")} for p, n in report["networks"].items()}
+        stray = sorted(
+            p.name for p in set(Path(tempfile.gettempdir()).iterdir()) - before - {Path(tmp)}
+        )
+    networks = {
+        p: {k: n[k] for k in ("bytes", "float_bytes", "float_share")}
+        for p, n in report["networks"].items()
+    }
     return {
-        "seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "stray_files": stray, "networks": networks,
-        "engines": report["engines"], "alone": alone, "gate_prompts": len(report["gate"]["prompts"]), "gate_seeds": len(report["gate"]["seeds"]),
-    }  # fmt: skip
+        "seconds": seconds,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "stray_files": stray,
+        "networks": networks,
+        "engines": report["engines"],
+        "alone": alone,
+        "gate_prompts": len(report["gate"]["prompts"]),
+        "gate_seeds": len(report["gate"]["seeds"]),
+    }
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("models", nargs="*", help="embedded names, folders or shape:NAME")
     ap.add_argument("--precision", nargs="+", default=["int8-static"])
     ap.add_argument("--scheme", nargs="+", default=["u8s7"])
@@ -99,12 +144,30 @@ def main() -> None:
         folder = model_folder(Case(model, "sdlite-ort", 4, args.size), args.cache)
         jobs = [
             {"precision": p, "scheme": s, "observer": o, "samples": n}
-            for p in args.precision for s in args.scheme for o in args.observer for n in args.samples
-        ]  # fmt: skip
+            for p in args.precision
+            for s in args.scheme
+            for o in args.observer
+            for n in args.samples
+        ]
         for job in jobs:
-            job |= {"model": model, "folder": str(folder), "size": args.size, "threads": args.threads}
+            job |= {
+                "model": model,
+                "folder": str(folder),
+                "size": args.size,
+                "threads": args.threads,
+            }
             out = subprocess.run(
-                [sys.executable, "-W", "ignore", "-m", "benchmarks.quantise", "--worker", json.dumps(job)], capture_output=True, text=True
+                [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    "-m",
+                    "benchmarks.quantise",
+                    "--worker",
+                    json.dumps(job),
+                ],
+                capture_output=True,
+                text=True,
             )
             lines = [line for line in out.stdout.splitlines() if line.startswith("{")]
             row = (
@@ -125,10 +188,17 @@ def main() -> None:
             )
             for e in row.get("engines", []):
                 print(
-                    f"  {e['engine']}: PSNR mean {e['psnr_mean']:.1f} worst {e['psnr_worst']:.1f} dB, SSIM {e['ssim_mean']:.4f}, {e['networks']}"
+                    f"  {e['engine']}: PSNR mean {e['psnr_mean']:.1f} worst {e['psnr_worst']:.1f}"
+                    f" dB, SSIM {e['ssim_mean']:.4f}, {e['networks']}"
                 )
             if "alone" in row:
-                print("  integer alone: " + ", ".join(f"{p} {'equal' if v is None else f'{v:.1f} dB'}" for p, v in row["alone"].items()))
+                print(
+                    "  integer alone: "
+                    + ", ".join(
+                        f"{p} {'equal' if v is None else f'{v:.1f} dB'}"
+                        for p, v in row["alone"].items()
+                    )
+                )
 
 
 if __name__ == "__main__":

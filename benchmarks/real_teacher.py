@@ -1,11 +1,16 @@
-"""Can this machine distil a real teacher? The real command on an SD-1.4-shaped folder with random weights: seconds a step, peak memory.
+"""Can this machine distil a real teacher? The real command on an SD-1.4-shaped folder with random
+weights: seconds a step, peak memory.
 
-    python -m benchmarks.real_teacher                      # 860M teacher, bk-tiny (323M), 512 px, 20 steps, bf16, gradient checkpointing
-    python -m benchmarks.real_teacher --teacher my-sd14    # real weights: the same, with a folder that is there
+    python -m benchmarks.real_teacher                      # 860M teacher, bk-tiny (323M), 512 px,
+                                                           20 steps, bf16, gradient checkpointing
+    # real weights: the same, with a folder that is there:
+    python -m benchmarks.real_teacher --teacher my-sd14
 
-It writes a recipe, pictures and the teacher's folder (4.3 GB) into a scratch folder, runs `sdlite distill` in a process of its own, and
-reads its `stats.jsonl`. The peak is that process' largest resident set, from loading to the last picture, VAE encoding included. One row
-goes to benchmarks/results/real_teacher.jsonl. Random weights take the same time and memory as real ones; the pictures mean nothing.
+It writes a recipe, pictures and the teacher's folder (4.3 GB) into a scratch folder, runs `sdlite
+distill` in a process of its own, and reads its `stats.jsonl`. The peak is that process' largest
+resident set, from loading to the last picture, VAE encoding included. One row goes to
+benchmarks/results/real_teacher.jsonl. Random weights take the same time and memory as real ones;
+the pictures mean nothing.
 
 A real run is the same command with real data, and then the evaluation:
 
@@ -33,13 +38,36 @@ RESULTS = Path(__file__).parent / "results" / "real_teacher.jsonl"
 BAR_GB = 20.0
 
 
-def recipe_text(student: str, steps: int, batch_size: int, micro: int | None, precision: str) -> str:
+def recipe_text(
+    student: str, steps: int, batch_size: int, micro: int | None, precision: str
+) -> str:
     """`student`: a preset's name, or lines of the [student] table."""
-    lines = ['name = "real-teacher"', "[student]", student if "=" in student else f'preset = "{student}"', "[train]"]
-    lines += [f"batch_size = {batch_size}", f'mixed_precision = "{precision}"', "plain_attention = true", "gradient_checkpointing = true"]
-    lines += ["sample_every = 0", "log_every = 1", "checkpoint_minutes = 1000.0", "warmup_images = 1", "lr = 5e-5"]
+    lines = [
+        'name = "real-teacher"',
+        "[student]",
+        student if "=" in student else f'preset = "{student}"',
+        "[train]",
+    ]
+    lines += [
+        f"batch_size = {batch_size}",
+        f'mixed_precision = "{precision}"',
+        "plain_attention = true",
+        "gradient_checkpointing = true",
+    ]
+    lines += [
+        "sample_every = 0",
+        "log_every = 1",
+        "checkpoint_minutes = 1000.0",
+        "warmup_images = 1",
+        "lr = 5e-5",
+    ]
     lines += [f"micro_batch_size = {micro}"] if micro else []
-    lines += ["[[stage]]", 'kind = "output"', f"images = {steps * batch_size}", "feature_weight = 0.1"]
+    lines += [
+        "[[stage]]",
+        'kind = "output"',
+        f"images = {steps * batch_size}",
+        "feature_weight = 0.1",
+    ]
     lines += ["[preview]", 'prompts = ["a fox"]', "num_inference_steps = 1"]
     return "\n".join(lines) + "\n"
 
@@ -57,8 +85,19 @@ def write_pictures(folder: Path, count: int, px: int) -> Path:
     return folder
 
 
-def measure(teacher: Path, scratch: Path, *, student: str, steps: int, batch_size: int, micro: int | None, precision: str, pictures: int,
-            px: int, threads: int) -> dict[str, Any]:  # fmt: skip
+def measure(
+    teacher: Path,
+    scratch: Path,
+    *,
+    student: str,
+    steps: int,
+    batch_size: int,
+    micro: int | None,
+    precision: str,
+    pictures: int,
+    px: int,
+    threads: int,
+) -> dict[str, Any]:
     """Run the command and read what it left.
 
     Raises:
@@ -66,23 +105,55 @@ def measure(teacher: Path, scratch: Path, *, student: str, steps: int, batch_siz
     """
     (scratch / "recipe.toml").write_text(recipe_text(student, steps, batch_size, micro, precision))
     data, out = write_pictures(scratch / "pictures", pictures, px), scratch / "run"
-    command = [sys.executable, "-m", "sdlite.cli", "distill", str(scratch / "recipe.toml"), "--teacher", str(teacher), "--data", str(data),
-               "--out", str(out), "--no-export"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "sdlite.cli",
+        "distill",
+        str(scratch / "recipe.toml"),
+        "--teacher",
+        str(teacher),
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--no-export",
+    ]
     begin = time.perf_counter()
     with open(scratch / "log.txt", "w") as log:
-        child = subprocess.Popen(command, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+        child = subprocess.Popen(
+            command,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+        )
         _, status, usage = os.wait4(child.pid, 0)
     if status:
-        raise SystemExit("sdlite distill failed:\n" + "\n".join((scratch / "log.txt").read_text().splitlines()[-12:]))
-    rows = [json.loads(line) for line in (out / "0-output" / "stats.jsonl").read_text().splitlines()]
+        raise SystemExit(
+            "sdlite distill failed:\n"
+            + "\n".join((scratch / "log.txt").read_text().splitlines()[-12:])
+        )
+    rows = [
+        json.loads(line) for line in (out / "0-output" / "stats.jsonl").read_text().splitlines()
+    ]
     step_seconds = [batch_size / r["images_per_second"] for r in rows]
     return {
-        "benchmark": "real_teacher", "student": student, "steps": len(rows), "batch_size": batch_size, "micro_batch_size": micro, "px": px,
-        "mixed_precision": precision, "gradient_checkpointing": True, "seconds_per_step": float(np.median(step_seconds)),
-        "step_seconds": step_seconds, "loss": [r["loss"] for r in rows], "peak_gb": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, "bar_gb": BAR_GB,
+        "benchmark": "real_teacher",
+        "student": student,
+        "steps": len(rows),
+        "batch_size": batch_size,
+        "micro_batch_size": micro,
+        "px": px,
+        "mixed_precision": precision,
+        "gradient_checkpointing": True,
+        "seconds_per_step": float(np.median(step_seconds)),
+        "step_seconds": step_seconds,
+        "loss": [r["loss"] for r in rows],
+        "peak_gb": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9,
+        "bar_gb": BAR_GB,
         "whole_seconds": time.perf_counter() - begin,
-        "student_parameters": _parameters(out / "0-output" / "model" / "unet"), "teacher_parameters": _parameters(teacher / "unet"),
-    }  # fmt: skip
+        "student_parameters": _parameters(out / "0-output" / "model" / "unet"),
+        "teacher_parameters": _parameters(teacher / "unet"),
+    }
 
 
 def _parameters(folder: Path) -> int:
@@ -96,8 +167,14 @@ def _parameters(folder: Path) -> int:
 
 
 def main() -> int:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("--teacher", type=Path, help="diffusers folder; default: SD-1.4's shape with random weights, made for the run")
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    ap.add_argument(
+        "--teacher",
+        type=Path,
+        help="diffusers folder; default: SD-1.4's shape with random weights, made for the run",
+    )
     ap.add_argument("--student", default="bk-tiny", help="preset of sdlite.distill.students")
     ap.add_argument("--steps", type=int, default=20)
     ap.add_argument("--batch-size", type=int, default=2)
@@ -115,21 +192,34 @@ def main() -> int:
         teacher = args.teacher
         if teacher is None:
             teacher = Path(scratch) / "sd14"
-            subprocess.run([sys.executable, "-m", "benchmarks.shapes", "sd14", str(teacher)], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "benchmarks.shapes", "sd14", str(teacher)], check=True
+            )
         row = measure(
-            teacher, Path(scratch), student=args.student, steps=args.steps, batch_size=args.batch_size, micro=args.micro_batch_size,
-            precision=args.mixed_precision, pictures=args.pictures, px=args.px, threads=args.threads,
-        )  # fmt: skip
+            teacher,
+            Path(scratch),
+            student=args.student,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            micro=args.micro_batch_size,
+            precision=args.mixed_precision,
+            pictures=args.pictures,
+            px=args.px,
+            threads=args.threads,
+        )
     row |= {
-        "teacher": "SD-1.4's shape, random weights" if args.teacher is None else args.teacher.name, "threads": args.threads,
-        "command": "python -m benchmarks.real_teacher " + " ".join(sys.argv[1:]), **environment(),
-    }  # fmt: skip
+        "teacher": "SD-1.4's shape, random weights" if args.teacher is None else args.teacher.name,
+        "threads": args.threads,
+        "command": "python -m benchmarks.real_teacher " + " ".join(sys.argv[1:]),
+        **environment(),
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "a") as f:
         f.write(json.dumps(row) + "\n")
     held = row["peak_gb"] < BAR_GB
     print(
-        f"{row['steps']} steps, {row['seconds_per_step']:.2f} s each, peak {row['peak_gb']:.2f} GB; bar {BAR_GB:g} GB: {'held' if held else 'not held'}"
+        f"{row['steps']} steps, {row['seconds_per_step']:.2f} s each, peak {row['peak_gb']:.2f} GB;"
+        f" bar {BAR_GB:g} GB: {'held' if held else 'not held'}"
     )
     return int(not held)
 

@@ -1,4 +1,6 @@
-"""Markdown of what was tried to break sdlite: hostile files, kills, threads and soaks, out of their committed rows."""
+"""Markdown of what was tried to break sdlite: hostile files, kills, threads and soaks, out of their
+committed rows.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,15 @@ def kills() -> list[str]:
         signals = sum(sum(r["signals"].values()) for r in rows)
         tried = [str(sum(r["kills"] for r in rows)), str(signals)]
         body.append([f"`{command}`", *tried, *faults, f"`{rows[0]['commit']}`"])
-    head = ["command", "kill -9", "signals", "lost", "taken for whole", "left by the next run", "commit"]
+    head = [
+        "command",
+        "kill -9",
+        "signals",
+        "lost",
+        "taken for whole",
+        "left by the next run",
+        "commit",
+    ]
     return table(head, body)
 
 
@@ -45,7 +55,9 @@ def threads() -> list[str]:
     body = []
     for case, rows in cases.items():
         sums = [f"{sum(r[k] for r in rows):,}" for k in ("calls", "wrong", "errors")]
-        body.append([case, *sums, ", ".join(f"`{c}`" for c in dict.fromkeys(r["commit"] for r in rows))])
+        body.append(
+            [case, *sums, ", ".join(f"`{c}`" for c in dict.fromkeys(r["commit"] for r in rows))]
+        )
     return table(["case", "calls", "another image", "errors", "commits"], body)
 
 

@@ -1,4 +1,5 @@
-"""Stable Diffusion folders of real shape and random weights: for speed, memory and plumbing, not for pictures.
+"""Stable Diffusion folders of real shape and random weights: for speed, memory and plumbing, not
+for pictures.
 
 python -m benchmarks.shapes bk-tiny OUT        # 323M UNet; the others: see SHAPES
 """
@@ -11,12 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CROSS, PLAIN, UP_CROSS, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
+CROSS, PLAIN, UP_CROSS, UP = (
+    "CrossAttnDownBlock2D",
+    "DownBlock2D",
+    "CrossAttnUpBlock2D",
+    "UpBlock2D",
+)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """`preset`: of sdlite.distill.students, None is the teacher itself. `mini`: two small stages instead of SD-1.4's, for tests of the plumbing."""
+    """`preset`: of sdlite.distill.students, None is the teacher itself. `mini`: two small stages
+    instead of SD-1.4's, for tests of the plumbing.
+    """
 
     preset: str | None = None
     tiny_vae: bool = False  # AutoencoderTiny (TAESD's shape) instead of SD's autoencoder
@@ -42,13 +50,23 @@ def build_unet(shape: str) -> Any:
 
     if SHAPES[shape].mini:
         return UNet2DConditionModel(
-            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=2,
-            down_block_types=(CROSS, PLAIN), up_block_types=(UP, UP_CROSS),
-        )  # fmt: skip
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            cross_attention_dim=32,
+            attention_head_dim=2,
+            down_block_types=(CROSS, PLAIN),
+            up_block_types=(UP, UP_CROSS),
+        )
     teacher = UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8,
-        down_block_types=(CROSS, CROSS, CROSS, PLAIN), up_block_types=(UP, UP_CROSS, UP_CROSS, UP_CROSS),
-    )  # fmt: skip
+        sample_size=64,
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        down_block_types=(CROSS, CROSS, CROSS, PLAIN),
+        up_block_types=(UP, UP_CROSS, UP_CROSS, UP_CROSS),
+    )
     preset = SHAPES[shape].preset
     return teacher if preset is None else build(teacher, PRESETS[preset])
 
@@ -67,10 +85,15 @@ def build_vae(shape: str) -> Any:
         )
     width = (16, 16, 32, 32) if mini else (128, 256, 512, 512)
     return AutoencoderKL(
-        block_out_channels=width, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1 if mini else 2, latent_channels=4, sample_size=64 if mini else 512, scaling_factor=0.18215,
+        block_out_channels=width,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1 if mini else 2,
+        latent_channels=4,
+        sample_size=64 if mini else 512,
+        scaling_factor=0.18215,
         norm_num_groups=16 if mini else 32,
-    )  # fmt: skip
+    )
 
 
 def build_text_encoder(shape: str) -> Any:
@@ -79,27 +102,47 @@ def build_text_encoder(shape: str) -> Any:
     width, layers, heads = (32, 2, 2) if SHAPES[shape].mini else (768, 12, 12)
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=49_408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
-            projection_dim=width, bos_token_id=49_406, eos_token_id=49_407, pad_token_id=1,
+            vocab_size=49_408,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            projection_dim=width,
+            bos_token_id=49_406,
+            eos_token_id=49_407,
+            pad_token_id=1,
         )
-    )  # fmt: skip
+    )
 
 
 def write_tokenizer(folder: Path) -> None:
     """CLIP's size and file format (49,408 tokens) with an invented vocabulary."""
-    letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+    letters = [
+        chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))
+    ]
     tokens = [*letters, *(c + "</w>" for c in letters)]
-    tokens += [f"<unused{i}>" for i in range(49_406 - len(tokens))] + ["<|startoftext|>", "<|endoftext|>"]
+    tokens += [f"<unused{i}>" for i in range(49_406 - len(tokens))] + [
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}), encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({t: i for i, t in enumerate(tokens)}), encoding="utf-8"
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    special = {f"{k}_token": "<|endoftext|>" for k in ("eos", "unk", "pad")} | {"bos_token": "<|startoftext|>"}
+    special = {f"{k}_token": "<|endoftext|>" for k in ("eos", "unk", "pad")} | {
+        "bos_token": "<|startoftext|>"
+    }
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    (folder / "tokenizer_config.json").write_text(json.dumps({**special, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**special, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"})
+    )
 
 
 def write_sd_folder(shape: str, out: Path, seed: int = 0) -> Path:
-    """A diffusers StableDiffusionPipeline folder with SD-1.4's configs, random float32 weights and the PNDM scheduler."""
+    """A diffusers StableDiffusionPipeline folder with SD-1.4's configs, random float32 weights and
+    the PNDM scheduler.
+    """
     import torch
     from diffusers import PNDMScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizer
@@ -108,20 +151,36 @@ def write_sd_folder(shape: str, out: Path, seed: int = 0) -> Path:
     write_tokenizer(out / "tokenizer")
     text, vae = build_text_encoder(shape), build_vae(shape)
     scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        set_alpha_to_one=False,
     )
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=CLIPTokenizer.from_pretrained(out / "tokenizer"), unet=build_unet(shape), scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=text,
+        tokenizer=CLIPTokenizer.from_pretrained(out / "tokenizer"),
+        unet=build_unet(shape),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.save_pretrained(out, safe_serialization=True)
-    config = out / "scheduler" / "scheduler_config.json"  # SD-1.4's own has a key that PNDM does not know and other samplers read
-    config.write_text(json.dumps({**json.loads(config.read_text()), "clip_sample": False}, indent=2) + "\n")
+    # SD-1.4's own has a key that PNDM does not know and other samplers read
+    config = out / "scheduler" / "scheduler_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "clip_sample": False}, indent=2) + "\n"
+    )
     return out
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("shape", choices=list(SHAPES))
     ap.add_argument("out", type=Path)
     args = ap.parse_args()

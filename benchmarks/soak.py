@@ -1,10 +1,13 @@
-"""Ten thousand calls of mixed sizes: does memory stay flat? And what one large call needs and leaves.
+"""Ten thousand calls of mixed sizes: does memory stay flat? And what one large call needs and
+leaves.
 
     python -m benchmarks.soak [--calls 10000] [--only openvino]
 
-Rows go to benchmarks/results/soak.jsonl. `rss_mib` is the process's memory after so many calls; `large` has it before a call of 1024 px,
-at its peak, after small calls that follow, and when the pipeline is closed, and the seconds from `pipe.cancel()` to `Cancelled` in the
-decoder at 2048 px. Sizes are drawn for each call, and one image or two; on OpenVINO, which compiles for a size, for every fifty.
+Rows go to benchmarks/results/soak.jsonl. `rss_mib` is the process's memory after so many calls;
+`large` has it before a call of 1024 px, at its peak, after small calls that follow, and when the
+pipeline is closed, and the seconds from `pipe.cancel()` to `Cancelled` in the decoder at 2048 px.
+Sizes are drawn for each call, and one image or two; on OpenVINO, which compiles for a size, for
+every fifty.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ def seconds_to_cancel(pipe: Any) -> float:
 
     from sdlite.errors import Cancelled
 
-    latents = np.zeros((1, pipe.unet_config["in_channels"], 2048 // pipe.stride, 2048 // pipe.stride), np.float32)
+    latents = np.zeros(
+        (1, pipe.unet_config["in_channels"], 2048 // pipe.stride, 2048 // pipe.stride), np.float32
+    )
     asked: list[float] = []
     timer = threading.Timer(1.0, lambda: (asked.append(time.perf_counter()), pipe.cancel()))
     timer.start()
@@ -79,7 +84,14 @@ def soak(backend: str, count: int) -> dict[str, Any]:
             if i % HELD.get(backend, 1) == 0 or i == 1:
                 shape = (rng.choice(SIDES), rng.choice(SIDES), rng.choice((1, 2)))
                 shapes.add(shape)
-            pipe(f"{i} apples", seed=i, num_inference_steps=1, height=shape[0], width=shape[1], num_images_per_prompt=shape[2])
+            pipe(
+                f"{i} apples",
+                seed=i,
+                num_inference_steps=1,
+                height=shape[0],
+                width=shape[1],
+                num_images_per_prompt=shape[2],
+            )
             if i in marks:
                 seen[i] = rss()
         took = time.perf_counter() - begin
@@ -87,7 +99,14 @@ def soak(backend: str, count: int) -> dict[str, Any]:
         if backend != "torch":
             around["seconds_to_cancel"] = seconds_to_cancel(pipe)
     around["closed"] = rss()
-    return {"backend": backend, "calls": count, "shapes": len(shapes), "seconds": took, "rss_mib": seen, "large": around}
+    return {
+        "backend": backend,
+        "calls": count,
+        "shapes": len(shapes),
+        "seconds": took,
+        "rss_mib": seen,
+        "large": around,
+    }
 
 
 def main() -> None:
@@ -98,8 +117,16 @@ def main() -> None:
     for backend, share in CALLS.items():
         if args.only not in (None, backend):
             continue
-        code = f"import json; from benchmarks.soak import soak; print(json.dumps(soak({backend!r}, {round(args.calls * share)})))"
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+        code = (
+            f"import json; from benchmarks.soak import soak; print(json.dumps(soak({backend!r},"
+            f" {round(args.calls * share)})))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
         row = {**json.loads(done.stdout.splitlines()[-1]), **environment()}
         with open(RESULTS, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")

@@ -2,9 +2,10 @@
 
     python -m benchmarks.threads [--calls 10000] [--only torch]
 
-For every backend the embedded student's calls are made one after the other by one pipeline, then by 2, 8 and 32 threads on another,
-whose first calls they are (so that networks are compiled by many at once). Calls differ in prompt, seed, size, steps, sampler, guidance
-and number of images. Rows go to benchmarks/results/threads.jsonl.
+For every backend the embedded student's calls are made one after the other by one pipeline, then by
+2, 8 and 32 threads on another, whose first calls they are (so that networks are compiled by many at
+once). Calls differ in prompt, seed, size, steps, sampler, guidance and number of images. Rows go to
+benchmarks/results/threads.jsonl.
 """
 
 from __future__ import annotations
@@ -26,14 +27,29 @@ from benchmarks.env import environment
 
 RESULTS = Path(__file__).parent / "results" / "threads.jsonl"
 THREADS = (2, 8, 32)
-PROMPTS = ("a red apple on a blue background", "a green frog", "pizza", "a yellow taxi", "ghost", "a fox", "a purple heart", "sushi")
+PROMPTS = (
+    "a red apple on a blue background",
+    "a green frog",
+    "pizza",
+    "a yellow taxi",
+    "ghost",
+    "a fox",
+    "a purple heart",
+    "sushi",
+)
 SAMPLERS = ("ddim", "euler", "dpm++2m", "euler-ancestral", "lcm", "unipc")
-SIZES = ((64, 64), (96, 64), (64, 96))  # with 1 or 2 rows: 6 shapes, and OpenVINO keeps 8 compiled graphs
+SIZES = (
+    (64, 64),
+    (96, 64),
+    (64, 96),
+)  # with 1 or 2 rows: 6 shapes, and OpenVINO keeps 8 compiled graphs
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pipeline: how its folder comes from the embedded student, and what it is loaded with. `fixed`: of one size and one image."""
+    """A pipeline: how its folder comes from the embedded student, and what it is loaded with.
+    `fixed`: of one size and one image.
+    """
 
     name: str
     make: Callable[[Path], Any] | None
@@ -45,7 +61,9 @@ def _export(target: str) -> Callable[[Path], Any]:
     def make(out: Path) -> Any:
         import sdlite
 
-        return sdlite.export("emoji", out, target=target, prompts=[PROMPTS[0]], num_inference_steps=1, threads=1)
+        return sdlite.export(
+            "emoji", out, target=target, prompts=[PROMPTS[0]], num_inference_steps=1, threads=1
+        )
 
     return make
 
@@ -56,10 +74,18 @@ def _quantized(precision: str) -> Callable[[Path], Any]:
         from sdlite.quant import Calibration, Gate
 
         gate = Gate(
-            prompts=PROMPTS[:2], seeds=(0,), num_inference_steps=3, psnr_mean=20, psnr_worst=15, ssim_mean=0.5, engines=["onnxruntime"]
+            prompts=PROMPTS[:2],
+            seeds=(0,),
+            num_inference_steps=3,
+            psnr_mean=20,
+            psnr_worst=15,
+            ssim_mean=0.5,
+            engines=["onnxruntime"],
         )
         calibration = Calibration(prompts=PROMPTS, samples=4, num_inference_steps=3)
-        return sdlite.quantize("emoji", precision, out=out, calibration=calibration, gate=gate, threads=1)
+        return sdlite.quantize(
+            "emoji", precision, out=out, calibration=calibration, gate=gate, threads=1
+        )
 
     return make
 
@@ -82,11 +108,20 @@ CASES = (
 def calls(case: Case, count: int) -> list[dict[str, Any]]:
     """Arguments of `count` calls of the pipeline, no two alike."""
     out = []
-    for i, prompt, sampler, (tall, wide) in zip(range(count), *map(itertools.cycle, (PROMPTS, SAMPLERS, SIZES)), strict=False):
+    for i, prompt, sampler, (tall, wide) in zip(
+        range(count), *map(itertools.cycle, (PROMPTS, SAMPLERS, SIZES)), strict=False
+    ):
         images = 1 if case.fixed or i % 5 == 4 else 1 + i % 7 % 2
         size = {} if case.fixed else {"height": tall, "width": wide}
         guided = {"guidance_scale": 2.0, "negative_prompt": "blurry"} if i % 5 == 4 else {}
-        call = {"num_inference_steps": 1 + i % 2, "seed": i, "sampler": sampler, "num_images_per_prompt": images, **size, **guided}
+        call = {
+            "num_inference_steps": 1 + i % 2,
+            "seed": i,
+            "sampler": sampler,
+            "num_images_per_prompt": images,
+            **size,
+            **guided,
+        }
         out.append({"prompt": prompt, **call})
     return out
 
@@ -99,8 +134,12 @@ def digest(pipe: Any, call: dict[str, Any]) -> str:
         return f"{type(e).__name__}: {e}"
 
 
-def compare(pipe: Any, wanted: Sequence[tuple[dict[str, Any], str]], threads: int, count: int) -> dict[str, Any]:
-    """`count` calls by `threads` threads, over and over through `wanted`, its calls in another order for each thread."""
+def compare(
+    pipe: Any, wanted: Sequence[tuple[dict[str, Any], str]], threads: int, count: int
+) -> dict[str, Any]:
+    """`count` calls by `threads` threads, over and over through `wanted`, its calls in another
+    order for each thread.
+    """
     jobs = [wanted[(i * (1 + 2 * (i % threads))) % len(wanted)] for i in range(count)]
     start = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
@@ -118,8 +157,12 @@ def compare(pipe: Any, wanted: Sequence[tuple[dict[str, Any], str]], threads: in
     }
 
 
-def run(case: Case, folder: Path, count: int, distinct: int = 48, threads: Sequence[int] = THREADS) -> list[dict[str, Any]]:
-    """A row for each number of threads; together `count` calls. `folder` is made where the case needs one and it is not there."""
+def run(
+    case: Case, folder: Path, count: int, distinct: int = 48, threads: Sequence[int] = THREADS
+) -> list[dict[str, Any]]:
+    """A row for each number of threads; together `count` calls. `folder` is made where the case
+    needs one and it is not there.
+    """
     import sdlite
 
     if case.make is not None and not folder.exists():
@@ -132,13 +175,21 @@ def run(case: Case, folder: Path, count: int, distinct: int = 48, threads: Seque
     rows = []
     for number in threads:
         with sdlite.Pipeline.from_pretrained(model, threads=1, **case.load) as shared:
-            rows.append({"case": case.name, "distinct": distinct, **compare(shared, wanted, number, -(-count // len(threads)))})
+            rows.append(
+                {
+                    "case": case.name,
+                    "distinct": distinct,
+                    **compare(shared, wanted, number, -(-count // len(threads))),
+                }
+            )
     return rows
 
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ap.add_argument("--calls", type=int, default=10_000, help="of each backend, shared by its cases")
+    ap.add_argument(
+        "--calls", type=int, default=10_000, help="of each backend, shared by its cases"
+    )
     ap.add_argument("--only", help="cases whose name holds this")
     args = ap.parse_args()
     warnings.simplefilter("ignore")

@@ -1,13 +1,17 @@
-"""Images per second of a distillation step: our loop against the plain loop that runs everything in every step; one run, same losses.
+"""Images per second of a distillation step: our loop against the plain loop that runs everything in
+every step; one run, same losses.
 
-    python -m benchmarks.throughput --teacher runs/teacher/model --latents runs/teacher/latents.safetensors
+    python -m benchmarks.throughput --teacher runs/teacher/model \
+        --latents runs/teacher/latents.safetensors
 
-`plain` is the loop of the article that the project began from, made to run: pictures through the VAE's encoder, captions through the text
-encoder, teacher, student, AdamW; float32, torch's default attention. `cached` is `sdlite.distill.train.fit` with latents and text embeddings
-cached; `bf16` adds bfloat16 and plain attention; `targets` adds the teacher's targets (`sdlite.distill.targets`). All see the same student,
-the same draws in the same order and the same loss (task + output), so their losses must agree: the row has them, and the run fails when
-they do not. Variants are interleaved `--repeats` times; a figure is batch size / median step, the first steps left out. What the caches
-cost once is a field of its own. One row goes to benchmarks/results/throughput.jsonl.
+`plain` is the loop of the article that the project began from, made to run: pictures through the
+VAE's encoder, captions through the text encoder, teacher, student, AdamW; float32, torch's default
+attention. `cached` is `sdlite.distill.train.fit` with latents and text embeddings cached; `bf16`
+adds bfloat16 and plain attention; `targets` adds the teacher's targets (`sdlite.distill.targets`).
+All see the same student, the same draws in the same order and the same loss (task + output), so
+their losses must agree: the row has them, and the run fails when they do not. Variants are
+interleaved `--repeats` times; a figure is batch size / median step, the first steps left out. What
+the caches cost once is a field of its own. One row goes to benchmarks/results/throughput.jsonl.
 """
 
 from __future__ import annotations
@@ -27,7 +31,11 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "throughput.jsonl"
 BAR = 2.0  # times the plain loop's images per second
 VARIANTS = ("plain", "cached", "bf16", "targets")
-TOLERANCE = {"cached": 0.01, "bf16": 0.05, "targets": 0.05}  # of the last steps' mean loss, relative to plain's
+TOLERANCE = {
+    "cached": 0.01,
+    "bf16": 0.05,
+    "targets": 0.05,
+}  # of the last steps' mean loss, relative to plain's
 
 
 @dataclass
@@ -49,13 +57,22 @@ def task_of(setup: Setup) -> Any:
     from sdlite.distill.tasks import StudentTask
 
     return StudentTask(
-        setup.student(), setup.teacher, setup.text_encoder, setup.source, parts=setup.parts, preview=setup.preview, feature_weight=0.0,
-        caption_dropout=0.0, scheduler=setup.scheduler,
-    )  # fmt: skip
+        setup.student(),
+        setup.teacher,
+        setup.text_encoder,
+        setup.source,
+        parts=setup.parts,
+        preview=setup.preview,
+        feature_weight=0.0,
+        caption_dropout=0.0,
+        scheduler=setup.scheduler,
+    )
 
 
 def timed(task: Any, begins: list[float]) -> Any:
-    """`task` with the moment of each draw written into `begins`: a step lasts from one draw to the next."""
+    """`task` with the moment of each draw written into `begins`: a step lasts from one draw to the
+    next.
+    """
     draw = task.batch
 
     def batch(size: int, generator: Any) -> Any:
@@ -66,7 +83,9 @@ def timed(task: Any, begins: list[float]) -> Any:
     return task
 
 
-def plain_loop(setup: Setup, pool: Any, steps: int, batch_size: int, lr: float) -> tuple[list[float], list[float]]:
+def plain_loop(
+    setup: Setup, pool: Any, steps: int, batch_size: int, lr: float
+) -> tuple[list[float], list[float]]:
     """Seconds and loss of each step."""
     import torch
     import torch.nn.functional as F
@@ -75,7 +94,11 @@ def plain_loop(setup: Setup, pool: Any, steps: int, batch_size: int, lr: float) 
     from sdlite.distill.train import step_generator
     from sdlite.sampling import Schedule
 
-    student, forward, c = setup.student().train(), Forward(Schedule.from_config(setup.scheduler)), setup.vae.config
+    student, forward, c = (
+        setup.student().train(),
+        Forward(Schedule.from_config(setup.scheduler)),
+        setup.vae.config,
+    )
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     begins, losses = [time.perf_counter()], []
     for step in range(steps):
@@ -107,7 +130,9 @@ def our_loop(
     task, begins, losses = task_of(setup), [], []
     task.batch = pool.draw
     if variant != "targets":  # the same draws, and the teacher answers in the step
-        task.batch = lambda size, generator: {k: v for k, v in pool.draw(size, generator).items() if k != "wanted"}
+        task.batch = lambda size, generator: {
+            k: v for k, v in pool.draw(size, generator).items() if k != "wanted"
+        }
     keep, task.save, task.sample = task.loss, lambda *_: None, lambda *_: None
 
     def loss(modules: Any, batch: Any, step: int) -> Any:
@@ -117,9 +142,16 @@ def our_loop(
 
     task.loss = loss
     config = TrainConfig(
-        max_images=steps * batch_size, batch_size=batch_size, lr=lr, warmup_images=0, decay_from=1.0, sample_every=0, checkpoint_minutes=1e9,
-        mixed_precision="no" if variant == "cached" else "bf16", plain_attention=variant != "cached",
-    )  # fmt: skip
+        max_images=steps * batch_size,
+        batch_size=batch_size,
+        lr=lr,
+        warmup_images=0,
+        decay_from=1.0,
+        sample_every=0,
+        checkpoint_minutes=1e9,
+        mixed_precision="no" if variant == "cached" else "bf16",
+        plain_attention=variant != "cached",
+    )
     with tempfile.TemporaryDirectory(dir=scratch) as out:
         fit(timed(task, begins), config, out)
     return _differences(begins), losses
@@ -130,7 +162,15 @@ def _differences(moments: list[float]) -> list[float]:
 
 
 def compare(
-    setup: Setup, *, steps: int, batch_size: int, repeats: int, pool_size: int, warmup: int, lr: float, scratch: Path
+    setup: Setup,
+    *,
+    steps: int,
+    batch_size: int,
+    repeats: int,
+    pool_size: int,
+    warmup: int,
+    lr: float,
+    scratch: Path,
 ) -> dict[str, Any]:
     """The row without its environment.
 
@@ -156,18 +196,31 @@ def compare(
     rate = {v: batch_size / float(np.median(s)) for v, s in seconds.items()}
     tail = {v: float(np.mean(x[-max(1, steps // 2) :])) for v, x in losses.items()}
     for v, allowed in TOLERANCE.items():
-        for what, mine, theirs in (("first", losses[v][0], losses["plain"][0]), ("last", tail[v], tail["plain"])):
+        for what, mine, theirs in (
+            ("first", losses[v][0], losses["plain"][0]),
+            ("last", tail[v], tail["plain"]),
+        ):
             if abs(mine - theirs) > allowed * abs(theirs):
                 raise SystemExit(
-                    f"{v}: the {what} loss is {mine:.5g}, plain's {theirs:.5g}; more than {allowed:.0%} apart, so not the same work."
+                    f"{v}: the {what} loss is {mine:.5g}, plain's {theirs:.5g}; more than"
+                    f" {allowed:.0%} apart, so not the same work."
                 )
     return {
-        "benchmark": "throughput", "batch_size": batch_size, "steps": steps, "repeats": repeats, "warmup_steps": warmup, "pool": pool_size,
-        "images_per_second": rate, "ratio": {v: r / rate["plain"] for v, r in rate.items()}, "bar": BAR, "step_seconds": seconds,
-        "losses": losses, "targets_cache_seconds": cache_seconds,
+        "benchmark": "throughput",
+        "batch_size": batch_size,
+        "steps": steps,
+        "repeats": repeats,
+        "warmup_steps": warmup,
+        "pool": pool_size,
+        "images_per_second": rate,
+        "ratio": {v: r / rate["plain"] for v, r in rate.items()},
+        "bar": BAR,
+        "step_seconds": seconds,
+        "losses": losses,
+        "targets_cache_seconds": cache_seconds,
         "teacher_parameters": sum(p.numel() for p in setup.teacher.parameters()),
         "student_parameters": sum(p.numel() for p in setup.student().parameters()),
-    }  # fmt: skip
+    }
 
 
 def emoji_setup(teacher: Path, latents: Path) -> Setup:
@@ -191,19 +244,31 @@ def emoji_setup(teacher: Path, latents: Path) -> Setup:
         return build(master, PRESETS["half"]).requires_grad_(True)
 
     return Setup(
-        master, CLIPTextModel.from_pretrained(teacher / "text_encoder").eval().requires_grad_(False), vae,
-        EmojiLatents(vae, tokenizer, data, latents), {"vae": vae, "tokenizer": tokenizer}, student,
-        lambda batch: data.composite(batch["ids"], batch["colours"]), V_ZERO_SNR, {},
-    )  # fmt: skip
+        master,
+        CLIPTextModel.from_pretrained(teacher / "text_encoder").eval().requires_grad_(False),
+        vae,
+        EmojiLatents(vae, tokenizer, data, latents),
+        {"vae": vae, "tokenizer": tokenizer},
+        student,
+        lambda batch: data.composite(batch["ids"], batch["colours"]),
+        V_ZERO_SNR,
+        {},
+    )
 
 
 def main() -> int:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("--teacher", type=Path, required=True, help="diffusers folder of the emoji teacher")
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    ap.add_argument(
+        "--teacher", type=Path, required=True, help="diffusers folder of the emoji teacher"
+    )
     ap.add_argument("--latents", type=Path, required=True, help="latent cache of its training")
     ap.add_argument("--batch-size", type=int, default=32)
     ap.add_argument("--steps", type=int, default=30, help="of each variant and repeat")
-    ap.add_argument("--warmup", type=int, default=3, help="first steps of each repeat that are not counted")
+    ap.add_argument(
+        "--warmup", type=int, default=3, help="first steps of each repeat that are not counted"
+    )
     ap.add_argument("--repeats", type=int, default=3)
     ap.add_argument("--pool", type=int, default=2048, help="draws with cached targets")
     ap.add_argument("--lr", type=float, default=1e-4)
@@ -217,15 +282,28 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="sdlite-throughput-") as scratch:
         row = compare(
-            emoji_setup(args.teacher, args.latents), steps=args.steps, batch_size=args.batch_size, repeats=args.repeats, pool_size=args.pool,
-            warmup=args.warmup, lr=args.lr, scratch=Path(scratch),
-        )  # fmt: skip
-    row |= {"threads": args.threads, "command": "python -m benchmarks.throughput " + " ".join(sys.argv[1:]), **environment()}
+            emoji_setup(args.teacher, args.latents),
+            steps=args.steps,
+            batch_size=args.batch_size,
+            repeats=args.repeats,
+            pool_size=args.pool,
+            warmup=args.warmup,
+            lr=args.lr,
+            scratch=Path(scratch),
+        )
+    row |= {
+        "threads": args.threads,
+        "command": "python -m benchmarks.throughput " + " ".join(sys.argv[1:]),
+        **environment(),
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "a") as f:
         f.write(json.dumps(row) + "\n")
     for v in VARIANTS:
-        print(f"{v:<8} {row['images_per_second'][v]:8.1f} images/s  {row['ratio'][v]:5.2f}x  loss {row['losses'][v][-1]:.4f}")
+        print(
+            f"{v:<8} {row['images_per_second'][v]:8.1f} images/s  {row['ratio'][v]:5.2f}x  loss"
+            f" {row['losses'][v][-1]:.4f}"
+        )
     best = max(row["ratio"].values())
     print(f"bar {BAR:g}x: {'held' if best >= BAR else 'not held'} ({best:.2f}x)")
     return int(best < BAR)

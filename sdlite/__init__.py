@@ -51,4 +51,6 @@ if not TYPE_CHECKING:  # a type checker has the names from above, and finds miss
         except ModuleNotFoundError as e:
             if extra is None or (e.name or "").startswith("sdlite"):
                 raise
-            raise errors.MissingExtraError(f"sdlite.{name} needs {e.name!r}: pip install 'sdlite[{extra}]'.") from e
+            raise errors.MissingExtraError(
+                f"sdlite.{name} needs {e.name!r}: pip install 'sdlite[{extra}]'."
+            ) from e

@@ -83,7 +83,9 @@ def text(name: str, value: Any) -> str:
 def one_of(name: str, value: Any, accepted: Sequence[str]) -> str:
     """One of these strings."""
     if text(name, value) not in accepted:
-        raise UnknownNameError(f"{name}={value!r} is not known; choose one of {', '.join(accepted)}.")
+        raise UnknownNameError(
+            f"{name}={value!r} is not known; choose one of {', '.join(accepted)}."
+        )
     return str(value)
 
 

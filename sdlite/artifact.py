@@ -1,11 +1,18 @@
-"""The artefact: a diffusers folder with ONNX graphs beside the weights and `sdlite.json`, the manifest that ties them together.
+"""The artefact: a diffusers folder with ONNX graphs beside the weights and `sdlite.json`, the
+manifest that ties them together.
 
-    model_index.json  tokenizer/  scheduler/  text_encoder/  unet/  vae/      diffusers' own layout, safetensors
-    <part>/model.onnx                                                         graphs, for text_encoder, unet, vae_decoder
-    sdlite.json                                                               format, student, variants, sampler, file hashes
+    model_index.json  tokenizer/  scheduler/  text_encoder/  unet/  vae/      diffusers' own layout,
+                      safetensors
+    <part>/model.onnx                                                         graphs, for
+                                                                              text_encoder, unet,
+                                                                              vae_decoder
+    sdlite.json                                                               format, student,
+                                                                              variants, sampler,
+                                                                              file hashes
 
-A folder without a manifest is a plain diffusers pipeline and is accepted for the `torch` backend. Readers refuse unknown major
-versions, paths that leave the folder, missing or changed files, and pickles. Writers write beside and rename.
+A folder without a manifest is a plain diffusers pipeline and is accepted for the `torch` backend.
+Readers refuse unknown major versions, paths that leave the folder, missing or changed files, and
+pickles. Writers write beside and rename.
 """
 
 from __future__ import annotations
@@ -41,9 +48,16 @@ GRAPH_BYTES = 64 << 20  # more than a graph has whose weights stand elsewhere
 ADAPTER = "adapter_config.json"
 # Keys of a configuration by which transformers and diffusers load code, kernels or other classes.
 CODE = (
-    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "quantization_config",
-    "trust_remote_code", "transformers_weights", "custom_pipeline", "custom_pipelines",
-)  # fmt: skip
+    "auto_map",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "quantization_config",
+    "trust_remote_code",
+    "transformers_weights",
+    "custom_pipeline",
+    "custom_pipelines",
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,9 @@ class SamplerDefaults:
 
 @dataclass
 class Manifest:
-    """sdlite.json. `variants`: precision -> part -> {file, weights, storage, arithmetic, opset}; `files`: path -> {sha256, bytes}."""
+    """sdlite.json. `variants`: precision -> part -> {file, weights, storage, arithmetic, opset};
+    `files`: path -> {sha256, bytes}.
+    """
 
     format: str = FORMAT
     name: str = ""
@@ -67,7 +83,10 @@ class Manifest:
     calibration: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
     size_multiple: int = 8  # height and width must be multiples of this for the ONNX graphs
-    max_pixels: int | None = None  # height x width x images that a call may make when it does not say; None: sdlite's own
+    max_pixels: int | None = (
+        # height x width x images that a call may make when it does not say; None: sdlite's own
+        None
+    )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], file: str | Path = MANIFEST) -> Manifest:
@@ -78,7 +97,12 @@ class Manifest:
         """
         version = data.get("format")
         if not isinstance(version, str) or version.split(".")[0] != FORMAT.split(".")[0]:
-            raise schema.refused(file, "format", version, f"{FORMAT.split('.')[0]}.x, which this sdlite reads; or update sdlite")
+            raise schema.refused(
+                file,
+                "format",
+                version,
+                f"{FORMAT.split('.')[0]}.x, which this sdlite reads; or update sdlite",
+            )
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(data) - known):
             raise schema.refused(file, "a key", unknown[0], ", ".join(sorted(known)))
@@ -97,7 +121,14 @@ class Manifest:
         return out
 
 
-def check_row(file: str | Path, key: str, part: str, entry: dict[str, Any], files: Collection[str], endings: tuple[str, ...] = ()) -> None:
+def check_row(
+    file: str | Path,
+    key: str,
+    part: str,
+    entry: dict[str, Any],
+    files: Collection[str],
+    endings: tuple[str, ...] = (),
+) -> None:
     """Whether a network's files are listed, and stand in its own folder with a known ending.
 
     Raises:
@@ -116,10 +147,18 @@ def plain_path(path: str, listing: str | Path = MANIFEST) -> PurePosixPath:
         ArtifactError: it is none.
     """
     p = PurePosixPath(path)
-    bad = p.is_absolute() or ".." in p.parts or str(p) != path or path == "." or len(path) > 1000 or any(len(x) > 255 for x in p.parts)
+    bad = (
+        p.is_absolute()
+        or ".." in p.parts
+        or str(p) != path
+        or path == "."
+        or len(path) > 1000
+        or any(len(x) > 255 for x in p.parts)
+    )
     if bad or "\\" in path or ":" in path or schema.unclean(path):
         raise ArtifactError(
-            f"{listing} names {printable(repr(path), 100)}, which is not a plain path inside the model folder; do not use this model."
+            f"{listing} names {printable(repr(path), 100)}, which is not a plain path inside the"
+            " model folder; do not use this model."
         )
     return p
 
@@ -128,35 +167,59 @@ def safe_path(path: str, listing: str | Path = MANIFEST) -> PurePosixPath:
     """A plain path that is not a pickle. Raises: ArtifactError."""
     p = plain_path(path, listing)
     if p.suffix.lower() in PICKLES:
-        raise ArtifactError(f"{listing} names {path!r}, a pickle format that can run code; only safetensors and ONNX are loaded.")
+        raise ArtifactError(
+            f"{listing} names {path!r}, a pickle format that can run code; only safetensors and"
+            " ONNX are loaded."
+        )
     return p
 
 
 def listed(path: schema.Rule) -> schema.Rule:
     """Rule of path -> {sha256, bytes}."""
-    sha = schema.rule("64 hexadecimal digits", lambda v: isinstance(v, str) and re.fullmatch(r"[0-9a-fA-F]{64}", v) is not None)
-    return schema.table(path, schema.record({"sha256": sha, "bytes": schema.whole()}, ("sha256", "bytes")))
+    sha = schema.rule(
+        "64 hexadecimal digits",
+        lambda v: isinstance(v, str) and re.fullmatch(r"[0-9a-fA-F]{64}", v) is not None,
+    )
+    return schema.table(
+        path, schema.record({"sha256": sha, "bytes": schema.whole()}, ("sha256", "bytes"))
+    )
 
 
 _TEXT, _TEXTS = schema.text(), schema.each(schema.text(10_000))
 SIZE_MULTIPLE = schema.whole(1, 8192)
-SAMPLER = schema.record({"name": _TEXT, "num_inference_steps": schema.whole(1, 1000), "guidance_scale": schema.number()})
+SAMPLER = schema.record(
+    {"name": _TEXT, "num_inference_steps": schema.whole(1, 1000), "guidance_scale": schema.number()}
+)
 ROW = schema.record(
     {
-        "file": _TEXT, "weights": schema.each(_TEXT), "storage": _TEXT, "arithmetic": _TEXT, "opset": schema.whole(1), "scheme": _TEXT,
-        "inputs": schema.each(schema.OBJECT), "output": schema.OBJECT, "batch": schema.whole(1), "cuts": schema.BOOL,
+        "file": _TEXT,
+        "weights": schema.each(_TEXT),
+        "storage": _TEXT,
+        "arithmetic": _TEXT,
+        "opset": schema.whole(1),
+        "scheme": _TEXT,
+        "inputs": schema.each(schema.OBJECT),
+        "output": schema.OBJECT,
+        "batch": schema.whole(1),
+        "cuts": schema.BOOL,
     },
     ("file", "weights", "storage", "arithmetic"),
-)  # fmt: skip
+)
 _MANIFEST = schema.record(
     {
         "name": _TEXT,
         "student": schema.OBJECT,
         "sampler": SAMPLER,
-        "variants": schema.table(schema.one_of(PRECISIONS), schema.table(schema.one_of(PARTS), ROW)),
+        "variants": schema.table(
+            schema.one_of(PRECISIONS), schema.table(schema.one_of(PARTS), ROW)
+        ),
         "files": listed(lambda file, key, path: safe_path(path, file)),
-        "calibration": schema.optional(schema.record({"prompts": _TEXTS, "keep_float": schema.table(_TEXT, _TEXTS)})),
-        "quality": schema.optional(schema.record({"engines": schema.table(_TEXT, schema.OBJECT), "failed": _TEXTS})),
+        "calibration": schema.optional(
+            schema.record({"prompts": _TEXTS, "keep_float": schema.table(_TEXT, _TEXTS)})
+        ),
+        "quality": schema.optional(
+            schema.record({"engines": schema.table(_TEXT, schema.OBJECT), "failed": _TEXTS})
+        ),
         "size_multiple": SIZE_MULTIPLE,
         "max_pixels": schema.optional(schema.whole(1)),
     }
@@ -170,7 +233,13 @@ class Artifact:
 
     def __init__(self, folder: Path, manifest: Manifest | None, export: Export | None = None):
         self.folder, self.manifest, self.export = folder, manifest, export
-        listed, listing = (manifest.files, MANIFEST) if manifest else (export.files, REPORT) if export else (None, "")
+        listed, listing = (
+            (manifest.files, MANIFEST)
+            if manifest
+            else (export.files, REPORT)
+            if export
+            else (None, "")
+        )
         self.files = Files(folder, listed, listing)
         self.index = self._index()
 
@@ -179,57 +248,79 @@ class Artifact:
         for key, value in out.items():
             _TEXT(self.files.path(INDEX), "a key", key)
             if isinstance(value, (list, str)):
-                (_COMPONENT if isinstance(value, list) else _TEXT)(self.files.path(INDEX), key, value)
+                (_COMPONENT if isinstance(value, list) else _TEXT)(
+                    self.files.path(INDEX), key, value
+                )
         return out
 
     @classmethod
     def open(cls, folder: str | Path, *, any_kind: bool = False) -> Artifact:
-        """Read the manifest (or accept a plain diffusers folder); file contents are verified when they are loaded.
+        """Read the manifest (or accept a plain diffusers folder); file contents are verified when
+        they are loaded.
 
         Args:
             any_kind: open pipelines that sdlite does not run too, to look at them.
 
         Raises:
-            ArtifactError: not a model folder, a pipeline that sdlite does not run, or a manifest that is damaged, unsafe or of
-                another major version.
+            ArtifactError: not a model folder, a pipeline that sdlite does not run, or a manifest
+                that is damaged, unsafe or of another major version.
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise ArtifactError(f"{folder} is not a folder; give a model folder, a hub id or the name of an embedded model.")
+            raise ArtifactError(
+                f"{folder} is not a folder; give a model folder, a hub id or the name of an"
+                " embedded model."
+            )
         if left_behind(folder):
             raise ArtifactError(
-                f"{folder} is half written, by a process that is still at work or was stopped; use what it wrote in the end."
+                f"{folder} is half written, by a process that is still at work or was stopped; use"
+                " what it wrote in the end."
             )
         if not os.path.lexists(folder / INDEX):
             raise ArtifactError(
-                f"{folder} has no model_index.json, so it is not a diffusers pipeline folder; give the folder that holds it."
+                f"{folder} has no model_index.json, so it is not a diffusers pipeline folder; give"
+                " the folder that holds it."
             )
         from sdlite.exported import Export
 
         path = folder / MANIFEST
         has = os.path.lexists(path)
-        out = cls(folder, Manifest.from_dict(read_listing(folder, MANIFEST), path) if has else None, None if has else Export.open(folder))
+        out = cls(
+            folder,
+            Manifest.from_dict(read_listing(folder, MANIFEST), path) if has else None,
+            None if has else Export.open(folder),
+        )
         if out.listing is None and (sign := out._lost()):
             raise ArtifactError(
-                f"{folder} was made by sdlite ({sign}) and has lost {MANIFEST}, which lists its files; without it, it would be "
-                "another model. Fetch or save it again."
+                f"{folder} was made by sdlite ({sign}) and has lost {MANIFEST}, which lists its"
+                " files; without it, it would be another model. Fetch or save it again."
             )
         if not any_kind and (why := out.refusal()):
             raise ArtifactError(why)
         return out
 
     def _lost(self) -> str:
-        """What only a folder has that had a manifest or a report; "" for diffusers' and optimum's own."""
+        """What only a folder has that had a manifest or a report; "" for diffusers' and optimum's
+        own.
+        """
         if families.MARK in self.index:
             return f"{INDEX} says so"
-        graphs = [f"{p}/{n}" for p in PARTS for n in self.files.part(p).names() if n.endswith(".onnx")]
-        signs = [n for n in (STUDENT, "quantize-report.json", "vae_decoder/model.onnx.data") if self.files.has(n)]
+        graphs = [
+            f"{p}/{n}" for p in PARTS for n in self.files.part(p).names() if n.endswith(".onnx")
+        ]
+        signs = [
+            n
+            for n in (STUDENT, "quantize-report.json", "vae_decoder/model.onnx.data")
+            if self.files.has(n)
+        ]
         signs += [n for n in graphs if "/model.int8-" in n or self._points_into_safetensors(n)]
         return f"it holds {signs[0]}" if signs else ""
 
     def _points_into_safetensors(self, graph: str) -> bool:
         path = self.files.path(graph)
-        return plain(path).st_size <= GRAPH_BYTES and b".safetensors" in read_bytes(path, GRAPH_BYTES)
+        return plain(path).st_size <= GRAPH_BYTES and b".safetensors" in read_bytes(
+            path, GRAPH_BYTES
+        )
 
     def refusal(self) -> str:
         """Why sdlite does not run this kind of model, in one line; "" where it does."""
@@ -237,7 +328,13 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        given = self.manifest.name if self.manifest else self.export.report.get("model") if self.export else None
+        given = (
+            self.manifest.name
+            if self.manifest
+            else self.export.report.get("model")
+            if self.export
+            else None
+        )
         return printable(given or self.folder.name)
 
     @property
@@ -262,7 +359,8 @@ class Artifact:
 
     @property
     def samples_with(self) -> dict[str, Any]:
-        """What a call samples with when it does not say: {name, num_inference_steps, guidance_scale}.
+        """What a call samples with when it does not say: {name, num_inference_steps,
+        guidance_scale}.
 
         Raises:
             UnknownNameError, InputError: a scheduler that we do not have.
@@ -270,7 +368,8 @@ class Artifact:
         return {"name": self.sampler_name, **dataclasses.asdict(self.sampler_defaults)}
 
     def with_sampler(self, name: str | None) -> Artifact:
-        """The same model, opened, with another sampler of its own: what is made of it keeps that one.
+        """The same model, opened, with another sampler of its own: what is made of it keeps that
+        one.
 
         Raises:
             UnknownNameError: no such sampler.
@@ -280,7 +379,9 @@ class Artifact:
         known_sampler(name)
         assert self.manifest is not None
         out = copy.copy(self)
-        out.manifest = dataclasses.replace(self.manifest, sampler={**self.manifest.sampler, "name": name})
+        out.manifest = dataclasses.replace(
+            self.manifest, sampler={**self.manifest.sampler, "name": name}
+        )
         return out
 
     @property
@@ -303,8 +404,12 @@ class Artifact:
 
     @property
     def failed(self) -> list[str]:
-        """What of its quality check does not hold: the model was kept to be looked at. [] for every other."""
-        said: Any = self.manifest.quality if self.manifest else self.export.report if self.export else None
+        """What of its quality check does not hold: the model was kept to be looked at. [] for every
+        other.
+        """
+        said: Any = (
+            self.manifest.quality if self.manifest else self.export.report if self.export else None
+        )
         return [str(x) for x in said.get("failed", ())] if isinstance(said, dict) else []
 
     def has_onnx(self, precision: str) -> bool:
@@ -316,7 +421,9 @@ class Artifact:
         Raises:
             ArtifactError: the file is missing, damaged or not the listed one, or asks for code.
         """
-        return config(self.files.part(part), "scheduler_config.json" if part == "scheduler" else "config.json")
+        return config(
+            self.files.part(part), "scheduler_config.json" if part == "scheduler" else "config.json"
+        )
 
     def graph(self, precision: str, part: str) -> Path:
         """Where a network's graph is that the manifest lists. It and its weights are verified.
@@ -330,14 +437,17 @@ class Artifact:
         return self.files.path(row["file"])
 
     def verify(self, paths: Iterable[str] | None = None) -> list[str]:
-        """Check size and SHA-256 of `paths` (default: every file of the manifest, or of an export's report); returns what was checked.
+        """Check size and SHA-256 of `paths` (default: every file of the manifest, or of an export's
+        report); returns what was checked.
 
         Raises:
-            ArtifactError: the first file that is missing, cut off, changed or not listed, named with what was expected.
+            ArtifactError: the first file that is missing, cut off, changed or not listed, named
+                with what was expected.
         """
         if self.listing is None:
             raise ArtifactError(
-                f"{self.folder} has no {MANIFEST}, so there is nothing to verify it against; make a model with one by sdlite.convert."
+                f"{self.folder} has no {MANIFEST}, so there is nothing to verify it against; make a"
+                " model with one by sdlite.convert."
             )
         checked = sorted(self.listing.files) if paths is None else list(paths)
         for path in checked:
@@ -356,14 +466,18 @@ class Artifact:
         out = [INDEX, "scheduler/scheduler_config.json", *(f"tokenizer/{n}" for n in FILES)]
         for part in ("text_encoder", "unet", "vae"):
             weights = f"{stem(part)}.safetensors"
-            out += [f"{part}/{n}" for n in ("config.json", ADAPTER, weights, f"{weights}.index.json")]
+            out += [
+                f"{part}/{n}" for n in ("config.json", ADAPTER, weights, f"{weights}.index.json")
+            ]
         return out
 
     def save(self, folder: Path) -> None:
-        """Copy what the model consists of to a new folder: the listed files, or what a plain diffusers folder runs with.
+        """Copy what the model consists of to a new folder: the listed files, or what a plain
+        diffusers folder runs with.
 
         Raises:
-            ArtifactError: a file is missing, cut off, changed or no plain file, or the model failed its quality check.
+            ArtifactError: a file is missing, cut off, changed or no plain file, or the model failed
+                its quality check.
         """
         from sdlite.weights import model_files
 
@@ -380,11 +494,19 @@ class Artifact:
 
     def _refuse_failed(self) -> None:
         if self.failed:
-            raise ArtifactError(f"{self.folder} failed its quality check ({'; '.join(self.failed)}); it was kept to be looked at alone.")
+            raise ArtifactError(
+                f"{self.folder} failed its quality check ({'; '.join(self.failed)}); it was kept to"
+                " be looked at alone."
+            )
 
     def loose_pickles(self) -> list[str]:
-        listed = self.export.files if self.export else {}  # an OpenVINO or ncnn network ends in .bin
-        found = (p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.suffix.lower() in PICKLES)
+        # an OpenVINO or ncnn network ends in .bin
+        listed = self.export.files if self.export else {}
+        found = (
+            p.relative_to(self.folder).as_posix()
+            for p in self.folder.rglob("*")
+            if p.suffix.lower() in PICKLES
+        )
         return sorted(p for p in found if p not in listed)
 
 
@@ -392,27 +514,35 @@ def config(files: Files, name: str = "config.json") -> dict[str, Any]:
     """The configuration in a folder of a model.
 
     Raises:
-        ArtifactError: the file cannot be used, or it or a file beside it asks the libraries for code or weights from elsewhere.
+        ArtifactError: the file cannot be used, or it or a file beside it asks the libraries for
+            code or weights from elsewhere.
     """
     out = files.read_json(name, infinity=name == "scheduler_config.json")
     if asked := [k for k in CODE if out.get(k) is not None]:
         raise ArtifactError(
-            f"{files.path(name)} has {asked[0]}={printable(repr(out[asked[0]]), 80)}, which has code or weights from elsewhere loaded; "
-            "accepted: none. Load with transformers or diffusers what you trust, and save_pretrained() it without."
+            f"{files.path(name)} has {asked[0]}={printable(repr(out[asked[0]]), 80)}, which has"
+            " code or weights from elsewhere loaded; accepted: none. Load with transformers or"
+            " diffusers what you trust, and save_pretrained() it without."
         )
     if files.has(ADAPTER):
         raise ArtifactError(
-            f"{files.path(ADAPTER)} puts other weights into the network; sdlite loads no adapters. "
-            "Merge it (peft's merge_and_unload(), or fuse_lora()) and save_pretrained(), or remove the file."
+            f"{files.path(ADAPTER)} puts other weights into the network; sdlite loads no adapters."
+            " Merge it (peft's merge_and_unload(), or fuse_lora()) and save_pretrained(), or"
+            " remove the file."
         )
     families.check_config(files.name, files.path(name), out)
     return out
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Hash every file below `folder` into `manifest.files` and write sdlite.json beside and rename."""
+    """Hash every file below `folder` into `manifest.files` and write sdlite.json beside and
+    rename.
+    """
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    manifest.files = {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in paths}
+    manifest.files = {
+        p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size}
+        for p in paths
+    }
     data = manifest.to_dict()
     Manifest.from_dict(json.loads(json.dumps(data)))
     write_json(folder / MANIFEST, data)

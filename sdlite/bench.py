@@ -1,4 +1,6 @@
-"""`sdlite bench`: seconds and memory of one model on this machine, for each precision and backend, one process each."""
+"""`sdlite bench`: seconds and memory of one model on this machine, for each precision and backend,
+one process each.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from sdlite.io import append
 from sdlite.sampling import known_sampler
 
 PROMPT = "a red apple on a blue background"
-BUDGET = 100.0  # seconds for all rows together, loading and first pictures included, when nobody says how long to repeat
+# seconds for all rows together, loading and first pictures included, when nobody says how long to
+# repeat
+BUDGET = 100.0
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,27 @@ class Job:
     also: str = ""  # another precision that is the same files in the same arithmetic
 
 
-def jobs(model: str, precisions: Sequence[str] | None = None, backend_names: Sequence[str] | None = None, **settings: Any) -> list[Job]:
-    """Every precision that the model holds on every installed backend that has it, or what is asked for.
+def jobs(
+    model: str,
+    precisions: Sequence[str] | None = None,
+    backend_names: Sequence[str] | None = None,
+    **settings: Any,
+) -> list[Job]:
+    """Every precision that the model holds on every installed backend that has it, or what is asked
+    for.
 
     Raises:
-        UnknownNameError: a precision or backend does not exist. InputError: nothing is left that could run.
+        UnknownNameError: a precision or backend does not exist. InputError: nothing is left that
+            could run.
     """
     artifact = Artifact.open(hub.resolve(model, None))
     known_sampler(settings.get("sampler") or artifact.sampler_name)
     held = list(artifact.listing.variants) if artifact.listing else ["fp32"]
     for p in precisions or ():
         if p not in PRECISIONS:
-            raise UnknownNameError(f"precision={p!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+            raise UnknownNameError(
+                f"precision={p!r} is not known; choose one of {', '.join(PRECISIONS)}."
+            )
     for b in backend_names or ():
         backends.get_backend(b)  # says which name is wrong or which extra is missing
     out: list[Job] = []
@@ -66,7 +79,14 @@ def jobs(model: str, precisions: Sequence[str] | None = None, backend_names: Seq
             able = ["torch"]
         for b in backend_names or able:
             same = next(
-                (j for j in out if j.backend == b == "onnxruntime" and precisions is None and _same(artifact, j.precision, p)), None
+                (
+                    j
+                    for j in out
+                    if j.backend == b == "onnxruntime"
+                    and precisions is None
+                    and _same(artifact, j.precision, p)
+                ),
+                None,
             )
             if same is None:
                 out.append(Job(model, p, b, **settings))
@@ -81,67 +101,97 @@ def jobs(model: str, precisions: Sequence[str] | None = None, backend_names: Seq
             else "pip install 'sdlite[cpu]', or name --backends"
         )
         raise InputError(
-            f"no installed engine runs {', '.join(precisions or held)} of {artifact.name}, which holds {', '.join(held)}: {way}."
+            f"no installed engine runs {', '.join(precisions or held)} of {artifact.name}, which"
+            f" holds {', '.join(held)}: {way}."
         )
     return out
 
 
 def _same(artifact: Artifact, a: str, b: str) -> bool:
-    """Whether two precisions are the same files: float16 weights are exact in float32, which onnxruntime computes in."""
-    return artifact.manifest is not None and artifact.manifest.variants.get(a) == artifact.manifest.variants.get(b)
+    """Whether two precisions are the same files: float16 weights are exact in float32, which
+    onnxruntime computes in.
+    """
+    return artifact.manifest is not None and artifact.manifest.variants.get(
+        a
+    ) == artifact.manifest.variants.get(b)
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Run one job in this process: {load_seconds, first_seconds, samples_seconds, stage_seconds, peak_mib, engine, steps, size}.
+    """Run one job in this process: {load_seconds, first_seconds, samples_seconds, stage_seconds,
+    peak_mib, engine, steps, size}.
 
-    Pictures are made until `job.seconds` have passed, at least `job.least` and at most fifty, after a first one that is reported alone.
+    Pictures are made until `job.seconds` have passed, at least `job.least` and at most fifty, after
+    a first one that is reported alone.
     """
     from sdlite.pipeline import Pipeline
 
     def picture(pipe: Pipeline) -> Any:
         return pipe(
-            [PROMPT] * job.batch, seed=0, num_inference_steps=job.steps, guidance_scale=job.guidance, height=job.height, width=job.width,
+            [PROMPT] * job.batch,
+            seed=0,
+            num_inference_steps=job.steps,
+            guidance_scale=job.guidance,
+            height=job.height,
+            width=job.width,
             sampler=job.sampler,
-        )  # fmt: skip
+        )
 
     begin = time.perf_counter()
-    pipe = Pipeline.from_pretrained(job.model, precision=job.precision, backend=job.backend, threads=job.threads)
+    pipe = Pipeline.from_pretrained(
+        job.model, precision=job.precision, backend=job.backend, threads=job.threads
+    )
     pipe.max_pixels = None  # what was asked for is measured
     loaded = time.perf_counter()
     out = picture(pipe)
     first = time.perf_counter()
     samples: list[float] = []
     stages: list[dict[str, float]] = []
-    while len(samples) < job.least or (time.perf_counter() - first < (job.seconds or 0.0) and len(samples) < 50):
+    while len(samples) < job.least or (
+        time.perf_counter() - first < (job.seconds or 0.0) and len(samples) < 50
+    ):
         start = time.perf_counter()
         out = picture(pipe)
         samples.append(time.perf_counter() - start)
         stages.append(out.timings)
     image = out.images[0]
     return {
-        "engine": pipe.report.engine, "steps": job.steps or pipe.defaults.num_inference_steps,
-        "guidance": pipe.defaults.guidance_scale if job.guidance is None else job.guidance, "size": list(image.size),
-        "load_seconds": loaded - begin, "first_seconds": first - loaded, "samples_seconds": samples,
-        "stage_seconds": {k: sorted(s[k] for s in stages)[len(stages) // 2] for k in stages[0]}, "peak_mib": peak_mib(),
-        "bytes": sum(n.bytes for n in pipe.report.networks), "arithmetic": {n.part: n.arithmetic for n in pipe.report.networks},
-    }  # fmt: skip
+        "engine": pipe.report.engine,
+        "steps": job.steps or pipe.defaults.num_inference_steps,
+        "guidance": pipe.defaults.guidance_scale if job.guidance is None else job.guidance,
+        "size": list(image.size),
+        "load_seconds": loaded - begin,
+        "first_seconds": first - loaded,
+        "samples_seconds": samples,
+        "stage_seconds": {k: sorted(s[k] for s in stages)[len(stages) // 2] for k in stages[0]},
+        "peak_mib": peak_mib(),
+        "bytes": sum(n.bytes for n in pipe.report.networks),
+        "arithmetic": {n.part: n.arithmetic for n in pipe.report.networks},
+    }
 
 
 def peak_mib(children: bool = False) -> float | None:
-    """Largest resident set of this process, or of the largest process that it waited for, where the system tells."""
+    """Largest resident set of this process, or of the largest process that it waited for, where the
+    system tells.
+    """
     try:
         import resource
     except ModuleNotFoundError:  # Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(
+        resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
+    ).ru_maxrss
     return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
-def bench(todo: Sequence[Job], done: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
-    """Rows of all jobs, each from a new process; a job that fails is a row with `error`. `done` is called after each.
+def bench(
+    todo: Sequence[Job], done: Callable[[dict[str, Any]], None] = lambda row: None
+) -> list[dict[str, Any]]:
+    """Rows of all jobs, each from a new process; a job that fails is a row with `error`. `done` is
+    called after each.
 
-    Jobs without `seconds` share BUDGET: what loading and the first pictures leave of a row's share is spent on repeating, once at least, so that
-    a model whose pictures take seconds is still measured in every row within about two minutes.
+    Jobs without `seconds` share BUDGET: what loading and the first pictures leave of a row's share
+    is spent on repeating, once at least, so that a model whose pictures take seconds is still
+    measured in every row within about two minutes.
     """
     rows = []
     begin = time.perf_counter()
@@ -149,7 +199,14 @@ def bench(todo: Sequence[Job], done: Callable[[dict[str, Any]], None] = lambda r
         if job.seconds is None:
             left = max(BUDGET - (time.perf_counter() - begin), 0.0)
             job = dataclasses.replace(job, seconds=min(left / (len(todo) - i) / 2, 10.0), least=1)
-        command = [sys.executable, "-W", "ignore", "-m", "sdlite.bench", json.dumps(dataclasses.asdict(job))]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "sdlite.bench",
+            json.dumps(dataclasses.asdict(job)),
+        ]
         ran = subprocess.run(command, capture_output=True, text=True)
         lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
         if ran.returncode or not lines:
@@ -161,11 +218,29 @@ def bench(todo: Sequence[Job], done: Callable[[dict[str, Any]], None] = lambda r
     return rows
 
 
-HEADER = f"{'precision':<13}{'backend':<13}{'MB':>8}{'load s':>8}{'first s':>9}{'call s':>9}{'p90':>8}{'img/s':>8}{'text':>8}{'unet':>8}{'vae':>8}{'peak MiB':>10}{'N':>4}"
+# column -> its width and format
+COLUMNS = {
+    "MB": ">8.1f",
+    "load s": ">8.2f",
+    "first s": ">9.3f",
+    "call s": ">9.3f",
+    "p90": ">8.3f",
+    "img/s": ">8.2f",
+    "text": ">8.3f",
+    "unet": ">8.3f",
+    "vae": ">8.3f",
+    "peak MiB": ">10",
+    "N": ">4",
+}
+HEADER = f"{'precision':<13}{'backend':<13}" + "".join(
+    format(name, how.split(".")[0]) for name, how in COLUMNS.items()
+)
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row as text, under `HEADER`; the call's time is the median over N calls of `batch` pictures each."""
+    """One row as text, under `HEADER`; the call's time is the median over N calls of `batch`
+    pictures each.
+    """
     precision = row["precision"] + (f", {row['also']}" if row.get("also") else "")
     head = f"{precision:<13}{row['backend']:<13}"
     if "error" in row:
@@ -173,10 +248,19 @@ def line(row: dict[str, Any]) -> str:
     s = sorted(row["samples_seconds"])
     stage = row["stage_seconds"]
     peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-    return (
-        f"{head}{row['bytes'] / 1e6:>8.1f}{row['load_seconds']:>8.2f}{row['first_seconds']:>9.3f}{s[len(s) // 2]:>9.3f}"
-        f"{s[min(len(s) - 1, int(0.9 * len(s)))]:>8.3f}{row['batch'] / s[len(s) // 2]:>8.2f}{stage['text_encoder']:>8.3f}{stage['unet']:>8.3f}{stage['vae_decoder']:>8.3f}{peak:>10}{len(s):>4}"
+    median, p90 = s[len(s) // 2], s[min(len(s) - 1, int(0.9 * len(s)))]
+    figures = (
+        row["bytes"] / 1e6,
+        row["load_seconds"],
+        row["first_seconds"],
+        median,
+        p90,
+        row["batch"] / median,
+        *(stage[p] for p in ("text_encoder", "unet", "vae_decoder")),
+        peak,
+        len(s),
     )
+    return head + "".join(format(x, how) for x, how in zip(figures, COLUMNS.values(), strict=True))
 
 
 def _cpu() -> str:
@@ -187,7 +271,10 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+    return next(
+        (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def save(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -1,6 +1,8 @@
-"""The command line: `sdlite generate | quantize | export | distill | bench | info | verify | models`. Each command calls one public function.
+"""The command line: `sdlite generate | quantize | export | distill | bench | info | verify |
+models`. Each command calls one public function.
 
-Exit codes: 0 done; 1 an error or an interrupt, explained in one line on stderr; 2 wrong usage; 141 nobody reads what is printed.
+Exit codes: 0 done; 1 an error or an interrupt, explained in one line on stderr; 2 wrong usage; 141
+nobody reads what is printed.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ ADVISE: dict[str, Any] = {
 }  # what `distill advise` takes when not said
 
 
-# option -> what is accepted: whole numbers, and others. What depends on the model is checked where it is known.
+# option -> what is accepted: whole numbers, and others. What depends on the model is checked where
+# it is known.
 WHOLE: dict[str, tuple[int | None, int | None]] = {
     "threads": (1, arguments.most_threads()),
     "steps": (1, None),
@@ -66,37 +69,55 @@ MODEL = "embedded name, folder, or hub id org/name"
 REVISION = "branch, tag or commit of a hub id; default: its main branch"
 THREADS = "CPU threads; default: the engine's choice"
 EXAMPLES = {
-    "generate": """
+    "generate": (
+        """
         sdlite generate "a red apple on a blue background" --seed 1 --out apple.png
         sdlite generate "a fox" --num 9 --grid --out foxes.png
-        sdlite generate "a fox" --model my-model --backend openvino --steps 20 --guidance 4 --negative-prompt "blurry" --out fox.jpg""",
-    "quantize": """
+        sdlite generate "a fox" --model my-model --backend openvino --steps 20 --out fox.jpg"""
+    ),
+    "quantize": (
+        """
         sdlite quantize my-model --precision int8-static --prompts prompts.txt --out my-int8
-        sdlite quantize emoji --precision int8-dynamic --psnr-mean 40 --out emoji-int8""",
-    "export": """
+        sdlite quantize emoji --precision int8-dynamic --psnr-mean 40 --out emoji-int8"""
+    ),
+    "export": (
+        """
         sdlite export --list
         sdlite export emoji --target ncnn-fp16 --out emoji-ncnn
-        sdlite export my-int8 --target web-int8 --reference my-model --out site""",
-    "distill": """
+        sdlite export my-int8 --target web-int8 --reference my-model --out site"""
+    ),
+    "distill": (
+        """
         sdlite distill advise --device phone --memory 2 --minutes 240 --out recipe.toml
         sdlite distill doctor recipe.toml --teacher my-sd --data pictures/
         sdlite distill recipe.toml --teacher my-sd --data pictures/ --out run --max-minutes 120
-        sdlite distill recipe.toml --teacher my-sd --data pictures/ --out run --resume""",
-    "bench": """
+        sdlite distill recipe.toml --teacher my-sd --data pictures/ --out run --resume"""
+    ),
+    "bench": (
+        """
         sdlite bench emoji
-        sdlite bench my-int8 --backends onnxruntime openvino --threads 2 --out rows.jsonl""",
-    "info": """
+        sdlite bench my-int8 --backends onnxruntime openvino --threads 2 --out rows.jsonl"""
+    ),
+    "info": (
+        """
         sdlite info emoji
-        sdlite info org/name --revision v1.0 --json""",
-    "verify": """
-        sdlite verify my-model""",
-    "models": """
-        sdlite models""",
+        sdlite info org/name --revision v1.0 --json"""
+    ),
+    "verify": (
+        """
+        sdlite verify my-model"""
+    ),
+    "models": (
+        """
+        sdlite models"""
+    ),
 }
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows a default where there is one and the text does not say it; keeps the lines of examples."""
+    """Shows a default where there is one and the text does not say it; keeps the lines of
+    examples.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False) or "default:" in (action.help or ""):
@@ -111,14 +132,24 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     ap = _Parser(
-        prog="sdlite", description="Run compressed Stable Diffusion students.", epilog="sdlite COMMAND --help shows options and examples."
+        prog="sdlite",
+        description="Run compressed Stable Diffusion students.",
+        epilog="sdlite COMMAND --help shows options and examples.",
     )
     ap.add_argument("--version", action="version", version=f"sdlite {__version__}")
     sub = ap.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], text: str
+    ) -> argparse.ArgumentParser:
         epilog = "examples:\n" + textwrap.indent(textwrap.dedent(EXAMPLES[name]).strip("\n"), "  ")
-        p = sub.add_parser(name, help=text, description=textwrap.fill(text, 100), epilog=epilog, formatter_class=_Help)
+        p = sub.add_parser(
+            name,
+            help=text,
+            description=textwrap.fill(text, 100),
+            epilog=epilog,
+            formatter_class=_Help,
+        )
         p.set_defaults(run=run)
         return p
 
@@ -126,89 +157,228 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("prompt", help="what is painted; English for the embedded model")
     g.add_argument("--model", default="emoji", help=MODEL)
     g.add_argument("--revision", help=REVISION)
-    g.add_argument("--precision", help="fp32, fp16, int8-dynamic or int8-static; default: the first one the model holds")
-    g.add_argument("--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt or torch")
+    g.add_argument(
+        "--precision",
+        help="fp32, fp16, int8-dynamic or int8-static; default: the first one the model holds",
+    )
+    g.add_argument(
+        "--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt or torch"
+    )
     g.add_argument("--device", default="cpu", help="cpu or cuda; gpu or npu with openvino")
-    g.add_argument("--arithmetic", help="openvino computes floats in float32, bfloat16 or float16; default: by precision and CPU")
+    g.add_argument(
+        "--arithmetic",
+        help=(
+            "openvino computes floats in float32, bfloat16 or float16; default: by precision"
+            " and CPU"
+        ),
+    )
     g.add_argument("--threads", type=int, help=THREADS)
-    g.add_argument("--negative-prompt", help="what guidance leads away from; needs a guidance above 1")
+    g.add_argument(
+        "--negative-prompt", help="what guidance leads away from; needs a guidance above 1"
+    )
     g.add_argument("--steps", type=int, help="default: the model's own")
     g.add_argument("--guidance", type=float, help="default: the model's own; 0 to 1 is none")
-    g.add_argument("--sampler", help="ddim, euler, dpm++2m, ...; a wrong name lists them; default: the model's own")
-    g.add_argument("--seed", type=int, help="picture i uses seed + i; default: drawn, and written into the file")
+    g.add_argument(
+        "--sampler",
+        help="ddim, euler, dpm++2m, ...; a wrong name lists them; default: the model's own",
+    )
+    g.add_argument(
+        "--seed",
+        type=int,
+        help="picture i uses seed + i; default: drawn, and written into the file",
+    )
     g.add_argument("--num", type=int, default=1, help="number of pictures")
     g.add_argument("--height", type=int, help="pixels; default: what the model was trained at")
     g.add_argument("--width", type=int, help="pixels; default: what the model was trained at")
     g.add_argument(
-        "--max-pixels", type=int, metavar="N", help="height x width x pictures that may be made at once; default: the model's own"
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="height x width x pictures that may be made at once; default: the model's own",
     )
-    g.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory, slightly other pixels")
     g.add_argument(
-        "--vae-tile-size", type=int, metavar="PX", help="the same, in tiles of at most PX pixels; default: the autoencoder's own size"
+        "--vae-tiling",
+        action="store_true",
+        help="decode large pictures in tiles: less memory, slightly other pixels",
     )
-    g.add_argument("--grid", action="store_true", help="one file with all pictures instead of numbered files")
+    g.add_argument(
+        "--vae-tile-size",
+        type=int,
+        metavar="PX",
+        help="the same, in tiles of at most PX pixels; default: the autoencoder's own size",
+    )
+    g.add_argument(
+        "--grid", action="store_true", help="one file with all pictures instead of numbered files"
+    )
     g.add_argument("--out", type=Path, required=True, help="picture file: " + ", ".join(FORMATS))
     g.add_argument("--quiet", action="store_true", help="no progress bar, no report")
 
-    q = command("quantize", _quantize, "Make an int8 model from a float one, compare the two, write it when the gate holds.")
+    q = command(
+        "quantize",
+        _quantize,
+        "Make an int8 model from a float one, compare the two, write it when the gate holds.",
+    )
     q.add_argument("model", help=MODEL)
     q.add_argument("--precision", required=True, help="int8-static or int8-dynamic")
     q.add_argument("--out", type=Path, required=True, help="new folder")
-    q.add_argument("--prompts", type=Path, help="calibration prompts, one a line; default: the model's own")
+    q.add_argument(
+        "--prompts", type=Path, help="calibration prompts, one a line; default: the model's own"
+    )
     q.add_argument("--samples", type=int, default=16, help="calibration pictures")
-    q.add_argument("--steps", type=int, help="sampling steps while calibrating and comparing; default: the model's own")
-    q.add_argument("--sampler", help="for calibration and comparison, and the new model's own; default: the model's own")
+    q.add_argument(
+        "--steps",
+        type=int,
+        help="sampling steps while calibrating and comparing; default: the model's own",
+    )
+    q.add_argument(
+        "--sampler",
+        help="for calibration and comparison, and the new model's own; default: the model's own",
+    )
     q.add_argument("--observer", default="mse", help="min-max, percentile or mse")
-    q.add_argument("--scheme", default="u8s7", help="u8s7 (exact on every x86), u8s8 (VNNI or ARM only) or s8s8 (TensorRT)")
-    q.add_argument("--height", type=int, help="pixels while calibrating and comparing; with --width; default: the model's own")
+    q.add_argument(
+        "--scheme",
+        default="u8s7",
+        help="u8s7 (exact on every x86), u8s8 (VNNI or ARM only) or s8s8 (TensorRT)",
+    )
+    q.add_argument(
+        "--height",
+        type=int,
+        help="pixels while calibrating and comparing; with --width; default: the model's own",
+    )
     q.add_argument("--width", type=int, help="pixels; with --height")
-    q.add_argument("--gate-prompts", type=int, default=16, help="prompts that are compared with the float model")
-    q.add_argument("--psnr-mean", type=float, default=36.0, help="dB that the gate wants on average")
-    q.add_argument("--psnr-worst", type=float, default=30.0, help="dB that the gate wants of every picture")
-    q.add_argument("--ssim-mean", type=float, default=0.98, help="structural similarity that the gate wants on average")
-    q.add_argument("--max-float", type=float, default=0.3, help="share of the weights that may go back to float")
-    q.add_argument("--engine", action="append", help="check on this backend; again for more; default: all installed")
-    q.add_argument("--keep-failed", action="store_true", help="when the gate does not hold, keep the model too, in OUT.failed/model")
+    q.add_argument(
+        "--gate-prompts",
+        type=int,
+        default=16,
+        help="prompts that are compared with the float model",
+    )
+    q.add_argument(
+        "--psnr-mean", type=float, default=36.0, help="dB that the gate wants on average"
+    )
+    q.add_argument(
+        "--psnr-worst", type=float, default=30.0, help="dB that the gate wants of every picture"
+    )
+    q.add_argument(
+        "--ssim-mean",
+        type=float,
+        default=0.98,
+        help="structural similarity that the gate wants on average",
+    )
+    q.add_argument(
+        "--max-float",
+        type=float,
+        default=0.3,
+        help="share of the weights that may go back to float",
+    )
+    q.add_argument(
+        "--engine",
+        action="append",
+        help="check on this backend; again for more; default: all installed",
+    )
+    q.add_argument(
+        "--keep-failed",
+        action="store_true",
+        help="when the gate does not hold, keep the model too, in OUT.failed/model",
+    )
     q.add_argument("--threads", type=int, help=THREADS)
     q.add_argument("--quiet", action="store_true", help="no progress bar, no report")
 
-    e = command("export", _export, "Export a model to a device's runtime and check it against the original.")
+    e = command(
+        "export", _export, "Export a model to a device's runtime and check it against the original."
+    )
     e.add_argument("model", nargs="?", help=MODEL)
     e.add_argument("--target", help="built-in profile (--list) or a profile.toml")
     e.add_argument("--out", type=Path, help="new folder")
-    e.add_argument("--prompts", type=Path, help="pictures that are compared, one prompt a line; default: two of the model's own")
-    e.add_argument("--steps", type=int, help="sampling steps of those pictures; default: the model's own")
-    e.add_argument("--sampler", help="of those pictures, and the export's own; default: the model's own")
-    e.add_argument("--fuse-schedule", action="store_true", help="onnx, fixed shapes: compute what depends on step or prompt alone once")
-    e.add_argument("--reference", help="the float model that MODEL was quantised from: its pictures are compared too")
-    e.add_argument("--keep-failed", action="store_true", help="when the gate does not hold, keep the export too, in OUT.failed/model")
+    e.add_argument(
+        "--prompts",
+        type=Path,
+        help="pictures that are compared, one prompt a line; default: two of the model's own",
+    )
+    e.add_argument(
+        "--steps", type=int, help="sampling steps of those pictures; default: the model's own"
+    )
+    e.add_argument(
+        "--sampler", help="of those pictures, and the export's own; default: the model's own"
+    )
+    e.add_argument(
+        "--fuse-schedule",
+        action="store_true",
+        help="onnx, fixed shapes: compute what depends on step or prompt alone once",
+    )
+    e.add_argument(
+        "--reference",
+        help="the float model that MODEL was quantised from: its pictures are compared too",
+    )
+    e.add_argument(
+        "--keep-failed",
+        action="store_true",
+        help="when the gate does not hold, keep the export too, in OUT.failed/model",
+    )
     e.add_argument("--threads", type=int, help=THREADS)
     e.add_argument("--list", action="store_true", help="show the built-in profiles")
 
     d = command(
         "distill",
         _distill,
-        "Train a student by a recipe and write it as a model; or `distill doctor RECIPE`: find out why it would not train; "
-        "or `distill advise`: a recipe for a device, its memory, a time budget and a wish, with reasons.",
+        "Train a student by a recipe and write it as a model; or `distill doctor RECIPE`: find out"
+        " why it would not train; or `distill advise`: a recipe for a device, its memory, a time"
+        " budget and a wish, with reasons.",
     )
-    d.add_argument("recipe", nargs="+", metavar="[doctor] RECIPE | advise", help="TOML file, see sdlite.distill.recipe")
-    d.add_argument("--teacher", type=Path, help="diffusers SD-1.x/2.x folder; advise: default is SD-1.4's shape")
+    d.add_argument(
+        "recipe",
+        nargs="+",
+        metavar="[doctor] RECIPE | advise",
+        help="TOML file, see sdlite.distill.recipe",
+    )
+    d.add_argument(
+        "--teacher",
+        type=Path,
+        help="diffusers SD-1.x/2.x folder; advise: default is SD-1.4's shape",
+    )
     d.add_argument("--data", help="shards, folder of pictures with captions, or .txt of prompts")
-    d.add_argument("--out", type=Path, help="folder of the run; advise: recipe file, default is stdout")
+    d.add_argument(
+        "--out", type=Path, help="folder of the run; advise: recipe file, default is stdout"
+    )
     d.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     d.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
     d.add_argument("--dry-run", action="store_true", help="show what would be done")
-    d.add_argument("--no-export", action="store_true", help="leave the diffusers folder of the last stage, make no ONNX")
-    d.add_argument("--device", help="advise: where the student will run: cpu, gpu, phone or browser; cpu when not said")
-    d.add_argument("--memory", type=float, help="advise: GB of that device for the model; 4 when not said")
-    d.add_argument("--minutes", type=float, help="advise: time for training, on this machine; 600 when not said")
+    d.add_argument(
+        "--no-export",
+        action="store_true",
+        help="leave the diffusers folder of the last stage, make no ONNX",
+    )
+    d.add_argument(
+        "--device",
+        help="advise: where the student will run: cpu, gpu, phone or browser; cpu when not said",
+    )
+    d.add_argument(
+        "--memory", type=float, help="advise: GB of that device for the model; 4 when not said"
+    )
+    d.add_argument(
+        "--minutes",
+        type=float,
+        help="advise: time for training, on this machine; 600 when not said",
+    )
     d.add_argument("--wish", help="advise: quality, balanced or speed; balanced when not said")
-    d.add_argument("--images-per-second", type=float, help="advise: of training on this machine, from a run's stats.jsonl")
+    d.add_argument(
+        "--images-per-second",
+        type=float,
+        help="advise: of training on this machine, from a run's stats.jsonl",
+    )
 
-    b = command("bench", _bench, "Measure seconds and memory of a model on this machine, each precision and backend in its own process.")
+    b = command(
+        "bench",
+        _bench,
+        "Measure seconds and memory of a model on this machine, each precision and backend in its"
+        " own process.",
+    )
     b.add_argument("model", nargs="?", default="emoji", help=MODEL)
     b.add_argument("--precisions", nargs="+", help="default: those that the model holds")
-    b.add_argument("--backends", nargs="+", help="default: the installed ones that have the precision; torch only for plain folders")
+    b.add_argument(
+        "--backends",
+        nargs="+",
+        help="default: the installed ones that have the precision; torch only for plain folders",
+    )
     b.add_argument("--steps", type=int, help="default: the model's own")
     b.add_argument("--guidance", type=float, help="default: the model's own; 0 to 1 is none")
     b.add_argument("--sampler", help="default: the model's own")
@@ -216,15 +386,25 @@ def _parser() -> argparse.ArgumentParser:
     b.add_argument("--width", type=int, help="pixels; default: what the model was trained at")
     b.add_argument("--batch", type=int, default=1, help="pictures of one call")
     b.add_argument("--threads", type=int, help=THREADS)
-    b.add_argument("--seconds", type=float, help="how long each row is repeated; default: all rows together in under two minutes")
-    b.add_argument("--out", type=Path, help="JSONL file that the rows are added to, with all samples")
+    b.add_argument(
+        "--seconds",
+        type=float,
+        help="how long each row is repeated; default: all rows together in under two minutes",
+    )
+    b.add_argument(
+        "--out", type=Path, help="JSONL file that the rows are added to, with all samples"
+    )
 
     i = command("info", _info, "Show what a model is, what it holds and what it would run on.")
     i.add_argument("model", nargs="?", default="emoji", help=MODEL)
     i.add_argument("--revision", help=REVISION)
     i.add_argument("--json", action="store_true", help="all of it, for programs")
 
-    v = command("verify", _verify, "Check every file of a model against its manifest, or of an export against its report.")
+    v = command(
+        "verify",
+        _verify,
+        "Check every file of a model against its manifest, or of an export against its report.",
+    )
     v.add_argument("model", nargs="?", default="emoji", help=MODEL)
     v.add_argument("--revision", help=REVISION)
 
@@ -248,12 +428,17 @@ def _check(args: argparse.Namespace) -> None:
 
 def _out_paths(out: Path, count: int, as_grid: bool) -> list[Path]:
     if out.suffix.lower() not in FORMATS:
-        raise InputError(f"--out {out}: the ending {out.suffix!r} is not one of {', '.join(FORMATS)}.")
+        raise InputError(
+            f"--out {out}: the ending {out.suffix!r} is not one of {', '.join(FORMATS)}."
+        )
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first.")
     paths = [out]
     if count > 1 and not as_grid:
-        paths = [out.with_name(f"{out.stem}-{i:0{len(str(count - 1))}d}{out.suffix}") for i in range(count)]
+        paths = [
+            out.with_name(f"{out.stem}-{i:0{len(str(count - 1))}d}{out.suffix}")
+            for i in range(count)
+        ]
     for path in paths:
         check_file(path)
     return paths
@@ -265,18 +450,35 @@ def _generate(args: argparse.Namespace) -> None:
 
     paths = _out_paths(args.out, args.num, args.grid)
     pipe = Pipeline.from_pretrained(
-        args.model, precision=args.precision, backend=args.backend, device=args.device, revision=args.revision, threads=args.threads,
+        args.model,
+        precision=args.precision,
+        backend=args.backend,
+        device=args.device,
+        revision=args.revision,
+        threads=args.threads,
         arithmetic=args.arithmetic,
-    )  # fmt: skip
+    )
     if args.vae_tiling or args.vae_tile_size is not None:
         pipe.enable_vae_tiling(args.vae_tile_size)
     out = pipe(
-        args.prompt, negative_prompt=args.negative_prompt, num_inference_steps=args.steps, guidance_scale=args.guidance, seed=args.seed,
-        num_images_per_prompt=args.num, height=args.height, width=args.width, sampler=args.sampler, progress=not args.quiet,
+        args.prompt,
+        negative_prompt=args.negative_prompt,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        seed=args.seed,
+        num_images_per_prompt=args.num,
+        height=args.height,
+        width=args.width,
+        sampler=args.sampler,
+        progress=not args.quiet,
         max_pixels=args.max_pixels,
-    )  # fmt: skip
+    )
     if args.grid and args.num > 1:
-        images.save(images.grid(out.images), paths[0], {**out.metadata[0], "seed": ",".join(map(str, out.seeds))})
+        images.save(
+            images.grid(out.images),
+            paths[0],
+            {**out.metadata[0], "seed": ",".join(map(str, out.seeds))},
+        )
     else:
         for path, image in zip(paths, out.images, strict=True):
             images.save(image, path)
@@ -285,7 +487,10 @@ def _generate(args: argparse.Namespace) -> None:
         _say(*str(out.report).split("\n"))
     seeds = str(out.seeds[0]) if len(out.seeds) == 1 else f"{out.seeds[0]} to {out.seeds[-1]}"
     shown = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
-    _say(f"wrote {shown} ({len(out.images)} picture{'s' * (len(out.images) > 1)}, seed {seeds}, {out.timings['total']:.2f} s)")
+    _say(
+        f"wrote {shown} ({len(out.images)} picture{'s' * (len(out.images) > 1)}, seed {seeds},"
+        f" {out.timings['total']:.2f} s)"
+    )
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -298,20 +503,38 @@ def _quantize(args: argparse.Namespace) -> None:
         raise InputError("--height and --width go together.")
     size = None if args.height is None else (args.height, args.width)
     report = quantize(
-        args.model, args.precision, out=args.out, scheme=args.scheme, threads=args.threads, progress=not args.quiet, sampler=args.sampler,
+        args.model,
+        args.precision,
+        out=args.out,
+        scheme=args.scheme,
+        threads=args.threads,
+        progress=not args.quiet,
+        sampler=args.sampler,
         keep_failed=args.keep_failed,
         calibration=Calibration(
-            prompts=read_prompts(args.prompts) if args.prompts else None, samples=args.samples, num_inference_steps=args.steps,
-            observer=args.observer, size=size,
+            prompts=read_prompts(args.prompts) if args.prompts else None,
+            samples=args.samples,
+            num_inference_steps=args.steps,
+            observer=args.observer,
+            size=size,
         ),
         gate=Gate(
-            psnr_mean=args.psnr_mean, psnr_worst=args.psnr_worst, ssim_mean=args.ssim_mean, num_prompts=args.gate_prompts,
-            num_inference_steps=args.steps, size=size, max_float=args.max_float, engines=args.engine,
+            psnr_mean=args.psnr_mean,
+            psnr_worst=args.psnr_worst,
+            ssim_mean=args.ssim_mean,
+            num_prompts=args.gate_prompts,
+            num_inference_steps=args.steps,
+            size=size,
+            max_float=args.max_float,
+            engines=args.engine,
         ),
-    )  # fmt: skip
+    )
     if not args.quiet:
         _say(*table(_shown(report)).split("\n"))
-    _say(f"wrote {args.out} ({sum(n['bytes'] for n in report['networks'].values()) / 1e6:.2f} MB of weights)")
+    _say(
+        f"wrote {args.out} ({sum(n['bytes'] for n in report['networks'].values()) / 1e6:.2f} MB of"
+        " weights)"
+    )
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -328,7 +551,9 @@ def _export(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("sdlite"):
             raise
-        raise MissingExtraError(f"exporting needs {e.name!r}: pip install 'sdlite[quantize]'.") from e
+        raise MissingExtraError(
+            f"exporting needs {e.name!r}: pip install 'sdlite[quantize]'."
+        ) from e
 
     prompts = read_prompts(args.prompts) if args.prompts else None
     report = export(
@@ -344,7 +569,10 @@ def _export(args: argparse.Namespace) -> None:
         keep_failed=args.keep_failed,
     )
     _say(*table(_shown(report)).split("\n"))
-    _say(f"wrote {args.out} ({sum(f['bytes'] for f in report['files'].values()) / 1e6:.2f} MB of networks)")
+    _say(
+        f"wrote {args.out} ({sum(f['bytes'] for f in report['files'].values()) / 1e6:.2f} MB of"
+        " networks)"
+    )
 
 
 def _distill(args: argparse.Namespace) -> None:
@@ -353,7 +581,9 @@ def _distill(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("sdlite"):
             raise
-        raise MissingExtraError(f"distilling needs {e.name!r}: pip install 'sdlite[distill]'.") from e
+        raise MissingExtraError(
+            f"distilling needs {e.name!r}: pip install 'sdlite[distill]'."
+        ) from e
 
     if args.recipe == ["advise"]:
         _advise(args)
@@ -363,7 +593,13 @@ def _distill(args: argparse.Namespace) -> None:
         from sdlite.distill.doctor import examine
 
         with scratch("doctor") as aside:
-            found = examine(read, args.teacher, args.data, aside / "latents.safetensors", export=not args.no_export)
+            found = examine(
+                read,
+                args.teacher,
+                args.data,
+                aside / "latents.safetensors",
+                export=not args.no_export,
+            )
         _say(*found)
         if failed := sum(f.level == "fail" for f in found):
             raise InputError(f"{failed} of {len(found)} checks failed; see above.")
@@ -380,7 +616,11 @@ def _distill(args: argparse.Namespace) -> None:
         max_minutes=args.max_minutes,
         export=not args.no_export,
     )
-    _say("finished" if done["finished"] else f"stopped after {done['seconds'] / 60:.1f} min; go on with --resume")
+    _say(
+        "finished"
+        if done["finished"]
+        else f"stopped after {done['seconds'] / 60:.1f} min; go on with --resume"
+    )
 
 
 def _advise(args: argparse.Namespace) -> None:
@@ -390,7 +630,12 @@ def _advise(args: argparse.Namespace) -> None:
         if os.path.lexists(args.out):
             raise InputError(f"--out {args.out} exists; choose another file or remove it.")
         check_file(args.out)
-    given = {"device": args.device, "memory_gb": args.memory, "minutes": args.minutes, "wish": args.wish}
+    given = {
+        "device": args.device,
+        "memory_gb": args.memory,
+        "minutes": args.minutes,
+        "wish": args.wish,
+    }
     given = {**ADVISE, **{k: v for k, v in given.items() if v is not None}}
     said = advise(**given, teacher=args.teacher, images_per_second=args.images_per_second)
     if args.out is None:
@@ -406,23 +651,44 @@ def _bench(args: argparse.Namespace) -> None:
     if args.out:
         check_file(args.out)
     todo = bench.jobs(
-        args.model, args.precisions, args.backends, steps=args.steps, guidance=args.guidance, sampler=args.sampler, height=args.height, width=args.width,
-        batch=args.batch, threads=args.threads, seconds=args.seconds,
-    )  # fmt: skip
+        args.model,
+        args.precisions,
+        args.backends,
+        steps=args.steps,
+        guidance=args.guidance,
+        sampler=args.sampler,
+        height=args.height,
+        width=args.width,
+        batch=args.batch,
+        threads=args.threads,
+        seconds=args.seconds,
+    )
     _say(bench.HEADER)
     rows = bench.bench(todo, lambda row: _say(bench.line(row)))
     ran = [r for r in rows if "error" not in r]
     if not ran:
         raise InputError("every row failed; see above.")
-    sizes = ", ".join(sorted({f"{r['size'][0]}x{r['size'][1]} px, {r['steps']} steps, guidance {r['guidance']:g}" for r in ran}))
-    _say(f"{args.model}: {sizes}, batch {args.batch}; call s is the median of N calls after the first")
+    sizes = ", ".join(
+        sorted(
+            {
+                f"{r['size'][0]}x{r['size'][1]} px, {r['steps']} steps, guidance {r['guidance']:g}"
+                for r in ran
+            }
+        )
+    )
+    _say(
+        f"{args.model}: {sizes}, batch {args.batch}; call s is the median of N calls after the"
+        " first"
+    )
     if args.out:
         bench.save(rows, args.out)
         _say(f"wrote {args.out}")
 
 
 def _sampler(artifact: Any) -> dict[str, Any]:
-    """What a call samples with; `note` says what to do where the model's scheduler is not one of ours."""
+    """What a call samples with; `note` says what to do where the model's scheduler is not one of
+    ours.
+    """
     try:
         return dict(artifact.samples_with)
     except SdliteError as e:
@@ -437,17 +703,36 @@ def _describe(artifact: Any) -> dict[str, Any]:
     if m is None:
         export = artifact.export.describe() if artifact.export else None
         return {
-            "name": artifact.name, "format": None, "student": artifact.student, "variants": {}, "files": {}, "sampler": sampler, "export": export,
-            "runs_on": _runs_on(artifact, [artifact.export.precision] if artifact.export else ["fp32"]),
-        }  # fmt: skip
+            "name": artifact.name,
+            "format": None,
+            "student": artifact.student,
+            "variants": {},
+            "files": {},
+            "sampler": sampler,
+            "export": export,
+            "runs_on": _runs_on(
+                artifact, [artifact.export.precision] if artifact.export else ["fp32"]
+            ),
+        }
     variants = {
-        p: {part: {**e, "bytes": sum(m.files[f]["bytes"] for f in (e["file"], *e["weights"]))} for part, e in parts.items()}
+        p: {
+            part: {**e, "bytes": sum(m.files[f]["bytes"] for f in (e["file"], *e["weights"]))}
+            for part, e in parts.items()
+        }
         for p, parts in m.variants.items()
     }
     return {
-        "name": artifact.name, "format": m.format, "student": m.student, "sampler": sampler, "export": None, "runs_on": _runs_on(artifact, list(m.variants)),
-        "variants": variants, "quality": m.quality, "calibration": m.calibration, "total_bytes": sum(f["bytes"] for f in m.files.values()),
-    }  # fmt: skip
+        "name": artifact.name,
+        "format": m.format,
+        "student": m.student,
+        "sampler": sampler,
+        "export": None,
+        "runs_on": _runs_on(artifact, list(m.variants)),
+        "variants": variants,
+        "quality": m.quality,
+        "calibration": m.calibration,
+        "total_bytes": sum(f["bytes"] for f in m.files.values()),
+    }
 
 
 def _runs_on(artifact: Any, precisions: Sequence[str]) -> dict[str, str]:
@@ -467,16 +752,25 @@ def _runs_on(artifact: Any, precisions: Sequence[str]) -> dict[str, str]:
 def _export_lines(export: dict[str, Any]) -> list[str]:
     shape = "any size" if export["size"] is None else f"{export['size'][0]}x{export['size'][1]} px"
     shape += "" if export["batch"] is None else f", batch {export['batch']}"
-    closest = f", images at least {min(export['psnr']):.1f} dB PSNR to the model's" if export["psnr"] else ""
+    closest = (
+        f", images at least {min(export['psnr']):.1f} dB PSNR to the model's"
+        if export["psnr"]
+        else ""
+    )
     tools = ", ".join(f"{k} {v}" for k, v in (export["tools"] or {}).items())
     lines = [
-        f"export for {export['target']} (profile {export['profile']}): {export['precision']}, {shape}; made with {tools}",
+        (
+            f"export for {export['target']} (profile {export['profile']}): {export['precision']},"
+            f" {shape}; made with {tools}"
+        ),
         f"checked by {export['checked_by']}{closest}",
         *(f"not run, {part}: {why}" for part, why in (export["not_run"] or {}).items()),
     ]
     for part, row in export["networks"].items():
         given = ", ".join(f"{t['name']} {t['dtype']} {t['shape']}" for t in row["inputs"])
-        lines.append(f"{part}: {row['file']}; {given} -> {row['output']['name']} {row['output']['shape']}")
+        lines.append(
+            f"{part}: {row['file']}; {given} -> {row['output']['name']} {row['output']['shape']}"
+        )
     return lines
 
 
@@ -490,9 +784,15 @@ def _open(args: argparse.Namespace) -> Any:
 def _info(args: argparse.Namespace) -> None:
     artifact = _open(args)
     refusal = artifact.refusal()
-    info = {"name": artifact.name, "format": None, "not_supported": refusal} if refusal else _describe(artifact)
+    info = (
+        {"name": artifact.name, "format": None, "not_supported": refusal}
+        if refusal
+        else _describe(artifact)
+    )
     if args.json:
-        _print(json.dumps(info, indent=1) + "\n")  # ASCII, so that no name reaches a terminal as it is
+        _print(
+            json.dumps(info, indent=1) + "\n"
+        )  # ASCII, so that no name reaches a terminal as it is
         return
     _say(f"{info['name']}  ({artifact.folder})")
     if refusal:
@@ -508,7 +808,10 @@ def _info(args: argparse.Namespace) -> None:
         _say(f"  {k}: {v:,}" if isinstance(v, int) else f"  {k}: {v}")
     _say("  sampler: " + ", ".join(f"{k}={v}" for k, v in info["sampler"].items()))
     for precision, parts in info["variants"].items():
-        _say(f"  {precision}: " + ", ".join(f"{part} {e['bytes'] / 1e6:.2f} MB" for part, e in parts.items()))
+        _say(
+            f"  {precision}: "
+            + ", ".join(f"{part} {e['bytes'] / 1e6:.2f} MB" for part, e in parts.items())
+        )
     for precision, words in info["runs_on"].items():
         _say(f"  {precision} runs on: {words}")
 
@@ -528,7 +831,8 @@ def _models(args: argparse.Namespace) -> None:
     for name in hub.embedded_models():
         info = _describe(Artifact.open(hub.resolve(name)))
         _say(
-            f"{name}: {info['student'].get('unet_parameters', 0) / 1e6:.2f}M UNet, {', '.join(info['variants'])}, {info['total_bytes'] / 1e6:.1f} MB"
+            f"{name}: {info['student'].get('unet_parameters', 0) / 1e6:.2f}M UNet,"
+            f" {', '.join(info['variants'])}, {info['total_bytes'] / 1e6:.1f} MB"
         )
 
 
@@ -603,7 +907,9 @@ def _terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _streams() -> Iterator[None]:
-    """Warnings and log in one line each; text that the terminal's encoding lacks as escapes; no file takes a closed stream's place."""
+    """Warnings and log in one line each; text that the terminal's encoding lacks as escapes; no
+    file takes a closed stream's place.
+    """
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -625,15 +931,24 @@ def _streams() -> Iterator[None]:
 
 def _system(e: OSError) -> str:
     """What the system refused: the file, why, and the next step where the disk is full."""
-    names = [os.fsdecode(n) for n in (e.filename, e.filename2) if isinstance(n, (str, bytes, os.PathLike))]
+    names = [
+        os.fsdecode(n)
+        for n in (e.filename, e.filename2)
+        if isinstance(n, (str, bytes, os.PathLike))
+    ]
     name = next((n for n in names if WORK not in n), names[0] if names else "")
     said = f"{name}: {e.strerror or e}" if name else str(e.strerror or e) or type(e).__name__
     if e.errno not in (errno.ENOSPC, errno.EDQUOT) or name in ("", PRINTED):
         return said
     path = Path(name).absolute()
     disk = shutil.disk_usage(next(p for p in (path, *path.parents) if os.path.isdir(p)))
-    free = f"{disk.free >> 20} of {disk.total >> 20} MiB are free there now that what was half written is removed"
-    return f"{said} ({free}). Make room, or choose another folder (--out; TMPDIR for temporary files)."
+    free = (
+        f"{disk.free >> 20} of {disk.total >> 20} MiB are free there now that what was half written"
+        " is removed"
+    )
+    return (
+        f"{said} ({free}). Make room, or choose another folder (--out; TMPDIR for temporary files)."
+    )
 
 
 def _interrupted(args: argparse.Namespace) -> str:
@@ -667,7 +982,8 @@ def _ended(args: argparse.Namespace) -> int:
         _complain(_system(e))
     except MemoryError as e:
         _complain(
-            f"the memory ran out{f' ({e})' if str(e) else ''}. Close other programs, or ask for less: a smaller size, fewer images at once."
+            f"the memory ran out{f' ({e})' if str(e) else ''}. Close other programs, or ask for"
+            " less: a smaller size, fewer images at once."
         )
     except RecursionError:
         _complain("a file is nested too deep to be read; fetch or save the model again.")
@@ -685,13 +1001,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.command == "distill":
         doctor = len(args.recipe) == 2 and args.recipe[0] == "doctor"
         if len(args.recipe) > 1 and not doctor:
-            parser.error(f"distill takes one recipe (or `doctor RECIPE`, or `advise` alone), not {' '.join(args.recipe)}")
+            parser.error(
+                "distill takes one recipe (or `doctor RECIPE`, or `advise` alone), not"
+                f" {' '.join(args.recipe)}"
+            )
     if args.command == "distill" and args.recipe != ["advise"]:
         if missing := [f"--{k}" for k in ("teacher", "data") if getattr(args, k) is None]:
             parser.error(f"distill needs {' and '.join(missing)}")
         asked = ("device", "memory", "minutes", "wish", "images_per_second")
         if wrong := ["--" + k.replace("_", "-") for k in asked if getattr(args, k) is not None]:
-            parser.error(f"{', '.join(wrong)}: for `distill advise` alone; how a training runs is said in the recipe's [train]")
+            parser.error(
+                f"{', '.join(wrong)}: for `distill advise` alone; how a training runs is said in"
+                " the recipe's [train]"
+            )
         if not doctor and not args.dry_run and args.out is None:
             parser.error("distill needs --out")
     return args

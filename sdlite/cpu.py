@@ -19,7 +19,9 @@ def fields() -> dict[str, str]:
 
 
 def features() -> frozenset[str]:
-    """Instruction sets by Linux' names, such as "avx512_vnni"; empty where the system does not tell."""
+    """Instruction sets by Linux' names, such as "avx512_vnni"; empty where the system does not
+    tell.
+    """
     return frozenset(fields().get("flags", fields().get("Features", "")).split())
 
 

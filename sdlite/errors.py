@@ -1,4 +1,6 @@
-"""Every error that sdlite raises on purpose. Each message says what is wrong, what was given, what is accepted, what to do next."""
+"""Every error that sdlite raises on purpose. Each message says what is wrong, what was given, what
+is accepted, what to do next.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ import importlib.util
 
 
 class SdliteError(Exception):
-    """Base class: `except sdlite.errors.SdliteError` catches all that the package raises on purpose.
+    """Base class: `except sdlite.errors.SdliteError` catches all that the package raises on
+    purpose.
 
     Its text is one line that a terminal or a log can show: what names and values of a file hold of
     control characters is escaped.
@@ -55,7 +58,9 @@ class QuantizationError(SdliteError):
 
 
 class ExportError(SdliteError):
-    """A converter refuses a graph, or the exported model is too far from the original; nothing was written."""
+    """A converter refuses a graph, or the exported model is too far from the original; nothing was
+    written.
+    """
 
 
 class HubError(SdliteError):
@@ -71,7 +76,9 @@ class Cancelled(SdliteError):
 
 
 class SdliteWarning(UserWarning):
-    """What is done as asked, and probably not what is wanted: `warnings.simplefilter("error", SdliteWarning)` refuses it."""
+    """What is done as asked, and probably not what is wanted: `warnings.simplefilter("error",
+    SdliteWarning)` refuses it.
+    """
 
 
 def need(purpose: str, extra: str, *modules: str) -> None:
@@ -82,4 +89,6 @@ def need(purpose: str, extra: str, *modules: str) -> None:
     """
     missing = [m for m in modules if importlib.util.find_spec(m) is None]
     if missing:
-        raise MissingExtraError(f"{purpose} needs {', '.join(missing)}: pip install 'sdlite[{extra}]'.")
+        raise MissingExtraError(
+            f"{purpose} needs {', '.join(missing)}: pip install 'sdlite[{extra}]'."
+        )

@@ -13,7 +13,16 @@ from typing import Any
 
 from sdlite import schema
 from sdlite.arguments import MOST_PIXELS
-from sdlite.artifact import PARTS, REPORT, ROW, SIZE_MULTIPLE, check_row, listed, plain_path, safe_path
+from sdlite.artifact import (
+    PARTS,
+    REPORT,
+    ROW,
+    SIZE_MULTIPLE,
+    check_row,
+    listed,
+    plain_path,
+    safe_path,
+)
 from sdlite.errors import ArtifactError
 from sdlite.files import read_listing
 
@@ -42,16 +51,24 @@ _REPORT = schema.record(
         "size_multiple": SIZE_MULTIPLE,
         "profile": schema.record(
             {
-                "name": _TEXT, "target": _TEXT, "precision": _TEXT, "dynamic": schema.BOOL, "batch": schema.whole(),
+                "name": _TEXT,
+                "target": _TEXT,
+                "precision": _TEXT,
+                "dynamic": schema.BOOL,
+                "batch": schema.whole(),
                 "options": schema.OBJECT,
             },
             ("target", "precision"),
         ),
-        "model": _TEXT, "tools": schema.OBJECT, "checked_by": _TEXT, "not_run": schema.OBJECT, "parity": schema.OBJECT,
+        "model": _TEXT,
+        "tools": schema.OBJECT,
+        "checked_by": _TEXT,
+        "not_run": schema.OBJECT,
+        "parity": schema.OBJECT,
         "failed": schema.each(schema.text(10_000)),
     },
     ("files", "profile"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,9 @@ class Export:
         elif self.target in OPENED_BY:
             how = "export the model again: its report does not list the networks"
         else:
-            how = f"its README.md shows how {self.target} runs it; or give the model it was made from"
+            how = (
+                f"its README.md shows how {self.target} runs it; or give the model it was made from"
+            )
         who = "sdlite" if backend == "auto" else f"backend {backend!r}"
         what = f"{folder} was exported for {self.target} ({self.precision})"
         return ArtifactError(f"{what}, which {who} does not open; {how}.")

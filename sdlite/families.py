@@ -1,4 +1,6 @@
-"""Which kind of model a pipeline folder is, and whether sdlite runs it: read from its JSON files, before any weights."""
+"""Which kind of model a pipeline folder is, and whether sdlite runs it: read from its JSON files,
+before any weights.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from typing import Any
 from sdlite.schema import BOOL, Rule, each, either, number, optional, record, text, whole
 
 RUNS = (
-    "sdlite runs text-to-image models with the parts of Stable Diffusion 1.x and 2.x: a CLIPTextModel, a UNet2DConditionModel "
-    "that is told latents, timestep and text, and an AutoencoderKL or AutoencoderTiny"
+    "sdlite runs text-to-image models with the parts of Stable Diffusion 1.x and 2.x: a"
+    " CLIPTextModel, a UNet2DConditionModel that is told latents, timestep and text, and an"
+    " AutoencoderKL or AutoencoderTiny"
 )
 PARTS = {
     "text_encoder": ("CLIPTextModel",),
@@ -29,10 +32,13 @@ UNFED = {
     "encoder_hid_dim": "projected embeddings",
 }
 
-# What values may be that sdlite, torch or diffusers reserve memory for or count to: several times those
-# of any published model (SD-2.1: 1280 channels, 24 heads of text; latents of 128 are 1024 px).
+# What values may be that sdlite, torch or diffusers reserve memory for or count to: several times
+# those of any published model (SD-2.1: 1280 channels, 24 heads of text; latents of 128 are 1024
+# px).
 _CHANNELS, _LAYERS, _BLOCKS = whole(1, 16384), whole(1, 256), 16
-_SIDE = either("a whole number, 1 to 2048, or [height, width]", whole(1, 2048), each(whole(1, 2048), 2, 2))
+_SIDE = either(
+    "a whole number, 1 to 2048, or [height, width]", whole(1, 2048), each(whole(1, 2048), 2, 2)
+)
 
 
 def _by_block(inner: Rule, most: int) -> Rule:
@@ -89,7 +95,7 @@ SCHEMAS: dict[str, dict[str, Rule]] = {
         "hidden_act": text(),
         "tie_word_embeddings": BOOL,
     },
-}  # fmt: skip
+}
 
 
 def check_config(part: str, path: Path, config: Mapping[str, Any]) -> None:
@@ -110,25 +116,38 @@ def class_name(index: Mapping[str, Any]) -> str:
 def vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """vae/config.json with the keys that diffusers adds in memory and other readers miss.
 
-    SD-1.4's has no `scaling_factor` (optimum takes 8 then), TAESD's no `block_out_channels`: its decoder's count.
+    SD-1.4's has no `scaling_factor` (optimum takes 8 then), TAESD's no `block_out_channels`: its
+    decoder's count.
     """
     tiny = config.get("_class_name") == "AutoencoderTiny"
-    blocks = config.get("decoder_block_out_channels", [64] * 4) if tiny else config.get("block_out_channels", [64])
+    blocks = (
+        config.get("decoder_block_out_channels", [64] * 4)
+        if tiny
+        else config.get("block_out_channels", [64])
+    )
     return {"scaling_factor": 1.0 if tiny else 0.18215, **config, "block_out_channels": blocks}
 
 
 def vae_stride(config: Mapping[str, Any]) -> int:
-    """Pixels per latent: each block of a VAE but one halves the size. `config`: content of vae/config.json."""
+    """Pixels per latent: each block of a VAE but one halves the size. `config`: content of
+    vae/config.json.
+    """
     return int(2 ** (len(vae_config(config)["block_out_channels"]) - 1))
 
 
-MARK = "_sdlite"  # in model_index.json: the folder has a list of its files; diffusers and optimum pass over it
+# in model_index.json: the folder has a list of its files; diffusers and optimum pass over it
+MARK = "_sdlite"
 
 
 def own_index(index: Mapping[str, Any]) -> dict[str, Any]:
-    """model_index.json of a folder that holds what a model runs with and nothing else: other components are none."""
+    """model_index.json of a folder that holds what a model runs with and nothing else: other
+    components are none.
+    """
     kept = (*PARTS, "tokenizer", "scheduler")
-    out = {k: [None, None] if isinstance(v, list) and k not in kept and not k.startswith("_") else v for k, v in index.items()}
+    out = {
+        k: [None, None] if isinstance(v, list) and k not in kept and not k.startswith("_") else v
+        for k, v in index.items()
+    }
     return {**out, **({"requires_safety_checker": False} if "safety_checker" in index else {})}
 
 
@@ -138,8 +157,12 @@ def listed_index(index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown_parts(index: Mapping[str, Any]) -> str:
-    """Why the components that model_index.json names are not those that we run; "" where they are."""
-    named = {k: v for k, v in index.items() if isinstance(v, list) and any(v) and not k.startswith("_")}
+    """Why the components that model_index.json names are not those that we run; "" where they
+    are.
+    """
+    named = {
+        k: v for k, v in index.items() if isinstance(v, list) and any(v) and not k.startswith("_")
+    }
     if missing := [p for p in PARTS if p not in named]:
         more = sorted(set(named) - set(PARTS) - set(UNUSED))
         return f"it has no {missing[0]}" + (f", but {', '.join(more)}" if more else "")
@@ -169,13 +192,20 @@ def unfed_inputs(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[
     return ""
 
 
-def refusal(folder: str, index: Mapping[str, Any], config: Callable[[str], Mapping[str, Any]]) -> str:
+def refusal(
+    folder: str, index: Mapping[str, Any], config: Callable[[str], Mapping[str, Any]]
+) -> str:
     """One line that says why sdlite does not run a pipeline; "" where it does.
 
     Args:
         folder: what the line calls the model.
         index: content of model_index.json.
-        config: part -> content of its config.json; asked only where the parts are those that we run.
+        config: part -> content of its config.json; asked only where the parts are those that we
+            run.
     """
-    why = unknown_parts(index) or unfed_inputs(*(config(p) for p in ("unet", "vae", "text_encoder")))
-    return f"{folder} is a {class_name(index)}, which is not supported: {why}. {RUNS}." if why else ""
+    why = unknown_parts(index) or unfed_inputs(
+        *(config(p) for p in ("unet", "vae", "text_encoder"))
+    )
+    return (
+        f"{folder} is a {class_name(index)}, which is not supported: {why}. {RUNS}." if why else ""
+    )

@@ -99,7 +99,9 @@ class Files:
             ArtifactError: see `read`. OSError: `out` cannot be written.
         """
         path, entry = self._entry(name)
-        if not name.endswith(".safetensors"):  # weights of one's own plain folder may lie elsewhere, other texts are nobody's
+        if not name.endswith(
+            ".safetensors"
+        ):  # weights of one's own plain folder may lie elsewhere, other texts are nobody's
             _stay(self.root, path)
         digest, size = hashlib.sha256(), 0
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -133,15 +135,23 @@ class Files:
         return path
 
     def copy_configs(self, out: Path) -> None:
-        """The JSON and text files of the model into `out`, which is made where it is missing: those that are listed, of a plain
-        folder those that are read. Raises: see `copy`.
+        """The JSON and text files of the model into `out`, which is made where it is missing: those
+        that are listed, of a plain folder those that are read. Raises: see `copy`.
         """
         from sdlite.tokenizer_files import FILES
 
         out.mkdir(exist_ok=True)
-        own = ("config.json", "scheduler_config.json", *FILES) if self.listed is None else self._listed()
+        own = (
+            ("config.json", "scheduler_config.json", *FILES)
+            if self.listed is None
+            else self._listed()
+        )
         for name in self.names():
-            if name in own and name.endswith((".json", ".txt")) and not name.endswith(".index.json"):
+            if (
+                name in own
+                and name.endswith((".json", ".txt"))
+                and not name.endswith(".index.json")
+            ):
                 self.copy(name, out / name)
 
     def _listed(self) -> set[str]:
@@ -156,7 +166,8 @@ class Files:
         if entry is None:
             there = "is there and" if os.path.lexists(path) else "is missing, and"
             raise ArtifactError(
-                f"{path} {there} {self.listing} does not list it: it is not of this model. Remove it, or fetch or save the model again."
+                f"{path} {there} {self.listing} does not list it: it is not of this model. Remove"
+                " it, or fetch or save the model again."
             )
         _stay(self.root, path)
         return path, entry
@@ -165,7 +176,8 @@ class Files:
         """Size first: a file that was cut off need not be hashed."""
         if size != entry["bytes"]:
             raise ArtifactError(
-                f"{path} has {size} bytes, {self.listing} says {entry['bytes']}; it is cut off or changed. Fetch or save the model again."
+                f"{path} has {size} bytes, {self.listing} says {entry['bytes']}; it is cut off or"
+                " changed. Fetch or save the model again."
             )
         if sha and sha != entry["sha256"].lower():
             raise ArtifactError(
@@ -187,11 +199,16 @@ def read_listing(folder: Path, name: str) -> dict[str, Any]:
 def _stay(root: Path, path: Path) -> None:
     real = Path(os.path.realpath(path))
     if not real.is_relative_to(os.path.realpath(root)) and not _in_hub_cache(root, real):
-        raise ArtifactError(f"{path} is a link that leaves the model folder; do not use this model, or put the file in its place.")
+        raise ArtifactError(
+            f"{path} is a link that leaves the model folder; do not use this model, or put the file"
+            " in its place."
+        )
 
 
 def _in_hub_cache(root: Path, real: Path) -> bool:
-    """huggingface_hub links snapshots/<commit>/file to blobs/<hash>: a link into that folder is its own."""
+    """huggingface_hub links snapshots/<commit>/file to blobs/<hash>: a link into that folder is its
+    own.
+    """
     snapshot = Path(os.path.abspath(root))
     blobs = os.path.realpath(snapshot.parent.parent / "blobs")
     return snapshot.parent.name == "snapshots" and real.is_relative_to(blobs)

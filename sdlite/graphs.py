@@ -41,22 +41,31 @@ _FILLED = {
     b"Expand": 1,
     b"Tile": 1,
 }  # operator -> the input that says a size
-# Operator of ONNX -> inputs that it has at least, in versions 13 to 24; 1 where it stands in none. Engines ask for them without looking.
+# Operator of ONNX -> inputs that it has at least, in versions 13 to 24; 1 where it stands in none.
+# Engines ask for them without looking.
 _NONE = "Constant Optional OptionalHasElement RandomNormal RandomUniform SequenceEmpty"
 _TWO = (
-    "Add AffineGrid And BitShift BitwiseAnd BitwiseOr BitwiseXor CastLike CenterCropPad Compress Conv ConvInteger ConvTranspose CumSum "
-    "DequantizeLinear Div Equal Expand Gather GatherElements GatherND Gemm Greater GreaterOrEqual GridSample LayerNormalization Less "
-    "LessOrEqual MatMul MatMulInteger MaxRoiPool MaxUnpool Mod Mul NegativeLogLikelihoodLoss NonMaxSuppression Or PRelu Pad Pow "
-    "QuantizeLinear RMSNormalization Reshape ReverseSequence STFT SequenceAt SequenceInsert SoftmaxCrossEntropyLoss StringConcat Sub "
-    "TensorScatter Tile TopK Unsqueeze Upsample Xor"
+    "Add AffineGrid And BitShift BitwiseAnd BitwiseOr BitwiseXor CastLike CenterCropPad Compress"
+    " Conv ConvInteger ConvTranspose CumSum DequantizeLinear Div Equal Expand Gather GatherElements"
+    " GatherND Gemm Greater GreaterOrEqual GridSample LayerNormalization Less LessOrEqual MatMul"
+    " MatMulInteger MaxRoiPool MaxUnpool Mod Mul NegativeLogLikelihoodLoss NonMaxSuppression Or"
+    " PRelu Pad Pow QuantizeLinear RMSNormalization Reshape ReverseSequence STFT SequenceAt"
+    " SequenceInsert SoftmaxCrossEntropyLoss StringConcat Sub TensorScatter Tile TopK Unsqueeze"
+    " Upsample Xor"
 )
 _THREE = (
-    "Attention Col2Im DeformConv GRU GroupNormalization InstanceNormalization LSTM OneHot RNN Range RoiAlign RotaryEmbedding Scatter "
-    "ScatterElements ScatterND Slice Where"
+    "Attention Col2Im DeformConv GRU GroupNormalization InstanceNormalization LSTM OneHot RNN Range"
+    " RoiAlign RotaryEmbedding Scatter ScatterElements ScatterND Slice Where"
 )
 _LEAST = {
     op.encode(): least
-    for least, ops in {0: _NONE, 2: _TWO, 3: _THREE, 5: "BatchNormalization MelWeightMatrix", 8: "QLinearConv QLinearMatMul"}.items()
+    for least, ops in {
+        0: _NONE,
+        2: _TWO,
+        3: _THREE,
+        5: "BatchNormalization MelWeightMatrix",
+        8: "QLinearConv QLinearMatMul",
+    }.items()
     for op in ops.split()
 }
 _OPSETS = 100  # ONNX has come to 28
@@ -65,7 +74,10 @@ _MOST = 1 << 28  # elements: 1 GiB of float32
 # An attribute without these bytes has no tag of a tensor or a graph: 5, 6, 10, 11, 22, 23.
 _HOLDS = re.compile(rb"[\x2a\x32\x52\x5a\xaa\xb2\xba\xd2\xda]")
 _KNOWN = {d.encode() for d in DOMAINS}
-_NESTED = "holds a graph in a graph (If, Loop, Scan), which no exporter of sdlite writes: it may never end"
+_NESTED = (
+    "holds a graph in a graph (If, Loop, Scan), which no exporter of sdlite writes: it may"
+    " never end"
+)
 _SPARSE = "holds sparse tensors, which no exporter of sdlite writes"
 
 Field = tuple[int, int, Any]  # number, wire type, value: an int, or the bytes
@@ -110,24 +122,33 @@ def check(path: Path, listed: Collection[Path] | None = None) -> None:
                 sizes[place] = _size(place, tensor.name, path, listed)
             _check_outside(tensor, sizes[place])
     except ValueError as e:
-        raise ArtifactError(f"{path} {printable(e, 300)}; fetch the model again, from a source that you trust.") from None
+        raise ArtifactError(
+            f"{path} {printable(e, 300)}; fetch the model again, from a source that you trust."
+        ) from None
 
 
 def check_row(folder: Path, files: Sequence[str]) -> None:
-    """`check` each graph of a network. An engine that is given OpenVINO's `x.xml` reads `x.bin` beside it.
+    """`check` each graph of a network. An engine that is given OpenVINO's `x.xml` reads `x.bin`
+    beside it.
 
     Args:
         folder: of the model.
         files: names of the network's files: what the engine is given, then what that reads.
 
     Raises:
-        ArtifactError: see `check`; or a file of another kind, which engines would take for what it is.
+        ArtifactError: see `check`; or a file of another kind, which engines would take for what it
+            is.
     """
     paths = [folder / f for f in files]
     if paths[0].suffix not in (".onnx", ".xml"):
-        raise ArtifactError(f"{paths[0]} is no graph that sdlite opens; accepted: .onnx, and OpenVINO's .xml.")
+        raise ArtifactError(
+            f"{paths[0]} is no graph that sdlite opens; accepted: .onnx, and OpenVINO's .xml."
+        )
     if paths[0].suffix == ".xml" and (beside := paths[0].with_suffix(".bin")) not in paths:
-        raise ArtifactError(f"{paths[0]} reads {beside.name}, which is not one of its listed files; export the model again.")
+        raise ArtifactError(
+            f"{paths[0]} reads {beside.name}, which is not one of its listed files; export the"
+            " model again."
+        )
     for path in paths:
         if path.suffix == ".onnx":
             check(path, [p for p in paths[1:] if p.suffix != ".onnx"])
@@ -142,7 +163,9 @@ def _read(data: bytes) -> list[_Tensor]:
         elif number == 8:
             _opset(_inner(wire, value))
         elif number in (20, 25):
-            raise ValueError("holds local functions or training steps, which no exporter of sdlite writes")
+            raise ValueError(
+                "holds local functions or training steps, which no exporter of sdlite writes"
+            )
     if not graphs:
         raise ValueError("is not an ONNX file: it has no graph")
     _check_sizes(found)
@@ -150,7 +173,9 @@ def _read(data: bytes) -> list[_Tensor]:
 
 
 def _opset(data: bytes) -> None:
-    """OperatorSetIdProto. OpenVINO 2026.4 counts from the version that a file gives down to its own."""
+    """OperatorSetIdProto. OpenVINO 2026.4 counts from the version that a file gives down to its
+    own.
+    """
     for number, wire, value in _fields(data):
         if number == 2 and not (wire == _VARINT and 0 < value <= _OPSETS):
             raise ValueError(f"has operators of version {value!r}; known: 1 to {_OPSETS}")
@@ -197,11 +222,17 @@ def _node(data: bytes, found: _Found) -> None:
         elif number == 5 and _HOLDS.search(_inner(wire, value)):
             constants += _attribute(value)
         elif number == 7 and (domain := _inner(wire, value)) not in _KNOWN:
-            raise ValueError(f"has an operator of the domain {_text(wire, value)!r}; known: {', '.join(DOMAINS[1:])}")
+            raise ValueError(
+                f"has an operator of the domain {_text(wire, value)!r}; known:"
+                f" {', '.join(DOMAINS[1:])}"
+            )
     _text(_BYTES, b" ".join((*inputs, *outputs, op)))
     least = 0 if domain == b"com.microsoft" else _LEAST.get(op, 1)
     if not outputs or len(inputs) < least or not all(inputs[:least]):
-        raise ValueError(f"has a {_text(_BYTES, op)!r} of {len(inputs)} inputs and {len(outputs)} outputs; it needs {least} and 1")
+        raise ValueError(
+            f"has a {_text(_BYTES, op)!r} of {len(inputs)} inputs and {len(outputs)} outputs; it"
+            f" needs {least} and 1"
+        )
     found.tensors += constants
     if op == b"Constant" and constants and outputs:
         constants[-1].name = _text(_BYTES, outputs[0])
@@ -239,7 +270,9 @@ def _tensor(data: bytes) -> _Tensor:
         elif number in (4, 5, 6, 7, 10, 11):  # values by type, packed or one by one
             out.written += len(value) if wire == _BYTES else 8
             if number == 7 and wire == _BYTES:
-                out.raw = (out.raw or b"") + b"".join(v.to_bytes(8, "little") for v in _packed(value))
+                out.raw = (out.raw or b"") + b"".join(
+                    v.to_bytes(8, "little") for v in _packed(value)
+                )
     return out
 
 
@@ -252,7 +285,7 @@ def _entry(data: bytes, info: dict[str, str]) -> None:
     info[key] = pair.get(2, "")
 
 
-# --- rules ---------------------------------------------------------------------------------------
+# --- rules
 
 
 def _bytes_of(tensor: _Tensor) -> int:
@@ -269,12 +302,16 @@ def _bytes_of(tensor: _Tensor) -> int:
 
 
 def _check_inside(tensor: _Tensor) -> None:
-    """The values are there: an engine would reserve memory for them first. Texts have no fixed length."""
+    """The values are there: an engine would reserve memory for them first. Texts have no fixed
+    length.
+    """
     if tensor.kind == 8:
         return
     need, has = _bytes_of(tensor), tensor.written if tensor.raw is None else len(tensor.raw)
     if (has != need) if tensor.raw is not None else (need > 16 * has):
-        raise ValueError(f"has {has} bytes of {tensor.name!r}, its shape {tensor.shape} asks for {need}")
+        raise ValueError(
+            f"has {has} bytes of {tensor.name!r}, its shape {tensor.shape} asks for {need}"
+        )
 
 
 def _check_outside(tensor: _Tensor, size: int) -> None:
@@ -292,7 +329,9 @@ def _check_outside(tensor: _Tensor, size: int) -> None:
 def _size(place: str, name: str, graph: Path, listed: Collection[Path] | None) -> int:
     """Bytes of the file with weights: a plain one, or a link as the graph is (a hub's cache)."""
     if not place or place in (".", "..") or set(place) & set("/\\:\0"):
-        raise ValueError(f"has weights {name!r} in {place!r}; accepted: the name of a file beside it")
+        raise ValueError(
+            f"has weights {name!r} in {place!r}; accepted: the name of a file beside it"
+        )
     file = graph.parent / place
     if listed is not None and file not in listed:
         names = ", ".join(f.name for f in listed) or "none"
@@ -322,12 +361,17 @@ def _check_sizes(found: _Found) -> None:
     """Constants that are only a size: a few bytes of file for any amount of memory."""
     for tensor in found.tensors:
         if tensor.name in found.sizes and tensor.kind == _INT64 and tensor.raw is not None:
-            sides = [int.from_bytes(tensor.raw[i : i + 8], "little", signed=True) for i in range(0, len(tensor.raw) & ~7, 8)]
+            sides = [
+                int.from_bytes(tensor.raw[i : i + 8], "little", signed=True)
+                for i in range(0, len(tensor.raw) & ~7, 8)
+            ]
             if math.prod(max(abs(s), 1) for s in sides) > _MOST:
-                raise ValueError(f"fills a tensor of shape {sides}, which no network of sdlite needs")
+                raise ValueError(
+                    f"fills a tensor of shape {sides}, which no network of sdlite needs"
+                )
 
 
-# --- protobuf's wire format ----------------------------------------------------------------------
+# --- protobuf's wire format
 
 
 def _fields(data: bytes) -> list[Field]:

@@ -1,5 +1,5 @@
-"""What people know from diffusers and write here works where the meaning is the same, or is answered
-with our word for it.
+"""What people know from diffusers and write here works where the meaning is the same, or is
+answered with our word for it.
 
 The tables hold diffusers 0.39's names. A keyword's first entry are the values that ask for nothing:
 they are accepted.
@@ -75,7 +75,9 @@ LOAD: Table = {
     "quantization_config": ((None,), "make an int8 model with sdlite.quantize"),
 }
 ATTRIBUTES: Mapping[str, str] = {
-    "scheduler": "name the sampler in the call: sampler='euler'; the model's own is pipe.default_sampler",
+    "scheduler": (
+        "name the sampler in the call: sampler='euler'; the model's own is pipe.default_sampler"
+    ),
     "unet": "it is pipe.networks.unet, a function of named numpy arrays",
     "vae": "its decoder is pipe.networks.vae_decoder; in tiles by pipe.enable_vae_tiling()",
     "text_encoder": "it is pipe.networks.text_encoder, a function of named numpy arrays",
@@ -97,7 +99,9 @@ ATTRIBUTES: Mapping[str, str] = {
     "load_lora_weights": _LORA,
     "fuse_lora": _LORA,
     "set_adapters": _LORA,
-    "load_textual_inversion": "with diffusers: load_textual_inversion, save_pretrained; load the folder",
+    "load_textual_inversion": (
+        "with diffusers: load_textual_inversion, save_pretrained; load the folder"
+    ),
     "load_ip_adapter": _IP,
     "from_single_file": "with diffusers: from_single_file, save_pretrained; then load that folder",
     "from_pipe": "load each pipeline with Pipeline.from_pretrained",
@@ -127,7 +131,10 @@ def keywords(given: Mapping[str, Any], table: Table, known: Iterable[str]) -> No
         if name not in table:
             raise UnknownNameError(f"{name}= is not an argument{_nearest(name, [*known])}.")
         harmless, way = table[name]
-        if not isinstance(value, (type(None), bool, int, float, list, dict)) or value not in harmless:
+        if (
+            not isinstance(value, (type(None), bool, int, float, list, dict))
+            or value not in harmless
+        ):
             raise InputError(f"{name}= is diffusers' and not taken here: {way}.")
 
 
@@ -138,7 +145,10 @@ def positional(given: Sequence[Any], first: str, example: str) -> None:
         InputError: there is something.
     """
     if given:
-        raise InputError(f"{1 + len(given)} arguments without a name; accepted: {first} alone. Name the others: {example}.")
+        raise InputError(
+            f"{1 + len(given)} arguments without a name; accepted: {first} alone. Name the others:"
+            f" {example}."
+        )
 
 
 def attribute(name: str, known: Iterable[str]) -> AttributeNameError:
@@ -163,12 +173,15 @@ def moved(wanted: Sequence[Any], device: str, precision: str) -> None:
         if w is not None and str(w) not in same:
             what = "precision=" if str(w).startswith("torch.") else "device="
             raise InputError(
-                f"to({str(w)!r}): this pipeline is {precision} on {device} and stays there; pass {what} to Pipeline.from_pretrained."
+                f"to({str(w)!r}): this pipeline is {precision} on {device} and stays there; pass"
+                f" {what} to Pipeline.from_pretrained."
             )
 
 
 class GeneratorNoise:
-    """Draws of a torch CPU generator, which moves on as in diffusers. Stands for `sampling.Noise`."""
+    """Draws of a torch CPU generator, which moves on as in diffusers. Stands for
+    `sampling.Noise`.
+    """
 
     def __init__(self, generator: Any):
         self.generator = generator
@@ -187,19 +200,30 @@ def generators(given: Any, count: int) -> list[Any]:
     """
     every = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(every) != count:
-        raise InputError(f"{len(every)} generators for {count} images; give a list of one for each, or seed=.")
+        raise InputError(
+            f"{len(every)} generators for {count} images; give a list of one for each, or seed=."
+        )
     for g in every:
         if not (type(g).__module__.startswith("torch") and hasattr(g, "initial_seed")):
-            raise InputError(f"generator={type(g).__name__}; accepted: torch.Generator, one an image. Or pass seed=.")
+            raise InputError(
+                f"generator={type(g).__name__}; accepted: torch.Generator, one an image. Or pass"
+                " seed=."
+            )
         if str(g.device) != "cpu":
-            raise InputError(f"generator is on {g.device}, whose draws are other ones on each card; use torch.Generator('cpu'), or seed=.")
+            raise InputError(
+                f"generator is on {g.device}, whose draws are other ones on each card; use"
+                " torch.Generator('cpu'), or seed=."
+            )
         fresh = type(g)().manual_seed(g.initial_seed())
         if not g.get_state().equal(fresh.get_state()):
             raise InputError(
-                f"generator was drawn from before: its seed {g.initial_seed()} no longer says which image comes. Give a new one, or seed=."
+                f"generator was drawn from before: its seed {g.initial_seed()} no longer says which"
+                " image comes. Give a new one, or seed=."
             )
     if len({id(g) for g in every}) != count:
-        raise InputError("generator: one stands twice in the list; give each image its own, or seed=.")
+        raise InputError(
+            "generator: one stands twice in the list; give each image its own, or seed=."
+        )
     return every
 
 
@@ -211,9 +235,13 @@ def step_end(callback: Any, pipe: Any, step: int, timestep: Any, latents: np.nda
     made = callback(pipe, step, timestep, {"latents": latents})
     if not isinstance(made, Mapping) or set(made) - {"latents"}:
         shown = ", ".join(map(str, made)) if isinstance(made, Mapping) else type(made).__name__
-        raise InputError(f"callback_on_step_end returned {shown}; accepted: a dict, with 'latents' or empty.")
+        raise InputError(
+            f"callback_on_step_end returned {shown}; accepted: a dict, with 'latents' or empty."
+        )
     new = np.asarray(made.get("latents", latents))
     if new.shape != latents.shape:
-        raise InputError(f"callback_on_step_end returned latents {new.shape}; accepted: {latents.shape}.")
+        raise InputError(
+            f"callback_on_step_end returned latents {new.shape}; accepted: {latents.shape}."
+        )
     if new is not latents:
         latents[...] = new

@@ -20,14 +20,18 @@ LFS = b"version https://git-lfs"
 BITS = {
     "F4": 4,
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(
+        ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8
+    ),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
 _MOST = 2**64 - 1
 
-Entry = tuple[str, tuple[int, ...], int, int]  # dtype, shape, offset and length in bytes of the file
+Entry = tuple[
+    str, tuple[int, ...], int, int
+]  # dtype, shape, offset and length in bytes of the file
 
 
 def read(path: Path) -> dict[str, Entry]:
@@ -42,23 +46,29 @@ def read(path: Path) -> dict[str, Entry]:
         head = f.read(8)
         if (head + f.read(len(LFS))).startswith(LFS):
             raise ArtifactError(
-                f"{path} is a git-lfs pointer of {size} bytes, not the weights; run `git lfs pull`, or fetch the model again."
+                f"{path} is a git-lfs pointer of {size} bytes, not the weights; run `git lfs pull`,"
+                " or fetch the model again."
             )
         length = int.from_bytes(head, "little")
         f.seek(8)
         raw = f.read(length) if 2 <= length <= min(size - 8, HEADER_BYTES) else b""
     try:
         if len(raw) < 2:
-            raise ValueError(f"its first 8 bytes say that the header has {length}, which it cannot have")
+            raise ValueError(
+                f"its first 8 bytes say that the header has {length}, which it cannot have"
+            )
         out = _entries(_json(raw), 8 + length)
     except ValueError as e:
         raise ArtifactError(
-            f"{path} is not a safetensors file, or is cut off in its header ({printable(e, 200)}); fetch the model again."
+            f"{path} is not a safetensors file, or is cut off in its header ({printable(e, 200)});"
+            " fetch the model again."
         ) from None
     end = max((8 + length, *(start + n for _, _, start, n in out.values())))
     if size != end:
         what = "it is cut off" if size < end else "the rest belongs to no tensor"
-        raise ArtifactError(f"{path} has {size} bytes, its header says {end}: {what}. Fetch the model again.")
+        raise ArtifactError(
+            f"{path} has {size} bytes, its header says {end}: {what}. Fetch the model again."
+        )
     return out
 
 
@@ -120,7 +130,9 @@ def _entry(name: str, given: Any) -> tuple[str, tuple[int, ...], int, int]:
         _wrong(name, f"dtype {dtype!r}")
     if not (isinstance(shape, list) and all(type(s) is int for s in shape)):
         _wrong(name, f"shape {shape!r}")
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(o) is int for o in offsets)):
+    if not (
+        isinstance(offsets, list) and len(offsets) == 2 and all(type(o) is int for o in offsets)
+    ):
         _wrong(name, f"data_offsets {offsets!r}")
     start, end = offsets
     if start > end or (end - start) * 8 != math.prod(shape) * BITS[dtype]:

@@ -10,7 +10,14 @@ from pathlib import Path
 
 from sdlite import families, schema
 from sdlite.artifact import INDEX, MANIFEST, REPORT, Artifact
-from sdlite.errors import ArtifactError, HubError, InputError, SdliteError, SdliteWarning, UnknownNameError
+from sdlite.errors import (
+    ArtifactError,
+    HubError,
+    InputError,
+    SdliteError,
+    SdliteWarning,
+    UnknownNameError,
+)
 from sdlite.files import Files
 from sdlite.io import printable, write
 from sdlite.tokenizer_files import FILES
@@ -22,19 +29,27 @@ _SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
 def embedded_models() -> list[str]:
-    return sorted(p.name for p in EMBEDDED.iterdir() if (p / "model_index.json").exists()) if EMBEDDED.is_dir() else []
+    return (
+        sorted(p.name for p in EMBEDDED.iterdir() if (p / "model_index.json").exists())
+        if EMBEDDED.is_dir()
+        else []
+    )
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
-    """Folder of a model. Order: embedded name, existing folder, hub id `org/name` (downloaded once, then from the cache).
+    """Folder of a model. Order: embedded name, existing folder, hub id `org/name` (downloaded once,
+    then from the cache).
 
     Args:
-        revision: branch, tag or commit of a hub repository; None is its main branch. Only for hub ids.
+        revision: branch, tag or commit of a hub repository; None is its main branch. Only for hub
+            ids.
 
     Raises:
-        UnknownNameError: none of the three. InputError: `revision` given for something that has none.
-        HubError: the hub could not be reached and the cache does not hold the model, or it is not there, or nothing that
-            sdlite loads. ArtifactError: it is of a kind that sdlite does not run. Both before any weights are fetched.
+        UnknownNameError: none of the three. InputError: `revision` given for something that has
+            none.
+        HubError: the hub could not be reached and the cache does not hold the model, or it is not
+            there, or nothing that sdlite loads. ArtifactError: it is of a kind that sdlite does not
+            run. Both before any weights are fetched.
     """
     name = str(model)
     local = EMBEDDED / name if name in embedded_models() else Path(model)
@@ -65,26 +80,44 @@ def _check_id(repo: str, revision: str | None) -> None:
         validate_repo_id(repo)
     except HFValidationError as e:
         why = " ".join(str(e).split())
-        raise UnknownNameError(f"model {printable(repr(repo), 200)} is no hub id: {why} Or give a folder that exists.") from e
-    if revision is not None and (not re.fullmatch(r"[\w][\w./+-]{0,254}", revision) or ".." in revision or "//" in revision):
-        raise InputError(f"revision={printable(repr(revision), 200)} is no name of a branch, tag or commit, such as 'main'.")
+        raise UnknownNameError(
+            f"model {printable(repr(repo), 200)} is no hub id: {why} Or give a folder that exists."
+        ) from e
+    if revision is not None and (
+        not re.fullmatch(r"[\w][\w./+-]{0,254}", revision) or ".." in revision or "//" in revision
+    ):
+        raise InputError(
+            f"revision={printable(repr(revision), 200)} is no name of a branch, tag or commit, such"
+            " as 'main'."
+        )
 
 
 def _fetch(repo: str, revision: str | None) -> Path:
-    """The folder of a hub model in the cache. A commit that the cache holds whole is not asked for: it cannot change."""
+    """The folder of a hub model in the cache. A commit that the cache holds whole is not asked for:
+    it cannot change.
+    """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     at = f"{repo}@{revision}" if revision else repo
-    if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and (there := _cached(repo, revision)) and not _lacks(there):
+    if (
+        revision
+        and re.fullmatch(r"[0-9a-f]{40}", revision)
+        and (there := _cached(repo, revision))
+        and not _lacks(there)
+    ):
         return there
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except RevisionNotFoundError as e:
-        raise HubError(f"hub model {repo!r} has no revision {revision!r}; use a branch, tag or commit that exists.") from e
+        raise HubError(
+            f"hub model {repo!r} has no revision {revision!r}; use a branch, tag or commit that"
+            " exists."
+        ) from e
     except RepositoryNotFoundError as e:
         raise HubError(
-            f"hub model {repo!r} does not exist, or is private or gated: check the spelling, or log in with `hf auth login`."
+            f"hub model {repo!r} does not exist, or is private or gated: check the spelling, or log"
+            " in with `hf auth login`."
         ) from e
     except Exception as e:  # requests', httpx' and the hub's own kinds
         return _from_cache(repo, revision, at, e)
@@ -93,7 +126,10 @@ def _fetch(repo: str, revision: str | None) -> Path:
     except SdliteError:
         raise
     except Exception as e:
-        raise HubError(f"fetching {at} failed ({_words(e.__cause__ or e)}); run again, finished files are kept.") from e
+        raise HubError(
+            f"fetching {at} failed ({_words(e.__cause__ or e)}); run again, finished files are"
+            " kept."
+        ) from e
 
 
 def _words(e: BaseException) -> str:
@@ -106,13 +142,19 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:  # newer hub libraries want every file of the repository without the pattern
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[INDEX]))
+        return Path(
+            snapshot_download(
+                repo, revision=revision, local_files_only=True, allow_patterns=[INDEX]
+            )
+        )
     except LocalEntryNotFoundError:
         return None
 
 
 def _lacks(folder: Path) -> str:
-    """What a folder in the cache lacks or is wrong with, without hashing weights; "" where it is a whole model."""
+    """What a folder in the cache lacks or is wrong with, without hashing weights; "" where it is a
+    whole model.
+    """
     try:
         artifact = Artifact.open(folder, any_kind=True)
         names = artifact.listing.files if artifact.listing else model_files(artifact.files)
@@ -129,16 +171,27 @@ def _from_cache(repo: str, revision: str | None, at: str, why: Exception) -> Pat
     offline = isinstance(why, OfflineModeIsEnabled)
     said = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({_words(why)})"
     if there is None:
-        raise HubError(f"{said} and {at} is not in the cache; connect once, or give a local folder.") from why
+        raise HubError(
+            f"{said} and {at} is not in the cache; connect once, or give a local folder."
+        ) from why
     if lacks := _lacks(there):
-        raise HubError(f"{said} and {at} is not whole in the cache: {lacks} Run again when it can; finished files are kept.") from why
+        raise HubError(
+            f"{said} and {at} is not whole in the cache: {lacks} Run again when it can; finished"
+            " files are kept."
+        ) from why
     if not offline:
-        warnings.warn(f"{said}; {at} is the copy in the cache, commit {there.name[:12]}, which may be older.", SdliteWarning, stacklevel=2)
+        warnings.warn(
+            f"{said}; {at} is the copy in the cache, commit {there.name[:12]}, which may be older.",
+            SdliteWarning,
+            stacklevel=2,
+        )
     return there
 
 
 def _download(repo: str, revision: str | None, commit: str, names: Sequence[str]) -> Path:
-    """Fetch what is needed of one commit into the cache. Weights come last: a folder that has them has all the rest."""
+    """Fetch what is needed of one commit into the cache. Weights come last: a folder that has them
+    has all the rest.
+    """
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.utils import tqdm
     from tqdm.contrib.concurrent import thread_map
@@ -147,12 +200,16 @@ def _download(repo: str, revision: str | None, commit: str, names: Sequence[str]
     _check_names(at, commit, names)
 
     def one(name: str) -> Path:
-        return Path(hf_hub_download(repo, name, revision=commit, etag_timeout=constants.HF_HUB_ETAG_TIMEOUT))
+        return Path(
+            hf_hub_download(repo, name, revision=commit, etag_timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        )
 
     def fetched(files: Iterable[str]) -> Path:
         folder = one(INDEX).parent
         if wanted := [n for n in files if not (folder / n).exists()]:
-            thread_map(one, wanted, desc=f"Fetching {len(wanted)} files", max_workers=8, tqdm_class=tqdm)
+            thread_map(
+                one, wanted, desc=f"Fetching {len(wanted)} files", max_workers=8, tqdm_class=tqdm
+            )
         return folder
 
     folder = fetched(_wanted(at, names, fetched))
@@ -165,15 +222,29 @@ def _download(repo: str, revision: str | None, commit: str, names: Sequence[str]
 
 
 def _check_names(at: str, commit: str, names: Sequence[str]) -> None:
-    """Names of files that would lead out of the cache's folder, and commits that are none, are nobody's mistake."""
-    bad = [n for n in names if ".." in re.split(r"[/\\]", n) or n.startswith(("/", "\\")) or schema.unclean(n)]
+    """Names of files that would lead out of the cache's folder, and commits that are none, are
+    nobody's mistake.
+    """
+    bad = [
+        n
+        for n in names
+        if ".." in re.split(r"[/\\]", n) or n.startswith(("/", "\\")) or schema.unclean(n)
+    ]
     if bad or not re.fullmatch(r"[0-9a-f]{40}", commit):
-        what = f"a file called {printable(repr(bad[0]), 100)}" if bad else f"the commit {printable(repr(commit), 100)}"
-        raise HubError(f"the hub says that model {at} has {what}, which no honest repository has; do not use it.")
+        what = (
+            f"a file called {printable(repr(bad[0]), 100)}"
+            if bad
+            else f"the commit {printable(repr(commit), 100)}"
+        )
+        raise HubError(
+            f"the hub says that model {at} has {what}, which no honest repository has; do not"
+            " use it."
+        )
 
 
 def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Path]) -> list[str]:
-    """The files that the model needs and no other: no pickles, variants, single-file copies, safety checkers, foreign ONNX.
+    """The files that the model needs and no other: no pickles, variants, single-file copies, safety
+    checkers, foreign ONNX.
 
     Args:
         at: what errors call the repository.
@@ -185,22 +256,39 @@ def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Pa
     """
     if INDEX not in names:
         single = [n for n in names if "/" not in n and n.endswith((".safetensors", ".ckpt"))]
-        how = f"; it holds {single[0]}: make a folder of it with diffusers' from_single_file" if single else ""
-        raise HubError(f"hub model {at} has no model_index.json, so it is not a diffusers pipeline{how}.")
-    about = rf"model_index\.json|{MANIFEST}|{REPORT}|student\.json|({'|'.join(NETWORKS)})/(config|[\w.-]+\.index)\.json"
+        how = (
+            f"; it holds {single[0]}: make a folder of it with diffusers' from_single_file"
+            if single
+            else ""
+        )
+        raise HubError(
+            f"hub model {at} has no model_index.json, so it is not a diffusers pipeline{how}."
+        )
+    inside = rf"({'|'.join(NETWORKS)})/(config|[\w.-]+\.index)\.json"
+    about = rf"model_index\.json|{MANIFEST}|{REPORT}|student\.json|{inside}"
     small = [n for n in names if re.fullmatch(about, n)]
     folder = fetched(small)
     artifact = Artifact.open(folder, any_kind=True)
     if why := families.refusal(at, artifact.index, artifact.config):
         raise ArtifactError(why)
     if artifact.listing is None:
-        texts = [n for n in names if re.fullmatch(rf"scheduler/scheduler_config\.json|tokenizer/({'|'.join(map(re.escape, FILES))})", n)]
+        texts = [
+            n
+            for n in names
+            if re.fullmatch(
+                rf"scheduler/scheduler_config\.json|tokenizer/({'|'.join(map(re.escape, FILES))})",
+                n,
+            )
+        ]
         weights = _weights(at, names, folder)
         fetched(texts)
         return [*small, *texts, *weights]
     listed = [*artifact.listing.files, MANIFEST if artifact.manifest else REPORT]
     if missing := sorted(set(listed) - set(names)):
-        raise HubError(f"hub model {at} lacks {missing[0]}, which its own list names; tell its author, or take another revision.")
+        raise HubError(
+            f"hub model {at} lacks {missing[0]}, which its own list names; tell its author, or take"
+            " another revision."
+        )
     return listed
 
 
@@ -217,7 +305,9 @@ def _weights(at: str, names: Sequence[str], folder: Path) -> list[str]:
 
 
 def _elsewhere(at: str) -> str:
-    """Revisions of a repository that hold safetensors of all networks, in words: branches, tags, the latest pull requests."""
+    """Revisions of a repository that hold safetensors of all networks, in words: branches, tags,
+    the latest pull requests.
+    """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -226,14 +316,35 @@ def _elsewhere(at: str) -> str:
     try:  # HfApi.list_repo_refs waits for ever
         url = f"{constants.ENDPOINT}/api/models/{repo}/refs"
         timeout = constants.HF_HUB_ETAG_TIMEOUT
-        refs = get_session().get(url, headers=build_hf_headers(), params={"include_prs": 1}, timeout=timeout).json()
-        pulls = sorted((r["ref"] for r in refs.get("pullRequests") or []), key=lambda r: int(r.split("/")[-1]), reverse=True)
+        refs = (
+            get_session()
+            .get(url, headers=build_hf_headers(), params={"include_prs": 1}, timeout=timeout)
+            .json()
+        )
+        pulls = sorted(
+            (r["ref"] for r in refs.get("pullRequests") or []),
+            key=lambda r: int(r.split("/")[-1]),
+            reverse=True,
+        )
         for ref in [*(r["name"] for r in (*refs["branches"], *refs["tags"])), *pulls[:12]]:
-            names = [s.rfilename for s in HfApi().model_info(repo, revision=ref, timeout=timeout).siblings or []]
-            if all(any(re.fullmatch(rf"{p}/{stem(p)}\.safetensors(\.index\.json)?", n) for n in names) for p in NETWORKS):
+            names = [
+                s.rfilename
+                for s in HfApi().model_info(repo, revision=ref, timeout=timeout).siblings or []
+            ]
+            if all(
+                any(re.fullmatch(rf"{p}/{stem(p)}\.safetensors(\.index\.json)?", n) for n in names)
+                for p in NETWORKS
+            ):
                 found.append(printable(ref, 100))
     except Exception:  # the hub need not tell
         found = []
     if found:
-        return f" These revisions have safetensors: {', '.join(found)}; pass revision={found[0]!r} after looking at it."
-    return "" if revision else " Or pass revision= of a branch or pull request (refs/pr/N) that has safetensors."
+        return (
+            f" These revisions have safetensors: {', '.join(found)}; pass revision={found[0]!r}"
+            " after looking at it."
+        )
+    return (
+        ""
+        if revision
+        else " Or pass revision= of a branch or pull request (refs/pr/N) that has safetensors."
+    )

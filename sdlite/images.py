@@ -1,4 +1,6 @@
-"""Pixels: the only place that knows the range. float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) -> PIL -> file."""
+"""Pixels: the only place that knows the range. float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)
+-> PIL -> file.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def to_float(pixels: np.ndarray) -> np.ndarray:
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """(B, 3, H, W) float, clipped to [-1, 1] -> (B, H, W, 3) uint8, rounded as diffusers rounds (x 255, half to even)."""
+    """(B, 3, H, W) float, clipped to [-1, 1] -> (B, H, W, 3) uint8, rounded as diffusers rounds (x
+    255, half to even).
+    """
     return np.round(to_float(pixels) * 255).astype(np.uint8)
 
 
@@ -39,8 +43,8 @@ def finite(array: np.ndarray, what: str) -> np.ndarray:
     """
     if not np.isfinite(array).all():
         raise InputError(
-            f"{what} are not finite (NaN or infinity): the weights are damaged, or too large for their "
-            "precision. Load the model with precision='fp32', or fetch it again."
+            f"{what} are not finite (NaN or infinity): the weights are damaged, or too large for"
+            " their precision. Load the model with precision='fp32', or fetch it again."
         )
     return array
 
@@ -75,7 +79,9 @@ def save(image: Image, path: str | Path, metadata: dict[str, str] | None = None)
     """
     path = Path(path)
     if metadata is None:
-        metadata = {k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)}
+        metadata = {
+            k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)
+        }
     with replacing(path, lasting=False) as tmp:
         image.save(tmp, **_kept(path.suffix.lower(), metadata))
 

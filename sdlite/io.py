@@ -42,7 +42,8 @@ DEPTH = 64  # of objects and lists in one another
 WORK = ".sdlite-work-"
 _LOOK = f"{WORK}look-"  # is a folder that can be written; there for a moment, and empty
 _LOCK = "lock"
-_HOUR = 3600.0  # seconds until a work folder without a lock was left behind; it has none for a moment
+# seconds until a work folder without a lock was left behind; it has none for a moment
+_HOUR = 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_WORDS = ("No space left", "os error 28", "Disk quota", "iostream error", "inline_container")
 _NEARLY = 1 << 20  # bytes that a full disk may have left
@@ -56,7 +57,9 @@ _KINDS = {
 
 
 def printable(text: object, most: int = 2000) -> str:
-    """Text for a terminal or a log: control characters, line ends and lone surrogates as escapes."""
+    """Text for a terminal or a log: control characters, line ends and lone surrogates as
+    escapes.
+    """
     whole = str(text)
     shown = whole if len(whole) <= most else f"{whole[:most]}... ({len(whole)} characters)"
     return "".join(_escaped(c) if unicodedata.category(c) in _UNSAFE else c for c in shown)
@@ -69,12 +72,13 @@ def _escaped(c: str) -> str:
     return c.encode("unicode_escape").decode("ascii")
 
 
-# --- reading -------------------------------------------------------------------------------------
+# --- reading
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
-    """A plain file of a model, opened for reading. A link is followed; where it may lead is its caller's to say.
+    """A plain file of a model, opened for reading. A link is followed; where it may lead is its
+    caller's to say.
 
     Raises:
         ArtifactError: it is missing, or a folder, pipe, socket or device, which would never end or
@@ -123,11 +127,15 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing; the folder is not a whole model. Fetch or save it again.") from None
+        raise ArtifactError(
+            f"{path} is missing; the folder is not a whole model. Fetch or save it again."
+        ) from None
     except NotPlain as e:
         raise ArtifactError(f"{path} {e.strerror}; do not use this model.") from None
     except (OSError, ValueError) as e:  # ValueError: a name with a null byte
-        raise ArtifactError(f"{path} cannot be read ({_why(e)}); fetch or save the model again.") from e
+        raise ArtifactError(
+            f"{path} cannot be read ({_why(e)}); fetch or save the model again."
+        ) from e
 
 
 def _refuse(path: Path, mode: int) -> None:
@@ -150,9 +158,14 @@ def read_bytes(path: Path, most: int = JSON_BYTES) -> bytes:
         try:
             raw = f.read(most + 1)
         except OSError as e:
-            raise ArtifactError(f"{path} cannot be read ({_why(e)}); fetch or save the model again.") from e
+            raise ArtifactError(
+                f"{path} cannot be read ({_why(e)}); fetch or save the model again."
+            ) from e
     if len(raw) > most:
-        raise ArtifactError(f"{path} has more than {most >> 20} MiB, which no such file needs; do not use this model.")
+        raise ArtifactError(
+            f"{path} has more than {most >> 20} MiB, which no such file needs; do not use this"
+            " model."
+        )
     return raw
 
 
@@ -170,7 +183,10 @@ def decoded(raw: bytes, path: Path) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise ArtifactError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); fetch or save the model again.") from None
+        raise ArtifactError(
+            f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); fetch or save the model"
+            " again."
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -190,7 +206,9 @@ def json_of(text: str, path: Path, infinity: bool = False) -> dict[str, Any]:
     except ValueError as e:
         raise ArtifactError(f"{path} cannot be read ({e}); fetch or save the model again.") from e
     if not isinstance(out, dict):
-        raise ArtifactError(f"{path} holds {type(out).__name__}, not an object; fetch or save the model again.")
+        raise ArtifactError(
+            f"{path} holds {type(out).__name__}, not an object; fetch or save the model again."
+        )
     return out
 
 
@@ -204,13 +222,17 @@ def parse_json(text: str, infinity: bool = False) -> Any:
         ValueError: not JSON, NaN, infinity (1e999 too), or nested deeper than `DEPTH`.
     """
     try:
-        out = json.loads(text, parse_constant=_lowest if infinity else _no_number, parse_float=_number)
+        out = json.loads(
+            text, parse_constant=_lowest if infinity else _no_number, parse_float=_number
+        )
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEPTH}") from None
     waiting = [(out, 1)]
     while waiting:
         value, depth = waiting.pop()
-        inner: Iterable[Any] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        inner: Iterable[Any] = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        )
         if depth > DEPTH:
             raise ValueError(f"it is nested deeper than {DEPTH}")
         waiting += [(v, depth + 1) for v in inner if isinstance(v, (dict, list))]
@@ -268,7 +290,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# --- writing -------------------------------------------------------------------------------------
+# --- writing
 
 
 def cache_root() -> Path:
@@ -282,12 +304,15 @@ def cache_root() -> Path:
     try:
         return Path.home() / ".cache" / "sdlite"
     except RuntimeError as e:  # a user whom the system does not know, as in containers
-        raise InputError("this user has no home folder to keep a cache in; name one in $SDLITE_CACHE.") from e
+        raise InputError(
+            "this user has no home folder to keep a cache in; name one in $SDLITE_CACHE."
+        ) from e
 
 
 @contextmanager
 def replacing(path: str | Path, *, lasting: bool = True) -> Iterator[Path]:
-    """A file of the same name in a folder of its own, which the block writes, takes the place of `path`.
+    """A file of the same name in a folder of its own, which the block writes, takes the place of
+    `path`.
 
     Args:
         lasting: it is there after a power cut, which costs about 10 ms on a disk.
@@ -351,7 +376,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def _named(path: Path, made: Path) -> Iterator[None]:
-    """A full disk is an OSError that names `path`, whoever found it: Python, safetensors, torch or an engine.
+    """A full disk is an OSError that names `path`, whoever found it: Python, safetensors, torch or
+    an engine.
 
     Args:
         made: the folder that the block writes into; another disk may be the one that is full.
@@ -411,9 +437,13 @@ _own: set[Path] = set()  # work folders of this process
 
 
 def left_behind(folder: Path) -> Path | None:
-    """The work folder that `folder` lies in, which is not of this process; None where it lies in none."""
+    """The work folder that `folder` lies in, which is not of this process; None where it lies in
+    none.
+    """
     real = Path(os.path.realpath(folder))
-    return next((p for p in (real, *real.parents) if p.name.startswith(WORK) and p not in _own), None)
+    return next(
+        (p for p in (real, *real.parents) if p.name.startswith(WORK) and p not in _own), None
+    )
 
 
 def clean(place: Path) -> None:
@@ -428,7 +458,8 @@ _clean_once = functools.lru_cache(maxsize=64)(clean)  # a folder may hold 100,00
 
 
 def working(place: Path, purpose: str = "") -> AbstractContextManager[Path]:
-    """A new folder in `place`, gone after the block. Removes those that killed processes left there.
+    """A new folder in `place`, gone after the block. Removes those that killed processes left
+    there.
 
     Raises:
         OSError: `place` cannot be written, or is full; its `filename` is `place`.
@@ -442,7 +473,9 @@ def scratch(purpose: str) -> AbstractContextManager[Path]:
 
 
 @contextmanager
-def _working(place: Path, purpose: str, named: Path, tidy: Callable[[Path], None]) -> Iterator[Path]:
+def _working(
+    place: Path, purpose: str, named: Path, tidy: Callable[[Path], None]
+) -> Iterator[Path]:
     tidy(place)
     try:
         made = Path(os.path.realpath(tempfile.mkdtemp(prefix=f"{WORK}{purpose}-", dir=place)))
@@ -462,7 +495,9 @@ def _working(place: Path, purpose: str, named: Path, tidy: Callable[[Path], None
 
 
 def _machine() -> list[str]:
-    """This boot of this machine, then its name. All processes of one boot see a lock, containers too."""
+    """This boot of this machine, then its name. All processes of one boot see a lock, containers
+    too.
+    """
     boot = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -512,7 +547,9 @@ def _abandoned(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of ours, folders in it that are read only too. What cannot be removed stays."""
+    """Remove a folder of ours, folders in it that are read only too. What cannot be removed
+    stays.
+    """
     with suppress(OSError):
         folder.chmod(0o700)
     for name, folders, _ in os.walk(folder):
@@ -525,7 +562,8 @@ def remove(folder: Path) -> None:
 
 @contextmanager
 def alone(place: Path) -> Iterator[None]:
-    """Wait until no other process or thread that calls this holds `place`, a folder that may be missing yet.
+    """Wait until no other process or thread that calls this holds `place`, a folder that may be
+    missing yet.
 
     A process that ends, however it ends, lets go. Where there are no locks, nobody waits.
 
@@ -560,9 +598,14 @@ def check_file(path: str | Path) -> None:
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder; name a file in it.")
     if not os.path.isdir(path.parent):
-        raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist; make it first.")
+        raise InputError(
+            f"{path} cannot be written: the folder {path.parent} does not exist; make it first."
+        )
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path} cannot be written: you may not write into {path.parent}; choose another folder.")
+        raise InputError(
+            f"{path} cannot be written: you may not write into {path.parent}; choose another"
+            " folder."
+        )
 
 
 def check_out(out: str | Path) -> Path:
@@ -581,8 +624,12 @@ def check_out(out: str | Path) -> Path:
         with suppress(FileNotFoundError):
             os.lstat(real)  # a name that no file system takes
         _not_being_written(real, out)
-        if os.path.lexists(real) and (not inside or any(not x.startswith(WORK) for x in os.listdir(real))):
-            raise InputError(f"{out} exists and is not an empty folder; choose another or remove it.")
+        if os.path.lexists(real) and (
+            not inside or any(not x.startswith(WORK) for x in os.listdir(real))
+        ):
+            raise InputError(
+                f"{out} exists and is not an empty folder; choose another or remove it."
+            )
         _probe(real)
     except InputError:
         raise
@@ -594,7 +641,8 @@ def check_out(out: str | Path) -> Path:
 
 
 def check_writable(out: str | Path) -> None:
-    """Whether files can be made in `out`, a folder that is there or can be made. Nothing is left there.
+    """Whether files can be made in `out`, a folder that is there or can be made. Nothing is left
+    there.
 
     Raises:
         InputError: they cannot.
@@ -618,7 +666,9 @@ def _unwritable(out: str | Path, e: Exception) -> InputError:
 
 
 def _not_being_written(real: Path, out: str | Path) -> None:
-    """Raises InputError where a work folder of `real` stands in it or beside it and was not left behind."""
+    """Raises InputError where a work folder of `real` stands in it or beside it and was not left
+    behind.
+    """
     mine = f"{WORK}{_purpose(real)}-"
     for place in (real, real.parent):
         clean(place)
@@ -626,8 +676,8 @@ def _not_being_written(real: Path, out: str | Path) -> None:
             own = name.startswith(mine) and len(name) == len(mine) + 8 and "-" not in name[-8:]
             if own or (place == real and name.startswith(WORK) and not name.startswith(_LOOK)):
                 raise InputError(
-                    f"{out} is being written by another process; wait for it, or choose another folder. "
-                    f"If none is at work, remove {place / name}."
+                    f"{out} is being written by another process; wait for it, or choose another"
+                    f" folder. If none is at work, remove {place / name}."
                 )
 
 
@@ -646,7 +696,8 @@ def _purpose(real: Path) -> str:
 
 @contextmanager
 def writing(out: str | Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well, and vanishes when it does not.
+    """A temporary folder that becomes `out` when the block ends well, and vanishes when it does
+    not.
 
     A folder that exists and is empty is filled: it may be the current one, or a mount point, which
     cannot be renamed to. model_index.json is moved last, so that a half-filled folder is no model.
@@ -677,7 +728,10 @@ def writing(out: str | Path) -> Iterator[Path]:
 
 
 def _taken(out: str | Path) -> InputError:
-    return InputError(f"{out} was written by another process meanwhile, and is as that one left it; use it, or choose another folder.")
+    return InputError(
+        f"{out} was written by another process meanwhile, and is as that one left it; use it, or"
+        " choose another folder."
+    )
 
 
 def _rename(made: Path, real: Path, out: str | Path) -> None:

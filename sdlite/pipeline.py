@@ -1,6 +1,7 @@
 """Prompt to image: tokenize -> encode_text -> init_latents -> denoise -> decode.
 
-Each stage is callable alone and takes exactly what the one before returns; `Pipeline.__call__` reads as these five lines.
+Each stage is callable alone and takes exactly what the one before returns; `Pipeline.__call__`
+reads as these five lines.
 """
 
 from __future__ import annotations
@@ -31,23 +32,27 @@ from sdlite.tokenizer import ClipTokenizer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Callback = Callable[[int, int, np.ndarray], Any]  # (step, number of steps, latents) -> False cancels
+Callback = Callable[
+    [int, int, np.ndarray], Any
+]  # (step, number of steps, latents) -> False cancels
 
 
 # An image of this many times the trained area, or less than this share of it, is warned about.
 FAMILIAR = (0.25, 2.5)
-# What one call may make where neither it nor the model says, in pixels: 8 images of the model's own size, at least 12 of 512 px, at most 8
-# of 1024 px, whatever size a stranger's configuration names.
+# What one call may make where neither it nor the model says, in pixels: 8 images of the model's own
+# size, at least 12 of 512 px, at most 8 of 1024 px, whatever size a stranger's configuration names.
 MAX_PIXELS = (3 << 20, 8 << 20)
 OWN_IMAGES = 8
 
 
 @dataclass
 class PipelineOutput:
-    """`images`, `seeds` and `metadata` have one entry per image; `timings` is seconds per stage of the whole call.
+    """`images`, `seeds` and `metadata` have one entry per image; `timings` is seconds per stage of
+    the whole call.
 
-    With `output_type="np"` images is float32 (B, H, W, 3) in [0, 1], with "latent" float32 (B, C, h, w). `metadata` says how an
-    image was made; PIL images have it in their `info`, and `sdlite.images.save` writes it into the file.
+    With `output_type="np"` images is float32 (B, H, W, 3) in [0, 1], with "latent" float32 (B, C,
+    h, w). `metadata` says how an image was made; PIL images have it in their `info`, and
+    `sdlite.images.save` writes it into the file.
     """
 
     images: list[Image]
@@ -62,7 +67,8 @@ def _convert(artifact: Artifact) -> Artifact:
         from sdlite.exporters.onnx import convert_cached
     except ModuleNotFoundError as e:
         raise MissingExtraError(
-            f"{artifact.folder} has no ONNX graphs, and making them needs {e.name!r}: pip install 'sdlite[export]', or use backend='torch'."
+            f"{artifact.folder} has no ONNX graphs, and making them needs {e.name!r}: pip install"
+            " 'sdlite[export]', or use backend='torch'."
         ) from e
     return convert_cached(artifact)
 
@@ -83,16 +89,29 @@ class _Closed:
         self.refuse()
 
     def refuse(self) -> Never:
-        raise InputError("the pipeline is closed and its networks are freed; load it again with Pipeline.from_pretrained.")
+        raise InputError(
+            "the pipeline is closed and its networks are freed; load it again with"
+            " Pipeline.from_pretrained."
+        )
 
 
 def _with_notes(report: backends.Report, notes: Sequence[str]) -> backends.Report:
-    """The report with these notes too: a new one where there is something new, for others may be reading it."""
+    """The report with these notes too: a new one where there is something new, for others may be
+    reading it.
+    """
     new = [n for n in notes if n not in report.notes]
     return replace(report, notes=[*report.notes, *new]) if new else report
 
 
-def _loading(model: Any, precision: Any, backend: Any, device: Any, revision: Any, threads: Any, arithmetic: Any) -> None:
+def _loading(
+    model: Any,
+    precision: Any,
+    backend: Any,
+    device: Any,
+    revision: Any,
+    threads: Any,
+    arithmetic: Any,
+) -> None:
     """Types of what a pipeline is loaded with; names are checked by those who know them.
 
     Raises:
@@ -101,7 +120,11 @@ def _loading(model: Any, precision: Any, backend: Any, device: Any, revision: An
     arguments.path("model", model, arguments.MODEL)
     arguments.text("backend", backend)
     arguments.text("device", device)
-    for name, value in (("precision", precision), ("revision", revision), ("arithmetic", arithmetic)):
+    for name, value in (
+        ("precision", precision),
+        ("revision", revision),
+        ("arithmetic", arithmetic),
+    ):
         arguments.optional(arguments.text, name, value)
     arguments.threads(threads)
 
@@ -120,51 +143,75 @@ class _Class(type):
 class Pipeline(metaclass=_Class):
     """Text-to-image with one student on one backend. Build it with `from_pretrained`.
 
-    Threads may share a pipeline: each call gives the image that it gives alone, bit by bit. In asyncio:
-    `await asyncio.to_thread(pipe, prompt, seed=1)`. `cancel` stops the calls that run, `close` (or the end of a `with` block) frees the
-    networks.
+    Threads may share a pipeline: each call gives the image that it gives alone, bit by bit. In
+    asyncio: `await asyncio.to_thread(pipe, prompt, seed=1)`. `cancel` stops the calls that run,
+    `close` (or the end of a `with` block) frees the networks.
     """
 
     def __init__(self, artifact: Artifact, networks: backends.Networks):
         self.artifact, self.report = artifact, networks.report
         self.networks: Any = networks  # `backends.Networks`, until the pipeline is closed
-        self.tokenizer = ClipTokenizer.from_pretrained(artifact.files.part("tokenizer"), artifact.config("text_encoder"))
+        self.tokenizer = ClipTokenizer.from_pretrained(
+            artifact.files.part("tokenizer"), artifact.config("text_encoder")
+        )
         self.scheduler_config = artifact.config("scheduler")
         self.schedule = Schedule.from_config(self.scheduler_config)
-        self.unet_config, self.vae_config = artifact.config("unet"), families.vae_config(artifact.config("vae"))
+        self.unet_config, self.vae_config = (
+            artifact.config("unet"),
+            families.vae_config(artifact.config("vae")),
+        )
         self.stride = families.vae_stride(self.vae_config)
         self.defaults = artifact.sampler_defaults
         self.tiling: tiling.Tiling | None = None
         self.max_pixels: int | None = None  # no limit, for pipelines that are made of networks
         self._warned: set[str] = set()
         self._calls: set[running.Call] = set()
-        self._lock = threading.Condition()  # of what the threads share: tiling with report, calls, warnings
+        # of what the threads share: tiling with report, calls, warnings
+        self._lock = threading.Condition()
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, *positional: Never, precision: str | None = None, backend: str = "auto", device: str = "cpu",
-                        revision: str | None = None, threads: int | None = None, arithmetic: str | None = None,
-                        max_pixels: int | None = None, **others: Never) -> Pipeline:  # fmt: skip
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *positional: Never,
+        precision: str | None = None,
+        backend: str = "auto",
+        device: str = "cpu",
+        revision: str | None = None,
+        threads: int | None = None,
+        arithmetic: str | None = None,
+        max_pixels: int | None = None,
+        **others: Never,
+    ) -> Pipeline:
         """Load a model.
 
         Args:
             model: name of an embedded model ("emoji"), a model folder, or a hub id "org/name".
-            precision: "fp32", "fp16", "int8-dynamic" or "int8-static"; "bf16" for engines that were exported so (backend "tensorrt").
-                None: the first one that the artefact holds, or what the folder was exported in, else fp32.
-            backend: "auto" (see `report`), "onnxruntime", "openvino", "tensorrt" or "torch". The first two convert a plain
-                diffusers folder once, into the cache.
+            precision: "fp32", "fp16", "int8-dynamic" or "int8-static"; "bf16" for engines that were
+                exported so (backend "tensorrt").
+                None: the first one that the artefact holds, or what the folder was exported in,
+                    else fp32.
+            backend: "auto" (see `report`), "onnxruntime", "openvino", "tensorrt" or "torch". The
+                first two convert a plain diffusers folder once, into the cache.
             device: "cpu", "cuda"; "gpu" or "npu" on "openvino".
             revision: branch, tag or commit, for hub ids.
-            threads: CPU threads per network call, 1 to 4 for each CPU (64 on small machines); None is the engine's own choice.
-            arithmetic: what float layers are computed in: "float32", "bfloat16" or "float16", on "openvino". None: float32 for fp32; for fp16
-                and what int8 leaves in float, the CPU's half precision where it has one. The report says which it is.
-            max_pixels: height x width x images that one call may make; None is the model's own, else 8 images of the
-                model's own size, at least 3 and at most 8 million. Memory and time of a call grow with them.
+            threads: CPU threads per network call, 1 to 4 for each CPU (64 on small machines); None
+                is the engine's own choice.
+            arithmetic: what float layers are computed in: "float32", "bfloat16" or "float16", on
+                "openvino". None: float32 for fp32; for fp16 and what int8 leaves in float, the
+                CPU's half precision where it has one. The report says which it is.
+            max_pixels: height x width x images that one call may make; None is the model's own,
+                else 8 images of the model's own size, at least 3 and at most 8 million. Memory and
+                time of a call grow with them.
             positional, others: none; diffusers' keywords are answered with ours.
 
         Raises:
-            UnknownNameError, PrecisionError, MissingExtraError, ArtifactError, HubError: see `sdlite.errors`; each names the next step.
+            UnknownNameError, PrecisionError, MissingExtraError, ArtifactError, HubError: see
+                `sdlite.errors`; each names the next step.
         """
-        habits.positional(positional, "the model", "Pipeline.from_pretrained(model, precision=..., backend=...)")
+        habits.positional(
+            positional, "the model", "Pipeline.from_pretrained(model, precision=..., backend=...)"
+        )
         habits.keywords(others, habits.LOAD, cls.from_pretrained.__kwdefaults__ or ())
         _loading(model, precision, backend, device, revision, threads, arithmetic)
         most = arguments.optional(arguments.integer, "max_pixels", max_pixels, 1)
@@ -176,24 +223,39 @@ class Pipeline(metaclass=_Class):
                 else next(iter(artifact.manifest.variants if artifact.manifest else ()), "fp32")
             )
         note = None
-        if backend in ("onnxruntime", "openvino") and artifact.listing is None and precision in ("fp32", "fp16"):
-            artifact, note = _convert(artifact), f"converted to ONNX from {artifact.folder}, once, into the cache"
-        pipe = cls(artifact, backends.load(artifact, precision, backend, device, threads, arithmetic))
+        if (
+            backend in ("onnxruntime", "openvino")
+            and artifact.listing is None
+            and precision in ("fp32", "fp16")
+        ):
+            artifact, note = (
+                _convert(artifact),
+                f"converted to ONNX from {artifact.folder}, once, into the cache",
+            )
+        pipe = cls(
+            artifact, backends.load(artifact, precision, backend, device, threads, arithmetic)
+        )
         pipe.report.notes += [note] if note else []
         pipe.max_pixels = pipe._most() if most is None else most
         if artifact.failed:
             pipe.report.notes.append(f"failed its quality check: {'; '.join(artifact.failed)}")
-            warnings.warn(f"{artifact.folder} {pipe.report.notes[-1]}; it is kept to be looked at.", SdliteWarning, stacklevel=2)
+            warnings.warn(
+                f"{artifact.folder} {pipe.report.notes[-1]}; it is kept to be looked at.",
+                SdliteWarning,
+                stacklevel=2,
+            )
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Save the model in `folder` (new or empty), verified, all or nothing.
 
-        Copied is what the manifest or the export's report lists; of a plain diffusers folder what sdlite runs: networks,
-        tokenizer, scheduler, and the license beside them. Nothing else that lies there, and no pickle.
+        Copied is what the manifest or the export's report lists; of a plain diffusers folder what
+        sdlite runs: networks, tokenizer, scheduler, and the license beside them. Nothing else that
+        lies there, and no pickle.
 
         Raises:
-            InputError: `folder` is not empty, or cannot be written. ArtifactError: a file of the model is damaged.
+            InputError: `folder` is not empty, or cannot be written. ArtifactError: a file of the
+                model is damaged.
         """
         out = Path(arguments.path("folder", folder))
         with writing(out) as tmp:
@@ -201,21 +263,29 @@ class Pipeline(metaclass=_Class):
         return out
 
     def enable_vae_tiling(self, size_px: int | None = None, overlap: float = 0.25) -> None:
-        """Decode pictures larger than a tile in overlapping, blended tiles: the decoder's memory no longer grows with the picture.
+        """Decode pictures larger than a tile in overlapping, blended tiles: the decoder's memory no
+        longer grows with the picture.
 
         Args:
-            size_px: side of a tile, at most; default as in diffusers: the size that the autoencoder was made for. 320 makes four tiles of
-                a 512 px picture, each a third of its area.
+            size_px: side of a tile, at most; default as in diffusers: the size that the autoencoder
+                was made for. 320 makes four tiles of a 512 px picture, each a third of its area.
             overlap: share of a tile that its neighbour has too, at least.
 
         Raises:
             InputError: not a multiple of the VAE's stride, or an overlap outside 0 to 1.
         """
-        side = self.vae_config.get("sample_size") or 512 if size_px is None else arguments.integer("tile size_px", size_px)
+        side = (
+            self.vae_config.get("sample_size") or 512
+            if size_px is None
+            else arguments.integer("tile size_px", size_px)
+        )
         chosen = tiling.Tiling(side, arguments.number("tile overlap", overlap))
         chosen.check(self.stride)
         if self.networks.size is not None and max(self.networks.size) > side:
-            raise InputError(f"tile size_px={side}: this export's decoder takes its {max(self.networks.size)} pixels at once alone.")
+            raise InputError(
+                f"tile size_px={side}: this export's decoder takes its {max(self.networks.size)}"
+                " pixels at once alone."
+            )
         self._set_tiling(chosen)
 
     def disable_vae_tiling(self) -> None:
@@ -228,20 +298,23 @@ class Pipeline(metaclass=_Class):
             self.report = replace(self.report, notes=[*notes, str(chosen)] if chosen else notes)
             self.tiling = chosen
 
-    # --- running -----------------------------------------------------------------------------------------------------
+    # --- running
 
     def cancel(self) -> None:
-        """Stop the calls that run now, in whatever threads: each raises `Cancelled`. Later calls are not touched.
+        """Stop the calls that run now, in whatever threads: each raises `Cancelled`. Later calls
+        are not touched.
 
-        onnxruntime and OpenVINO stop inside a step, within about a tenth of a second; torch and TensorRT after the network that they are
-        in. To stop one call, return False from its callback.
+        onnxruntime and OpenVINO stop inside a step, within about a tenth of a second; torch and
+        TensorRT after the network that they are in. To stop one call, return False from its
+        callback.
         """
         with self._lock:
             for call in self._calls:
                 call.cancelled = True
 
     def close(self) -> None:
-        """Stop the calls that run, wait for them, and give the networks' memory back. A closed pipeline refuses calls.
+        """Stop the calls that run, wait for them, and give the networks' memory back. A closed
+        pipeline refuses calls.
 
         Pipelines that share networks are closed together.
         """
@@ -265,7 +338,9 @@ class Pipeline(metaclass=_Class):
 
     @contextmanager
     def _call(self) -> Iterator[_Call]:
-        """One call, from here to its end, which `cancel` sees. What its networks say is noted, and warned about once."""
+        """One call, from here to its end, which `cancel` sees. What its networks say is noted, and
+        warned about once.
+        """
         with self._lock:
             if isinstance(self.networks, _Closed):
                 self.networks.refuse()
@@ -283,7 +358,7 @@ class Pipeline(metaclass=_Class):
             for text in call.said:
                 self._warn(f"{self.report.model}: {text}.", stacklevel=5)
 
-    # --- the five stages ---------------------------------------------------------------------------------------------
+    # --- the five stages
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """prompts -> ids int64 (B, L); one warning shows what did not fit the window."""
@@ -291,22 +366,42 @@ class Pipeline(metaclass=_Class):
 
     def encode_text(self, ids: np.ndarray) -> np.ndarray:
         """ids int64 (B, L) -> embeds float32 (B, L, D)."""
-        return images.finite(self.networks.text_encoder(input_ids=ids), "the embeddings of the text encoder")
+        return images.finite(
+            self.networks.text_encoder(input_ids=ids), "the embeddings of the text encoder"
+        )
 
     def init_latents(self, noise: Sequence[Noise], height: int, width: int) -> np.ndarray:
         """One generator per image -> unit normal latents float32 (B, C, height/8, width/8)."""
         shape = (self.unet_config["in_channels"], height // self.stride, width // self.stride)
         return np.stack([n.normal(shape) for n in noise])
 
-    def denoise(self, latents: np.ndarray, embeds: np.ndarray, noise: Sequence[Noise], solver: Sampler, *,
-                uncond: np.ndarray | None = None, guidance_scale: float = 1.0) -> Iterator[np.ndarray]:  # fmt: skip
-        """Unit normal latents (B, C, h, w) and embeds (B, L, D) -> latents after each step of `solver`.
+    def denoise(
+        self,
+        latents: np.ndarray,
+        embeds: np.ndarray,
+        noise: Sequence[Noise],
+        solver: Sampler,
+        *,
+        uncond: np.ndarray | None = None,
+        guidance_scale: float = 1.0,
+    ) -> Iterator[np.ndarray]:
+        """Unit normal latents (B, C, h, w) and embeds (B, L, D) -> latents after each step of
+        `solver`.
 
         Args:
-            uncond: embeds (B, L, D) of the negative prompt; None runs without guidance, one network row per image.
+            uncond: embeds (B, L, D) of the negative prompt; None runs without guidance, one network
+                row per image.
             noise: the images' generators, for samplers that draw again.
         """
-        return denoise(self.networks.unet, latents, embeds, noise, solver, uncond=uncond, guidance_scale=guidance_scale)
+        return denoise(
+            self.networks.unet,
+            latents,
+            embeds,
+            noise,
+            solver,
+            uncond=uncond,
+            guidance_scale=guidance_scale,
+        )
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """latents (B, C, h, w) -> images uint8 (B, H, W, 3)."""
@@ -315,50 +410,82 @@ class Pipeline(metaclass=_Class):
 
     def _pixels(self, latents: np.ndarray, tiles: tiling.Tiling | None) -> np.ndarray:
         """latents (B, C, h, w) -> the decoder's float32 (B, 3, H, W) in [-1, 1]."""
-        z = latents / np.float32(self.vae_config["scaling_factor"]) + np.float32(self.vae_config.get("shift_factor") or 0.0)
+        z = latents / np.float32(self.vae_config["scaling_factor"]) + np.float32(
+            self.vae_config.get("shift_factor") or 0.0
+        )
         if tiles is None:
             return self.networks.vae_decoder(latent_sample=z)
-        return tiling.decode(lambda tile: self.networks.vae_decoder(latent_sample=tile), z, tiles, self.stride)
+        return tiling.decode(
+            lambda tile: self.networks.vae_decoder(latent_sample=tile), z, tiles, self.stride
+        )
 
-    # --- the call ----------------------------------------------------------------------------------------------------
+    # --- the call
 
-    def __call__(self, prompt: str | Sequence[str] = (), *positional: Never, negative_prompt: str | Sequence[str] | None = None,
-                 num_inference_steps: int | None = None, guidance_scale: float | None = None, seed: int | Sequence[int] | None = None,
-                 num_images_per_prompt: int = 1, height: int | None = None, width: int | None = None, sampler: str | None = None,
-                 latents: np.ndarray | None = None, callback: Callback | None = None, progress: bool = False, generator: Any = None,
-                 output_type: str = "pil", callback_on_step_end: Callable[..., Any] | None = None, max_pixels: int | None = None,
-                 **others: Never) -> PipelineOutput:  # fmt: skip
+    def __call__(
+        self,
+        prompt: str | Sequence[str] = (),
+        *positional: Never,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        sampler: str | None = None,
+        latents: np.ndarray | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        generator: Any = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., Any] | None = None,
+        max_pixels: int | None = None,
+        **others: Never,
+    ) -> PipelineOutput:
         """Generate images.
 
         Args:
             prompt: one or several; each makes `num_images_per_prompt` images, in order.
-            negative_prompt: what guidance leads away from; default "". Needs guidance_scale above 1.
-            num_inference_steps, guidance_scale, sampler: default to the model's own. guidance g is u + g (c - u) above 1; 0 to 1
-                runs without guidance, one network row per image, as in diffusers.
-            seed: image i uses seed + i, or seed[i], 0 to 2**64 - 1; None draws one. Equal to diffusers with one CPU generator per image.
+            negative_prompt: what guidance leads away from; default "". Needs guidance_scale above
+                1.
+            num_inference_steps, guidance_scale, sampler: default to the model's own. guidance g is
+                u + g (c - u) above 1; 0 to 1 runs without guidance, one network row per image, as
+                in diffusers.
+            seed: image i uses seed + i, or seed[i], 0 to 2**64 - 1; None draws one. Equal to
+                diffusers with one CPU generator per image.
             height, width: pixels; default to the size that the student was trained at.
             latents: unit normal float (B, C, height/8, width/8) instead of the draw.
-            callback: called after each step with (step from 1, steps, latents); return False to cancel.
+            callback: called after each step with (step from 1, steps, latents); return False to
+                cancel.
             progress: show a tqdm bar.
-            generator: as in diffusers: one new torch CPU generator, or a list of one for each image, instead of seed.
+            generator: as in diffusers: one new torch CPU generator, or a list of one for each
+                image, instead of seed.
             output_type: "pil", "np" or "latent", as in diffusers.
-            callback_on_step_end: as in diffusers, with numpy latents: (pipe, step from 0, timestep, {"latents"}) -> dict.
-            max_pixels: height x width x images that this call may make; default is `pipe.max_pixels`.
+            callback_on_step_end: as in diffusers, with numpy latents: (pipe, step from 0, timestep,
+                {"latents"}) -> dict.
+            max_pixels: height x width x images that this call may make; default is
+                `pipe.max_pixels`.
             positional, others: none; diffusers' habits are answered with ours.
 
         Raises:
-            InputError, ShapeError, UnknownNameError: an argument is not accepted. Cancelled: by the callback, `cancel` or `close`.
+            InputError, ShapeError, UnknownNameError: an argument is not accepted. Cancelled: by the
+                callback, `cancel` or `close`.
         """
-        habits.positional(positional, "the prompt", "pipe(prompt, height=..., num_inference_steps=...)")
+        habits.positional(
+            positional, "the prompt", "pipe(prompt, height=..., num_inference_steps=...)"
+        )
         habits.keywords(others, habits.CALL, type(self).__call__.__kwdefaults__ or ())
         arguments.one_of("output_type", output_type, habits.OUTPUTS)
-        repeat = arguments.integer("num_images_per_prompt", num_images_per_prompt, 1, arguments.MOST_IMAGES)
+        repeat = arguments.integer(
+            "num_images_per_prompt", num_images_per_prompt, 1, arguments.MOST_IMAGES
+        )
         prompts = [p for p in arguments.texts("prompt", prompt) for _ in range(repeat)]
         negatives = self._negatives(negative_prompt, len(prompts), repeat)
         steps, scale = self._steps(num_inference_steps), self._guidance(guidance_scale)
         if any(negatives) and not guided(scale):
             raise InputError(
-                f"negative_prompt has no effect at guidance_scale={scale:g}, which is no guidance; raise it above 1, or leave the prompt out."
+                f"negative_prompt has no effect at guidance_scale={scale:g}, which is no guidance;"
+                " raise it above 1, or leave the prompt out."
             )
         name = self.default_sampler if sampler is None else arguments.text("sampler", sampler)
         solver = get_sampler(name, self.schedule, steps)
@@ -380,10 +507,17 @@ class Pipeline(metaclass=_Class):
             denoised = time.perf_counter()
             made = self._images(x, output_type, about, call.tiling)
             end = time.perf_counter()
-        timings = {"text_encoder": encoded - begin, "unet": denoised - encoded, "vae_decoder": end - denoised, "total": end - begin}
+        timings = {
+            "text_encoder": encoded - begin,
+            "unet": denoised - encoded,
+            "vae_decoder": end - denoised,
+            "total": end - begin,
+        }
         return PipelineOutput(made, seeds, timings, _with_notes(call.report, call.said), about)
 
-    def _embeds(self, prompts: Sequence[str], negatives: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    def _embeds(
+        self, prompts: Sequence[str], negatives: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Of the prompts, and of as many negative ones, or none; one call of the text encoder."""
         embeds = self.encode_text(self.tokenize([*prompts, *negatives]))
         if not negatives:
@@ -391,7 +525,13 @@ class Pipeline(metaclass=_Class):
         with_prompt, without = np.split(embeds, 2)
         return with_prompt, without
 
-    def _images(self, latents: np.ndarray, output_type: str, about: Sequence[dict[str, str]], tiles: tiling.Tiling | None) -> Any:
+    def _images(
+        self,
+        latents: np.ndarray,
+        output_type: str,
+        about: Sequence[dict[str, str]],
+        tiles: tiling.Tiling | None,
+    ) -> Any:
         """latents (B, C, h, w) -> PIL images that know how they were made, or an array."""
         if output_type == "latent":
             return latents
@@ -404,7 +544,13 @@ class Pipeline(metaclass=_Class):
         return made
 
     def _metadata(
-        self, prompts: Sequence[str], negatives: Sequence[str], seeds: Sequence[int], sampler: str, steps: int, scale: float
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str],
+        seeds: Sequence[int],
+        sampler: str,
+        steps: int,
+        scale: float,
     ) -> list[dict[str, str]]:
         """How each image is made, as files keep it."""
         r = self.report
@@ -422,7 +568,7 @@ class Pipeline(metaclass=_Class):
         every = zip(prompts, negatives, seeds, strict=True)
         return [{"prompt": p, "negative_prompt": n, "seed": str(s), **shared} for p, n, s in every]
 
-    # --- arguments ---------------------------------------------------------------------------------------------------
+    # --- arguments
 
     @property
     def default_sampler(self) -> str:
@@ -443,11 +589,18 @@ class Pipeline(metaclass=_Class):
             return [str(negative or "")] * count
         out = [n for n in arguments.texts("negative_prompt", negative) for _ in range(repeat)]
         if len(out) != count:
-            raise InputError(f"{len(out) // repeat} negative prompts for {count // repeat} prompts; give one, or one for each.")
+            raise InputError(
+                f"{len(out) // repeat} negative prompts for {count // repeat} prompts; give one, or"
+                " one for each."
+            )
         return out
 
     def _steps(self, steps: Any) -> int:
-        return self.defaults.num_inference_steps if steps is None else arguments.integer("num_inference_steps", steps, 1)
+        return (
+            self.defaults.num_inference_steps
+            if steps is None
+            else arguments.integer("num_inference_steps", steps, 1)
+        )
 
     def _guidance(self, scale: Any) -> float:
         """The call's guidance; warns where the student was made to need none."""
@@ -456,8 +609,9 @@ class Pipeline(metaclass=_Class):
         own = self.artifact.sampler.get("guidance_scale")
         if arguments.number("guidance_scale", scale, 0) > 1 and own is not None and own <= 1:
             self._warn(
-                f"{self.report.model} was trained to need no guidance (its own guidance_scale is {own:g}): guidance_scale={scale:g} "
-                "doubles the work and makes images worse; leave it out."
+                f"{self.report.model} was trained to need no guidance (its own guidance_scale is"
+                f" {own:g}): guidance_scale={scale:g} doubles the work and makes images worse;"
+                " leave it out."
             )
         return float(scale)
 
@@ -469,7 +623,9 @@ class Pipeline(metaclass=_Class):
             every = habits.generators(generator, count)
             return [int(g.initial_seed()) for g in every], [habits.GeneratorNoise(g) for g in every]
         if hasattr(seed, "initial_seed"):
-            raise InputError("seed is a torch generator; pass it as generator=, or its seed as a whole number.")
+            raise InputError(
+                "seed is a torch generator; pass it as generator=, or its seed as a whole number."
+            )
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
         if isinstance(seed, (list, tuple, range, np.ndarray)):
@@ -481,8 +637,12 @@ class Pipeline(metaclass=_Class):
             raise InputError(f"{len(seeds)} seeds for {count} images; give one, or one for each.")
         return seeds, [Noise(s) for s in seeds]
 
-    def _listener(self, callback: Any, step_end: Any, solver: Sampler) -> Callable[[int, np.ndarray], None]:
-        """What is called after each step with (step from 1, latents): they must be numbers, then the callbacks have a look."""
+    def _listener(
+        self, callback: Any, step_end: Any, solver: Sampler
+    ) -> Callable[[int, np.ndarray], None]:
+        """What is called after each step with (step from 1, latents): they must be numbers, then
+        the callbacks have a look.
+        """
         if callback is not None:
             arguments.function("callback", callback)
         if step_end is not None:
@@ -490,12 +650,20 @@ class Pipeline(metaclass=_Class):
 
         def listen(step: int, x: np.ndarray) -> None:
             if not np.isfinite(x).all():
-                raise InputError(f"latents are not finite after step {step}; the input latents, the weights or the precision are at fault.")
+                raise InputError(
+                    f"latents are not finite after step {step}; the input latents, the weights or"
+                    " the precision are at fault."
+                )
             if callback is not None and callback(step, len(solver), x) is False:
-                raise Cancelled(f"the callback cancelled after step {step} of {len(solver)}; nothing was written.")
+                raise Cancelled(
+                    f"the callback cancelled after step {step} of {len(solver)}; nothing was"
+                    " written."
+                )
             if step_end is not None:
                 habits.step_end(step_end, self, step - 1, solver.timesteps[step - 1], x)
-                images.finite(x, f"the latents that callback_on_step_end returned after step {step}")
+                images.finite(
+                    x, f"the latents that callback_on_step_end returned after step {step}"
+                )
 
         return listen
 
@@ -524,9 +692,10 @@ class Pipeline(metaclass=_Class):
         asked = count * height * width
         if most is not None and asked > most:
             raise ShapeError(
-                f"{count} x {height} x {width} is {asked} pixels in one call; accepted: up to {most} (max_pixels), for memory and time grow "
-                f"with them. Ask for fewer or smaller images in a call, or pass max_pixels={asked}, with pipe.enable_vae_tiling() if memory "
-                "is short."
+                f"{count} x {height} x {width} is {asked} pixels in one call; accepted: up to"
+                f" {most} (max_pixels), for memory and time grow with them. Ask for fewer or"
+                f" smaller images in a call, or pass max_pixels={asked}, with"
+                " pipe.enable_vae_tiling() if memory is short."
             )
 
     def _familiar(self, height: int, width: int) -> None:
@@ -535,19 +704,27 @@ class Pipeline(metaclass=_Class):
         share = height * width / (trained[0] * trained[1])
         if not FAMILIAR[0] <= share <= FAMILIAR[1]:
             self._warn(
-                f"{self.report.model} was trained at {trained[0]}x{trained[1]} pixels: an image of {height}x{width} is {share:.3g} times "
-                "that area, and students repeat or lose their subject there; leave height and width out."
+                f"{self.report.model} was trained at {trained[0]}x{trained[1]} pixels: an image of"
+                f" {height}x{width} is {share:.3g} times that area, and students repeat or lose"
+                " their subject there; leave height and width out."
             )
 
-    def _size(self, height: int | None, width: int | None, latents: np.ndarray | None, count: int) -> tuple[int, int, np.ndarray | None]:
+    def _size(
+        self, height: int | None, width: int | None, latents: np.ndarray | None, count: int
+    ) -> tuple[int, int, np.ndarray | None]:
         side, channels = latent_size(self.unet_config), self.unet_config["in_channels"]
         if self.networks.size is not None:
             side = (self.networks.size[0] // self.stride, self.networks.size[1] // self.stride)
         if latents is not None:
             latents = np.asarray(latents)
-            if latents.ndim != 4 or latents.shape[:2] != (count, channels) or latents.dtype.kind != "f":
+            if (
+                latents.ndim != 4
+                or latents.shape[:2] != (count, channels)
+                or latents.dtype.kind != "f"
+            ):
                 raise ShapeError(
-                    f"latents are {latents.dtype} {latents.shape}; accepted: float ({count}, {channels}, height/{self.stride}, width/{self.stride})."
+                    f"latents are {latents.dtype} {latents.shape}; accepted: float ({count},"
+                    f" {channels}, height/{self.stride}, width/{self.stride})."
                 )
             if not np.isfinite(latents).all():
                 raise InputError("latents hold NaN or infinity; give finite unit normal numbers.")
@@ -560,23 +737,28 @@ class Pipeline(metaclass=_Class):
         if self.networks.size not in (None, tuple(out)):
             tall, wide = self.networks.size or out
             raise ShapeError(
-                f"height={out[0]}, width={out[1]}: this export has networks of {tall}x{wide} pixels alone; "
-                "export the model with that height and width in the profile, or for any shape."
+                f"height={out[0]}, width={out[1]}: this export has networks of {tall}x{wide} pixels"
+                " alone; export the model with that height and width in the profile, or for any"
+                " shape."
             )
         multiple = max(self.networks.size_multiple, self.stride)
         for label, value in zip(("height", "width"), out, strict=True):
             if value < multiple or value % multiple:
                 low = max(value // multiple * multiple, multiple)
                 raise ShapeError(
-                    f"{label}={value} is not a positive multiple of {multiple} ({self.report.backend}, VAE stride {self.stride}); use {low} or {low + multiple}."
+                    f"{label}={value} is not a positive multiple of {multiple}"
+                    f" ({self.report.backend}, VAE stride {self.stride}); use {low} or"
+                    f" {low + multiple}."
                 )
         if latents is not None and [s * self.stride for s in latents.shape[2:]] != out:
             raise ShapeError(
-                f"latents {latents.shape} are for {latents.shape[2] * self.stride}x{latents.shape[3] * self.stride} pixels, not {out[0]}x{out[1]}."
+                f"latents {latents.shape} are for"
+                f" {latents.shape[2] * self.stride}x{latents.shape[3] * self.stride} pixels, not"
+                f" {out[0]}x{out[1]}."
             )
         return out[0], out[1], latents
 
-    # --- diffusers' habits -------------------------------------------------------------------------------------------
+    # --- diffusers' habits
 
     def to(self, *wanted: Any, **named: Any) -> Pipeline:
         """As in diffusers where the pipeline is there already; it does not move.
@@ -587,7 +769,9 @@ class Pipeline(metaclass=_Class):
         habits.moved([*wanted, *named.values()], self.report.device, self.report.precision)
         return self
 
-    if not TYPE_CHECKING:  # a type checker knows the names from above, and finds those that are misspelt
+    if (
+        not TYPE_CHECKING
+    ):  # a type checker knows the names from above, and finds those that are misspelt
 
         def __getattr__(self, name):
             if name.startswith("__"):

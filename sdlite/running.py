@@ -1,9 +1,10 @@
-"""A pipeline's call while it runs: cancelled from any thread, and open to signals while an engine computes.
+"""A pipeline's call while it runs: cancelled from any thread, and open to signals while an engine
+computes.
 
-An engine's run cannot be left by an exception: Python sees a Ctrl-C only when it has returned. So long
-runs are waited for in short pieces, in which the flag of `Pipeline.cancel` and signals are seen, and the
-engine is told to stop (onnxruntime: RunOptions.terminate; OpenVINO: InferRequest.cancel; both end with
-the node that they are at).
+An engine's run cannot be left by an exception: Python sees a Ctrl-C only when it has returned. So
+long runs are waited for in short pieces, in which the flag of `Pipeline.cancel` and signals are
+seen, and the engine is told to stop (onnxruntime: RunOptions.terminate; OpenVINO:
+InferRequest.cancel; both end with the node that they are at).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from sdlite.errors import Cancelled
 T = TypeVar("T")
 PIECE = 0.05  # seconds until a cancel or a signal is seen
 LONG = 0.2  # seconds of a run that is worth the waiting
-GRACE = 1.0  # seconds that a run has to stop; one node of onnxruntime may take longer (attention at 2048 px: 10 s)
+# seconds that a run has to stop; one node of onnxruntime may take longer (attention at 2048 px: 10
+# s)
+GRACE = 1.0
 
 
 class Call:
@@ -77,7 +80,8 @@ def waited(work: Callable[[], T], stop: Callable[[], None]) -> T:
         stop: makes it end soon.
 
     Raises:
-        Cancelled, KeyboardInterrupt, what a signal's handler raises: when the run has ended, or after `GRACE` seconds. What still
+        Cancelled, KeyboardInterrupt, what a signal's handler raises: when the run has ended, or
+        after `GRACE` seconds. What still
             runs then ends with its node, and the interpreter waits for it before it exits.
     """
     done, out, failed = threading.Event(), [], []
@@ -105,8 +109,10 @@ def waited(work: Callable[[], T], stop: Callable[[], None]) -> T:
 
 
 class Runs:
-    """The runs of one network: those that will be long, or nobody knows, are waited for; the others are made in the caller's thread, as
-    before there was any waiting (and as processes need it that are forked from one that has run)."""
+    """The runs of one network: those that will be long, or nobody knows, are waited for; the others
+    are made in the caller's thread, as before there was any waiting (and as processes need it that
+    are forked from one that has run).
+    """
 
     def __init__(self) -> None:
         self._pace: float | None = None  # seconds an element of the inputs

@@ -21,7 +21,9 @@ Rule = Callable[[str | Path, str, Any], object]  # (file, key, value); raises Ar
 def refused(file: str | Path, key: str, value: Any, accepted: str) -> ArtifactError:
     """The error of a value that is not accepted."""
     where = f"{printable(file)}: {printable(key, 200)}" if key else printable(file)
-    return ArtifactError(f"{where} is {shown(value)}; accepted: {accepted}. Fetch or save the model again.")
+    return ArtifactError(
+        f"{where} is {shown(value)}; accepted: {accepted}. Fetch or save the model again."
+    )
 
 
 def shown(value: Any) -> str:
@@ -44,7 +46,9 @@ def rule(accepted: str, holds: Callable[[Any], bool]) -> Rule:
 def whole(least: int = 0, most: int = 2**63 - 1) -> Rule:
     """A whole number of a range; true and 1.0 are none."""
     top = "" if most == 2**63 - 1 else f", {most} at most"
-    return rule(f"a whole number, {least} or more{top}", lambda v: type(v) is int and least <= v <= most)
+    return rule(
+        f"a whole number, {least} or more{top}", lambda v: type(v) is int and least <= v <= most
+    )
 
 
 def number(least: float = 0.0, most: float = math.inf) -> Rule:
@@ -125,7 +129,9 @@ def table(name: Rule, inner: Rule) -> Rule:
 
 
 def record(rules: Mapping[str, Rule], need: Collection[str] = ()) -> Rule:
-    """An object with some keys, of which those in `need` must be there. Other keys are not looked at."""
+    """An object with some keys, of which those in `need` must be there. Other keys are not looked
+    at.
+    """
 
     def check(file: str | Path, key: str, value: Any) -> None:
         OBJECT(file, key, value)

@@ -1,7 +1,7 @@
 """What each network takes and gives: used by every backend, the exporter and the tests.
 
-Names are optimum's, so that its ORT pipelines open our files. Shape letters: B batch, L tokens, D text width, C latent channels,
-h,w latent size, H,W pixels (8h, 8w for an SD autoencoder).
+Names are optimum's, so that its ORT pipelines open our files. Shape letters: B batch, L tokens, D
+text width, C latent channels, h,w latent size, H,W pixels (8h, 8w for an SD autoencoder).
 """
 
 from __future__ import annotations
@@ -40,16 +40,30 @@ UNET = IOSpec(
     "unet",
     "unet",
     (
-        Tensor("sample", ("B", "C", "h", "w"), "float32", "scaled latents at the timestep's noise level"),
+        Tensor(
+            "sample",
+            ("B", "C", "h", "w"),
+            "float32",
+            "scaled latents at the timestep's noise level",
+        ),
         Tensor("timestep", (), "float32", "0 to num_train_timesteps - 1, fractions allowed"),
         Tensor("encoder_hidden_states", ("B", "L", "D"), "float32", "text encoder output"),
     ),
-    Tensor("out_sample", ("B", "C", "h", "w"), "float32", "eps, v or x_0, as the scheduler's prediction_type says"),
+    Tensor(
+        "out_sample",
+        ("B", "C", "h", "w"),
+        "float32",
+        "eps, v or x_0, as the scheduler's prediction_type says",
+    ),
 )
 VAE_DECODER = IOSpec(
     "vae_decoder",
     "vae",
-    (Tensor("latent_sample", ("B", "C", "h", "w"), "float32", "latents divided by scaling_factor"),),
+    (
+        Tensor(
+            "latent_sample", ("B", "C", "h", "w"), "float32", "latents divided by scaling_factor"
+        ),
+    ),
     Tensor("sample", ("B", "3", "H", "W"), "float32", "pixels, about -1 to 1"),
 )
 

@@ -1,8 +1,10 @@
 """Decode a large picture in overlapping tiles: memory of one tile, whatever the picture's size.
 
-As diffusers' `AutoencoderKL.tiled_decode`: overlap and linear blend; but all tiles of a picture have one size, spread evenly, where diffusers
-leaves narrow rests at the right and the bottom. Engines that compile for a shape compile once, and no tile sees only a strip. Each tile is decoded
-alone, and its norm layers see the tile alone: pictures differ slightly from those decoded at once, which is why it is an option.
+As diffusers' `AutoencoderKL.tiled_decode`: overlap and linear blend; but all tiles of a picture
+have one size, spread evenly, where diffusers leaves narrow rests at the right and the bottom.
+Engines that compile for a shape compile once, and no tile sees only a strip. Each tile is decoded
+alone, and its norm layers see the tile alone: pictures differ slightly from those decoded at once,
+which is why it is an option.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from sdlite.errors import InputError
 
 @dataclass(frozen=True)
 class Tiling:
-    """`size_px`: side of a tile, pixels, at most. `overlap`: share of a tile that its neighbour has too, at least, 0 up to (not with) 1."""
+    """`size_px`: side of a tile, pixels, at most. `overlap`: share of a tile that its neighbour has
+    too, at least, 0 up to (not with) 1.
+    """
 
     size_px: int
     overlap: float = 0.25
@@ -28,28 +32,40 @@ class Tiling:
         if self.size_px < stride or self.size_px % stride:
             low = max(self.size_px // stride * stride, stride)
             raise InputError(
-                f"tile size_px={self.size_px} is not a positive multiple of {stride} (VAE stride); use {low} or {low + stride}."
+                f"tile size_px={self.size_px} is not a positive multiple of {stride} (VAE stride);"
+                f" use {low} or {low + stride}."
             )
         if not 0 <= self.overlap < 1 or int(self.size_px // stride * (1 - self.overlap)) < 1:
-            raise InputError(f"tile overlap={self.overlap}; accepted: 0 up to (not with) 1, and at least one latent of a tile is its own.")
+            raise InputError(
+                f"tile overlap={self.overlap}; accepted: 0 up to (not with) 1, and at least one"
+                " latent of a tile is its own."
+            )
 
     def __str__(self) -> str:
         return (
-            f"VAE decoder in tiles of at most {self.size_px} px, {self.overlap:.0%} overlap, blended, where a picture is larger than a tile"
+            f"VAE decoder in tiles of at most {self.size_px} px, {self.overlap:.0%} overlap,"
+            " blended, where a picture is larger than a tile"
         )
 
 
 def grid(length: int, most: int, overlap: float) -> tuple[int, list[int]]:
-    """Side and starts of the fewest tiles of `most` or less that cover `length`, each sharing `overlap` of itself or more with the next."""
+    """Side and starts of the fewest tiles of `most` or less that cover `length`, each sharing
+    `overlap` of itself or more with the next.
+    """
     if length <= most:
         return length, [0]
     count = math.ceil((length - overlap * most) / (most * (1 - overlap)) - 1e-9)
-    side = next(s for s in range(1, most + 1) if count * s - (count - 1) * int(overlap * s) >= length)
+    side = next(
+        s for s in range(1, most + 1) if count * s - (count - 1) * int(overlap * s) >= length
+    )
     return side, [round(i * (length - side) / (count - 1)) for i in range(count)]
 
 
-def decode(network: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, tiling: Tiling, stride: int) -> np.ndarray:
-    """Latents (B, C, h, w) -> pixels (B, 3, H, W), by a network that does the same; latents of one tile or less are one call.
+def decode(
+    network: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, tiling: Tiling, stride: int
+) -> np.ndarray:
+    """Latents (B, C, h, w) -> pixels (B, 3, H, W), by a network that does the same; latents of one
+    tile or less are one call.
 
     One row of tiles is held at a time, beside the picture.
     """
@@ -62,7 +78,12 @@ def decode(network: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, til
         row = _Canvas(latents.shape[3] * stride, axis=3)
         for left in lefts:
             running.check()
-            row.add(network(np.ascontiguousarray(latents[:, :, top : top + height, left : left + width])), left * stride)
+            row.add(
+                network(
+                    np.ascontiguousarray(latents[:, :, top : top + height, left : left + width])
+                ),
+                left * stride,
+            )
         out.add(row.pixels, top * stride)
     return out.pixels
 
@@ -83,6 +104,8 @@ class _Canvas:
         shared, stop = self.end - start, start + given.shape[-1]
         if shared > 0:
             weight = np.arange(shared, dtype=np.float32) / np.float32(shared)
-            target[..., start : self.end] += (given[..., :shared] - target[..., start : self.end]) * weight
+            target[..., start : self.end] += (
+                given[..., :shared] - target[..., start : self.end]
+            ) * weight
         target[..., self.end : stop] = given[..., shared:]
         self.end = stop

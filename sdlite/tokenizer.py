@@ -62,7 +62,9 @@ class ClipTokenizer:
             raise
         except Exception as e:  # tokenizers has no type of its own
             said = printable(e, 200)
-            raise ArtifactError(f"{folder} is refused by tokenizers ({said}); fetch the model again.") from e
+            raise ArtifactError(
+                f"{folder} is refused by tokenizers ({said}); fetch the model again."
+            ) from e
         self.bos, self.eos, self.pad = map(self._named, ("bos_token", "eos_token", "pad_token"))
         self._added = {i: t.content for i, t in self._bpe.get_added_tokens_decoder().items()}
         self.vocab_size = max(*files.vocab.values(), *self._added) + 1
@@ -77,7 +79,7 @@ class ClipTokenizer:
     @classmethod
     def from_pretrained(
         cls, folder: str | Path | Files, text_encoder: dict[str, Any] | None = None
-    ) -> ClipTokenizer:  # fmt: skip
+    ) -> ClipTokenizer:
         """Read a tokenizer's folder.
 
         Args:
@@ -121,9 +123,9 @@ class ClipTokenizer:
         for token, i in files.ids.items():
             if (got := backend.token_to_id(token)) != i:
                 raise ArtifactError(
-                    f"{self._folder} gives {shown(token)} the id {i}, where the next free one is {got}: "
-                    "versions of transformers do not agree on it. Save tokenizer and text encoder "
-                    "again, with no id left out."
+                    f"{self._folder} gives {shown(token)} the id {i}, where the next free one is"
+                    f" {got}: versions of transformers do not agree on it. Save tokenizer and text"
+                    " encoder again, with no id left out."
                 )
         return backend
 
@@ -140,9 +142,9 @@ class ClipTokenizer:
         if self.vocab_size > rows:
             token = self._bpe.id_to_token(self.vocab_size - 1)
             raise ArtifactError(
-                f"{self._folder} has {shown(token)} with id {self.vocab_size - 1}, but the text encoder "
-                f"has {rows} embeddings (vocab_size of its config.json): learned words are lost. "
-                "Save tokenizer and text encoder together."
+                f"{self._folder} has {shown(token)} with id {self.vocab_size - 1}, but the text"
+                f" encoder has {rows} embeddings (vocab_size of its config.json): learned words are"
+                " lost. Save tokenizer and text encoder together."
             )
         if rows > self.vocab_size and rows % PADDED:
             warnings.warn(

@@ -134,7 +134,9 @@ def _check_text(folder: Path, tokens: list[str]) -> None:
 def _check_config(path: Path, config: dict[str, Any]) -> None:
     kind = config.get("tokenizer_class") or CLASSES[0]
     if kind not in CLASSES:
-        raise ArtifactError(f"{path} names a {shown(kind)}; of tokenizers only CLIPTokenizer is read.")
+        raise ArtifactError(
+            f"{path} names a {shown(kind)}; of tokenizers only CLIPTokenizer is read."
+        )
     for key in ("padding_side", "truncation_side"):
         if config.get(key, "right") != "right":
             raise ArtifactError(f"{path} has {key} {shown(config[key])}; CLIP's is 'right'.")
@@ -148,11 +150,13 @@ def _max_length(path: Path, config: dict[str, Any]) -> int | None:
     if given is None:
         return None
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not given >= 3:
-        raise _bad(path, f"has model_max_length {shown(given)}, which is no number of tokens from 3")
+        raise _bad(
+            path, f"has model_max_length {shown(given)}, which is no number of tokens from 3"
+        )
     return int(min(given, 2**31))
 
 
-# --- vocabulary and merges -------------------------------------------------------------------
+# --- vocabulary and merges
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,9 @@ def _vocabulary(path: Path, given: Any) -> dict[str, int]:
         raise _bad(path, "has no vocabulary (token -> id)")
     for token, i in given.items():
         if type(i) is not int or not 0 <= i < 2**31:
-            raise _bad(path, f"gives {shown(token)} the id {shown(i)}, which is no whole number from 0")
+            raise _bad(
+                path, f"gives {shown(token)} the id {shown(i)}, which is no whole number from 0"
+            )
     if len(set(given.values())) < len(given):
         raise _bad(path, "gives one id to two tokens")
     return given
@@ -230,7 +236,9 @@ def _id(path: Path, token: str, given: Any) -> int:
     """An id, of JSON's whole numbers or its keys."""
     valid = type(given) is int or (isinstance(given, str) and given.isdecimal() and given.isascii())
     if not valid or not 0 <= int(given) < 2**31:
-        raise _bad(path, f"gives {shown(token)} the id {shown(given)}, which is no whole number from 0")
+        raise _bad(
+            path, f"gives {shown(token)} the id {shown(given)}, which is no whole number from 0"
+        )
     return int(given)
 
 
@@ -250,14 +258,14 @@ def _merges(path: Path, merges: list[Any], vocab: dict[str, int]) -> list[tuple[
     return out
 
 
-# --- special and learned tokens --------------------------------------------------------------
+# --- special and learned tokens
 
 Named = dict[str, Any]  # bos_token, ... -> str, Token or None; "extra" -> list of str and Token
 
 
 def _tokens(
     files: Files, config: dict[str, Any], own: dict[int, Token]
-) -> tuple[Named, dict[int, Token]]:  # fmt: skip
+) -> tuple[Named, dict[int, Token]]:
     """The named special tokens, and the numbered ones by id.
 
     tokenizer_config.json alone counts where it has an added_tokens_decoder. Else
@@ -290,7 +298,7 @@ def _legacy(files: Files, named: Named) -> dict[int, Token]:
     return {
         _id(files.path(ADDED), t, i): Token(t, normalized=t not in special, special=t in special)
         for t, i in _optional(files, ADDED).items()
-    }  # fmt: skip
+    }
 
 
 def _named(path: Path, data: dict[str, Any], special: bool) -> Named:

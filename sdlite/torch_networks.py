@@ -1,7 +1,9 @@
-"""The networks of a diffusers folder as torch modules: opened here and nowhere else, and only when every tensor is in its file.
+"""The networks of a diffusers folder as torch modules: opened here and nowhere else, and only when
+every tensor is in its file.
 
-diffusers and transformers fill what they do not find with random numbers and leave out what they do not know; both are errors
-here. Used by the torch backend, the converter, the exporters that start from torch, and distillation.
+diffusers and transformers fill what they do not find with random numbers and leave out what they do
+not know; both are errors here. Used by the torch backend, the converter, the exporters that start
+from torch, and distillation.
 """
 
 from __future__ import annotations
@@ -20,12 +22,18 @@ from sdlite.errors import ArtifactError
 from sdlite.files import Files
 from sdlite.weights import Stored, cause, dtypes, weight_files, weight_index
 
-# What files of CLIP's text encoder may hold besides it: a buffer that is computed, and the rest of CLIP, which no pipeline uses.
-HARMLESS = {"text_encoder": r"(.*\.)?position_ids|(text_projection|visual_projection)\.weight|logit_scale|vision_model\..*"}
+# What files of CLIP's text encoder may hold besides it: a buffer that is computed, and the rest of
+# CLIP, which no pipeline uses.
+HARMLESS = {
+    "text_encoder": (
+        r"(.*\.)?position_ids|(text_projection|visual_projection)\.weight|logit_scale|vision_model\..*"
+    )
+}
 
 
 def vae_class(config: dict[str, Any]) -> Any:
-    """diffusers' class of a vae/config.json: `AutoencoderKL`, or `AutoencoderTiny` (TAESD and our tiny decoders).
+    """diffusers' class of a vae/config.json: `AutoencoderKL`, or `AutoencoderTiny` (TAESD and our
+    tiny decoders).
 
     Raises:
         ArtifactError: another class. diffusers would load it all the same, with random weights.
@@ -34,12 +42,16 @@ def vae_class(config: dict[str, Any]) -> Any:
 
     name = config.get("_class_name", "AutoencoderKL")
     if name not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise ArtifactError(f"the vae is a {name}; accepted: AutoencoderKL and AutoencoderTiny. Save the pipeline with one of these.")
+        raise ArtifactError(
+            f"the vae is a {name}; accepted: AutoencoderKL and AutoencoderTiny. Save the pipeline"
+            " with one of these."
+        )
     return getattr(diffusers, name)
 
 
 def open_network(folder: Path | Files, **options: Any) -> Any:
-    """The network of one folder of a pipeline (`text_encoder`, `unet` or `vae`), in float32, whatever it is stored in.
+    """The network of one folder of a pipeline (`text_encoder`, `unet` or `vae`), in float32,
+    whatever it is stored in.
 
     The libraries are given what was read and verified here, and look nowhere else.
 
@@ -48,15 +60,21 @@ def open_network(folder: Path | Files, **options: Any) -> Any:
         options: more for `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        ArtifactError: weights are missing, are no safetensors, are damaged, or are not exactly those of the folder's
-            config.json, or that asks for code.
+        ArtifactError: weights are missing, are no safetensors, are damaged, or are not exactly
+            those of the folder's config.json, or that asks for code.
     """
     files = Files.of(folder)
     config = read_config(files)
     weights = weight_files(files)
     stored = weight_index(weights)
     dtypes(stored)
-    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True, **options}
+    options = {
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        "local_files_only": True,
+        **options,
+    }
     if files.name == "text_encoder":
         options = {"attn_implementation": "sdpa", **options}
     try:
@@ -69,12 +87,19 @@ def open_network(folder: Path | Files, **options: Any) -> Any:
         raise
     except Exception as e:  # safetensors, diffusers and transformers each raise their own
         first = (str(e).splitlines() or [""])[0][:200]
-        raise ArtifactError(f"{folder} cannot be loaded ({type(e).__name__}: {first}); fetch or save the model again.") from e
+        raise ArtifactError(
+            f"{folder} cannot be loaded ({type(e).__name__}: {first}); fetch or save the model"
+            " again."
+        ) from e
     harmless = HARMLESS.get(folder.name, "(?!)")
     left = sorted(k for k in info["unexpected_keys"] if not re.fullmatch(harmless, k))
     missing = sorted(k for k in info["missing_keys"] if not re.fullmatch(harmless, k))
     if missing or left or info["mismatched_keys"]:
-        raise ArtifactError(_misfit(weights, missing, left, _shapes(network, info["mismatched_keys"], stored), stored))
+        raise ArtifactError(
+            _misfit(
+                weights, missing, left, _shapes(network, info["mismatched_keys"], stored), stored
+            )
+        )
     return network.float()
 
 
@@ -91,7 +116,9 @@ def _class(part: str, config: dict[str, Any]) -> Any:
 
 
 def _text_config(config: dict[str, Any]) -> Any:
-    """transformers' configuration, of the architecture's own keys alone: others tell it where to load from."""
+    """transformers' configuration, of the architecture's own keys alone: others tell it where to
+    load from.
+    """
     from transformers import CLIPTextConfig
 
     own = inspect.signature(CLIPTextConfig.__init__).parameters
@@ -99,28 +126,44 @@ def _text_config(config: dict[str, Any]) -> Any:
 
 
 # Keys that multiply what a network is made of.
-_COUNTED = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block", "num_hidden_layers",
-            "num_encoder_blocks", "num_decoder_blocks")  # fmt: skip
+_COUNTED = (
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "num_hidden_layers",
+    "num_encoder_blocks",
+    "num_decoder_blocks",
+)
 
 
 def _check_size(files: Files, config: dict[str, Any], stored: dict[str, Stored]) -> None:
-    """A configuration may ask for any memory; the weights say how much there is to it. Nothing is reserved here.
+    """A configuration may ask for any memory; the weights say how much there is to it. Nothing is
+    reserved here.
 
     Raises:
-        ArtifactError: it asks for more layers than there are tensors, or for more than twice the numbers that they hold.
+        ArtifactError: it asks for more layers than there are tensors, or for more than twice the
+            numbers that they hold.
     """
     import torch
 
     path, layers = files.path("config.json"), math.prod(_most(config.get(k)) for k in _COUNTED)
     if layers > len(stored):
-        raise ArtifactError(f"{path} asks for {layers} layers, its weights have {len(stored)} tensors; fetch or save the model again.")
+        raise ArtifactError(
+            f"{path} asks for {layers} layers, its weights have {len(stored)} tensors; fetch or"
+            " save the model again."
+        )
     kind = _class(files.name, config)
     with torch.device("meta"):
-        network = kind(_text_config(config)) if files.name == "text_encoder" else kind.from_config(config)
+        network = (
+            kind(_text_config(config)) if files.name == "text_encoder" else kind.from_config(config)
+        )
     asked = sum(p.numel() for p in network.parameters())
     held = sum(math.prod(s.shape) for s in stored.values())
     if asked > 2 * held + (1 << 20):  # some may be missing: that is said by name
-        raise ArtifactError(f"{path} asks for {asked} numbers, its weights hold {held}; fetch or save the model again.")
+        raise ArtifactError(
+            f"{path} asks for {asked} numbers, its weights hold {held}; fetch or save the model"
+            " again."
+        )
 
 
 def _most(value: Any) -> int:
@@ -130,7 +173,9 @@ def _most(value: Any) -> int:
 
 
 def _shapes(network: Any, mismatched: list[Any], stored: dict[str, Stored]) -> list[str]:
-    """What is said of each tensor of another shape. transformers 4 gives names alone, the others (name, stored, wanted)."""
+    """What is said of each tensor of another shape. transformers 4 gives names alone, the others
+    (name, stored, wanted).
+    """
     out = []
     for entry in mismatched:
         name = entry if isinstance(entry, str) else entry[0]
@@ -139,8 +184,16 @@ def _shapes(network: Any, mismatched: list[Any], stored: dict[str, Stored]) -> l
     return sorted(out)
 
 
-def _misfit(files: list[Path], missing: list[str], left: list[str], other: list[str], stored: Collection[str]) -> str:
-    """What does not fit, in one line: how many tensors, the first of each kind, the cause where it is known."""
+def _misfit(
+    files: list[Path],
+    missing: list[str],
+    left: list[str],
+    other: list[str],
+    stored: Collection[str],
+) -> str:
+    """What does not fit, in one line: how many tensors, the first of each kind, the cause where it
+    is known.
+    """
     said = []
     if missing:
         said.append(f"lacks {len(missing)} of the network's tensors (first: {missing[0]})")
@@ -149,7 +202,10 @@ def _misfit(files: list[Path], missing: list[str], left: list[str], other: list[
     if other:
         said.append(f"holds {len(other)} of another shape than config.json's (first: {other[0]})")
     file = files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-    why = cause(stored) or "weights and config.json do not belong together: fetch or save the model again"
+    why = (
+        cause(stored)
+        or "weights and config.json do not belong together: fetch or save the model again"
+    )
     return f"{files[0].parent}/{file} {' and '.join(said)}; {why}."
 
 

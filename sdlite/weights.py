@@ -1,4 +1,6 @@
-"""Which safetensors files a network has, and what stands in them: read from names and headers alone, without torch."""
+"""Which safetensors files a network has, and what stands in them: read from names and headers
+alone, without torch.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +24,39 @@ _TERMS = r"(?i)(licen[cs]e|notice|readme)(\.\w+)?"
 # Traits of names that a network does not have, what they come from and what to do.
 _CAUSES = (
     ("_orig_mod.", "it was saved compiled: save module._orig_mod, the network inside"),
-    ("module.", "it was saved inside DistributedDataParallel: save its .module, the network inside"),
+    (
+        "module.",
+        "it was saved inside DistributedDataParallel: save its .module, the network inside",
+    ),
     (
         ".base_layer.",
-        "a LoRA was fused but not unloaded: after fuse_lora() call unload_lora_weights(), then save_pretrained()",
+        (
+            "a LoRA was fused but not unloaded: after fuse_lora() call unload_lora_weights(), then"
+            " save_pretrained()"
+        ),
     ),
-    ("lora_", "it is or holds a LoRA: load it with diffusers, fuse_lora(), unload_lora_weights(), save_pretrained()"),
+    (
+        "lora_",
+        (
+            "it is or holds a LoRA: load it with diffusers, fuse_lora(), unload_lora_weights(),"
+            " save_pretrained()"
+        ),
+    ),
     (
         "model.diffusion_model.",
-        "it is a single-file checkpoint: save it with StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
+        (
+            "it is a single-file checkpoint: save it with"
+            " StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        ),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file: `dtype` in safetensors' spelling, `offset` and `length` in bytes of the whole file."""
+    """One tensor of a file: `dtype` in safetensors' spelling, `offset` and `length` in bytes of the
+    whole file.
+    """
 
     path: Path
     dtype: str
@@ -59,8 +78,11 @@ def stem(part: str) -> str:
     return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
-def select(names: Collection[str], part: str, where: str, listed: Callable[[str], dict[str, Any]]) -> list[str]:
-    """The weight files among `names` that diffusers and transformers load by default: one file, or its shards.
+def select(
+    names: Collection[str], part: str, where: str, listed: Callable[[str], dict[str, Any]]
+) -> list[str]:
+    """The weight files among `names` that diffusers and transformers load by default: one file, or
+    its shards.
 
     Args:
         names: file names of the folder of a pipeline.
@@ -69,46 +91,67 @@ def select(names: Collection[str], part: str, where: str, listed: Callable[[str]
         listed: name of an index file -> its content.
 
     Raises:
-        ArtifactError: there are none (pickles and variants that are there are named), or shards without an index.
+        ArtifactError: there are none (pickles and variants that are there are named), or shards
+            without an index.
     """
     base = stem(part)
     single, index = f"{base}.safetensors", f"{base}.safetensors.index.json"
-    if index in names and not (base == "model" and single in names):  # transformers prefers the single file
+    if index in names and not (
+        base == "model" and single in names
+    ):  # transformers prefers the single file
         return _listed(listed(index), names, f"{where}/{index}")
     shards = sorted(n for n in names if re.fullmatch(rf"{base}-\d+-of-\d+\.safetensors", n))
     if shards and index not in names:
         raise ArtifactError(
-            f"{where} holds {len(shards)} shards (first: {shards[0]}) and no {index} that lists them; "
-            "fetch the index too, or remove left-over shards."
+            f"{where} holds {len(shards)} shards (first: {shards[0]}) and no {index} that lists"
+            " them; fetch the index too, or remove left-over shards."
         )
     if single in names:
         return [single]
     others = sorted(n for n in names if n.endswith((".safetensors", *PICKLES)))
     seen = f"only {', '.join(others)}" if others else "no weights"
-    raise ArtifactError(f"{where} holds {seen}; accepted: {single}, or shards that {index} lists.{_way_out(others)}")
+    raise ArtifactError(
+        f"{where} holds {seen}; accepted: {single}, or shards that {index} lists.{_way_out(others)}"
+    )
 
 
 def _way_out(others: Collection[str]) -> str:
-    if variants := [n.split(".")[1] for n in others if re.fullmatch(r"\w+\.[\w-]+\.safetensors", n)]:
-        return f" A variant: load it with diffusers (variant={variants[0]!r}) and save_pretrained() without one."
+    if variants := [
+        n.split(".")[1] for n in others if re.fullmatch(r"\w+\.[\w-]+\.safetensors", n)
+    ]:
+        return (
+            f" A variant: load it with diffusers (variant={variants[0]!r}) and save_pretrained()"
+            " without one."
+        )
     if any(n.endswith(PICKLES) for n in others):
-        return " Pickles can run code and are never loaded: load with diffusers what you trust, and save_pretrained()."
+        return (
+            " Pickles can run code and are never loaded: load with diffusers what you trust, and"
+            " save_pretrained()."
+        )
     return " Save or fetch the model again."
 
 
 def _listed(index: dict[str, Any], names: Collection[str], where: str) -> list[str]:
     weights = index.get("weight_map")
     given = list(weights.values()) if isinstance(weights, dict) else []
-    if not given or not all(isinstance(n, str) and re.fullmatch(r"[\w.-]+\.safetensors", n) for n in given):
-        raise ArtifactError(f"{where} has no weight_map of safetensors files beside it; fetch or save the model again.")
+    if not given or not all(
+        isinstance(n, str) and re.fullmatch(r"[\w.-]+\.safetensors", n) for n in given
+    ):
+        raise ArtifactError(
+            f"{where} has no weight_map of safetensors files beside it; fetch or save the model"
+            " again."
+        )
     found = sorted(set(given))
     if missing := [n for n in found if n not in names]:
-        raise ArtifactError(f"{where} lists {missing[0]}, which is missing; fetch or save the model again.")
+        raise ArtifactError(
+            f"{where} lists {missing[0]}, which is missing; fetch or save the model again."
+        )
     return found
 
 
 def weight_files(folder: Path | Files) -> list[Path]:
-    """`select` on a folder. Of an opened model (`artifact.files.part("unet")`) each file is verified.
+    """`select` on a folder. Of an opened model (`artifact.files.part("unet")`) each file is
+    verified.
 
     Raises:
         ArtifactError: see `select` and `Files.file`.
@@ -130,10 +173,21 @@ def model_files(files: Files) -> list[str]:
         folder = files.part(part)
         index = f"{stem(part)}.safetensors.index.json"
         chosen = select(folder.names(), part, str(folder.folder), folder.read_json)
-        out += [f"{part}/{n}" for n in ("config.json", *chosen, *([index] if len(chosen) > 1 else []))]
+        out += [
+            f"{part}/{n}" for n in ("config.json", *chosen, *([index] if len(chosen) > 1 else []))
+        ]
     if missing := [n for n in out if not files.has(n)]:
         raise ArtifactError(f"{files.path(missing[0])} is missing; fetch or save the model again.")
-    return sorted({*out, *(n for n in files.names() if re.fullmatch(_TERMS, n) and not files.path(n).is_symlink())})
+    return sorted(
+        {
+            *out,
+            *(
+                n
+                for n in files.names()
+                if re.fullmatch(_TERMS, n) and not files.path(n).is_symlink()
+            ),
+        }
+    )
 
 
 def weight_index(paths: Iterable[Path]) -> dict[str, Stored]:
@@ -147,7 +201,8 @@ def weight_index(paths: Iterable[Path]) -> dict[str, Stored]:
         found = _header(path)
         if twice := sorted(out.keys() & found.keys()):
             raise ArtifactError(
-                f"{path} and {out[twice[0]].path.name} both hold {twice[0]}; remove left-over shards or save the model again."
+                f"{path} and {out[twice[0]].path.name} both hold {twice[0]}; remove left-over"
+                " shards or save the model again."
             )
         out |= found
     return out
@@ -170,7 +225,8 @@ def dtypes(index: dict[str, Stored]) -> list[str]:
     if unknown := sorted(set(kinds) - set(FLOATS)):
         first = kinds[unknown[0]]
         raise ArtifactError(
-            f"{index[first].path} holds {first} as {unknown[0]}; accepted: {', '.join(FLOATS.values())}. Save it in one of these."
+            f"{index[first].path} holds {first} as {unknown[0]}; accepted:"
+            f" {', '.join(FLOATS.values())}. Save it in one of these."
         )
     return sorted(FLOATS[k] for k in kinds)
 
@@ -184,10 +240,14 @@ def cause(names: Collection[str]) -> str:
 
 
 def widen(paths: list[Path], out: Path) -> None:
-    """Write the tensors of `paths` to one file in float32, each cast exactly, integers as they are; one tensor at a time."""
+    """Write the tensors of `paths` to one file in float32, each cast exactly, integers as they are;
+    one tensor at a time.
+    """
     index, header, end = weight_index(paths), dict[str, Any](), 0
     for name, s in index.items():
-        kind, length = ("F32", int(np.prod(s.shape)) * 4) if s.dtype in FLOATS else (s.dtype, s.length)
+        kind, length = (
+            ("F32", int(np.prod(s.shape)) * 4) if s.dtype in FLOATS else (s.dtype, s.length)
+        )
         header[name] = {"dtype": kind, "shape": list(s.shape), "data_offsets": [end, end + length]}
         end += length
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
@@ -198,4 +258,8 @@ def widen(paths: list[Path], out: Path) -> None:
             if s.dtype in FLOATS:
                 f.write(s.read().tobytes())
             else:
-                f.write(np.memmap(s.path, dtype=np.uint8, mode="r", offset=s.offset, shape=(s.length,)).tobytes())
+                f.write(
+                    np.memmap(
+                        s.path, dtype=np.uint8, mode="r", offset=s.offset, shape=(s.length,)
+                    ).tobytes()
+                )

@@ -1,4 +1,6 @@
-"""Shared fixtures: the embedded student, copies of it to damage, and a small diffusers folder with random weights."""
+"""Shared fixtures: the embedded student, copies of it to damage, and a small diffusers folder with
+random weights.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,16 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach a network; the hub test overrides it for its local server
-os.environ.setdefault("SDLITE_OPENVINO_CACHE", "0")  # tests leave nothing in the user's cache; those of the cache switch it on
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # tests never reach a network; the hub test overrides it for its local server
+os.environ.setdefault(
+    "SDLITE_OPENVINO_CACHE", "0"
+)  # tests leave nothing in the user's cache; those of the cache switch it on
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores Ctrl-C; tests of it raise it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job ignores Ctrl-C; tests of it raise it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EMOJI = Path(__file__).parent.parent / "sdlite" / "models" / "emoji"
@@ -38,5 +46,7 @@ def copy(tmp_path):
 def plain(tmp_path_factory):
     """The embedded student as a plain diffusers folder: no manifest, no ONNX."""
     out = tmp_path_factory.mktemp("plain") / "student"
-    shutil.copytree(EMOJI, out, ignore=shutil.ignore_patterns("*.onnx", "*.data", "sdlite.json", "vae_decoder"))
+    shutil.copytree(
+        EMOJI, out, ignore=shutil.ignore_patterns("*.onnx", "*.data", "sdlite.json", "vae_decoder")
+    )
     return out

@@ -43,7 +43,7 @@ num_inference_steps = 2
 """
 
 
-# --- jobs: run by the environment's own Python, in an empty folder --------------------------------
+# --- jobs: run by the environment's own Python, in an empty folder
 
 
 def psnr(image) -> float:
@@ -227,7 +227,7 @@ ELSEWHERE = {  # never run unless named
 }
 
 
-# --- the runner -----------------------------------------------------------------------------------
+# --- the runner
 
 
 def pinned(lane: str) -> Path:

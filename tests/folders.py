@@ -1,4 +1,6 @@
-"""A tiny real Stable Diffusion folder, written by diffusers' and transformers' own classes, and ways to damage its weights."""
+"""A tiny real Stable Diffusion folder, written by diffusers' and transformers' own classes, and
+ways to damage its weights.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,33 @@ from tests.conftest import EMOJI
 
 CROSS, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 UNET: dict[str, Any] = {
-    "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4,
-    "down_block_types": (CROSS, "DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D", UP), "mid_block_type": None,
-    "cross_attention_dim": 16, "attention_head_dim": 2,
-}  # fmt: skip
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (8, 16, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": (CROSS, "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", UP),
+    "mid_block_type": None,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+}
 VAE: dict[str, Any] = {
-    "block_out_channels": (4, 4, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4, "sample_size": 64,
-}  # fmt: skip
-TEXT: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    "block_out_channels": (4, 4, 8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "latent_channels": 4,
+    "sample_size": 64,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+}
 WEIGHTS = {
     "text_encoder": "model.safetensors",
     "unet": "diffusion_pytorch_model.safetensors",
@@ -29,7 +49,9 @@ WEIGHTS = {
 }
 
 
-def write(out: Path, *, unet: dict[str, Any] | None = None, dtype: str = "float32", seed: int = 0) -> Path:
+def write(
+    out: Path, *, unet: dict[str, Any] | None = None, dtype: str = "float32", seed: int = 0
+) -> Path:
     """The folder at `out`; `unet`: config keys that differ."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -38,7 +60,11 @@ def write(out: Path, *, unet: dict[str, Any] | None = None, dtype: str = "float3
     torch.manual_seed(seed)
     own = json.loads((EMOJI / "text_encoder" / "config.json").read_text())
     text = CLIPTextConfig(**TEXT, **{k: own[k] for k in ("vocab_size", "max_position_embeddings")})
-    networks = {"text_encoder": CLIPTextModel(text), "unet": UNet2DConditionModel(**{**UNET, **(unet or {})}), "vae": AutoencoderKL(**VAE)}
+    networks = {
+        "text_encoder": CLIPTextModel(text),
+        "unet": UNet2DConditionModel(**{**UNET, **(unet or {})}),
+        "vae": AutoencoderKL(**VAE),
+    }
     for name, network in networks.items():
         network.to(getattr(torch, dtype)).save_pretrained(out / name)
     for name in ("tokenizer", "scheduler"):
@@ -52,7 +78,11 @@ def change(folder: Path, part: str, edit: Callable[[dict[str, Any]], dict[str, A
     from safetensors.torch import load_file, save_file
 
     file = folder / part / WEIGHTS[part]
-    save_file({k: v.contiguous() for k, v in edit(load_file(file)).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in edit(load_file(file)).items()},
+        file,
+        metadata={"format": "pt"},
+    )
 
 
 def configure(path: Path, **keys: Any) -> None:
@@ -62,7 +92,9 @@ def configure(path: Path, **keys: Any) -> None:
 
 
 def relist(folder: Path) -> None:
-    """Have the manifest vouch for the files as they are, as someone does who changes a model on purpose."""
+    """Have the manifest vouch for the files as they are, as someone does who changes a model on
+    purpose.
+    """
     path = folder / "sdlite.json"
     manifest = json.loads(path.read_text())
     for name in manifest["files"]:

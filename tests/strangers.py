@@ -1,4 +1,6 @@
-"""The embedded model as a stranger may send it: a file changed, and the manifest's hashes made to fit."""
+"""The embedded model as a stranger may send it: a file changed, and the manifest's hashes made to
+fit.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def rehashed(folder: Path) -> Path:
 
 
 def with_json(folder: Path, name: str, change: Callable[[Any], Any]) -> Path:
-    """A JSON file holds what `change` returns, or what it did to the content where it returns None."""
+    """A JSON file holds what `change` returns, or what it did to the content where it returns
+    None.
+    """
     data = json.loads((folder / name).read_text())
     changed = change(data)
     (folder / name).write_text(json.dumps(data if changed is None else changed))

@@ -1,4 +1,5 @@
-"""The teacher as a diffusers folder: its UNet from `benchmarks/emoji/teacher`, all other parts from the embedded student.
+"""The teacher as a diffusers folder: its UNet from `benchmarks/emoji/teacher`, all other parts from
+the embedded student.
 
 python benchmarks/emoji/assemble_teacher.py --out runs/teacher/model
 """
@@ -20,13 +21,17 @@ def assemble(out: Path) -> Path:
     index = json.loads((STUDENT / "model_index.json").read_text())
     (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
     for part in ("text_encoder", "tokenizer", "scheduler", "vae"):
-        shutil.copytree(STUDENT / part, out / part, ignore=shutil.ignore_patterns("*.onnx", "*.data"))
+        shutil.copytree(
+            STUDENT / part, out / part, ignore=shutil.ignore_patterns("*.onnx", "*.data")
+        )
     shutil.copytree(HERE / "teacher", out / "unet")
     return out
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("--out", type=Path, required=True, help="new folder")
     args = ap.parse_args()
     print(assemble(args.out))

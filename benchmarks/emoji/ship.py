@@ -1,4 +1,5 @@
-"""Turn a trained diffusers folder into the artefact that is shipped: weights rounded to float16, ONNX graphs, manifest.
+"""Turn a trained diffusers folder into the artefact that is shipped: weights rounded to float16,
+ONNX graphs, manifest.
 
 python benchmarks/emoji/ship.py --model runs/student/model --out sdlite/models/emoji
 """
@@ -17,31 +18,45 @@ from sdlite.exporters.onnx import convert
 from sdlite.quant import read_prompts
 from sdlite.quant.api import KEEP_FLOAT
 
-# Measured by identity@1, which falls with noise that PSNR hardly sees: the decoder's last two stages, the text encoder's worst layers, the
-# UNet's last stage.
-EXTRA = {"vae_decoder": (r"decoder\.up_blocks\.[23]\.",), "text_encoder": (r"layers\.[13]\.mlp\.fc2$",), "unet": (r"^up_blocks\.2\.",)}
+# Measured by identity@1, which falls with noise that PSNR hardly sees: the decoder's last two
+# stages, the text encoder's worst layers, the UNet's last stage.
+EXTRA = {
+    "vae_decoder": (r"decoder\.up_blocks\.[23]\.",),
+    "text_encoder": (r"layers\.[13]\.mlp\.fc2$",),
+    "unet": (r"^up_blocks\.2\.",),
+}
 PROMPTS = Path(__file__).parents[2] / "export" / "calibration" / "emoji.txt"
 
 
 def halve(folder: Path) -> None:
-    """In place: every floating-point tensor of the folder's safetensors to float16; buffers that networks rebuild are dropped."""
+    """In place: every floating-point tensor of the folder's safetensors to float16; buffers that
+    networks rebuild are dropped.
+    """
     for path in folder.rglob("*.safetensors"):
         tensors = {k: v.half() for k, v in load_file(path).items() if v.is_floating_point()}
         save_file(tensors, path, metadata={"format": "pt"})
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("--model", type=Path, required=True, help="diffusers folder of a training")
-    ap.add_argument("--vae", type=Path, help="vae folder to take instead of the model's (train_decoder.py)")
+    ap.add_argument(
+        "--vae", type=Path, help="vae folder to take instead of the model's (train_decoder.py)"
+    )
     ap.add_argument("--out", type=Path, required=True, help="artefact folder; replaced")
     ap.add_argument("--name", default="emoji")
     ap.add_argument("--steps", type=int, default=25)
     ap.add_argument("--guidance", type=float, default=3.0)
     ap.add_argument(
-        "--recipe", default="task + output + feature distillation (benchmarks/emoji/train_student.py)", help="what the manifest says"
+        "--recipe",
+        default="task + output + feature distillation (benchmarks/emoji/train_student.py)",
+        help="what the manifest says",
     )
-    ap.add_argument("--images", type=int, help="training images the student has seen, for the manifest")
+    ap.add_argument(
+        "--images", type=int, help="training images the student has seen, for the manifest"
+    )
     args = ap.parse_args()
 
     student = {
@@ -49,7 +64,10 @@ def main() -> None:
         "teacher": "emoji teacher, 31.1M UNet (benchmarks/emoji/train_teacher.py)",
         "recipe": args.recipe,
         "training_images": args.images,
-        "data": "Noto Emoji 64 px, CLDR names and tags; 5% of skin-tone pictures held out (benchmarks/emoji)",
+        "data": (
+            "Noto Emoji 64 px, CLDR names and tags; 5% of skin-tone pictures held out"
+            " (benchmarks/emoji)"
+        ),
         "licence": "Apache-2.0",
     }
     with tempfile.TemporaryDirectory() as tmp:
@@ -66,12 +84,18 @@ def main() -> None:
             student=student,
             calibration_prompts=read_prompts(PROMPTS),
             keep_float={p: (*KEEP_FLOAT[p], *more) for p, more in EXTRA.items()},
-            sampler={"name": "ddim", "num_inference_steps": args.steps, "guidance_scale": args.guidance},
+            sampler={
+                "name": "ddim",
+                "num_inference_steps": args.steps,
+                "guidance_scale": args.guidance,
+            },
         )
         shutil.rmtree(args.out, ignore_errors=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(art, args.out)
-    total = sum(f["bytes"] for f in json.loads((args.out / "sdlite.json").read_text())["files"].values())
+    total = sum(
+        f["bytes"] for f in json.loads((args.out / "sdlite.json").read_text())["files"].values()
+    )
     print(f"{args.out}: {total / 1e6:.2f} MB")
 
 

@@ -1,11 +1,14 @@
-"""Tune the autoencoder's decoder to the latents that a student really makes; encoder and latents stay as they are.
+"""Tune the autoencoder's decoder to the latents that a student really makes; encoder and latents
+stay as they are.
 
-A quarter of the inputs are the pictures' own latents; the others are what the student makes of a noised latent, with the caption's real
-picture as the target: the guided guess of one step at a random timestep, or, with `--steps N`, the rest of its N-step sampling from a
-random one of its steps. The decoder learns to draw sharply from latents that are
-slightly wrong, which is all it ever gets from a small UNet.
+A quarter of the inputs are the pictures' own latents; the others are what the student makes of a
+noised latent, with the caption's real picture as the target: the guided guess of one step at a
+random timestep, or, with `--steps N`, the rest of its N-step sampling from a random one of its
+steps. The decoder learns to draw sharply from latents that are slightly wrong, which is all it ever
+gets from a small UNet.
 
-python benchmarks/emoji/train_decoder.py --model runs/student/model --latents runs/teacher/latents.safetensors --out runs/decoder
+python benchmarks/emoji/train_decoder.py --model runs/student/model --latents
+runs/teacher/latents.safetensors --out runs/decoder
 """
 
 from __future__ import annotations
@@ -45,12 +48,30 @@ class Decoder(nn.Module):
 
 
 class DecoderTask:
-    def __init__(self, model: Path, source: EmojiLatents, guidance_scale: float, *, vae: Path | None = None, steps: int | None = None,
-                 clean: float = 0.25, feature_weight: float = 0.5):  # fmt: skip
-        self.source, self.guidance_scale, self.clean, self.feature_weight = source, guidance_scale, clean, feature_weight
-        self.points = None if steps is None else trailing_timesteps(steps, V_ZERO_SNR["num_train_timesteps"])
+    def __init__(
+        self,
+        model: Path,
+        source: EmojiLatents,
+        guidance_scale: float,
+        *,
+        vae: Path | None = None,
+        steps: int | None = None,
+        clean: float = 0.25,
+        feature_weight: float = 0.5,
+    ):
+        self.source, self.guidance_scale, self.clean, self.feature_weight = (
+            source,
+            guidance_scale,
+            clean,
+            feature_weight,
+        )
+        self.points = (
+            None if steps is None else trailing_timesteps(steps, V_ZERO_SNR["num_train_timesteps"])
+        )
         self.vae = AutoencoderKL.from_pretrained(vae or model / "vae").requires_grad_(False)
-        self.unet = UNet2DConditionModel.from_pretrained(model / "unet").eval().requires_grad_(False)
+        self.unet = (
+            UNet2DConditionModel.from_pretrained(model / "unet").eval().requires_grad_(False)
+        )
         self.encode = CachedEncoder(CLIPTextModel.from_pretrained(model / "text_encoder"))
         self.solver, self.features = Solver(Schedule.from_config(V_ZERO_SNR)), LiteFeatures()
         decoder = Decoder(self.vae).requires_grad_(True)
@@ -67,10 +88,16 @@ class DecoderTask:
 
     @torch.no_grad()
     def guess(self, batch: Batch) -> Tensor:
-        """The first `clean` share of the batch as it is, the rest as the student makes it: float32 (B, C, h, w)."""
+        """The first `clean` share of the batch as it is, the rest as the student makes it: float32
+        (B, C, h, w).
+        """
         z, n = batch["latents"], round(self.clean * len(batch["latents"]))
         rest = {k: batch[k][n:] for k in ("latents", "noise", "input_ids", "t")}
-        made = self.one_step(**rest) if self.points is None else self.sampled(**rest, start=batch["start"][n:])
+        made = (
+            self.one_step(**rest)
+            if self.points is None
+            else self.sampled(**rest, start=batch["start"][n:])
+        )
         return torch.cat([z[:n], made]).float()
 
     def output(self, x: Tensor, t: Tensor, input_ids: Tensor) -> Tensor:
@@ -85,7 +112,9 @@ class DecoderTask:
         x, _ = self.solver(latents, noise, t)
         return self.solver.x0_noise(self.output(x, t, input_ids), x, t)[0]
 
-    def sampled(self, latents: Tensor, noise: Tensor, input_ids: Tensor, t: Tensor, start: Tensor) -> Tensor:
+    def sampled(
+        self, latents: Tensor, noise: Tensor, input_ids: Tensor, t: Tensor, start: Tensor
+    ) -> Tensor:
         """DDIM from step `start` of each sample to the end."""
         assert self.points is not None
         x, _ = self.solver(latents, noise, self.points[start])
@@ -97,8 +126,15 @@ class DecoderTask:
 
     def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
         x, y = batch["x"], modules["decoder"](self.guess(batch)).float()
-        terms = {"l1": (x - y).abs().mean(), "mse": F.mse_loss(y, x), "feature": self.features.distance(x, y, px=128)}
-        return {"loss": terms["l1"] + terms["mse"] + self.feature_weight * terms["feature"], **terms}
+        terms = {
+            "l1": (x - y).abs().mean(),
+            "mse": F.mse_loss(y, x),
+            "feature": self.features.distance(x, y, px=128),
+        }
+        return {
+            "loss": terms["l1"] + terms["mse"] + self.feature_weight * terms["feature"],
+            **terms,
+        }
 
     def save(self, modules: dict[str, nn.Module], folder: Path) -> None:
         self._with(modules).save_pretrained(folder / "vae")
@@ -114,18 +150,33 @@ class DecoderTask:
         batch = self.batch(32, torch.Generator().manual_seed(0))
         y = torch.from_numpy(to_uint8(modules["decoder"](self.guess(batch)).numpy()))
         x = torch.from_numpy(to_uint8(batch["x"].numpy()))
-        rows = [t[i : i + 16].permute(1, 0, 2, 3).reshape(64, 16 * 64, 3) for i in (0, 16) for t in (x, y)]
+        rows = [
+            t[i : i + 16].permute(1, 0, 2, 3).reshape(64, 16 * 64, 3)
+            for i in (0, 16)
+            for t in (x, y)
+        ]
         Image.fromarray(torch.cat(rows).numpy()).save(path)
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("--model", type=Path, required=True, help="diffusers folder of the student; its vae is where training starts")
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    ap.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="diffusers folder of the student; its vae is where training starts",
+    )
     ap.add_argument("--latents", type=Path, required=True, help="latent cache of the teacher's run")
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--vae", type=Path, help="vae folder to go on from instead of the model's")
     ap.add_argument("--guidance", type=float, default=2.0)
-    ap.add_argument("--steps", type=int, help="tune to the latents of a sampler of so many steps; default: to one-step guesses")
+    ap.add_argument(
+        "--steps",
+        type=int,
+        help="tune to the latents of a sampler of so many steps; default: to one-step guesses",
+    )
     ap.add_argument("--mixed-precision", default="no", choices=["no", "bf16"])
     ap.add_argument("--images", type=int, default=20_000)
     ap.add_argument("--batch-size", type=int, default=16)
@@ -137,7 +188,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(HERE / "tokenizer")
-    source = EmojiLatents(AutoencoderKL.from_pretrained(args.model / "vae").eval(), tokenizer, data, args.latents)
+    source = EmojiLatents(
+        AutoencoderKL.from_pretrained(args.model / "vae").eval(), tokenizer, data, args.latents
+    )
     config = TrainConfig(
         max_images=args.images,
         batch_size=args.batch_size,

@@ -1,8 +1,11 @@
-"""Few-step stages of the emoji student: guidance, then progressive halvings, then an adversarial touch; each starts where the last ended.
+"""Few-step stages of the emoji student: guidance, then progressive halvings, then an adversarial
+touch; each starts where the last ended.
 
-python benchmarks/emoji/train_few_step.py guidance --student runs/student/model --teacher runs/teacher/model --guidance 2 --out runs/guided
-python benchmarks/emoji/train_few_step.py progressive --student runs/guided/model --steps 8 --out runs/p8     # its teacher is the student
-python benchmarks/emoji/train_few_step.py adversarial --student runs/p4/model --teacher runs/teacher/model --steps 4 --out runs/adv
+python benchmarks/emoji/train_few_step.py guidance --student runs/student/model --teacher
+runs/teacher/model --guidance 2 --out runs/guided python benchmarks/emoji/train_few_step.py
+progressive --student runs/guided/model --steps 8 --out runs/p8     # its teacher is the student
+python benchmarks/emoji/train_few_step.py adversarial --student runs/p4/model --teacher
+runs/teacher/model --steps 4 --out runs/adv
 """
 
 from __future__ import annotations
@@ -24,19 +27,35 @@ from sdlite.tokenizer import ClipTokenizer
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("kind", choices=("guidance", "progressive", "adversarial"))
     ap.add_argument("--student", type=Path, required=True, help="diffusers folder to start from")
-    ap.add_argument("--teacher", type=Path, help="diffusers folder whose UNet teaches; default: the student as it is at the start")
+    ap.add_argument(
+        "--teacher",
+        type=Path,
+        help="diffusers folder whose UNet teaches; default: the student as it is at the start",
+    )
     ap.add_argument("--latents", type=Path, required=True, help="latent cache of the teacher's run")
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--guidance", type=float, default=1.0, help="scale of the teacher's guidance")
-    ap.add_argument("--steps", type=int, default=4, help="sampling steps of the student (progressive, adversarial)")
+    ap.add_argument(
+        "--steps",
+        type=int,
+        default=4,
+        help="sampling steps of the student (progressive, adversarial)",
+    )
     ap.add_argument("--weight", type=float, default=0.05, help="of the adversarial term")
     ap.add_argument("--resume", action="store_true")
     ap.add_argument("--max-minutes", type=float)
     ap.add_argument("--images", type=int, default=100_000)
-    ap.add_argument("--timestep-power", type=float, default=1.0, help="guidance: below 1 favours noisy timesteps")
+    ap.add_argument(
+        "--timestep-power",
+        type=float,
+        default=1.0,
+        help="guidance: below 1 favours noisy timesteps",
+    )
     ap.add_argument("--lr", type=float, default=3e-4)
     ap.add_argument("--batch-size", type=int, default=64)
     ap.add_argument("--mixed-precision", default="no", choices=["no", "bf16"])
@@ -57,15 +76,27 @@ def main() -> None:
     if args.kind == "adversarial":
         options["weight"] = args.weight
     task = KINDS[args.kind](
-        student, teacher, text_encoder, EmojiLatents(vae, tokenizer, data, args.latents),
+        student,
+        teacher,
+        text_encoder,
+        EmojiLatents(vae, tokenizer, data, args.latents),
         parts={"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"},
-        preview={"prompts": PREVIEW, "num_inference_steps": steps, "guidance_scale": 1.0}, **options,
-    )  # fmt: skip
+        preview={"prompts": PREVIEW, "num_inference_steps": steps, "guidance_scale": 1.0},
+        **options,
+    )
     if args.kind == "guidance":
         task.timestep_power = args.timestep_power
     bf16 = args.mixed_precision == "bf16"
-    config = TrainConfig(max_images=args.images, batch_size=args.batch_size, lr=args.lr, warmup_images=2_000, decay_from=0.2,
-                         sample_every=0, mixed_precision=args.mixed_precision, plain_attention=bf16)  # fmt: skip
+    config = TrainConfig(
+        max_images=args.images,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        warmup_images=2_000,
+        decay_from=0.2,
+        sample_every=0,
+        mixed_precision=args.mixed_precision,
+        plain_attention=bf16,
+    )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 
 

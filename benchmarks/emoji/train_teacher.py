@@ -1,6 +1,8 @@
-"""Train the emoji teacher: UNet2DConditionModel (31M) and CLIP text encoder (2.4M), v-prediction, zero terminal SNR.
+"""Train the emoji teacher: UNet2DConditionModel (31M) and CLIP text encoder (2.4M), v-prediction,
+zero terminal SNR.
 
-python benchmarks/emoji/train_teacher.py --vae runs/vae/model --text-encoder runs/text/model/text_encoder --out runs/teacher [--resume]
+python benchmarks/emoji/train_teacher.py --vae runs/vae/model --text-encoder
+runs/text/model/text_encoder --out runs/teacher [--resume]
 """
 
 from __future__ import annotations
@@ -21,34 +23,70 @@ from sdlite.tokenizer import ClipTokenizer
 
 HERE = Path(__file__).parent
 PREVIEW = [
-    "red apple", "grinning face", "dog face", "pizza", "sunflower on a blue background", "rocket on a black background",
-    "woman astronaut, dark skin tone", "man cook, light skin tone", "house with garden", "red heart", "red apple on a blue background",
-    "tiger face", "thumbs up, medium skin tone", "birthday cake", "hamburger", "smiling face with sunglasses", "ghost", "octopus",
-    "snowman", "airplane on a yellow background", "cat with tears of joy", "woman firefighter, medium-dark skin tone", "green book",
+    "red apple",
+    "grinning face",
+    "dog face",
+    "pizza",
+    "sunflower on a blue background",
+    "rocket on a black background",
+    "woman astronaut, dark skin tone",
+    "man cook, light skin tone",
+    "house with garden",
+    "red heart",
+    "red apple on a blue background",
+    "tiger face",
+    "thumbs up, medium skin tone",
+    "birthday cake",
+    "hamburger",
+    "smiling face with sunglasses",
+    "ghost",
+    "octopus",
+    "snowman",
+    "airplane on a yellow background",
+    "cat with tears of joy",
+    "woman firefighter, medium-dark skin tone",
+    "green book",
     "three o'clock",
-]  # fmt: skip
+]
 
 
 def build_unet() -> UNet2DConditionModel:
     cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
     return UNet2DConditionModel(
-        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(96, 192, 256), layers_per_block=2, norm_num_groups=16,
-        down_block_types=(plain, cross, cross), up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=192, attention_head_dim=8,  # eight heads: diffusers' name for the number of heads
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(96, 192, 256),
+        layers_per_block=2,
+        norm_num_groups=16,
+        down_block_types=(plain, cross, cross),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=192,
+        attention_head_dim=8,  # eight heads: diffusers' name for the number of heads
+    )
 
 
 def build_text_encoder(tokenizer: ClipTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=tokenizer.vocab_size, hidden_size=192, intermediate_size=768, projection_dim=192, num_hidden_layers=4, num_attention_heads=4,
-            max_position_embeddings=tokenizer.max_length, bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad,
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=192,
+            intermediate_size=768,
+            projection_dim=192,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.max_length,
+            bos_token_id=tokenizer.bos,
+            eos_token_id=tokenizer.eos,
+            pad_token_id=tokenizer.pad,
         )
-    )  # fmt: skip
+    )
 
 
 def normalised_vae(folder: Path, out: Path, data: emoji.Emoji, cache: Path) -> AutoencoderKL:
-    """The trained autoencoder with its latents normalised per channel, and the latents; made once, next to the run."""
+    """The trained autoencoder with its latents normalised per channel, and the latents; made once,
+    next to the run.
+    """
     if not (out / "config.json").exists():
         vae = AutoencoderKL.from_pretrained(folder).eval()
         z = encode_all(vae, data)
@@ -60,21 +98,43 @@ def normalised_vae(folder: Path, out: Path, data: emoji.Emoji, cache: Path) -> A
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("--vae", type=Path, required=True, help="folder written by train_vae.py")
     ap.add_argument("--out", type=Path, required=True)
-    ap.add_argument("--text-encoder", type=Path, help="start from this text encoder (train_text_encoder.py) instead of random weights")
+    ap.add_argument(
+        "--text-encoder",
+        type=Path,
+        help="start from this text encoder (train_text_encoder.py) instead of random weights",
+    )
     ap.add_argument("--unet", type=Path, help="start from this UNet instead of random weights")
     ap.add_argument("--freeze-text-encoder", action="store_true", help="train the UNet alone")
     ap.add_argument("--resume", action="store_true")
     ap.add_argument("--max-minutes", type=float)
     ap.add_argument("--images", type=int, default=800_000)
-    ap.add_argument("--timestep-power", type=float, default=1.0, help="below 1 favours noisy timesteps")
+    ap.add_argument(
+        "--timestep-power", type=float, default=1.0, help="below 1 favours noisy timesteps"
+    )
     ap.add_argument("--lr", type=float, default=4e-4)
-    ap.add_argument("--decay-from", type=float, default=0.5, help="share of the run after which the learning rate falls")
-    ap.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
+    ap.add_argument(
+        "--decay-from",
+        type=float,
+        default=0.5,
+        help="share of the run after which the learning rate falls",
+    )
+    ap.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile: minutes at the start, then faster steps",
+    )
     ap.add_argument("--batch-size", type=int, default=32)
-    ap.add_argument("--mixed-precision", default="no", choices=["no", "bf16"], help="bf16 pays where the CPU has AMX or AVX512-BF16")
+    ap.add_argument(
+        "--mixed-precision",
+        default="no",
+        choices=["no", "bf16"],
+        help="bf16 pays where the CPU has AMX or AVX512-BF16",
+    )
     ap.add_argument("--threads", type=int, default=2)
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
@@ -86,7 +146,11 @@ def main() -> None:
     vae = normalised_vae(args.vae, args.out / "vae", data, cache)
     source = EmojiLatents(vae, tokenizer, data, cache)
     unet = UNet2DConditionModel.from_pretrained(args.unet) if args.unet else build_unet()
-    text_encoder = CLIPTextModel.from_pretrained(args.text_encoder) if args.text_encoder else build_text_encoder(tokenizer)
+    text_encoder = (
+        CLIPTextModel.from_pretrained(args.text_encoder)
+        if args.text_encoder
+        else build_text_encoder(tokenizer)
+    )
     parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"}
     task = TeacherTask(
         unet,

@@ -17,10 +17,17 @@ from sdlite.tokenizer import rules
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--size", type=int, default=3000)
-    ap.add_argument("--max-length", type=int, default=28, help="the text encoder's window, with start and end token")
+    ap.add_argument(
+        "--max-length",
+        type=int,
+        default=28,
+        help="the text encoder's window, with start and end token",
+    )
     args = ap.parse_args()
 
     data = emoji.load()
@@ -29,20 +36,41 @@ def main() -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = rules(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     trainer = trainers.BpeTrainer(
-        vocab_size=args.size - len(alphabet), min_frequency=2, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+        vocab_size=args.size - len(alphabet),
+        min_frequency=2,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     with tempfile.TemporaryDirectory() as tmp:
         _, path = tokenizer.model.save(tmp)
-        merges = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if not line.startswith("#version")]
+        merges = [
+            line
+            for line in Path(path).read_text(encoding="utf-8").splitlines()
+            if not line.startswith("#version")
+        ]
 
     # CLIP's order: bytes, bytes at a word's end, merges, start, end.
-    tokens = list(dict.fromkeys([*alphabet, *(a + "</w>" for a in alphabet), *(m.replace(" ", "") for m in merges)]))
+    tokens = list(
+        dict.fromkeys(
+            [*alphabet, *(a + "</w>" for a in alphabet), *(m.replace(" ", "") for m in merges)]
+        )
+    )
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False), encoding="utf-8")
-    (args.out / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (args.out / "vocab.json").write_text(
+        json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False), encoding="utf-8"
+    )
+    (args.out / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8"
+    )
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
     (args.out / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
     config = {
         **special,

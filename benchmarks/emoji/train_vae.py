@@ -1,4 +1,5 @@
-"""Train the emoji autoencoder: AutoencoderKL, f=8, 8 latent channels; L1 + MSE + EfficientNet-Lite0 features + KL.
+"""Train the emoji autoencoder: AutoencoderKL, f=8, 8 latent channels; L1 + MSE + EfficientNet-Lite0
+features + KL.
 
 python benchmarks/emoji/train_vae.py --out runs/vae [--resume] [--max-minutes 60]
 """
@@ -33,15 +34,29 @@ class Wrapped(nn.Module):
 
 
 class AutoencoderTask:
-    def __init__(self, data: emoji.Emoji, init: Path | None = None, feature_weight: float = 0.3, kl_weight: float = 1e-4):
+    def __init__(
+        self,
+        data: emoji.Emoji,
+        init: Path | None = None,
+        feature_weight: float = 0.3,
+        kl_weight: float = 1e-4,
+    ):
         self.data, self.weights = data, data.weights()
         self.feature_weight, self.kl_weight = feature_weight, kl_weight
         self.features = LiteFeatures()
         vae = AutoencoderKL(
-            in_channels=3, out_channels=3, latent_channels=8, sample_size=64, norm_num_groups=8, layers_per_block=1,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(16, 32, 64, 128), mid_block_add_attention=False, scaling_factor=1.0,
-        )  # fmt: skip
+            in_channels=3,
+            out_channels=3,
+            latent_channels=8,
+            sample_size=64,
+            norm_num_groups=8,
+            layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(16, 32, 64, 128),
+            mid_block_add_attention=False,
+            scaling_factor=1.0,
+        )
         if init is not None:
             vae = AutoencoderKL.from_pretrained(init)
         self.modules: dict[str, nn.Module] = {"vae": Wrapped(vae)}
@@ -77,15 +92,21 @@ class AutoencoderTask:
         y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
         tiles = ((torch.cat([x, y], 2) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
         rows = [torch.cat(list(tiles[r : r + 12]), 1) for r in (0, 12)]
-        Image.fromarray(torch.cat(rows, 0).numpy()).resize((12 * 128, 512), Image.Resampling.NEAREST).save(path)
+        Image.fromarray(torch.cat(rows, 0).numpy()).resize(
+            (12 * 128, 512), Image.Resampling.NEAREST
+        ).save(path)
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--resume", action="store_true")
     ap.add_argument("--max-minutes", type=float)
-    ap.add_argument("--init", type=Path, help="go on from this AutoencoderKL folder with a new schedule")
+    ap.add_argument(
+        "--init", type=Path, help="go on from this AutoencoderKL folder with a new schedule"
+    )
     ap.add_argument("--batch-size", type=int, default=32)
     ap.add_argument("--lr", type=float, default=1e-3)
     ap.add_argument("--images", type=int, default=56_000)
@@ -94,10 +115,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = TrainConfig(
-        max_images=args.images, batch_size=args.batch_size, lr=args.lr, warmup_images=200 * args.batch_size, decay_from=0.3, ema_decay=0.998,
+        max_images=args.images,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        warmup_images=200 * args.batch_size,
+        decay_from=0.3,
+        ema_decay=0.998,
         sample_every=500 * 32 // args.batch_size,
-    )  # fmt: skip
-    fit(AutoencoderTask(emoji.load(), args.init), config, args.out, resume=args.resume, max_minutes=args.max_minutes)
+    )
+    fit(
+        AutoencoderTask(emoji.load(), args.init),
+        config,
+        args.out,
+        resume=args.resume,
+        max_minutes=args.max_minutes,
+    )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def seconds(attempt: str, usual: float) -> float:
     return max(usual, _SLOW.get(attempt, 0.0))
 
 
-# --- in the child --------------------------------------------------------------------------------
+# --- in the child
 
 
 def run(attempt: str, folder: Path, outside: Path | None = None) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _read_graphs(folder: Path) -> dict[str, Any]:
     return {}
 
 
-# --- in the parent -------------------------------------------------------------------------------
+# --- in the parent
 
 
 def judge(case: Case, attempt: str, ended: Ended, right: dict[str, str]) -> tuple[str, str]:

@@ -46,23 +46,39 @@ def fixed() -> list[Case]:
         *truncated(),
         *flipped(),
         *swapped(),
-        *(c for n, go in headers.HEADERS.items()
-          for c in _pair(f"st-{n}", "safetensors header", go, torch=True)),
+        *(
+            c
+            for n, go in headers.HEADERS.items()
+            for c in _pair(f"st-{n}", "safetensors header", go, torch=True)
+        ),
         *external(),
-        *(Case(f"graph-{n}+rehash", "onnx graph", go, rehash=True, onnx=True)
-          for n, go in graphs.NETWORKS.items()),
-        *(Case(f"manifest-{n}", "manifest", go, expect=_other(n, values.OTHER_MODEL))
-          for n, go in values.MANIFESTS.items()),
-        *(Case(f"index-{n}+rehash", "model_index", go, rehash=True, torch=n in values.INDEX_TORCH)
-          for n, go in values.INDEXES.items()),
-        *(Case(f"{short}-{n}+rehash", kind, go, rehash=True, expect=_other(n, other))
-          for short, (kind, table, other) in values.TABLES.items() for n, go in table.items()),
+        *(
+            Case(f"graph-{n}+rehash", "onnx graph", go, rehash=True, onnx=True)
+            for n, go in graphs.NETWORKS.items()
+        ),
+        *(
+            Case(f"manifest-{n}", "manifest", go, expect=_other(n, values.OTHER_MODEL))
+            for n, go in values.MANIFESTS.items()
+        ),
+        *(
+            Case(f"index-{n}+rehash", "model_index", go, rehash=True, torch=n in values.INDEX_TORCH)
+            for n, go in values.INDEXES.items()
+        ),
+        *(
+            Case(f"{short}-{n}+rehash", kind, go, rehash=True, expect=_other(n, other))
+            for short, (kind, table, other) in values.TABLES.items()
+            for n, go in table.items()
+        ),
         *file_system(),
-        *(Case(n, "extra files", go, torch=True, listed=n == "torch-index-only")
-          for n, go in disk.EXTRA.items()),
-        *(Case(n, "extra files", go, rehash=True, expect=OTHER, torch=True)
-          for n, go in disk.VOUCHED.items()),
-    ]  # fmt: skip
+        *(
+            Case(n, "extra files", go, torch=True, listed=n == "torch-index-only")
+            for n, go in disk.EXTRA.items()
+        ),
+        *(
+            Case(n, "extra files", go, rehash=True, expect=OTHER, torch=True)
+            for n, go in disk.VOUCHED.items()
+        ),
+    ]
 
 
 def _other(name: str, names: set[str]) -> str:
@@ -101,8 +117,12 @@ def flipped() -> list[Case]:
 def swapped() -> list[Case]:
     """Files of the same size: noise, zeros, and 0xff, which is NaN in float16."""
     out = []
-    for file in (headers.WEIGHTS, "vae_decoder/model.onnx.data", "text_encoder/model.safetensors",
-                 "unet/model.onnx"):  # fmt: skip
+    for file in (
+        headers.WEIGHTS,
+        "vae_decoder/model.onnx.data",
+        "text_encoder/model.safetensors",
+        "unet/model.onnx",
+    ):
         size = (MODEL / file).stat().st_size
         noise = np.random.default_rng(0).bytes(size)
         for name, data in (("random", noise), ("zero", b"\0" * size), ("nan", b"\xff" * size)):
@@ -124,10 +144,17 @@ def external() -> list[Case]:
 def file_system() -> list[Case]:
     kind = "file system"
     out = [
-        Case(f"fs-{what}-{slug(file)}", kind, disk.replaced(file, what), root=what == "mknod",
-             stranger=what == "perm", listed=file != MANIFEST or what == "missing")
-        for file in disk.USED for what in disk.INSTEAD
-    ]  # fmt: skip
+        Case(
+            f"fs-{what}-{slug(file)}",
+            kind,
+            disk.replaced(file, what),
+            root=what == "mknod",
+            stranger=what == "perm",
+            listed=file != MANIFEST or what == "missing",
+        )
+        for file in disk.USED
+        for what in disk.INSTEAD
+    ]
     out += [Case(n, kind, go, stranger="perm" in n, listed=True) for n, go in disk.FOLDERS.items()]
     torch = ("fs-extra-pickle", "fs-extra-code")
     return out + [Case(n, kind, go, expect=SAME, torch=n in torch) for n, go in disk.WHOLE.items()]

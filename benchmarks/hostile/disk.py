@@ -87,8 +87,13 @@ WHOLE: dict[str, Change] = {
 
 def _lora(folder: Path) -> None:
     base = str((folder / PLACE).resolve() / "te")
-    about = {"peft_type": "LORA", "base_model_name_or_path": base, "r": 4,
-             "target_modules": ["q_proj"], "task_type": "FEATURE_EXTRACTION"}  # fmt: skip
+    about = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "task_type": "FEATURE_EXTRACTION",
+    }
     put(folder, "text_encoder/adapter_config.json", json.dumps(about))
     put(folder, "text_encoder/adapter_model.bin", b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94.")
 
@@ -128,9 +133,11 @@ VOUCHED: dict[str, Change] = {  # configs that ask torch's libraries for more
         ),
     ),
     "torch-unet-class": keys(
-        UNET, _class_name="EvilModel", _diffusers_version="9.9",
+        UNET,
+        _class_name="EvilModel",
+        _diffusers_version="9.9",
         quantization_config={"quant_method": "evil"},
     ),
     "torch-te-layers-1e6": keys(TEXT, num_hidden_layers=2_000_000),
     "torch-te-vocab-1e9": keys(TEXT, vocab_size=10**8),
-}  # fmt: skip
+}

@@ -41,8 +41,11 @@ def cases(seed: int) -> list[Case]:
     """See the module; one seed makes the same cases on every machine."""
     rng = Rng(seed)
     out: list[Case] = []
-    for kind, draw, count in (("truncated", _cut, 78), ("flipped byte", _flips, 55),
-                              ("swapped block", _block, 12)):  # fmt: skip
+    for kind, draw, count in (
+        ("truncated", _cut, 78),
+        ("flipped byte", _flips, 55),
+        ("swapped block", _block, 12),
+    ):
         for i in range(count):
             out += _pair(rng, kind, draw, i)
     for i in range(20):
@@ -51,8 +54,12 @@ def cases(seed: int) -> list[Case]:
         out += _pair(rng, "onnx external data", _external, i, onnx=True)
     out += [_vouched(rng, "onnx graph", _graph, i, onnx=True) for i in range(40)]
     out += [_manifest(rng, i) for i in range(121)]
-    for kind, count in (("model_index", 13), ("scheduler", 46), ("tokenizer", 47),
-                        ("network config", 30)):  # fmt: skip
+    for kind, count in (
+        ("model_index", 13),
+        ("scheduler", 46),
+        ("tokenizer", 47),
+        ("network config", 30),
+    ):
         out += [
             _vouched(rng, kind, lambda r, k=kind: _json(r, JSONS[k]), i, torch=i % 8 == 0)
             for i in range(count)
@@ -66,10 +73,16 @@ def _pair(rng: Rng, kind: str, draw: Draw, i: int, **more: bool) -> list[Case]:
     what, change = draw(rng)
     name = f"{slug(kind)}-{i}-{what}"
     return [
-        Case(name, kind, change, listed=not what.startswith(slug(MANIFEST)),
-             expect=OTHER if what.startswith(slug(MANIFEST)) else UNHARMED, **more),
+        Case(
+            name,
+            kind,
+            change,
+            listed=not what.startswith(slug(MANIFEST)),
+            expect=OTHER if what.startswith(slug(MANIFEST)) else UNHARMED,
+            **more,
+        ),
         Case(f"{name}+rehash", kind, change, rehash=True, expect=OTHER, **more),
-    ]  # fmt: skip
+    ]
 
 
 def _vouched(rng: Rng, kind: str, draw: Draw, i: int, **more: bool) -> Case:
@@ -137,8 +150,15 @@ def _external(rng: Rng) -> tuple[str, Change]:
     share = rng.choice((0.02, 0.3, 1.0))
     size = len(_bytes("vae/diffusion_pytorch_model.safetensors"))
     far = (0, 1, 2, 8, 511, -1, -(2**40), size - 1, 10**13, 2**63 - 1, 2**64 + 8, "x", "", None)
-    where = (*mutate.TEXTS, str(graphs.OUTSIDE / "secret.bin"), "config.json", "../sdlite.json",
-             "/proc/self/mem", "/dev/zero", "model.onnx.data/x")  # fmt: skip
+    where = (
+        *mutate.TEXTS,
+        str(graphs.OUTSIDE / "secret.bin"),
+        "config.json",
+        "../sdlite.json",
+        "/proc/self/mem",
+        "/dev/zero",
+        "model.onnx.data/x",
+    )
     where = tuple(w for w in where if "\ud800" not in w)
     key = rng.choice(("location", "offset", "length"))
     given = rng.choice(where) if key == "location" else rng.choice(far)
@@ -196,10 +216,13 @@ def _two(rng: Rng) -> tuple[str, Change]:
 def _disk(rng: Rng, i: int) -> Case:
     file, what = rng.choice(FILES), rng.choice(list(disk.INSTEAD))
     return Case(
-        f"fs-{i}-{what}-{slug(file)}", "file system", disk.replaced(file, what),
-        listed=file != MANIFEST or what == "missing", root=what in disk.ROOT_ONLY,
+        f"fs-{i}-{what}-{slug(file)}",
+        "file system",
+        disk.replaced(file, what),
+        listed=file != MANIFEST or what == "missing",
+        root=what in disk.ROOT_ONLY,
         stranger=what == "perm",
-    )  # fmt: skip
+    )
 
 
 def _extra(rng: Rng, i: int) -> Case:

@@ -152,7 +152,12 @@ def fuzz(name: str, count: int, seed: int = 0) -> dict[str, Any]:
             slowest = max(slowest, seconds)
             if verdict not in ("right", "refused") and len(faults) < 50:
                 faults[str(i)] = f"{verdict}: {said}"[:300]
-    return {"reader": name, "seed": seed, "tried": found.total(),
-            **{v: found[v] for v in VERDICTS}, "faults": faults,
-            "seconds": round(time.monotonic() - begin, 1),
-            "slowest": round(slowest, 2)}  # fmt: skip
+    return {
+        "reader": name,
+        "seed": seed,
+        "tried": found.total(),
+        **{v: found[v] for v in VERDICTS},
+        "faults": faults,
+        "seconds": round(time.monotonic() - begin, 1),
+        "slowest": round(slowest, 2),
+    }

@@ -31,7 +31,7 @@ def graph(edit: Edit, part: str = "unet") -> Change:
     return edited(lambda _, model: edit(model), part)
 
 
-# --- external data -------------------------------------------------------------------------------
+# --- external data
 
 
 def external(model: onnx.ModelProto) -> list[TensorProto]:
@@ -119,7 +119,7 @@ EXTERNAL: dict[str, Change] = {
 EXTERNAL_OTHER = {"no-length", "self", "hardlink", "sibling-part", "short-length", "unlisted-file"}
 
 
-# --- networks ------------------------------------------------------------------------------------
+# --- networks
 
 
 def _cycle(model: onnx.ModelProto) -> None:

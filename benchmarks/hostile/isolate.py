@@ -62,8 +62,14 @@ def computed(pid: int) -> float:
 class Job:
     """A function that runs in a fork of this process. It returns what JSON holds."""
 
-    def __init__(self, run: Callable[[], dict[str, Any]], *, stranger: bool = False,
-                 seconds: float = SECONDS, memory: int = MEMORY):  # fmt: skip
+    def __init__(
+        self,
+        run: Callable[[], dict[str, Any]],
+        *,
+        stranger: bool = False,
+        seconds: float = SECONDS,
+        memory: int = MEMORY,
+    ):
         """`stranger`: run as another user, where this one is root."""
         self.seconds, self.memory, self.peak = seconds, memory, 0
         self.base, self.begin = resident(), time.monotonic()

@@ -58,7 +58,7 @@ class Reader:
     needs: tuple[str, ...] = ()
 
 
-# --- model folders -------------------------------------------------------------------------------
+# --- model folders
 
 
 def _slim(*files: str) -> Callable[[Path], list[bytes]]:
@@ -144,8 +144,9 @@ def _tokenizer(file: str) -> Target:
 
     def target(folder: Path, raw: bytes) -> None:
         put(folder, f"tokenizer/{file}", raw)
-        tokenizer = ClipTokenizer.from_pretrained(folder / "tokenizer", {"vocab_size": 4000,
-                                                  "max_position_embeddings": 77})  # fmt: skip
+        tokenizer = ClipTokenizer.from_pretrained(
+            folder / "tokenizer", {"vocab_size": 4000, "max_position_embeddings": 77}
+        )
         ids = tokenizer(["a red apple", "\U0001f9c0 K\xe4se, <cat-toy>"])
         if ids.shape[1] > 77 or ids.min() < 0 or ids.max() >= 4000:
             raise IndexError(f"ids to {ids.max()} of shape {ids.shape}")
@@ -154,10 +155,12 @@ def _tokenizer(file: str) -> Target:
     return target
 
 
-# --- weights and graphs --------------------------------------------------------------------------
+# --- weights and graphs
 
-SHARDS = ("diffusion_pytorch_model-00001-of-00002.safetensors",
-          "diffusion_pytorch_model-00002-of-00002.safetensors")  # fmt: skip
+SHARDS = (
+    "diffusion_pytorch_model-00001-of-00002.safetensors",
+    "diffusion_pytorch_model-00002-of-00002.safetensors",
+)
 
 
 def _safetensors(folder: Path, raw: bytes) -> None:
@@ -241,7 +244,7 @@ def _sealed(folder: Path) -> list[bytes]:
     return [(folder / compiled.SEAL).read_bytes()]
 
 
-# --- what users write ----------------------------------------------------------------------------
+# --- what users write
 
 
 def _profile(folder: Path, raw: bytes) -> None:
@@ -265,7 +268,7 @@ def _prompts(folder: Path, raw: bytes) -> None:
     read_prompts(folder / "prompts.txt")
 
 
-# --- training data -------------------------------------------------------------------------------
+# --- training data
 
 
 def _data_folder(folder: Path) -> None:
@@ -353,8 +356,15 @@ def _latents(folder: Path, data: Path) -> None:
     kept = folder / "latents"
     for path in folder.glob("latents*"):
         path.unlink()
-    cache.CachedLatents.build(read(data), _Tokens(), lambda some, *_: torch.zeros(len(some), 4, 2, 2),
-                              kept, key={}, size=(16, 16), progress=False)  # fmt: skip
+    cache.CachedLatents.build(
+        read(data),
+        _Tokens(),
+        lambda some, *_: torch.zeros(len(some), 4, 2, 2),
+        kept,
+        key={},
+        size=(16, 16),
+        progress=False,
+    )
 
 
 def quiet() -> None:
@@ -379,35 +389,64 @@ READERS = {
         Reader("text_encoder/config.json", _slim(TEXT), _vouched(TEXT), JSON),
         Reader("vocab.json", _slim(VOCAB), _tokenizer("vocab.json"), JSON),
         Reader("merges.txt", _slim(MERGES), _tokenizer("merges.txt"), TEXTS),
-        Reader("tokenizer_config.json", _slim(TOKENIZER), _tokenizer("tokenizer_config.json"),
-               JSON),
-        Reader("special_tokens_map.json", _special, _tokenizer("special_tokens_map.json"),
-               JSON),
+        Reader(
+            "tokenizer_config.json", _slim(TOKENIZER), _tokenizer("tokenizer_config.json"), JSON
+        ),
+        Reader("special_tokens_map.json", _special, _tokenizer("special_tokens_map.json"), JSON),
         Reader("added_tokens.json", _slow_tokenizer, _tokenizer(tokenizer_files.ADDED), JSON),
         Reader("tokenizer.json", _fast_tokenizer, _tokenizer(tokenizer_files.FAST), JSON),
-        Reader("safetensors", lambda _: [samples.weights()], _safetensors,
-               (mutate.as_safetensors, mutate.as_bytes)),
+        Reader(
+            "safetensors",
+            lambda _: [samples.weights()],
+            _safetensors,
+            (mutate.as_safetensors, mutate.as_bytes),
+        ),
         Reader("safetensors index", _sharded, _index, JSON),
-        Reader("graph, onnxruntime", _graph_folder, _engine("onnxruntime"), PROTOBUF,
-               ("onnxruntime",)),
+        Reader(
+            "graph, onnxruntime", _graph_folder, _engine("onnxruntime"), PROTOBUF, ("onnxruntime",)
+        ),
         Reader("graph, openvino", _graph_folder, _engine("openvino"), PROTOBUF, ("openvino",)),
         Reader("graph, quantize", _graph_folder, _quantize, PROTOBUF, ("onnx",)),
         Reader("compiled network's seal", _sealed, _seal, JSON, ("openvino",)),
         Reader("profile.toml", lambda _: [samples.PROFILE], _profile, TOML),
         Reader("recipe.toml", lambda _: [samples.RECIPE], _recipe, TOML, TORCH),
         Reader("checkpoint's meta.json", *_checkpoint("meta.json"), JSON, TORCH),
-        Reader("checkpoint's tensors", *_checkpoint("state.safetensors"),
-               (mutate.as_safetensors, mutate.as_bytes), TORCH),
+        Reader(
+            "checkpoint's tensors",
+            *_checkpoint("state.safetensors"),
+            (mutate.as_safetensors, mutate.as_bytes),
+            TORCH,
+        ),
         Reader("prompts.txt", lambda _: [samples.PROMPTS], _prompts, TEXTS),
         Reader("training images", _data(samples.images), _photo, BYTES, TORCH),
         Reader("training captions", _data(lambda: [samples.PROMPTS]), _captioned, TEXTS, TORCH),
-        Reader("training metadata.jsonl", _data(lambda: [samples.METADATA]),
-               _training("data/metadata.jsonl"), TEXTS, TORCH),
-        Reader("training metadata.csv", _data(lambda: [samples.CSV]),
-               _training("data/metadata.csv"), TEXTS, TORCH),
-        Reader("training shards", _data(lambda: [samples.shard(), samples.shard("w:gz")]),
-               _training("shard.tar", "shard.tar"), BYTES, TORCH),
-        Reader("training prompts", _data(lambda: [samples.PROMPTS]),
-               _training("prompts.txt", "prompts.txt"), TEXTS, TORCH),
+        Reader(
+            "training metadata.jsonl",
+            _data(lambda: [samples.METADATA]),
+            _training("data/metadata.jsonl"),
+            TEXTS,
+            TORCH,
+        ),
+        Reader(
+            "training metadata.csv",
+            _data(lambda: [samples.CSV]),
+            _training("data/metadata.csv"),
+            TEXTS,
+            TORCH,
+        ),
+        Reader(
+            "training shards",
+            _data(lambda: [samples.shard(), samples.shard("w:gz")]),
+            _training("shard.tar", "shard.tar"),
+            BYTES,
+            TORCH,
+        ),
+        Reader(
+            "training prompts",
+            _data(lambda: [samples.PROMPTS]),
+            _training("prompts.txt", "prompts.txt"),
+            TEXTS,
+            TORCH,
+        ),
     )
-}  # fmt: skip
+}

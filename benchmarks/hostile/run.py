@@ -17,8 +17,14 @@ from benchmarks.hostile.isolate import SECONDS, Ended, Job
 
 WAIT = 0.02  # seconds between two looks at the jobs
 References = dict[str, str]
-MADE_BY = (("onnxruntime", "fp16"), ("onnxruntime", "fp32"), ("openvino", "fp16"),
-           ("openvino", "fp32"), ("torch", "fp16"), ("torch", "fp32"))  # fmt: skip
+MADE_BY = (
+    ("onnxruntime", "fp16"),
+    ("onnxruntime", "fp32"),
+    ("openvino", "fp16"),
+    ("openvino", "fp32"),
+    ("torch", "fp16"),
+    ("torch", "fp32"),
+)
 
 
 def references() -> References:
@@ -88,9 +94,14 @@ def try_all(cases: list[Case], at_once: int = 2) -> Iterator[dict[str, Any]]:
         for case, attempt, ended in Rounds(cases, Place(root), at_once):
             verdict, said = attempts.judge(case, attempt, ended, right)
             yield {
-                "case": case.name, "kind": case.kind, "attempt": attempt, "verdict": verdict,
-                "said": said, "seconds": ended.seconds, "peak_mib": ended.peak_mib,
-            }  # fmt: skip
+                "case": case.name,
+                "kind": case.kind,
+                "attempt": attempt,
+                "verdict": verdict,
+                "said": said,
+                "seconds": ended.seconds,
+                "peak_mib": ended.peak_mib,
+            }
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
@@ -103,10 +114,21 @@ def counted(tried: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     out = []
     for (kind, attempt), ones in groups.items():
         found = Counter(o["verdict"] for o in ones)
-        faults = {o["case"]: f"{o['verdict']}: {o['said']}"[:300] for o in ones
-                  if o["verdict"] in attempts.FAULTS}  # fmt: skip
-        out.append({"corpus": seed, "kind": kind, "attempt": attempt, "tried": len(ones),
-                    **{v: found[v] for v in attempts.VERDICTS}, "faults": faults})  # fmt: skip
+        faults = {
+            o["case"]: f"{o['verdict']}: {o['said']}"[:300]
+            for o in ones
+            if o["verdict"] in attempts.FAULTS
+        }
+        out.append(
+            {
+                "corpus": seed,
+                "kind": kind,
+                "attempt": attempt,
+                "tried": len(ones),
+                **{v: found[v] for v in attempts.VERDICTS},
+                "faults": faults,
+            }
+        )
     return out
 
 

@@ -77,10 +77,18 @@ def tokenizer_json() -> bytes:
     vocab = json.loads(vocabulary())
     pairs = [line.split(" ") for line in merges().decode().splitlines()[1:]]
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-    split = {"type": "Split", "pattern": {"Regex": tokenizer_files.WORDS}, "behavior": "Removed",
-             "invert": True}  # fmt: skip
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-               "use_regex": True}  # fmt: skip
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": tokenizer_files.WORDS},
+        "behavior": "Removed",
+        "invert": True,
+    }
+    letters = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     data = {
         "version": "1.0",
         "added_tokens": [
@@ -106,13 +114,35 @@ def export_report(folder: Path) -> bytes:
         part: {**row, "inputs": [shape], "output": shape}
         for part, row in manifest["variants"]["fp16"].items()
     }
-    profile = {"name": "onnx-fixed", "target": "onnx", "precision": "fp16", "batch": 1, "height": 0,
-               "width": 0, "dynamic": False, "memory_mib": 0, "gate": {"psnr": 40}, "options": {},
-               "about": ""}  # fmt: skip
-    report = {"sdlite": "0.1.0", "model": "emoji", "profile": profile, "tools": {"onnx": "1.23.2"},
-              "source": "fp16", "opset": 18, "networks": networks, "size": [64, 64],
-              "size_multiple": 32, "files": manifest["files"], "companions": {}, "not_run": {},
-              "checked_by": "onnxruntime", "parity": {"psnr": [50.0], "networks": {}}}  # fmt: skip
+    profile = {
+        "name": "onnx-fixed",
+        "target": "onnx",
+        "precision": "fp16",
+        "batch": 1,
+        "height": 0,
+        "width": 0,
+        "dynamic": False,
+        "memory_mib": 0,
+        "gate": {"psnr": 40},
+        "options": {},
+        "about": "",
+    }
+    report = {
+        "sdlite": "0.1.0",
+        "model": "emoji",
+        "profile": profile,
+        "tools": {"onnx": "1.23.2"},
+        "source": "fp16",
+        "opset": 18,
+        "networks": networks,
+        "size": [64, 64],
+        "size_multiple": 32,
+        "files": manifest["files"],
+        "companions": {},
+        "not_run": {},
+        "checked_by": "onnxruntime",
+        "parity": {"psnr": [50.0], "networks": {}},
+    }
     return json.dumps(report).encode()
 
 
@@ -147,10 +177,17 @@ def network(folder: Path) -> bytes:
     rng, data, tensors = np.random.default_rng(0), b"", []
     for name, shape in shapes.items():
         array = (rng.standard_normal(shape) * 0.1).astype(np.float16)
-        tensor = TensorProto(name=f"{name}.f16", dims=shape, data_type=TensorProto.FLOAT16,
-                             data_location=TensorProto.EXTERNAL)  # fmt: skip
-        for key, value in (("location", "model.onnx.data"), ("offset", len(data)),
-                           ("length", array.nbytes)):  # fmt: skip
+        tensor = TensorProto(
+            name=f"{name}.f16",
+            dims=shape,
+            data_type=TensorProto.FLOAT16,
+            data_location=TensorProto.EXTERNAL,
+        )
+        for key, value in (
+            ("location", "model.onnx.data"),
+            ("offset", len(data)),
+            ("length", array.nbytes),
+        ):
             tensor.external_data.add(key=key, value=str(value))
         tensors.append(tensor)
         data += array.tobytes()
@@ -178,8 +215,9 @@ def network(folder: Path) -> bytes:
         value("timestep", TensorProto.FLOAT, []),
         value("encoder_hidden_states", TensorProto.FLOAT, ["batch", 28, 192]),
     ]
-    graph = helper.make_graph(nodes, "unet", inputs, [value("out_sample", TensorProto.FLOAT, free)],
-                              tensors)  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "unet", inputs, [value("out_sample", TensorProto.FLOAT, free)], tensors
+    )
     put(folder, "model.onnx.data", data)
     opset = [helper.make_opsetid("", 18)]
     model = helper.make_model(graph, opset_imports=opset, ir_version=10)
@@ -269,8 +307,12 @@ def _turned() -> Image.Exif:
 def shard(kind: str = "w:") -> bytes:
     """WebDataset: a picture with a caption in JSON, and one in a text."""
     file = io.BytesIO()
-    parts = {"a.png": images()[0], "a.json": b'{"caption": "a red apple"}', "b.jpg": images()[1],
-             "b.txt": b"a house"}  # fmt: skip
+    parts = {
+        "a.png": images()[0],
+        "a.json": b'{"caption": "a red apple"}',
+        "b.jpg": images()[1],
+        "b.txt": b"a house",
+    }
     with tarfile.open(fileobj=file, mode=kind) as tar:  # type: ignore[call-overload]
         for name, data in parts.items():
             about = tarfile.TarInfo(name)

@@ -284,8 +284,13 @@ SCHEDULERS: dict[str, Change] = {
 }
 # what a file may say, and another model means by it
 SCHEDULER_OTHER = {
-    "T1", "class-unknown", "class-list", "class-null", "offset-leading", "offset-leading-neg",
-}  # fmt: skip
+    "T1",
+    "class-unknown",
+    "class-list",
+    "class-null",
+    "offset-leading",
+    "offset-leading-neg",
+}
 
 
 def _ids(made: Callable[[int], Any]) -> Change:
@@ -359,9 +364,7 @@ TOKENIZERS: dict[str, Change] = {
     "special-broken": both(keys(TOKENIZER, pad_token=None), text(SPECIAL, "{")),
 }
 # another window or another word: a model that says so is another model
-TOKENIZER_OTHER = {
-    "config-auto-map", "merges-empty", "len-2", "len-str", "missing-token", "len-78",
-}  # fmt: skip
+TOKENIZER_OTHER = {"config-auto-map", "merges-empty", "len-2", "len-str", "missing-token", "len-78"}
 
 CONFIGS: dict[str, Change] = {
     "unet-sample-0": keys(UNET, sample_size=0),

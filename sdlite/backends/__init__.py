@@ -1,6 +1,7 @@
 """Backends: (artefact, precision, device) -> three callables. They differ in arithmetic alone.
 
-A `Network` maps the named arrays of its `IOSpec` to one array. Sampling, guidance, tokens and pixels are shared and not here.
+A `Network` maps the named arrays of its `IOSpec` to one array. Sampling, guidance, tokens and
+pixels are shared and not here.
 """
 
 from __future__ import annotations
@@ -31,11 +32,16 @@ class Network(Protocol):
     def __call__(self, **inputs: np.ndarray) -> np.ndarray: ...
 
 
-ROW_BY_ROW = "the rows of a batch run one by one, so that an image of a batch is its seed's image alone, bit by bit"
+ROW_BY_ROW = (
+    "the rows of a batch run one by one, so that an image of a batch is its seed's image alone, bit"
+    " by bit"
+)
 
 
 class RowByRow:
-    """A network of batch 1 called once for each row: guidance as two calls. `seconds` is the time of one row."""
+    """A network of batch 1 called once for each row: guidance as two calls. `seconds` is the time
+    of one row.
+    """
 
     def __init__(self, network: Callable[..., np.ndarray]):
         self.network = network
@@ -52,14 +58,14 @@ class RowByRow:
 
 
 OVERFLOWS = (
-    "the VAE decoder overflows in float16 (NaN or infinity, well known of Stable Diffusion's): images for which it does "
-    "are decoded in float32; precision='fp32' decodes all of them so"
+    "the VAE decoder overflows in float16 (NaN or infinity, well known of Stable Diffusion's):"
+    " images for which it does are decoded in float32; precision='fp32' decodes all of them so"
 )
 
 
 class Overflowing:
-    """A decoder in float16, whose images that are no numbers are decoded again in float32. Which one an image gets depends on
-    nothing but the image.
+    """A decoder in float16, whose images that are no numbers are decoded again in float32. Which
+    one an image gets depends on nothing but the image.
 
     Args:
         whole: makes the decoder in float32, the first time that it is needed.
@@ -130,9 +136,13 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {self.precision} on {self.backend} ({self.engine}), {self.device}; {self.reason}"]
+        lines = [
+            f"{self.model}: {self.precision} on {self.backend} ({self.engine}), {self.device};"
+            f" {self.reason}"
+        ]
         lines += [
-            f"  {n.part:<13} {n.bytes / 1e6:8.2f} MB {n.storage:<8} -> {n.arithmetic:<8} loaded in {n.load_seconds:.2f} s  {n.file}"
+            f"  {n.part:<13} {n.bytes / 1e6:8.2f} MB {n.storage:<8} -> {n.arithmetic:<8} loaded in"
+            f" {n.load_seconds:.2f} s  {n.file}"
             for n in self.networks
         ]
         return "\n".join(lines + [f"  note: {n}" for n in self.notes])
@@ -179,7 +189,9 @@ _BACKENDS = {
 
 def get_backend(name: str) -> Any:
     if name not in _BACKENDS:
-        raise UnknownNameError(f"backend={name!r} is not known; choose one of auto, {', '.join(_BACKENDS)}.")
+        raise UnknownNameError(
+            f"backend={name!r} is not known; choose one of auto, {', '.join(_BACKENDS)}."
+        )
     module, _, extra = _BACKENDS[name]
     try:
         return importlib.import_module(module)
@@ -187,7 +199,9 @@ def get_backend(name: str) -> Any:
         if (e.name or "").startswith("sdlite"):
             raise
         gpu = " (or 'sdlite[cuda]' for NVIDIA GPUs; never both)" if name == "onnxruntime" else ""
-        raise MissingExtraError(f"backend {name!r} needs {e.name!r}: pip install 'sdlite[{extra}]'{gpu}.") from e
+        raise MissingExtraError(
+            f"backend {name!r} needs {e.name!r}: pip install 'sdlite[{extra}]'{gpu}."
+        ) from e
 
 
 def installed(name: str) -> bool:
@@ -196,38 +210,64 @@ def installed(name: str) -> bool:
 
 
 def installed_with(precision: str) -> list[str]:
-    """Installed backends that run ONNX graphs of this precision, in the order that "auto" prefers."""
-    return [n for n in _BACKENDS if n not in ("torch", "tensorrt") and installed(n) and precision in get_backend(n).PRECISIONS]
+    """Installed backends that run ONNX graphs of this precision, in the order that "auto"
+    prefers.
+    """
+    return [
+        n
+        for n in _BACKENDS
+        if n not in ("torch", "tensorrt")
+        and installed(n)
+        and precision in get_backend(n).PRECISIONS
+    ]
 
 
 def choose(artifact: Artifact, precision: str, arithmetic: str | None = None) -> tuple[str, str]:
-    """`backend="auto"`: (name, reason). The fastest installed engine that holds the precision (`sdlite.backends.auto`), else torch.
+    """`backend="auto"`: (name, reason). The fastest installed engine that holds the precision
+        (`sdlite.backends.auto`), else torch.
 
     Raises:
-        MissingExtraError: no engine that could run it is installed. PrecisionError: nothing here could run this precision.
+        MissingExtraError: no engine that could run it is installed. PrecisionError: nothing here
+            could run this precision.
         ArtifactError: an export that no backend opens.
     """
     if artifact.export:
         return _opener(artifact, artifact.export)
     if not artifact.has_onnx(precision):
         if _float_weights(artifact) and precision in _TORCH_HAS and installed("torch"):
-            why = f"{artifact.name} holds no {precision} ONNX graphs" if artifact.manifest else "a plain diffusers folder"
+            why = (
+                f"{artifact.name} holds no {precision} ONNX graphs"
+                if artifact.manifest
+                else "a plain diffusers folder"
+            )
             return "torch", f"auto: {why}, and torch runs its weights"
         raise lacking(artifact, precision)
     if arithmetic is not None:
         return "openvino", f"auto: arithmetic={arithmetic!r} is openvino's to choose"
-    able = [n for n in auto.ENGINES if installed(n) and not (n == "openvino" and precision not in _OPENVINO_HAS)]
+    able = [
+        n
+        for n in auto.ENGINES
+        if installed(n) and not (n == "openvino" and precision not in _OPENVINO_HAS)
+    ]
     if able and (found := auto.rule(artifact, precision)):
         if found.engine in able:
             return found.engine, f"auto: {found}"
-        return able[0], f"auto: installed; {found.engine} would be faster ({found}): pip install 'sdlite[{_BACKENDS[found.engine][2]}]'"
+        return (
+            able[0],
+            (
+                f"auto: installed; {found.engine} would be faster ({found}): pip install"
+                f" 'sdlite[{_BACKENDS[found.engine][2]}]'"
+            ),
+        )
     if able:
         other = "" if able[0] == "onnxruntime" else "; onnxruntime is not installed"
         return able[0], f"auto: the fastest installed engine for {precision} here{other}"
     if _float_weights(artifact) and precision in _TORCH_HAS and installed("torch"):
         return "torch", "auto: neither onnxruntime nor openvino is installed"
     also = " or 'sdlite[openvino]'" if precision in _OPENVINO_HAS else ""
-    raise MissingExtraError(f"no engine for {precision} is installed: pip install 'sdlite[cpu]'{also}.")
+    raise MissingExtraError(
+        f"no engine for {precision} is installed: pip install 'sdlite[cpu]'{also}."
+    )
 
 
 def _opener(artifact: Artifact, export: Export) -> tuple[str, str]:
@@ -236,7 +276,10 @@ def _opener(artifact: Artifact, export: Export) -> tuple[str, str]:
     name = next((n for n in export.backends if installed(n)), None)
     if name is None:
         first = export.backends[0]
-        raise MissingExtraError(f"{artifact.folder} was exported for {export.target}: pip install 'sdlite[{_BACKENDS[first][2]}]'.")
+        raise MissingExtraError(
+            f"{artifact.folder} was exported for {export.target}: pip install"
+            f" 'sdlite[{_BACKENDS[first][2]}]'."
+        )
     return name, f"auto: exported for {export.target}"
 
 
@@ -269,8 +312,8 @@ def entry(artifact: Artifact, part: str, precision: str) -> tuple[dict[str, Any]
     """The listing's row of a network, its files verified and looked into, and their bytes.
 
     Raises:
-        PrecisionError: the folder does not hold the precision. ArtifactError: a file is missing, cut off or changed, or
-            holds what an engine may not open.
+        PrecisionError: the folder does not hold the precision. ArtifactError: a file is missing,
+            cut off or changed, or holds what an engine may not open.
     """
     listing = artifact.listing
     if listing is None or not set(PARTS) <= set(listing.variants.get(precision, {})):
@@ -282,29 +325,52 @@ def entry(artifact: Artifact, part: str, precision: str) -> tuple[dict[str, Any]
     return row, sum(int(listing.files[f]["bytes"]) for f in files)
 
 
-def load(artifact: Artifact, precision: str, backend: str = "auto", device: str = "cpu", threads: int | None = None,
-         arithmetic: str | None = None) -> Networks:  # fmt: skip
-    """Load the three networks of an artefact. `arithmetic` is what float layers are computed in; None is the backend's choice.
+def load(
+    artifact: Artifact,
+    precision: str,
+    backend: str = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    arithmetic: str | None = None,
+) -> Networks:
+    """Load the three networks of an artefact. `arithmetic` is what float layers are computed in;
+    None is the backend's choice.
 
     Raises:
-        UnknownNameError: precision, backend or device is not one that exists. PrecisionError: it exists, but not here.
-        MissingExtraError: the engine is not installed. ArtifactError: a file is missing, cut off or changed.
+        UnknownNameError: precision, backend or device is not one that exists. PrecisionError: it
+            exists, but not here.
+        MissingExtraError: the engine is not installed. ArtifactError: a file is missing, cut off or
+            changed.
     """
     if precision not in (known := (*PRECISIONS, *ENGINES_ONLY)):
-        raise UnknownNameError(f"precision={precision!r} is not known; choose one of {', '.join(known)}.")
-    name, reason = choose(artifact, precision, arithmetic) if backend == "auto" else (backend, "as asked")
+        raise UnknownNameError(
+            f"precision={precision!r} is not known; choose one of {', '.join(known)}."
+        )
+    name, reason = (
+        choose(artifact, precision, arithmetic) if backend == "auto" else (backend, "as asked")
+    )
     module = get_backend(name)
     if artifact.export and name not in artifact.export.backends:
         raise artifact.export.refusal(artifact.folder, name)
     if name == "torch" and not _float_weights(artifact):
         raise lacking(artifact, precision)
     if backend == "auto" and name == "openvino" and precision == "fp16" and arithmetic is None:
-        arithmetic = "float32"  # what every other engine computes fp16 files in: "auto" does not choose other images
-        reason += "; arithmetic='bfloat16' is faster where the CPU has it, with slightly other images"
+        # what every other engine computes fp16 files in: "auto" does not choose other images
+        arithmetic = "float32"
+        reason += (
+            "; arithmetic='bfloat16' is faster where the CPU has it, with slightly other images"
+        )
     if device not in module.DEVICES:
-        raise UnknownNameError(f"device={device!r} is not known to backend {name!r}; choose one of {', '.join(module.DEVICES)}.")
+        raise UnknownNameError(
+            f"device={device!r} is not known to backend {name!r}; choose one of"
+            f" {', '.join(module.DEVICES)}."
+        )
     if precision not in module.PRECISIONS:
-        others = [n for n in _BACKENDS if n != name and installed(n) and precision in get_backend(n).PRECISIONS]
+        others = [
+            n
+            for n in _BACKENDS
+            if n != name and installed(n) and precision in get_backend(n).PRECISIONS
+        ]
         raise PrecisionError(
             f"backend {name!r} has no {precision}; it has {', '.join(module.PRECISIONS)}"
             + (f", and {', '.join(others)} has it." if others else ".")
@@ -313,15 +379,34 @@ def load(artifact: Artifact, precision: str, backend: str = "auto", device: str 
     if arithmetic is not None and arithmetic not in (able := getattr(module, "ARITHMETIC", ())):
         raise PrecisionError(
             f"backend {name!r} cannot be told to compute in {arithmetic!r}; "
-            + (f"choose one of {', '.join(able)}." if able else "leave arithmetic out, or use backend='openvino'.")
+            + (
+                f"choose one of {', '.join(able)}."
+                if able
+                else "leave arithmetic out, or use backend='openvino'."
+            )
         )
-    report = Report(artifact.name, name, device, precision, reason, module.engine(), notes=module.notes(precision, device, **more))
+    report = Report(
+        artifact.name,
+        name,
+        device,
+        precision,
+        reason,
+        module.engine(),
+        notes=module.notes(precision, device, **more),
+    )
     loaded: dict[str, Any] = {}
     stride = vae_stride(artifact.config("vae"))
     for part in PARTS:
         start = time.perf_counter()
         network, row = module.load_part(artifact, part, precision, device, threads, **more)
         loaded[part] = Checked(network, part, stride, report.engine)
-        report.networks.append(NetworkReport(**{**asdict(row), "load_seconds": time.perf_counter() - start}))
+        report.networks.append(
+            NetworkReport(**{**asdict(row), "load_seconds": time.perf_counter() - start})
+        )
     multiple = artifact.listing.size_multiple if artifact.listing and name != "torch" else stride
-    return Networks(**loaded, report=report, size_multiple=multiple, size=artifact.export.size if artifact.export else None)
+    return Networks(
+        **loaded,
+        report=report,
+        size_multiple=multiple,
+        size=artifact.export.size if artifact.export else None,
+    )

@@ -1,4 +1,6 @@
-"""What a network is given and gives, against `SPECS`: as its engine declares it, and at each call."""
+"""What a network is given and gives, against `SPECS`: as its engine declares it, and at each
+call.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +20,39 @@ if TYPE_CHECKING:
 
 # What onnxruntime and OpenVINO call the types -> numpy's names.
 _TYPES = {
-    "float": "float32", "f32": "float32", "float16": "float16", "f16": "float16", "int64": "int64", "i64": "int64", "int32": "int32",
-    "i32": "int32", "double": "float64", "f64": "float64",
-}  # fmt: skip
+    "float": "float32",
+    "f32": "float32",
+    "float16": "float16",
+    "f16": "float16",
+    "int64": "int64",
+    "i64": "int64",
+    "int32": "int32",
+    "i32": "int32",
+    "double": "float64",
+    "f64": "float64",
+}
 _PLACE = re.compile(r"Exception from \S+:\d+:?$|Check '.*' failed at \S+:\d+:?$")
-Declared = tuple[str, str, Sequence[Any] | None]  # name, type in the engine's word, shape: numbers where fixed
+Declared = tuple[
+    str, str, Sequence[Any] | None
+]  # name, type in the engine's word, shape: numbers where fixed
 
 
 def words_of(e: Exception) -> str:
-    """What an engine says of its own error, in one line: without the lines that only name places in its source."""
+    """What an engine says of its own error, in one line: without the lines that only name places in
+    its source.
+    """
     lines = [line.strip() for line in str(e).splitlines()]
-    said = [line for line in lines if line and not _PLACE.match(line)] or [line for line in lines if line]
+    said = [line for line in lines if line and not _PLACE.match(line)] or [
+        line for line in lines if line
+    ]
     words = printable(" ".join(said)) or type(e).__name__
-    return words if len(words) <= 300 else f"{words[:120]} ... {words[-175:]}"  # the cause stands last
+    # the cause stands last
+    return words if len(words) <= 300 else f"{words[:120]} ... {words[-175:]}"
 
 
-def declared(path: str | Path, part: str, inputs: Sequence[Declared], outputs: Sequence[Declared]) -> None:
+def declared(
+    path: str | Path, part: str, inputs: Sequence[Declared], outputs: Sequence[Declared]
+) -> None:
     """Compare what an engine says of a graph with what the network is.
 
     Raises:
@@ -55,7 +74,9 @@ def declared(path: str | Path, part: str, inputs: Sequence[Declared], outputs: S
     sides: dict[str, int] = {"3": 3}
     for name, kind, shape in (*inputs, *answer):
         tensor, kind = tensors[name], kind.removeprefix("tensor(").removesuffix(")")
-        fits = _TYPES.get(kind) == tensor.dtype and (shape is None or len(shape) == len(tensor.shape))
+        fits = _TYPES.get(kind) == tensor.dtype and (
+            shape is None or len(shape) == len(tensor.shape)
+        )
         for letter, side in zip(tensor.shape, shape or (), strict=False):
             if isinstance(side, int):
                 fits &= 0 < side == sides.setdefault(letter, side)
@@ -69,15 +90,22 @@ def declared(path: str | Path, part: str, inputs: Sequence[Declared], outputs: S
 
 
 def _shown(shape: Sequence[Any] | None) -> str:
-    return "of any shape" if shape is None else "[" + ", ".join("?" if s is None else str(s) for s in shape) + "]"
+    return (
+        "of any shape"
+        if shape is None
+        else "[" + ", ".join("?" if s is None else str(s) for s in shape) + "]"
+    )
 
 
 def _refuse(path: str | Path, part: str, has: str, wants: str) -> None:
-    raise ArtifactError(f"{path} {has}; a {part} {wants}. Fetch the model again, or export it again.")
+    raise ArtifactError(
+        f"{path} {has}; a {part} {wants}. Fetch the model again, or export it again."
+    )
 
 
 class Checked:
-    """A network whose engine's errors are ours, and whose answers have the shape that they must have.
+    """A network whose engine's errors are ours, and whose answers have the shape that they must
+    have.
 
     Everything else is the network's own.
     """
@@ -99,13 +127,20 @@ class Checked:
             raise
         except Exception as e:  # each engine has its own types
             raise EngineError(
-                f"{self.part} with {_shapes(inputs)} cannot be run by {self.engine} ({type(e).__name__}: {words_of(e)}); "
-                "where memory is short make smaller or fewer images, or enable_vae_tiling(); else run `sdlite verify` on the model."
+                f"{self.part} with {_shapes(inputs)} cannot be run by {self.engine}"
+                f" ({type(e).__name__}: {words_of(e)}); where memory is short make smaller or fewer"
+                " images, or enable_vae_tiling(); else run `sdlite verify` on the model."
             ) from e
-        if not isinstance(out, np.ndarray) or out.dtype != np.float32 or not self._fits(inputs, out.shape):
+        if (
+            not isinstance(out, np.ndarray)
+            or out.dtype != np.float32
+            or not self._fits(inputs, out.shape)
+        ):
             raise EngineError(
-                f"{self.part} with {_shapes(inputs)} gave {getattr(out, 'dtype', type(out).__name__)} {list(np.shape(out))}, not "
-                f"float32 {_shown(SPECS[self.part].output.shape)}; the file is not of this model. Fetch it again."
+                f"{self.part} with {_shapes(inputs)} gave"
+                f" {getattr(out, 'dtype', type(out).__name__)} {list(np.shape(out))}, not float32"
+                f" {_shown(SPECS[self.part].output.shape)}; the file is not of this model. Fetch it"
+                " again."
             )
         return out
 
@@ -114,7 +149,9 @@ class Checked:
         for tensor in spec.inputs:
             sides |= zip(tensor.shape, np.shape(inputs[tensor.name]), strict=False)
         sides |= {k.upper(): sides[k] * self.stride for k in ("h", "w") if k in sides}
-        return len(shape) == len(spec.output.shape) and all(sides.get(k, n) == n for k, n in zip(spec.output.shape, shape, strict=True))
+        return len(shape) == len(spec.output.shape) and all(
+            sides.get(k, n) == n for k, n in zip(spec.output.shape, shape, strict=True)
+        )
 
 
 def _shapes(inputs: Mapping[str, np.ndarray]) -> str:

@@ -64,7 +64,9 @@ def kept(key: dict[str, Any], size: int) -> Iterator[Path | None]:
         return
     with ExitStack() as stack:
         try:
-            place = root() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+            place = (
+                root() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+            )
             if _whole(place):
                 made = None
             else:
@@ -73,7 +75,10 @@ def kept(key: dict[str, Any], size: int) -> Iterator[Path | None]:
                     raise OSError
                 made = stack.enter_context(working(place.parent, "blob")) / "blob"
                 made.mkdir()
-        except (OSError, InputError):  # no space, no home, or no right to write: compiled all the same
+        except (
+            OSError,
+            InputError,
+        ):  # no space, no home, or no right to write: compiled all the same
             yield None
             return
         yield made or place
@@ -119,7 +124,13 @@ def _shrink(newest: Path) -> None:
     for folder in newest.parent.iterdir():
         with suppress(OSError):
             if not folder.name.startswith(WORK):
-                entries.append((folder.stat().st_mtime, folder, sum(p.stat().st_size for p in folder.iterdir())))
+                entries.append(
+                    (
+                        folder.stat().st_mtime,
+                        folder,
+                        sum(p.stat().st_size for p in folder.iterdir()),
+                    )
+                )
     room = limit() - sum(bytes_ for _, folder, bytes_ in entries if folder == newest)
     for _, folder, bytes_ in sorted(entries, reverse=True):
         if folder == newest:

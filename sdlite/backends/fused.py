@@ -1,6 +1,8 @@
-"""A UNet as three graphs on onnxruntime, made by `sdlite.exporters.hoist`: what depends on the timestep, on the prompt, and the rest.
+"""A UNet as three graphs on onnxruntime, made by `sdlite.exporters.hoist`: what depends on the
+timestep, on the prompt, and the rest.
 
-Over a sampling loop the first is the same for every image, and the second in every step; each is computed once.
+Over a sampling loop the first is the same for every image, and the second in every step; each is
+computed once.
 """
 
 from __future__ import annotations
@@ -18,14 +20,20 @@ TIMES = 1024  # that are remembered: as many as a schedule has
 
 
 class Hoisted:
-    """The three graphs as one network. Prompts and timesteps are remembered: `keep` of the first, `TIMES` of the second."""
+    """The three graphs as one network. Prompts and timesteps are remembered: `keep` of the first,
+    `TIMES` of the second.
+    """
 
-    def __init__(self, time: Run, prompt: Run, step: Run, step_inputs: list[str], output: str, keep: int = 8):
+    def __init__(
+        self, time: Run, prompt: Run, step: Run, step_inputs: list[str], output: str, keep: int = 8
+    ):
         self.step, self.output = step, output
         self.direct = [n for n in ("timestep", "encoder_hidden_states") if n in step_inputs]
         self._time, self._prompt = _Remembered(time, TIMES), _Remembered(prompt, keep)
 
-    def __call__(self, *, sample: np.ndarray, timestep: np.ndarray, encoder_hidden_states: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, *, sample: np.ndarray, timestep: np.ndarray, encoder_hidden_states: np.ndarray
+    ) -> np.ndarray:
         given = {"timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
         inputs = {
             "sample": sample,
@@ -40,7 +48,9 @@ class Hoisted:
 
 
 class _Remembered:
-    """A graph whose `keep` answers made last are kept. Two threads that ask for the same new one both compute it."""
+    """A graph whose `keep` answers made last are kept. Two threads that ask for the same new one
+    both compute it.
+    """
 
     def __init__(self, run: Run, keep: int):
         self.run, self.keep = run, keep
@@ -71,5 +81,7 @@ def session(path: str | Path, threads: int | None) -> tuple[Run, list[str]]:
 
 def load(folder: Path, threads: int | None, output: str) -> Hoisted:
     """The three graphs of `folder` as one network whose answer is called `output`."""
-    (time, _), (prompt, _), (step, inputs) = (session(folder / f"{name}.onnx", threads) for name in GRAPHS)
+    (time, _), (prompt, _), (step, inputs) = (
+        session(folder / f"{name}.onnx", threads) for name in GRAPHS
+    )
     return Hoisted(time, prompt, step, inputs, output)

@@ -1,4 +1,6 @@
-"""Weights that an engine has read through a memory map need not stay in memory: the engine keeps a packed copy, the file keeps the first."""
+"""Weights that an engine has read through a memory map need not stay in memory: the engine keeps a
+packed copy, the file keeps the first.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PAGEOUT = 21  # Linux 5.4, <sys/mman.h>. Not MADV_DONTNEED: that empties memory which took a map's place while its line was read
+# Linux 5.4, <sys/mman.h>. Not MADV_DONTNEED: that empties memory which took a map's place while its
+# line was read
+_PAGEOUT = 21
 _EVERY = 0.03  # seconds
-_WORTH = 192 << 20  # bytes of file pages more than at the start: what is let go is read from the disk again, so not before it matters
+_WORTH = (
+    192 << 20
+    # bytes of file pages more than at the start: what is let go is read from the disk again, so not
+    # before it matters
+)
 
 
 def release(folder: Path) -> int:
-    """Let go of the pages of read-only maps of files in `folder`; they are read again from the file when they are touched.
+    """Let go of the pages of read-only maps of files in `folder`; they are read again from the file
+    when they are touched.
 
     Returns:
         Bytes of address space that were released. 0 where there is no /proc (not Linux).
@@ -45,15 +54,18 @@ def resident() -> int:
 
 
 def trim() -> None:
-    """The heap's free pages go back to the system, where the C library is glibc; others do so by themselves."""
+    """The heap's free pages go back to the system, where the C library is glibc; others do so by
+    themselves.
+    """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
 def released(*folders: Path) -> Iterator[None]:
-    """`release` while an engine compiles whenever file pages become many, so that they and the packed weights are not both in memory, and once
-    at the end; then `trim`."""
+    """`release` while an engine compiles whenever file pages become many, so that they and the
+    packed weights are not both in memory, and once at the end; then `trim`.
+    """
     done, before = threading.Event(), resident()  # other libraries' pages are not ours to count
 
     def work() -> None:

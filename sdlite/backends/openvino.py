@@ -21,7 +21,16 @@ import openvino as ov
 
 from sdlite import cpu, running
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, NetworkReport, Overflowing, RowByRow, compiled, entry, mapped, words_of
+from sdlite.backends import (
+    Network,
+    NetworkReport,
+    Overflowing,
+    RowByRow,
+    compiled,
+    entry,
+    mapped,
+    words_of,
+)
 from sdlite.backends.checked import Declared, declared
 from sdlite.errors import ArtifactError, InputError, SdliteError, UnknownNameError
 from sdlite.io import scratch, working
@@ -39,9 +48,9 @@ KEPT = 1 << 30  # bytes of weights that a network's compiled graphs may have tog
 SHAPES = 8  # ... and how many there may be; the one used last is always kept
 ACTIVE = 512 << 20  # bytes that their tensors may take together, by `_active`
 ROWS = (
-    "an image of a batch is its seed's image alone, bit by bit: networks of 32 MiB and more compute "
-    "their rows one by one; smaller ones compute them together, which gave equal bits in fp32, fp16 "
-    "and int8-static (measured on AVX-512 with VNNI and BF16)"
+    "an image of a batch is its seed's image alone, bit by bit: networks of 32 MiB and more compute"
+    " their rows one by one; smaller ones compute them together, which gave equal bits in fp32,"
+    " fp16 and int8-static (measured on AVX-512 with VNNI and BF16)"
 )
 
 
@@ -51,18 +60,28 @@ def engine() -> str:
 
 @functools.cache
 def core() -> ov.Core:
-    """The process's one core, which is never freed: each that is made gives the thread a stack for its signal handlers, and freeing several
-    leaves one that is gone, so that the next Ctrl-C is a segmentation fault (OpenVINO 2026.4)."""
+    """The process's one core, which is never freed: each that is made gives the thread a stack for
+    its signal handlers, and freeing several leaves one that is gone, so that the next Ctrl-C is a
+    segmentation fault (OpenVINO 2026.4).
+    """
     return ov.Core()
 
 
 def half() -> str:
-    """What this CPU computes half-precision graphs in: bfloat16 where it has instructions for it (AMX, AVX512_BF16), else float32."""
-    return "bfloat16" if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
+    """What this CPU computes half-precision graphs in: bfloat16 where it has instructions for it
+    (AMX, AVX512_BF16), else float32.
+    """
+    return (
+        "bfloat16"
+        if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        else "float32"
+    )
 
 
 def arithmetic_of(precision: str, device: str, asked: str | None = None) -> str:
-    """What float layers are computed in. fp32 is float32; fp16, and what int8 leaves in float, is the device's half precision."""
+    """What float layers are computed in. fp32 is float32; fp16, and what int8 leaves in float, is
+    the device's half precision.
+    """
     if asked is not None or precision == "fp32":
         return asked or "float32"
     return half() if device == "cpu" else "float16"
@@ -76,38 +95,68 @@ def notes(precision: str, device: str, arithmetic: str | None = None) -> list[st
     if device != "cpu" or arithmetic is not None:
         return out
     if precision == "fp16" and chosen == "float32":
-        out.append("fp16 on this CPU is storage: weights are float16 on disk, arithmetic is float32")
+        out.append(
+            "fp16 on this CPU is storage: weights are float16 on disk, arithmetic is float32"
+        )
     elif chosen != "float32":
-        out.append(f"float layers are computed in {chosen}, which this CPU has instructions for; arithmetic='float32' is exact and slower")
+        out.append(
+            f"float layers are computed in {chosen}, which this CPU has instructions for;"
+            " arithmetic='float32' is exact and slower"
+        )
     return out
 
 
 def _narrowest(graph: ov.Model) -> int:
     """Pixels of the narrowest convolution's answer."""
-    return min((int(n.get_output_shape(0)[-1]) for n in graph.get_ops() if n.get_type_name() == "Convolution"), default=NARROW)
+    return min(
+        (
+            int(n.get_output_shape(0)[-1])
+            for n in graph.get_ops()
+            if n.get_type_name() == "Convolution"
+        ),
+        default=NARROW,
+    )
 
 
 def _active(graph: ov.Model) -> int:
-    """Bytes that a compiled graph of fixed shapes holds for its tensors, about: 3.1 to 3.4 times the largest answer of a convolution
-    (embedded decoder, 1024 and 2048 px). Attention's maps are left out: they are fused."""
-    return 4 * max((n.output(0).get_tensor().size for n in graph.get_ops() if n.get_type_name() == "Convolution"), default=0)
+    """Bytes that a compiled graph of fixed shapes holds for its tensors, about: 3.1 to 3.4 times
+    the largest answer of a convolution (embedded decoder, 1024 and 2048 px). Attention's maps are
+    left out: they are fused.
+    """
+    return 4 * max(
+        (
+            n.output(0).get_tensor().size
+            for n in graph.get_ops()
+            if n.get_type_name() == "Convolution"
+        ),
+        default=0,
+    )
 
 
 def _ends(ports: Sequence[Any]) -> list[Declared]:
-    """What a graph says of its inputs or outputs; of several names of one tensor, the one that SPECS has."""
+    """What a graph says of its inputs or outputs; of several names of one tensor, the one that
+    SPECS has.
+    """
     known = {t.name for s in SPECS.values() for t in (*s.inputs, s.output)}
     out: list[Declared] = []
     for port in ports:
-        names, shape = sorted(port.get_names(), key=lambda n: (n not in known, n)), port.get_partial_shape()
-        sides = None if shape.rank.is_dynamic else [None if s.is_dynamic else s.get_length() for s in shape]
+        names, shape = (
+            sorted(port.get_names(), key=lambda n: (n not in known, n)),
+            port.get_partial_shape(),
+        )
+        sides = (
+            None
+            if shape.rank.is_dynamic
+            else [None if s.is_dynamic else s.get_length() for s in shape]
+        )
         out.append((names[0] if names else "", port.get_element_type().get_type_name(), sides))
     return out
 
 
 @contextmanager
 def _in_one_folder(files: Sequence[Path]) -> Iterator[Path]:
-    """A graph and its weights as OpenVINO takes them: it refuses weights behind a link that leaves the
-    graph's folder, as every file of the hub's cache is.
+    """A graph and its weights as OpenVINO takes them: it refuses weights behind a link that leaves
+    the graph's folder, as every file of the hub's cache is.
 
     Args:
         files: the graph, then its weights, all in one folder.
@@ -124,16 +173,23 @@ def _in_one_folder(files: Sequence[Path]) -> Iterator[Path]:
 
 
 def _linked(stack: ExitStack, real: Sequence[Path], names: Sequence[str]) -> Path:
-    """A folder, there until the stack is closed, with hard links to files, or with copies where the system allows no hard link."""
+    """A folder, there until the stack is closed, with hard links to files, or with copies where the
+    system allows no hard link.
+    """
     for place in (lambda: compiled.root().parent, lambda: real[-1].parent.parent):
-        with ExitStack() as tried, suppress(OSError, InputError):  # another disk or owner, no home, no right to write
+        with (
+            ExitStack() as tried,
+            suppress(OSError, InputError),
+        ):  # another disk or owner, no home, no right to write
             place().mkdir(parents=True, exist_ok=True)
             view: Path = tried.enter_context(working(place(), "links"))
             for r, name in zip(real, names, strict=True):
                 os.link(r, view / name)
             stack.push(tried.pop_all())
             return view
-    log.warning("no hard links to %s can be made, so OpenVINO reads a copy of %s", real[-1], names[-1])
+    log.warning(
+        "no hard links to %s can be made, so OpenVINO reads a copy of %s", real[-1], names[-1]
+    )
     view = stack.enter_context(scratch("links"))
     for r, name in zip(real, names, strict=True):
         shutil.copyfile(r, view / name)
@@ -141,18 +197,20 @@ def _linked(stack: ExitStack, real: Sequence[Path], names: Sequence[str]) -> Pat
 
 
 class CompiledNetwork:
-    """One graph, compiled for each shape that comes and run by one thread at a time. float32 where the graph is float unless `arithmetic` says
+    """One graph, compiled for each shape that comes and run by one thread at a time. float32 where
+    the graph is float unless `arithmetic` says
     otherwise: OpenVINO's own choice of bf16 would be another precision than asked.
 
-    Fixed shapes are a tenth to a quarter faster than free ones, memory is planned ahead, and an answer does not depend on the calls
-    before it: a graph for any shape rounds otherwise than one for its first (int8-static: 40 dB apart). `keep` of the compiled graphs
-    stay in memory, those used last, with `ACTIVE` bytes of tensors.
+    Fixed shapes are a tenth to a quarter faster than free ones, memory is planned ahead, and an
+    answer does not depend on the calls before it: a graph for any shape rounds otherwise than one
+    for its first (int8-static: 40 dB apart). `keep` of the compiled graphs stay in memory, those
+    used last, with `ACTIVE` bytes of tensors.
 
     A cancel or a Ctrl-C ends a long run with the node that it is at.
 
-    Fused half-precision subgraphs of fixed shapes are wrong in OpenVINO 2026.4 where a feature map is two pixels wide (the embedded UNet
-    at 64 px: 3 dB from float32 on noise, unfused 32 dB; from three pixels on they agree), so they are not fused there;
-    `tests/parity/test_openvino.py`.
+    Fused half-precision subgraphs of fixed shapes are wrong in OpenVINO 2026.4 where a feature map
+    is two pixels wide (the embedded UNet at 64 px: 3 dB from float32 on noise, unfused 32 dB; from
+    three pixels on they agree), so they are not fused there; `tests/parity/test_openvino.py`.
     """
 
     def __init__(
@@ -167,15 +225,24 @@ class CompiledNetwork:
         hashes: Sequence[str] = (),
         keep: int = SHAPES,
     ):
-        """`weights`: files that the graph reads besides. `hashes`: SHA-256 of all files, for the cache of compiled networks; () keeps none."""
+        """`weights`: files that the graph reads besides. `hashes`: SHA-256 of all files, for the
+        cache of compiled networks; () keeps none.
+        """
         self.core, self.name = core(), device.upper()
         self.files, self.hashes, self.keep = [Path(path), *map(Path, weights)], hashes, keep
         if not any(d.split(".")[0] == self.name for d in self.core.available_devices):
             raise UnknownNameError(
-                f"device={device!r} is not seen by {engine()}; it sees {', '.join(self.core.available_devices).lower()}. Choose one of those or install the driver."
+                f"device={device!r} is not seen by {engine()}; it sees"
+                f" {', '.join(self.core.available_devices).lower()}. Choose one of those or install"
+                " the driver."
             )
-        arithmetic = arithmetic or ("float16" if precision == "fp16" and device != "cpu" else "float32")
-        self.options: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[arithmetic]}
+        arithmetic = arithmetic or (
+            "float16" if precision == "fp16" and device != "cpu" else "float32"
+        )
+        self.options: dict[str, object] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": HINTS[arithmetic],
+        }
         if threads is not None and device == "cpu":
             self.options["INFERENCE_NUM_THREADS"] = threads
         self.output = SPECS[part].output.name
@@ -183,7 +250,8 @@ class CompiledNetwork:
         self.requests: OrderedDict[Shapes, ov.InferRequest] = OrderedDict()
         self.active: dict[Shapes, int] = {}  # bytes of their tensors
         self._runs = running.Runs()
-        self._lock = threading.Lock()  # a request holds one answer, and `infer` lets other threads in
+        # a request holds one answer, and `infer` lets other threads in
+        self._lock = threading.Lock()
         self.mapped = self.files[0].parent  # what the weights are mapped from
         self._graph: ov.Model | None = self._read()
         declared(path, part, _ends(self._graph.inputs), _ends(self._graph.outputs))
@@ -204,19 +272,32 @@ class CompiledNetwork:
             raise self._damaged(e) from e
 
     def _damaged(self, e: Exception) -> ArtifactError:
-        return ArtifactError(f"{self.files[0]} cannot be loaded by openvino ({words_of(e)}); run `sdlite verify` on the model.")
+        return ArtifactError(
+            f"{self.files[0]} cannot be loaded by openvino ({words_of(e)}); run `sdlite verify` on"
+            " the model."
+        )
 
     def _key(self, options: dict[str, object], shapes: dict[str, list[int]]) -> dict[str, Any]:
         """What the compiled network depends on."""
-        device = [self.core.get_property(self.name, p) for p in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
+        device = [
+            self.core.get_property(self.name, p)
+            for p in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
+        ]
         return {
-            "files": list(self.hashes), "openvino": ov.get_version(), "device": [self.name, *map(str, device)],
-            "cpu": [cpu.name(), sorted(cpu.features()), os.cpu_count()], "options": {k: str(v) for k, v in options.items()}, "shapes": shapes,
-        }  # fmt: skip
+            "files": list(self.hashes),
+            "openvino": ov.get_version(),
+            "device": [self.name, *map(str, device)],
+            "cpu": [cpu.name(), sorted(cpu.features()), os.cpu_count()],
+            "options": {k: str(v) for k, v in options.items()},
+            "shapes": shapes,
+        }
 
     def _compile(self, shapes: dict[str, list[int]]) -> tuple[ov.InferRequest, int]:
         """The request, and the bytes of its tensors."""
-        graph, self._graph = self._graph or self._read(), None  # not kept: with the compiled copy it would be two sets of weights
+        graph, self._graph = (
+            self._graph or self._read(),
+            None,
+        )  # not kept: with the compiled copy it would be two sets of weights
         options = self.options
         try:
             if graph.is_dynamic():
@@ -225,7 +306,9 @@ class CompiledNetwork:
             if self.half and self.name == "CPU" and _narrowest(graph) < NARROW:
                 options = {**options, "SNIPPETS_MODE": "DISABLE"}
             size = sum(f.stat().st_size for f in self.files) if self.hashes else 0
-            with compiled.kept(self._key(options, shapes), size) if self.hashes else nullcontext() as cache:
+            with (
+                compiled.kept(self._key(options, shapes), size) if self.hashes else nullcontext()
+            ) as cache:
                 if cache is not None:
                     options = {**options, "CACHE_DIR": str(cache)}
                 with mapped.released(self.mapped, *([cache] if cache else [])):
@@ -267,8 +350,14 @@ class CompiledNetwork:
         return out
 
 
-def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None,
-              arithmetic: str | None = None) -> tuple[Network, NetworkReport]:  # fmt: skip
+def load_part(
+    artifact: Artifact,
+    part: str,
+    precision: str,
+    device: str,
+    threads: int | None,
+    arithmetic: str | None = None,
+) -> tuple[Network, NetworkReport]:
     row, size = entry(artifact, part, precision)
     chosen = arithmetic_of(precision, device, arithmetic)
     files = [row["file"], *row["weights"]]
@@ -277,13 +366,24 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
 
     def compiling(arithmetic: str) -> CompiledNetwork:
         return CompiledNetwork(
-            str(artifact.folder / row["file"]), part, device, threads, precision, arithmetic,
-            weights=[artifact.folder / w for w in row["weights"]], hashes=hashes, keep=min(SHAPES, max(1, KEPT // size)),
-        )  # fmt: skip
+            str(artifact.folder / row["file"]),
+            part,
+            device,
+            threads,
+            precision,
+            arithmetic,
+            weights=[artifact.folder / w for w in row["weights"]],
+            hashes=hashes,
+            keep=min(SHAPES, max(1, KEPT // size)),
+        )
 
     network: Network = compiling(chosen)
     if part == "vae_decoder" and chosen == "float16":
         network = Overflowing(network, lambda: compiling("float32"))
     alone = bool(row.get("batch")) or (device == "cpu" and size >= LARGE)
-    said = chosen if row["arithmetic"] == "float32" else row["arithmetic"].replace("float32", chosen)
-    return RowByRow(network) if alone else network, NetworkReport(part, row["file"], size, row["storage"], said, 0.0)
+    said = (
+        chosen if row["arithmetic"] == "float32" else row["arithmetic"].replace("float32", chosen)
+    )
+    return RowByRow(network) if alone else network, NetworkReport(
+        part, row["file"], size, row["storage"], said, 0.0
+    )

@@ -1,4 +1,5 @@
-"""onnxruntime: the artefact's ONNX graphs on the CPU execution provider, or on CUDA with inputs bound to the device.
+"""onnxruntime: the artefact's ONNX graphs on the CPU execution provider, or on CUDA with inputs
+    bound to the device.
 
 CUDA was written against onnxruntime's IOBinding API and has not been run on a GPU by us.
 """
@@ -13,7 +14,16 @@ import onnxruntime as ort
 
 from sdlite import running
 from sdlite.artifact import Artifact
-from sdlite.backends import ROW_BY_ROW, Network, NetworkReport, Overflowing, RowByRow, entry, fused, words_of
+from sdlite.backends import (
+    ROW_BY_ROW,
+    Network,
+    NetworkReport,
+    Overflowing,
+    RowByRow,
+    entry,
+    fused,
+    words_of,
+)
 from sdlite.backends.checked import declared
 from sdlite.errors import ArtifactError, UnknownNameError
 from sdlite.spec import SPECS
@@ -43,10 +53,12 @@ def session_options(threads: int | None, size: int = 0) -> ort.SessionOptions:
     """Of a network with files of `size` bytes."""
     options = ort.SessionOptions()
     options.log_severity_level = 4  # its errors are raised, in one line
-    # One block for all of a shape's tensors: a tenth faster where tensors are small; where they are large no faster, and at 512 px a third
-    # to two fifths more memory. The weights tell which it is before there is a shape.
+    # One block for all of a shape's tensors: a tenth faster where tensors are small; where they are
+    # large no faster, and at 512 px a third to two fifths more memory. The weights tell which it is
+    # before there is a shape.
     options.enable_mem_pattern = size < LARGE
-    # A pool of threads for each network: idle ones would spin on the cores that the next network wants (embedded student, 2 cores: 2.5 times slower).
+    # A pool of threads for each network: idle ones would spin on the cores that the next network
+    # wants (embedded student, 2 cores: 2.5 times slower).
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -60,16 +72,25 @@ class Session:
         self.provider = _PROVIDERS[device]
         if self.provider not in ort.get_available_providers():
             raise UnknownNameError(
-                f"device={device!r} needs {self.provider}, and this onnxruntime {ort.__version__} has {', '.join(ort.get_available_providers())}; "
-                "uninstall onnxruntime and pip install 'sdlite[cuda]' (the two are one module: never both)."
+                f"device={device!r} needs {self.provider}, and this onnxruntime {ort.__version__}"
+                f" has {', '.join(ort.get_available_providers())}; uninstall onnxruntime and pip"
+                " install 'sdlite[cuda]' (the two are one module: never both)."
             )
         try:
-            self.session = ort.InferenceSession(path, session_options(threads, size), providers=[self.provider])
+            self.session = ort.InferenceSession(
+                path, session_options(threads, size), providers=[self.provider]
+            )
         except Exception as e:  # onnxruntime raises many unrelated types
-            raise ArtifactError(f"{path} cannot be loaded by onnxruntime ({words_of(e)}); run `sdlite verify` on the model.") from e
-        if self.provider not in self.session.get_providers():  # a listed provider still falls back in silence
+            raise ArtifactError(
+                f"{path} cannot be loaded by onnxruntime ({words_of(e)}); run `sdlite verify` on"
+                " the model."
+            ) from e
+        if (
+            self.provider not in self.session.get_providers()
+        ):  # a listed provider still falls back in silence
             raise UnknownNameError(
-                f"device={device!r}: onnxruntime lists {self.provider} but could not start it; check the CUDA and cuDNN libraries."
+                f"device={device!r}: onnxruntime lists {self.provider} but could not start it;"
+                " check the CUDA and cuDNN libraries."
             )
         self.names = [o.name for o in self.session.get_outputs()]
         self.output = next(iter(self.names), "")
@@ -77,7 +98,9 @@ class Session:
         self._largest = 0  # elements of the largest long run since memory was given back
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        out: np.ndarray = self._run(lambda options: self.session.run([self.output], inputs, options)[0], inputs)
+        out: np.ndarray = self._run(
+            lambda options: self.session.run([self.output], inputs, options)[0], inputs
+        )
         return out
 
     def every(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -88,23 +111,27 @@ class Session:
     def _run(self, work: Callable[[ort.RunOptions], Any], inputs: dict[str, np.ndarray]) -> Any:
         """`work` with the options of this run, which can be stopped where it is long.
 
-        onnxruntime keeps the memory of its largest run (embedded student at 2048 px: 10 GB). Shrinking costs a run that comes back the
-        time to have that memory cleared again, 0.25 s a GB, so the first run of a quarter of the size or less does it.
+        onnxruntime keeps the memory of its largest run (embedded student at 2048 px: 10 GB).
+        Shrinking costs a run that comes back the time to have that memory cleared again, 0.25 s a
+        GB, so the first run of a quarter of the size or less does it.
         """
         options, elements = ort.RunOptions(), running.elements(inputs)
         if self._largest >= 4 * elements:
             options.add_run_config_entry(*_SHRINK)
             self._largest = 0
         try:
-            return self._runs(lambda: work(options), lambda: setattr(options, "terminate", True), elements)
+            return self._runs(
+                lambda: work(options), lambda: setattr(options, "terminate", True), elements
+            )
         finally:
             if self._runs.seconds > running.LONG:
                 self._largest = max(self._largest, elements)
 
 
 class BoundSession(Session):
-    """Inputs are bound to the device. The prompt's embeddings are the same array in every step, and cross once: each thread keeps those of
-    its last call."""
+    """Inputs are bound to the device. The prompt's embeddings are the same array in every step, and
+    cross once: each thread keeps those of its last call.
+    """
 
     def __init__(self, path: str, device: str, threads: int | None, size: int = 0):
         super().__init__(path, device, threads, size)
@@ -124,19 +151,29 @@ class BoundSession(Session):
         held = getattr(self._mine, "embeds", None)
         if held is not None and held[0] is array:
             return held[1]
-        value = ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), self.device, 0)  # a scalar stays one
+        value = ort.OrtValue.ortvalue_from_numpy(
+            np.asarray(array, order="C"), self.device, 0
+        )  # a scalar stays one
         if name == "encoder_hidden_states":
             self._mine.embeds = (array, value)
         return value
 
 
-def _network(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Any, dict[str, Any], int]:
+def _network(
+    artifact: Artifact, part: str, precision: str, device: str, threads: int | None
+) -> tuple[Any, dict[str, Any], int]:
     """The network, its row of the listing, and the bytes of its files."""
     row, size = entry(artifact, part, precision)
     path = artifact.folder / row["file"]
     if row.get("cuts"):
-        if lost := {f"{part}/{name}.onnx" for name in fused.GRAPHS} - {row["file"], *row["weights"]}:
-            raise ArtifactError(f"{path.parent} has three graphs, and its report does not list {min(lost)}; export the model again.")
+        if lost := {f"{part}/{name}.onnx" for name in fused.GRAPHS} - {
+            row["file"],
+            *row["weights"],
+        }:
+            raise ArtifactError(
+                f"{path.parent} has three graphs, and its report does not list {min(lost)}; export"
+                " the model again."
+            )
         return fused.load(path.parent, threads, SPECS[part].output.name), row, size
     network = (BoundSession if device == "cuda" else Session)(str(path), device, threads, size)
     ends = (network.session.get_inputs(), network.session.get_outputs())
@@ -144,11 +181,19 @@ def _network(artifact: Artifact, part: str, precision: str, device: str, threads
     return network, row, size
 
 
-def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]:
+def load_part(
+    artifact: Artifact, part: str, precision: str, device: str, threads: int | None
+) -> tuple[Network, NetworkReport]:
     network, row, size = _network(artifact, part, precision, device, threads)
-    if part == "vae_decoder" and precision == "fp16" and device == "cuda" and artifact.has_onnx("fp32"):
+    if (
+        part == "vae_decoder"
+        and precision == "fp16"
+        and device == "cuda"
+        and artifact.has_onnx("fp32")
+    ):
         network = Overflowing(network, lambda: _network(artifact, part, "fp32", device, threads)[0])
-    # int8-dynamic has one activation scale for a whole tensor: an image must not set that of another
+    # int8-dynamic has one activation scale for a whole tensor: an image must not set that of
+    # another
     if row.get("batch") or precision == "int8-dynamic":
         network = RowByRow(network)
     return network, NetworkReport(part, row["file"], size, row["storage"], row["arithmetic"], 0.0)

@@ -1,7 +1,8 @@
-"""TensorRT: engines of `sdlite export --target tensorrt`, with device buffers that stay and a CUDA graph for each set of shapes.
+"""TensorRT: engines of `sdlite export --target tensorrt`, with device buffers that stay and a CUDA
+    graph for each set of shapes.
 
-Written for TensorRT 10 and 11 and cuda-python 12 and 13 from their documentation; no NVIDIA GPU was at hand, so it HAS NOT BEEN RUN.
-Everything that does not touch the device is tested.
+Written for TensorRT 10 and 11 and cuda-python 12 and 13 from their documentation; no NVIDIA GPU was
+at hand, so it HAS NOT BEEN RUN. Everything that does not touch the device is tested.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def engine() -> str:
     try:
         import tensorrt
     except ModuleNotFoundError as e:
-        raise MissingExtraError("backend 'tensorrt' needs 'tensorrt': pip install 'sdlite[tensorrt]'.") from e
+        raise MissingExtraError(
+            "backend 'tensorrt' needs 'tensorrt': pip install 'sdlite[tensorrt]'."
+        ) from e
     return f"tensorrt {tensorrt.__version__}"
 
 
@@ -40,12 +43,16 @@ def _cudart() -> Any:
     try:
         from cuda.bindings import runtime
     except ModuleNotFoundError as e:
-        raise MissingExtraError("TensorRT engines need cuda-python: pip install 'sdlite[tensorrt]'.") from e
+        raise MissingExtraError(
+            "TensorRT engines need cuda-python: pip install 'sdlite[tensorrt]'."
+        ) from e
     return runtime
 
 
 def _ok(result: tuple[Any, ...]) -> Any:
-    """cuda-python returns (error, values...). The values, or an error that says which call failed."""
+    """cuda-python returns (error, values...). The values, or an error that says which call
+    failed.
+    """
     error, *values = result
     if int(error):
         raise RuntimeError(f"CUDA: {error.name if hasattr(error, 'name') else error}")
@@ -65,7 +72,9 @@ def no_gpu() -> str | None:
 
 
 class Buffers:
-    """Device memory by tensor name; grows, never shrinks, so that addresses in a captured graph stay right while shapes stay."""
+    """Device memory by tensor name; grows, never shrinks, so that addresses in a captured graph
+    stay right while shapes stay.
+    """
 
     def __init__(self, cuda: Any):
         self.cuda = cuda
@@ -88,8 +97,9 @@ class Buffers:
 
 
 class Engine:
-    """One engine: named arrays -> the network's output, for one thread at a time. The first call with new shapes runs plainly, the second
-    is captured, later ones replay."""
+    """One engine: named arrays -> the network's output, for one thread at a time. The first call
+    with new shapes runs plainly, the second is captured, later ones replay.
+    """
 
     def __init__(self, path: Path, part: str, trt: Any = None, cuda: Any = None):
         trt = trt or importlib.import_module("tensorrt")
@@ -98,7 +108,8 @@ class Engine:
         self.engine = trt.Runtime(self.logger).deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             raise ArtifactError(
-                f"{path} is not an engine of TensorRT {trt.__version__} for this GPU; build it here: sdlite export --target tensorrt."
+                f"{path} is not an engine of TensorRT {trt.__version__} for this GPU; build it"
+                " here: sdlite export --target tensorrt."
             )
         self.context = self.engine.create_execution_context()
         self.stream = _ok(self.cuda.cudaStreamCreate())
@@ -106,7 +117,8 @@ class Engine:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.graph: Any = None
         self.calls = 0  # since the shapes or an address changed
-        self._lock = threading.Lock()  # shapes, buffers, stream and graph are the engine's, not the call's
+        # shapes, buffers, stream and graph are the engine's, not the call's
+        self._lock = threading.Lock()
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         with self._lock:
@@ -115,7 +127,10 @@ class Engine:
 
     def _run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         arrays = {
-            t.name: np.array(inputs[t.name], np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(t.name)))) for t in self.spec.inputs
+            t.name: np.array(
+                inputs[t.name], np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(t.name)))
+            )
+            for t in self.spec.inputs
         }
         shapes = {k: a.shape for k, a in arrays.items()}
         if shapes != self.shapes:
@@ -124,11 +139,15 @@ class Engine:
             for name, shape in shapes.items():
                 if not self.context.set_input_shape(name, shape):
                     raise UnknownNameError(
-                        f"{self.spec.part}: the engine was not built for {name} of shape {shape}; export it with that range."
+                        f"{self.spec.part}: the engine was not built for {name} of shape {shape};"
+                        " export it with that range."
                     )
             self.shapes = shapes
         result = self.spec.output.name
-        out = np.empty(tuple(self.context.get_tensor_shape(result)), np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(result))))
+        out = np.empty(
+            tuple(self.context.get_tensor_shape(result)),
+            np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(result))),
+        )
         for name, array in [*arrays.items(), (result, out)]:
             if self.buffers.ensure(name, array.nbytes):
                 self._forget()
@@ -137,11 +156,23 @@ class Engine:
         for name, array in arrays.items():
             _ok(
                 self.cuda.cudaMemcpyAsync(
-                    self.buffers.address[name], array.ctypes.data, array.nbytes, kind.cudaMemcpyHostToDevice, self.stream
+                    self.buffers.address[name],
+                    array.ctypes.data,
+                    array.nbytes,
+                    kind.cudaMemcpyHostToDevice,
+                    self.stream,
                 )
             )
         self._enqueue()
-        _ok(self.cuda.cudaMemcpyAsync(out.ctypes.data, self.buffers.address[result], out.nbytes, kind.cudaMemcpyDeviceToHost, self.stream))
+        _ok(
+            self.cuda.cudaMemcpyAsync(
+                out.ctypes.data,
+                self.buffers.address[result],
+                out.nbytes,
+                kind.cudaMemcpyDeviceToHost,
+                self.stream,
+            )
+        )
         _ok(self.cuda.cudaStreamSynchronize(self.stream))
         return out.astype(np.float32, copy=False)
 
@@ -152,7 +183,11 @@ class Engine:
             _ok(self.cuda.cudaGraphLaunch(self.graph, self.stream))
             return
         if self.calls == 2:
-            _ok(self.cuda.cudaStreamBeginCapture(self.stream, self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+            _ok(
+                self.cuda.cudaStreamBeginCapture(
+                    self.stream, self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+                )
+            )
             done = self.context.execute_async_v3(int(self.stream))
             captured = _ok(self.cuda.cudaStreamEndCapture(self.stream))
             if done:
@@ -176,20 +211,27 @@ class Engine:
             self.stream = None
 
 
-def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]:
+def load_part(
+    artifact: Artifact, part: str, precision: str, device: str, threads: int | None
+) -> tuple[Network, NetworkReport]:
     """From a folder that `sdlite export --target tensorrt` wrote.
 
     Raises:
-        ArtifactError: the folder holds no engines, or one was changed. PrecisionError: they have another precision.
+        ArtifactError: the folder holds no engines, or one was changed. PrecisionError: they have
+            another precision.
         UnknownNameError: no CUDA device.
     """
     name = f"{part}/model.engine"
     if artifact.export is None or not artifact.files.has(name):
         raise ArtifactError(
-            f"{artifact.folder} holds no TensorRT engine of {part}; make them on this GPU: sdlite export MODEL --target tensorrt."
+            f"{artifact.folder} holds no TensorRT engine of {part}; make them on this GPU: sdlite"
+            " export MODEL --target tensorrt."
         )
     if (held := artifact.export.precision) != precision:
-        raise PrecisionError(f"the engines in {artifact.folder} are {held}, not {precision}; pass precision={held!r} or export again.")
+        raise PrecisionError(
+            f"the engines in {artifact.folder} are {held}, not {precision}; pass precision={held!r}"
+            " or export again."
+        )
     path = artifact.files.file(name)
     if why := no_gpu():
         raise UnknownNameError(f"device='cuda': {why}; use backend='onnxruntime' on the CPU.")

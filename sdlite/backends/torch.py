@@ -1,4 +1,6 @@
-"""torch: any diffusers SD-1.x/2.x folder as it is, by diffusers' and transformers' own classes; safetensors only."""
+"""torch: any diffusers SD-1.x/2.x folder as it is, by diffusers' and transformers' own classes;
+safetensors only.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from sdlite.weights import dtypes, weight_files, weight_index
 
 PRECISIONS = ("fp32", "fp16", "int8-dynamic")
 DEVICES = ("cpu", "cuda")
-_LOADING = threading.Lock()  # transformers and diffusers patch torch while they load: two threads at once see each other's patches
+# transformers and diffusers patch torch while they load: two threads at once see each other's
+# patches
+_LOADING = threading.Lock()
 
 
 def engine() -> str:
@@ -33,28 +37,39 @@ def notes(precision: str, device: str) -> list[str]:
     if precision == "fp16" and device == "cpu":
         return ["fp16 on the CPU is storage: weights are rounded to float16, arithmetic is float32"]
     if precision == "int8-dynamic":
-        out = ["int8-dynamic: Linear layers by torchao, made while loading; convolutions stay float32"]
+        out = [
+            "int8-dynamic: Linear layers by torchao, made while loading; convolutions stay float32"
+        ]
         return out + ([ROW_BY_ROW] if device == "cpu" else [])
     return []
 
 
 def _quantise_linear(module: torch.nn.Module) -> int:
-    """In place: every Linear to int8 weights and int8 activations scaled per token at run time. Returns how many."""
+    """In place: every Linear to int8 weights and int8 activations scaled per token at run time.
+    Returns how many.
+    """
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
         from torchao.utils import should_reduce_range
     except ImportError as e:
-        raise MissingExtraError("int8-dynamic on the torch backend needs torchao: pip install 'sdlite[torchao]'.") from e
+        raise MissingExtraError(
+            "int8-dynamic on the torch backend needs torchao: pip install 'sdlite[torchao]'."
+        ) from e
     count = sum(isinstance(m, torch.nn.Linear) for m in module.modules())
     if count:
         narrow = should_reduce_range(torch.device("cpu"))  # no VNNI: 8-bit products would overflow
-        quantize_(module, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, reduce_range=narrow))
+        quantize_(
+            module,
+            Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, reduce_range=narrow),
+        )
     return count
 
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """torch's threads, which are the calling thread's own setting and start as what was set last in another; put back afterwards."""
+    """torch's threads, which are the calling thread's own setting and start as what was set last in
+    another; put back afterwards.
+    """
     before = torch.get_num_threads()
     if before == count:
         yield
@@ -81,8 +96,13 @@ class Module:
             return self._run(inputs)
 
     def _run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        t = {k: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for k, v in inputs.items()}
-        t = {k: v.to(self.dtype) if v.is_floating_point() and k != "timestep" else v for k, v in t.items()}
+        t = {
+            k: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for k, v in inputs.items()
+        }
+        t = {
+            k: v.to(self.dtype) if v.is_floating_point() and k != "timestep" else v
+            for k, v in t.items()
+        }
         m: Any = self.module
         if self.part == "text_encoder":
             out = m(t["input_ids"])[0]
@@ -94,9 +114,14 @@ class Module:
         return result
 
 
-def load_part(artifact: Artifact, part: str, precision: str, device: str, threads: int | None) -> tuple[Network, NetworkReport]:
+def load_part(
+    artifact: Artifact, part: str, precision: str, device: str, threads: int | None
+) -> tuple[Network, NetworkReport]:
     if device == "cuda" and not torch.cuda.is_available():
-        raise UnknownNameError(f"device='cuda': torch {torch.__version__} finds no CUDA device; use device='cpu' or install a CUDA build.")
+        raise UnknownNameError(
+            f"device='cuda': torch {torch.__version__} finds no CUDA device; use device='cpu' or"
+            " install a CUDA build."
+        )
     source = SPECS[part].source
     folder = artifact.files.part(source)
     weights = weight_files(folder)
@@ -106,18 +131,28 @@ def load_part(artifact: Artifact, part: str, precision: str, device: str, thread
     if linear is not None:
         arithmetic = f"int8 Linear ({linear} layers), rest float32"
     size = sum(w.stat().st_size for w in weights)
-    file = f"{source}/{weights[0].name}" + (f" and {len(weights) - 1} more" if len(weights) > 1 else "")
+    file = f"{source}/{weights[0].name}" + (
+        f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+    )
     storage = " and ".join(dtypes(weight_index(weights)))
     network: Network = Module(part, module.to(device), device, threads)
     if part == "vae_decoder" and arithmetic == "float16":
-        network = Overflowing(network, lambda: Module(part, copy.deepcopy(module).float(), device, threads))
-    if precision == "int8-dynamic" and device == "cpu":  # float's last bits differ with the batch, and an int8 step is large
+        network = Overflowing(
+            network, lambda: Module(part, copy.deepcopy(module).float(), device, threads)
+        )
+    if (
+        precision == "int8-dynamic" and device == "cpu"
+    ):  # float's last bits differ with the batch, and an int8 step is large
         network = RowByRow(network)
     return network, NetworkReport(part, file, size, storage, arithmetic, 0.0)
 
 
-def _opened(folder: Files, part: str, precision: str, device: str) -> tuple[torch.nn.Module, int | None]:
-    """The module in the precision's arithmetic on this device, and how many of its layers became int8."""
+def _opened(
+    folder: Files, part: str, precision: str, device: str
+) -> tuple[torch.nn.Module, int | None]:
+    """The module in the precision's arithmetic on this device, and how many of its layers became
+    int8.
+    """
     module = open_network(folder).eval().requires_grad_(False)
     if part == "vae_decoder":
         module.encoder = None

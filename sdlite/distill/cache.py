@@ -1,8 +1,10 @@
-"""Everything that a frozen network says about the data, computed once: latents by the VAE (or made by the teacher) and token ids.
+"""Everything that a frozen network says about the data, computed once: latents by the VAE (or made
+by the teacher) and token ids.
 
-The cache is one safetensors file with a key of what made it; another VAE, size or data makes it anew. While it is made,
-what is done lies beside it in `<name>.parts`, each part written whole and with its hash: a pass that was interrupted or
-killed goes on where it stopped, and ends with the same tensors.
+The cache is one safetensors file with a key of what made it; another VAE, size or data makes it
+anew. While it is made, what is done lies beside it in `<name>.parts`, each part written whole and
+with its hash: a pass that was interrupted or killed goes on where it stopped, and ends with the
+same tensors.
 """
 
 from __future__ import annotations
@@ -51,25 +53,43 @@ def to_size(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     wide = max(1, min(image.width, image.height * width // height))
     high = max(1, min(image.height, image.width * height // width))
     left, top = (image.width - wide) // 2, (image.height - high) // 2
-    image = image.crop((left, top, left + wide, top + high)).resize((width, height), Image.Resampling.LANCZOS)
+    image = image.crop((left, top, left + wide, top + high)).resize(
+        (width, height), Image.Resampling.LANCZOS
+    )
     return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
 def items_hash(captions: Captions) -> str:
     """What tells one list of data from another: names, captions, and bytes of each image's file."""
-    return hashlib.sha256("\n".join(f"{i.key}\t{i.caption}\t{i.size}" for i in captions.items).encode()).hexdigest()
+    return hashlib.sha256(
+        "\n".join(f"{i.key}\t{i.caption}\t{i.size}" for i in captions.items).encode()
+    ).hexdigest()
 
 
 Encode = Callable[[list[Any], int], Tensor]
 
 
 class CachedLatents:
-    """A `LatentSource` that reads a cache. `captions` are its first 64 different ones; `skipped` lists what was left out and why;
-    `about` says what it was made of."""
+    """A `LatentSource` that reads a cache. `captions` are its first 64 different ones; `skipped`
+    lists what was left out and why; `about` says what it was made of.
+    """
 
-    def __init__(self, latents: Tensor, ids: Tensor, empty_ids: Tensor, captions: list[str], skipped: dict[str, str],
-                 about: dict[str, Any] | None = None):  # fmt: skip
-        self.latents, self.ids, self.empty_ids, self.captions, self.skipped = latents, ids, empty_ids, captions, skipped
+    def __init__(
+        self,
+        latents: Tensor,
+        ids: Tensor,
+        empty_ids: Tensor,
+        captions: list[str],
+        skipped: dict[str, str],
+        about: dict[str, Any] | None = None,
+    ):
+        self.latents, self.ids, self.empty_ids, self.captions, self.skipped = (
+            latents,
+            ids,
+            empty_ids,
+            captions,
+            skipped,
+        )
         self.about = about or {}
 
     def __len__(self) -> int:
@@ -81,13 +101,23 @@ class CachedLatents:
         return {"ids": i, "latents": self.latents[i].float(), "input_ids": self.ids[i]}
 
     @classmethod
-    def build(cls, captions: Captions, tokenizer: ClipTokenizer, encode: Encode, path: Path, *, key: dict[str, Any],
-              size: tuple[int, int], batch: int = 16, progress: bool = True) -> CachedLatents:  # fmt: skip
+    def build(
+        cls,
+        captions: Captions,
+        tokenizer: ClipTokenizer,
+        encode: Encode,
+        path: Path,
+        *,
+        key: dict[str, Any],
+        size: tuple[int, int],
+        batch: int = 16,
+        progress: bool = True,
+    ) -> CachedLatents:
         """Read the cache at `path`, or make it, from where an earlier pass stopped.
 
         Args:
-            encode: list of float32 (3, *size) arrays, or of captions when there are only prompts, and how many samples came before
-                -> scaled latents (B, C, h, w).
+            encode: list of float32 (3, *size) arrays, or of captions when there are only prompts,
+                and how many samples came before -> scaled latents (B, C, h, w).
             key: what determines the latents besides the data (VAE hash, teacher, steps).
 
         Raises:
@@ -109,7 +139,14 @@ class CachedLatents:
         shutil.rmtree(parts, ignore_errors=True)
         found, about = kept
         empty = torch.from_numpy(tokenizer([""]))[0]
-        return cls(found["latents"], found["ids"], empty, json.loads(about["captions"]), json.loads(about["skipped"]), key)
+        return cls(
+            found["latents"],
+            found["ids"],
+            empty,
+            json.loads(about["captions"]),
+            json.loads(about["skipped"]),
+            key,
+        )
 
 
 _Kept = tuple[dict[str, Tensor], dict[str, str]]
@@ -124,32 +161,53 @@ def _kept(path: Path, stamp: str) -> _Kept | None:
         return None
 
 
-def _assembled(parts: list[_Kept], captions: Captions, tokenizer: ClipTokenizer, stamp: str, folder: Path) -> _Kept:
+def _assembled(
+    parts: list[_Kept], captions: Captions, tokenizer: ClipTokenizer, stamp: str, folder: Path
+) -> _Kept:
     skipped = dict(captions.skipped)
     for _, about in parts:
         skipped |= json.loads(about["skipped"])
     used = torch.cat([p["used"] for p, _ in parts]) if parts else []
     if not len(used):
         shutil.rmtree(folder, ignore_errors=True)
-        raise InputError(f"no image of {len(captions.items)} could be read; first: {' '.join(next(iter(skipped.items()), ('', '')))}.")
+        raise InputError(
+            f"no image of {len(captions.items)} could be read; first:"
+            f" {' '.join(next(iter(skipped.items()), ('', '')))}."
+        )
     texts = [captions.items[i].caption for i in used]
-    found = {"latents": torch.cat([p["latents"] for p, _ in parts if len(p["used"])]), "ids": torch.from_numpy(tokenizer(texts))}
+    found = {
+        "latents": torch.cat([p["latents"] for p, _ in parts if len(p["used"])]),
+        "ids": torch.from_numpy(tokenizer(texts)),
+    }
     shown = list(dict.fromkeys(texts))[:64]
     return found, {"stamp": stamp, "captions": json.dumps(shown), "skipped": json.dumps(skipped)}
 
 
 class _Pass:
-    """One pass over the items. A part ends where a batch ends, so that the batches, and so the latents, are the same however
-    often the pass is stopped."""
+    """One pass over the items. A part ends where a batch ends, so that the batches, and so the
+    latents, are the same however often the pass is stopped.
+    """
 
-    def __init__(self, captions: Captions, encode: Encode, folder: Path, stamp: str, size: tuple[int, int], batch: int):
+    def __init__(
+        self,
+        captions: Captions,
+        encode: Encode,
+        folder: Path,
+        stamp: str,
+        size: tuple[int, int],
+        batch: int,
+    ):
         self.items, self.encode, self.folder, self.stamp = captions.items, encode, folder, stamp
         self.size, self.batch = size, batch
         self.parts: list[_Kept] = []
         self._clear()
         self.at = self.first = self._read()
-        self.before = int(self.parts[-1][1]["before"]) if self.parts else 0  # samples that were encoded
-        self.names = {*captions.skipped, *(k for _, about in self.parts for k in json.loads(about["skipped"]))}
+        # samples that were encoded
+        self.before = int(self.parts[-1][1]["before"]) if self.parts else 0
+        self.names = {
+            *captions.skipped,
+            *(k for _, about in self.parts for k in json.loads(about["skipped"])),
+        }
 
     def _clear(self) -> None:
         self.latents: list[Tensor] = []
@@ -157,7 +215,9 @@ class _Pass:
         self.skipped: dict[str, str] = {}
 
     def _read(self) -> int:
-        """Take the parts that are whole and follow each other; remove the others. Returns the item to go on with."""
+        """Take the parts that are whole and follow each other; remove the others. Returns the item
+        to go on with.
+        """
         at, whole = 0, True
         for path in sorted(self.folder.glob("*.safetensors")):
             part = _kept(path, self.stamp) if whole else None
@@ -173,7 +233,12 @@ class _Pass:
         if self.at == self.first:
             return
         latents = torch.cat(self.latents) if self.latents else torch.zeros(0, dtype=torch.float16)
-        about = {"stamp": self.stamp, "first": str(self.first), "next": str(self.at), "before": str(self.before)}
+        about = {
+            "stamp": self.stamp,
+            "first": str(self.first),
+            "next": str(self.at),
+            "before": str(self.before),
+        }
         about["skipped"] = json.dumps(self.skipped)
         part = {"latents": latents, "used": torch.tensor(self.used, dtype=torch.int64)}
         tensors.save(self.folder / f"{self.first:010d}.safetensors", part, about)
@@ -183,7 +248,9 @@ class _Pass:
 
     def run(self, progress: bool) -> list[_Kept]:
         """The parts of the whole pass."""
-        bar = tqdm(total=len(self.items), initial=self.at, desc="latents", unit="img", disable=not progress)
+        bar = tqdm(
+            total=len(self.items), initial=self.at, desc="latents", unit="img", disable=not progress
+        )
         written = time.monotonic()
         try:
             with bar:
@@ -206,7 +273,9 @@ class _Pass:
         while end < len(self.items) and len(waiting) < self.batch:
             item = self.items[end]
             try:
-                waiting.append(item.caption if item.open is None else to_size(item.open(), self.size))
+                waiting.append(
+                    item.caption if item.open is None else to_size(item.open(), self.size)
+                )
                 used.append(end)
             except InputError as e:
                 skipped[end] = str(e)
@@ -214,7 +283,11 @@ class _Pass:
         if waiting:
             latents = self.encode(waiting, self.before).half()
             finite = latents.flatten(1).isfinite().all(1)
-            skipped |= {n: "its latents are not finite" for n, ok in zip(used, finite, strict=True) if not ok}
+            skipped |= {
+                n: "its latents are not finite"
+                for n, ok in zip(used, finite, strict=True)
+                if not ok
+            }
             self.latents.append(latents[finite].contiguous())
             self.used += [n for n in used if n not in skipped]
             self.before += len(waiting)

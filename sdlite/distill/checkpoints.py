@@ -1,7 +1,9 @@
-"""Checkpoints of a training: folders `checkpoint-<step>` with `state.safetensors` and `meta.json`, which has its hash.
+"""Checkpoints of a training: folders `checkpoint-<step>` with `state.safetensors` and `meta.json`,
+which has its hash.
 
-A folder gets its name when it is whole and on the disk. What is damaged all the same (a bad disk, a half copy) is
-noticed before it is used, set aside as `damaged-checkpoint-<step>`, and the one before it is taken.
+A folder gets its name when it is whole and on the disk. What is damaged all the same (a bad disk, a
+half copy) is noticed before it is used, set aside as `damaged-checkpoint-<step>`, and the one
+before it is taken.
 """
 
 from __future__ import annotations
@@ -37,8 +39,12 @@ class Checkpoint:
 
 
 def folders(out: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first, whole or not. Other folders of a similar name are not ours."""
-    return sorted((p for p in out.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()), key=_step)
+    """Checkpoints of a run, oldest first, whole or not. Other folders of a similar name are not
+    ours.
+    """
+    return sorted(
+        (p for p in out.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()), key=_step
+    )
 
 
 def _step(folder: Path) -> int:
@@ -64,7 +70,8 @@ def write(out: Path, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int
 
 
 def newest(out: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; None where there is no checkpoint. Those after it are set aside with a warning.
+    """The newest whole checkpoint; None where there is no checkpoint. Those after it are set aside
+    with a warning.
 
     Raises:
         TrainingError: there are checkpoints, and none is whole.
@@ -81,7 +88,10 @@ def newest(out: Path) -> Checkpoint | None:
         return whole
     if damaged:
         said = "; ".join(f"{folder.name}: {why}" for folder, why in damaged)
-        raise TrainingError(f"no checkpoint in {out} is whole ({said}); remove that folder to begin this stage anew.")
+        raise TrainingError(
+            f"no checkpoint in {out} is whole ({said}); remove that folder to begin this stage"
+            " anew."
+        )
     return None
 
 
@@ -90,7 +100,8 @@ def _set_aside(folder: Path, why: str, whole: Checkpoint) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     warnings.warn(
-        f"{folder} is damaged ({why}): going on from {whole.folder.name}, {whole.images:,} images; it is kept as {aside.name}.",
+        f"{folder} is damaged ({why}): going on from {whole.folder.name}, {whole.images:,} images;"
+        f" it is kept as {aside.name}.",
         SdliteWarning,
         stacklevel=4,
     )

@@ -1,15 +1,20 @@
-"""Training images and captions from what people have: shards, folders, Hugging Face datasets, or prompts alone.
+"""Training images and captions from what people have: shards, folders, Hugging Face datasets, or
+prompts alone.
 
 `read(path)` finds out which of them a path is:
 
-    shards/*.tar[.gz]                WebDataset: consecutive <key>.(webp|png|jpg) and <key>.json ("caption" or "text") or <key>.txt
+    shards/*.tar[.gz]                WebDataset: consecutive <key>.(webp|png|jpg) and <key>.json
+                                     ("caption" or "text") or <key>.txt
     folder/ with <name>.png + .txt   images with a caption file each
-    folder/ with metadata.jsonl      Hugging Face's image folder: {"file_name": ..., "text": ...} a line (also metadata.csv)
-    folder/ with dataset_info.json   a saved Hugging Face dataset (needs the `datasets` package): columns image and text (or caption)
+    folder/ with metadata.jsonl      Hugging Face's image folder: {"file_name": ..., "text": ...} a
+                                     line (also metadata.csv)
+    folder/ with dataset_info.json   a saved Hugging Face dataset (needs the `datasets` package):
+                                     columns image and text (or caption)
     prompts.txt                      captions only, one a line: the teacher makes the images
 
-Text is UTF-8, with or without a byte order mark, or UTF-16 with one. What is bad or missing is left out and listed with
-the reason, never guessed; only where nothing usable is left is that an error. How pixels are read: `sdlite.distill.pixels`.
+Text is UTF-8, with or without a byte order mark, or UTF-16 with one. What is bad or missing is left
+out and listed with the reason, never guessed; only where nothing usable is left is that an error.
+How pixels are read: `sdlite.distill.pixels`.
 """
 
 from __future__ import annotations
@@ -51,7 +56,9 @@ class _Left:
 
     def leave(self, key: str, why: str) -> None:
         key = printable(key, 200)
-        self.skipped[key if key not in self.skipped else f"{key} ({len(self.skipped)})"] = printable(why)
+        self.skipped[key if key not in self.skipped else f"{key} ({len(self.skipped)})"] = (
+            printable(why)
+        )
 
 
 @dataclass
@@ -83,7 +90,9 @@ class Captions(_Left):
     def prompts_only(self) -> bool:
         return bool(self.items) and all(i.open is None for i in self.items)
 
-    def add(self, key: str, caption: str, open: Callable[[], Image.Image] | None, size: int = 0) -> None:
+    def add(
+        self, key: str, caption: str, open: Callable[[], Image.Image] | None, size: int = 0
+    ) -> None:
         self.items.append(Item(printable(key, 200), caption, open, size))
 
 
@@ -101,7 +110,10 @@ def read(path: str | Path) -> Captions:
     if not mode and any(c in path.name for c in "*?["):
         found = sorted(path.parent.glob(path.name))
         if not found:
-            raise InputError(f"{path} matches no file; give shards, a folder of images with captions, or a prompts file.")
+            raise InputError(
+                f"{path} matches no file; give shards, a folder of images with captions, or a"
+                " prompts file."
+            )
         _from_shards(found, out)
     elif stat.S_ISDIR(mode):
         _from_folder(path, out)
@@ -111,15 +123,23 @@ def read(path: str | Path) -> Captions:
         _from_prompts(path, out)
     else:
         what = "is none of the accepted forms" if mode else "does not exist"
-        raise InputError(f"data {printable(path)} {what}; give .tar shards, a folder of images with captions, or a .txt file of prompts.")
+        raise InputError(
+            f"data {printable(path)} {what}; give .tar shards, a folder of images with captions, or"
+            " a .txt file of prompts."
+        )
     if not out.items:
         first = next(iter(out.skipped.items()), ("", "nothing was found"))
-        raise InputError(f"data {path} holds no usable sample ({len(out.skipped)} left out; first: {first[0]} {first[1]}).")
+        raise InputError(
+            f"data {path} holds no usable sample ({len(out.skipped)} left out; first: {first[0]}"
+            f" {first[1]})."
+        )
     return out
 
 
 def read_shards(paths: list[Path] | Path) -> Shards:
-    """Read `<key>.(webp|png|jpg)` + `<key>.json` pairs from tar or tar.gz files; bad pairs are skipped and listed."""
+    """Read `<key>.(webp|png|jpg)` + `<key>.json` pairs from tar or tar.gz files; bad pairs are
+    skipped and listed.
+    """
     out, reader = Shards(), shards.Reader()
     for path in [paths] if isinstance(paths, Path) else paths:
         for stem, files in shards.samples(path, out.leave):
@@ -128,25 +148,34 @@ def read_shards(paths: list[Path] | Path) -> Shards:
                 out.leave(stem, f"has {sorted(files)}, needs a picture and a .json")
                 continue
             try:
-                out.samples.append(Sample(stem, pixels.decode(reader.read(path, image)), _object(files["json"].text or b"")))
+                out.samples.append(
+                    Sample(
+                        stem,
+                        pixels.decode(reader.read(path, image)),
+                        _object(files["json"].text or b""),
+                    )
+                )
             except InputError as e:
                 out.leave(stem, str(e))
     return out
 
 
-# --- text --------------------------------------------------------------------------------------------------------------
+# --- text
 
 
 def _text(raw: bytes) -> str:
     """Text as its byte order mark says, else UTF-8.
 
     Raises:
-        InputError: it is not that; the message goes on after the file's name, as those of the functions below do.
+        InputError: it is not that; the message goes on after the file's name, as those of the
+            functions below do.
     """
     try:
         return _clean(raw.decode(_encoding(raw)))
     except UnicodeDecodeError as e:
-        raise InputError(f"is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from None
+        raise InputError(
+            f"is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8"
+        ) from None
 
 
 def _encoding(raw: bytes) -> str:
@@ -188,7 +217,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str | InputError]]:
     """Number and content of each line, or why it cannot be read."""
     with _opened(path) as f:
         kind = _encoding(f.peek(3))
-        text = io.TextIOWrapper(f, kind, errors="surrogatepass" if kind == "utf-16" else "surrogateescape")
+        text = io.TextIOWrapper(
+            f, kind, errors="surrogatepass" if kind == "utf-16" else "surrogateescape"
+        )
         number = 0
         try:
             while line := text.readline(shards.MOST_TEXT):
@@ -203,7 +234,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str | InputError]]:
                 except InputError as e:
                     yield number, e
         except UnicodeError as e:
-            yield number + 1, InputError(f"is not the UTF-16 text that the file's first bytes promise ({e})")
+            yield (
+                number + 1,
+                InputError(f"is not the UTF-16 text that the file's first bytes promise ({e})"),
+            )
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -218,7 +252,14 @@ def _json(text: str) -> dict[str, Any]:
 
 def _kind(value: Any) -> str:
     """What JSON calls a value."""
-    kinds = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    kinds = {
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
     return kinds.get(type(value), "null")
 
 
@@ -240,7 +281,7 @@ def _caption(meta: dict[str, Any]) -> str:
     return out
 
 
-# --- forms -------------------------------------------------------------------------------------------------------------
+# --- forms
 
 
 def _from_prompts(path: Path, out: Captions) -> None:
@@ -258,12 +299,23 @@ def _from_shards(paths: list[Path], out: Captions) -> None:
     reader = shards.Reader()
     for path in paths:
         for stem, files in shards.samples(path, out.leave):
-            key, image = f"{path.name}: {stem}", next((files[s] for s in PICTURES if s in files), None)
+            key, image = (
+                f"{path.name}: {stem}",
+                next((files[s] for s in PICTURES if s in files), None),
+            )
             if image is None or not ("json" in files or "txt" in files):
-                out.leave(key, f"has {sorted(files)}, needs an image and a caption (.txt, or .json with {' or '.join(CAPTION_KEYS)})")
+                out.leave(
+                    key,
+                    f"has {sorted(files)}, needs an image and a caption (.txt, or .json with"
+                    f" {' or '.join(CAPTION_KEYS)})",
+                )
                 continue
             try:
-                caption = _caption(_object(files["json"].text or b"") if "json" in files else {"text": _text(files["txt"].text or b"")})
+                caption = _caption(
+                    _object(files["json"].text or b"")
+                    if "json" in files
+                    else {"text": _text(files["txt"].text or b"")}
+                )
             except InputError as e:
                 out.leave(key, str(e))
                 continue
@@ -308,7 +360,11 @@ def _from_caption_files(folder: Path, out: Captions) -> None:
     def unlisted(e: OSError) -> None:
         out.leave(str(e.filename), f"cannot be listed ({e.strerror})")
 
-    names = [Path(root, n) for root, folders, files in os.walk(folder, onerror=unlisted) for n in (*folders, *files)]
+    names = [
+        Path(root, n)
+        for root, folders, files in os.walk(folder, onerror=unlisted)
+        for n in (*folders, *files)
+    ]
     for path in sorted(p for p in names if p.suffix.lower().lstrip(".") in PICTURES):
         name, text = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
         try:
@@ -318,7 +374,9 @@ def _from_caption_files(folder: Path, out: Captions) -> None:
             except InputError as e:
                 raise InputError(f"has no caption: {text.name} {e}") from None
             if not caption:
-                raise InputError(f"has no caption: {text.name} is empty, and there is no metadata.jsonl")
+                raise InputError(
+                    f"has no caption: {text.name} is empty, and there is no metadata.jsonl"
+                )
         except InputError as e:
             out.leave(name, str(e))
         else:
@@ -363,9 +421,18 @@ def _csv(path: Path) -> Iterator[_Row]:
         if header is None:
             header = row
             if "file_name" not in header:
-                raise InputError(f"has columns {', '.join(header)[:200]}; accepted: file_name, and {' or '.join(CAPTION_KEYS)}")
+                raise InputError(
+                    f"has columns {', '.join(header)[:200]}; accepted: file_name, and"
+                    f" {' or '.join(CAPTION_KEYS)}"
+                )
         elif len(row) > len(header):
-            yield at[0], InputError(f"has {len(row)} fields, the header {len(header)}; put captions with commas in quotes")
+            yield (
+                at[0],
+                InputError(
+                    f"has {len(row)} fields, the header {len(header)}; put captions with commas in"
+                    " quotes"
+                ),
+            )
         elif row:
             yield at[0], dict(zip(header, row, strict=False))
     yield from bad.items()
@@ -380,7 +447,14 @@ def _from_metadata(folder: Path, listing: str, rows: Iterator[_Row], out: Captio
                 continue
             name = row.get("file_name")
             if not isinstance(name, str) or not name:
-                out.leave(where, "has no file_name" if not name else f"has {_kind(name)} as file_name, not a string")
+                out.leave(
+                    where,
+                    (
+                        "has no file_name"
+                        if not name
+                        else f"has {_kind(name)} as file_name, not a string"
+                    ),
+                )
                 continue
             try:
                 out.add(name, *_named(folder, name, row))
@@ -390,7 +464,9 @@ def _from_metadata(folder: Path, listing: str, rows: Iterator[_Row], out: Captio
         out.leave(listing, str(e))
 
 
-def _named(folder: Path, name: str, row: dict[str, Any]) -> tuple[str, Callable[[], Image.Image], int]:
+def _named(
+    folder: Path, name: str, row: dict[str, Any]
+) -> tuple[str, Callable[[], Image.Image], int]:
     """Caption, image and bytes of what a line of metadata names."""
     caption = _caption(row)
     if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
@@ -406,18 +482,29 @@ def _from_saved_dataset(folder: Path, out: Captions) -> None:
         from datasets import Image as Column
         from datasets import load_from_disk
     except ImportError as e:
-        raise MissingExtraError(f"{folder} is a saved Hugging Face dataset: pip install datasets to read it.") from e
+        raise MissingExtraError(
+            f"{folder} is a saved Hugging Face dataset: pip install datasets to read it."
+        ) from e
     try:
         table = load_from_disk(str(folder))
     except Exception as e:  # pyarrow and datasets raise their own
-        raise InputError(f"{folder} cannot be read as a saved dataset ({type(e).__name__}: {printable(e, 200)}).") from e
+        raise InputError(
+            f"{folder} cannot be read as a saved dataset ({type(e).__name__}: {printable(e, 200)})."
+        ) from e
     if not hasattr(table, "column_names") or isinstance(table.column_names, dict):
-        raise InputError(f"{folder} holds several splits; give the folder of one, such as {folder}/train.")
+        raise InputError(
+            f"{folder} holds several splits; give the folder of one, such as {folder}/train."
+        )
     column = next((c for c in CAPTION_KEYS if c in table.column_names), None)
     if column is None or "image" not in table.column_names:
-        raise InputError(f"{folder} has columns {table.column_names}; accepted: image, and {' or '.join(CAPTION_KEYS)}.")
+        raise InputError(
+            f"{folder} has columns {table.column_names}; accepted: image, and"
+            f" {' or '.join(CAPTION_KEYS)}."
+        )
     if not isinstance(table.features["image"], Column):
-        raise InputError(f"{folder} has a column image of {table.features['image']}; accepted: datasets.Image.")
+        raise InputError(
+            f"{folder} has a column image of {table.features['image']}; accepted: datasets.Image."
+        )
     stored = table.cast_column("image", Column(decode=False))  # bytes: decoded here, as everywhere
     for i, caption in enumerate(table[column]):
         try:

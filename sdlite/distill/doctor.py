@@ -1,6 +1,8 @@
-"""`doctor`: why would this distillation not converge? Looks at teacher, student and data, and measures one batch.
+"""`doctor`: why would this distillation not converge? Looks at teacher, student and data, and
+    measures one batch.
 
-Each finding is (level, check, text): "ok", "warn" (works, not well) or "fail" (cannot work), with the figure and what to change.
+Each finding is (level, check, text): "ok", "warn" (works, not well) or "fail" (cannot work), with
+the figure and what to change.
 """
 
 from __future__ import annotations
@@ -45,24 +47,41 @@ def architecture(student: Any, teacher: Any, text_encoder: Any, vae: Any) -> lis
     ]
     for name, a, b in pairs:
         out.append(
-            Finding("ok" if a == b else "fail", "architecture", f"{name} {a}" + ("" if a == b else f" against {b}: they must be equal"))
+            Finding(
+                "ok" if a == b else "fail",
+                "architecture",
+                f"{name} {a}" + ("" if a == b else f" against {b}: they must be equal"),
+            )
         )
     ratio = parameters(student) / parameters(teacher)
     if ratio > 1:
-        out.append(Finding("warn", "architecture", f"the student is larger than the teacher ({ratio:.2f}x)"))
+        out.append(
+            Finding(
+                "warn", "architecture", f"the student is larger than the teacher ({ratio:.2f}x)"
+            )
+        )
     elif ratio < 0.05:
         out.append(
             Finding(
-                "warn", "architecture", f"the student has {ratio:.1%} of the teacher's parameters: distil through a middle-sized one first"
+                "warn",
+                "architecture",
+                f"the student has {ratio:.1%} of the teacher's parameters: distil through a"
+                " middle-sized one first",
             )
         )
     else:
-        out.append(Finding("ok", "architecture", f"the student has {ratio:.1%} of the teacher's parameters"))
+        out.append(
+            Finding(
+                "ok", "architecture", f"the student has {ratio:.1%} of the teacher's parameters"
+            )
+        )
     return out
 
 
 def target(scheduler: dict[str, Any], few_steps: bool) -> list[Finding]:
-    """Prediction type, terminal signal-to-noise ratio and spacing: what few-step students trip over."""
+    """Prediction type, terminal signal-to-noise ratio and spacing: what few-step students trip
+    over.
+    """
     schedule, out = Schedule.from_config(scheduler), []
     kind, last = schedule.prediction_type, float(schedule.alphas_cumprod()[-1])
     snr = last / max(1 - last, 1e-12)
@@ -71,12 +90,18 @@ def target(scheduler: dict[str, Any], few_steps: bool) -> list[Finding]:
             Finding(
                 "fail",
                 "target",
-                "epsilon prediction with zero terminal SNR says nothing about the picture at the last timestep; use v_prediction",
+                "epsilon prediction with zero terminal SNR says nothing about the picture at the"
+                " last timestep; use v_prediction",
             )
         )
     elif few_steps and kind == "epsilon":
         out.append(
-            Finding("warn", "target", f"epsilon prediction, terminal SNR {snr:.2g}: with 1-2 steps prefer v_prediction (arXiv:2202.00512)")
+            Finding(
+                "warn",
+                "target",
+                f"epsilon prediction, terminal SNR {snr:.2g}: with 1-2 steps prefer v_prediction"
+                " (arXiv:2202.00512)",
+            )
         )
     else:
         out.append(Finding("ok", "target", f"{kind}, terminal SNR {snr:.2g}"))
@@ -86,43 +111,75 @@ def target(scheduler: dict[str, Any], few_steps: bool) -> list[Finding]:
             Finding(
                 "warn",
                 "target",
-                f"timestep_spacing={spacing!r} never visits the last timestep; the stages switch to trailing (arXiv:2305.08891)",
+                f"timestep_spacing={spacing!r} never visits the last timestep; the stages switch to"
+                " trailing (arXiv:2305.08891)",
             )
         )
     return out
 
 
 @torch.no_grad()
-def prediction(task: StudentTask, teacher: nn.Module, batch_size: int, seed: int = 0) -> list[Finding]:
-    """Does the teacher predict what its scheduler says? Its mean squared error against each kind of target, each over that target's mean square.
+def prediction(
+    task: StudentTask, teacher: nn.Module, batch_size: int, seed: int = 0
+) -> list[Finding]:
+    """Does the teacher predict what its scheduler says? Its mean squared error against each kind of
+    target, each over that target's mean square.
 
-    A wrong prediction_type is silent otherwise: the student learns the teacher's output and a target that contradict each other.
+    A wrong prediction_type is silent otherwise: the student learns the teacher's output and a
+    target that contradict each other.
     """
     batch = task.batch(batch_size, step_generator(seed, 2))
-    batch["t"] = task.schedule.num_train_timesteps // 4 + batch["t"] // 2  # the middle half: all kinds differ there
+    # the middle half: all kinds differ there
+    batch["t"] = task.schedule.num_train_timesteps // 4 + batch["t"] // 2
     x, _ = task.forward(batch["latents"], batch["noise"], batch["t"])
     out = teacher(x, batch["t"], task.encode(batch["input_ids"])).sample.float()
     alpha, sigma = task.forward.coefficients(batch["t"])
-    kinds = {"epsilon": batch["noise"], "sample": batch["latents"], "v_prediction": alpha * batch["noise"] - sigma * batch["latents"]}
+    kinds = {
+        "epsilon": batch["noise"],
+        "sample": batch["latents"],
+        "v_prediction": alpha * batch["noise"] - sigma * batch["latents"],
+    }
     errors = {k: float((out - y).pow(2).mean() / y.pow(2).mean()) for k, y in kinds.items()}
     said, best = task.schedule.prediction_type, min(errors, key=errors.__getitem__)
     text = ", ".join(f"{k} {e:.2f}" for k, e in errors.items())
     if best != said and errors[best] < 0.5 * min(errors[said], 1.0):
-        return [Finding("fail", "prediction", f"the scheduler says {said}, but the teacher's output is nearest to {best} (relative errors: {text}); set "
-                        f"prediction_type to {best}")]  # fmt: skip
+        return [
+            Finding(
+                "fail",
+                "prediction",
+                f"the scheduler says {said}, but the teacher's output is nearest to {best}"
+                f" (relative errors: {text}); set prediction_type to {best}",
+            )
+        ]
     if errors[said] > 0.9:
-        return [Finding("warn", "prediction", f"the teacher is no better than predicting zero (relative errors: {text}): is it trained, are these "
-                        "its latents and its text encoder?")]  # fmt: skip
+        return [
+            Finding(
+                "warn",
+                "prediction",
+                f"the teacher is no better than predicting zero (relative errors: {text}): is it"
+                " trained, are these its latents and its text encoder?",
+            )
+        ]
     return [Finding("ok", "prediction", f"the teacher predicts {said} (relative errors: {text})")]
 
 
 @torch.no_grad()
 def round_trip(latents: Tensor, vae: Any) -> list[Finding]:
-    """Latents (B, C, h, w) decoded and encoded again: the same, if scale, shift and pixel range are one convention."""
+    """Latents (B, C, h, w) decoded and encoded again: the same, if scale, shift and pixel range are
+    one convention.
+    """
     if not hasattr(vae, "quant_conv"):
-        return [Finding("ok", "preprocessing", f"{type(vae).__name__}: no round trip, its encoder need not be trained")]
+        return [
+            Finding(
+                "ok",
+                "preprocessing",
+                f"{type(vae).__name__}: no round trip, its encoder need not be trained",
+            )
+        ]
     z, shift = latents.float(), getattr(vae.config, "shift_factor", None) or 0.0
-    again = (vae.encode(decode_scaled(vae, z).clamp(-1, 1)).latent_dist.mean - shift) * vae.config.scaling_factor
+    again = (
+        vae.encode(decode_scaled(vae, z).clamp(-1, 1)).latent_dist.mean - shift
+    ) * vae.config.scaling_factor
     error = float((again - z).pow(2).mean() / z.pow(2).mean())
     text = f"latents decoded and encoded again differ by {error:.0%} of their mean square"
     return [
@@ -140,17 +197,27 @@ def settings(recipe: Recipe, samples: int) -> list[Finding]:
     for s in recipe.stages:
         c = s.config
         if c.mixed_precision == "fp16" and not torch.cuda.is_available():
-            out.append(Finding("fail", "settings", f"{s.name}: fp16 needs CUDA; use mixed_precision = 'bf16'"))
+            out.append(
+                Finding(
+                    "fail", "settings", f"{s.name}: fp16 needs CUDA; use mixed_precision = 'bf16'"
+                )
+            )
         if c.micro_batch_size and c.batch_size % min(c.micro_batch_size, c.batch_size):
             out.append(
-                Finding("fail", "settings", f"{s.name}: batch_size={c.batch_size} does not split into parts of {c.micro_batch_size}")
+                Finding(
+                    "fail",
+                    "settings",
+                    f"{s.name}: batch_size={c.batch_size} does not split into parts of"
+                    f" {c.micro_batch_size}",
+                )
             )
         if (draws := s.options.get("cache_targets")) and draws < 2 * samples:
             out.append(
                 Finding(
                     "warn",
                     "settings",
-                    f"{s.name}: cache_targets={draws} for {samples} samples: each is seen at one or two noise levels only",
+                    f"{s.name}: cache_targets={draws} for {samples} samples: each is seen at one or"
+                    " two noise levels only",
                 )
             )
         if s.options.get("article"):
@@ -158,49 +225,101 @@ def settings(recipe: Recipe, samples: int) -> list[Finding]:
                 Finding(
                     "warn",
                     "settings",
-                    f"{s.name}: article = true is for comparison; its soft term does not see an offset that all channels share",
+                    f"{s.name}: article = true is for comparison; its soft term does not see an"
+                    " offset that all channels share",
                 )
             )
         later = recipe.stages[recipe.stages.index(s) + 1 :]
-        if s.kind == "output" and s.options.get("caption_dropout", 0.1) == 0 and not any(guided(o.guidance) for o in later):
+        if (
+            s.kind == "output"
+            and s.options.get("caption_dropout", 0.1) == 0
+            and not any(guided(o.guidance) for o in later)
+        ):
             out.append(
-                Finding("warn", "settings", f"{s.name}: caption_dropout = 0, so the student knows no empty caption, and guidance needs one")
+                Finding(
+                    "warn",
+                    "settings",
+                    f"{s.name}: caption_dropout = 0, so the student knows no empty caption, and"
+                    " guidance needs one",
+                )
             )
     return out or [Finding("ok", "settings", "nothing works against itself")]
 
 
 def preprocessing(latents: Tensor, used: int, skipped: int, truncated: int) -> list[Finding]:
-    """Do the latents look like what the teacher was trained on: about zero mean, unit variance, finite?"""
+    """Do the latents look like what the teacher was trained on: about zero mean, unit variance,
+    finite?
+    """
     mean, std = float(latents.float().mean()), float(latents.float().std())
     out = []
     top = float(latents.float().abs().max())
     if not torch.isfinite(latents.float()).all():
-        out.append(Finding("fail", "preprocessing", "latents hold NaN or infinity: the VAE overflows (fp16?) or a picture is damaged"))
+        out.append(
+            Finding(
+                "fail",
+                "preprocessing",
+                "latents hold NaN or infinity: the VAE overflows (fp16?) or a picture is damaged",
+            )
+        )
     elif not 0.5 < std < 2 or abs(mean) > 0.5:
-        out.append(Finding("fail", "preprocessing", f"latents have mean {mean:.2f}, deviation {std:.2f}, not about 0 and 1: is scaling_factor applied, "
-                           "are pixels in [-1, 1]?"))  # fmt: skip
+        out.append(
+            Finding(
+                "fail",
+                "preprocessing",
+                f"latents have mean {mean:.2f}, deviation {std:.2f}, not about 0 and 1: is"
+                " scaling_factor applied, are pixels in [-1, 1]?",
+            )
+        )
     elif top <= 1:
-        text = f"no latent is beyond {top:.2f}, although their deviation is {std:.2f}: they were clipped to ±1, as schedulers for pixels do"
-        out.append(Finding("fail", "preprocessing", text + " (clip_sample); make the data again without"))
+        text = (
+            f"no latent is beyond {top:.2f}, although their deviation is {std:.2f}: they were"
+            " clipped to ±1, as schedulers for pixels do"
+        )
+        out.append(
+            Finding("fail", "preprocessing", text + " (clip_sample); make the data again without")
+        )
     else:
-        out.append(Finding("ok", "preprocessing", f"latents have mean {mean:.2f}, deviation {std:.2f}"))
+        out.append(
+            Finding("ok", "preprocessing", f"latents have mean {mean:.2f}, deviation {std:.2f}")
+        )
     share = skipped / max(used + skipped, 1)
-    out.append(Finding("warn" if share > 0.01 else "ok", "data", f"{used} samples, {skipped} left out"))
+    out.append(
+        Finding("warn" if share > 0.01 else "ok", "data", f"{used} samples, {skipped} left out")
+    )
     if truncated > 0.05 * used:
-        out.append(Finding("warn", "data", f"{truncated} of {used} captions are longer than the text encoder reads"))
+        out.append(
+            Finding(
+                "warn",
+                "data",
+                f"{truncated} of {used} captions are longer than the text encoder reads",
+            )
+        )
     return out
 
 
 def left_out(skipped: dict[str, str], shown: int = 5) -> list[Finding]:
     """The first samples that were left out, and why."""
-    out = [Finding("warn", "data", f"left out: {key}: {why}") for key, why in list(skipped.items())[:shown]]
+    out = [
+        Finding("warn", "data", f"left out: {key}: {why}")
+        for key, why in list(skipped.items())[:shown]
+    ]
     if len(skipped) > shown:
-        out.append(Finding("warn", "data", f"left out: {len(skipped) - shown} more; a run lists all in skipped.json"))
+        out.append(
+            Finding(
+                "warn",
+                "data",
+                f"left out: {len(skipped) - shown} more; a run lists all in skipped.json",
+            )
+        )
     return out
 
 
-def gradients(task: StudentTask, batch_size: int, seed: int = 0) -> tuple[list[Finding], dict[str, dict[str, float]]]:
-    """Loss and gradient norm of each term at the start, on one batch; how hard each pulls, and the weight at which it would pull as the output."""
+def gradients(
+    task: StudentTask, batch_size: int, seed: int = 0
+) -> tuple[list[Finding], dict[str, dict[str, float]]]:
+    """Loss and gradient norm of each term at the start, on one batch; how hard each pulls, and the
+    weight at which it would pull as the output.
+    """
     batch = task.batch(batch_size, step_generator(seed, 0))
     modules = task.modules
     student = [p for p in modules["student"].unet.parameters() if p.requires_grad]
@@ -208,38 +327,91 @@ def gradients(task: StudentTask, batch_size: int, seed: int = 0) -> tuple[list[F
     terms = {k: v for k, v in task.loss(modules, batch, 0).items() if k != "loss"}
     for name, value in terms.items():
         grads = torch.autograd.grad(value, student, retain_graph=True, allow_unused=True)
-        norm = torch.sqrt(sum((g.float().pow(2).sum() for g in grads if g is not None), torch.zeros(())))
+        norm = torch.sqrt(
+            sum((g.float().pow(2).sum() for g in grads if g is not None), torch.zeros(()))
+        )
         measured[name] = {"loss": value.item(), "gradient": norm.item()}
     out = []
-    weights = {"article": 1.0, **{k: getattr(task, f"{k}_weight") for k in ("task", "output", "feature", "multi_scale", "channel")}}
+    weights = {
+        "article": 1.0,
+        **{
+            k: getattr(task, f"{k}_weight")
+            for k in ("task", "output", "feature", "multi_scale", "channel")
+        },
+    }
     if task.article:
         weights |= {"task": 0.0, "output": 0.0}
     bad = [k for k, m in measured.items() if not all(map(math.isfinite, m.values()))]
     if bad:
-        out.append(Finding("fail", "gradients", f"{', '.join(bad)} not finite at the first batch; check the teacher and the dtype"))
+        out.append(
+            Finding(
+                "fail",
+                "gradients",
+                f"{', '.join(bad)} not finite at the first batch; check the teacher and the dtype",
+            )
+        )
     for k, m in measured.items():
-        out.append(Finding("ok", "gradients", f"{k}: loss {m['loss']:.4g}, gradient norm {m['gradient']:.4g}, weight {weights[k]:g}"))
-    first = next((k for k in ("output", "article", "task") if weights[k] and measured.get(k, {}).get("gradient", 0) > 0), None)
+        out.append(
+            Finding(
+                "ok",
+                "gradients",
+                f"{k}: loss {m['loss']:.4g}, gradient norm {m['gradient']:.4g}, weight"
+                f" {weights[k]:g}",
+            )
+        )
+    first = next(
+        (
+            k
+            for k in ("output", "article", "task")
+            if weights[k] and measured.get(k, {}).get("gradient", 0) > 0
+        ),
+        None,
+    )
     for k in ("task", "feature", "multi_scale", "channel"):
-        if bad or first is None or k == first or not weights[k] or not measured.get(k, {}).get("gradient", 0) > 0:
+        if (
+            bad
+            or first is None
+            or k == first
+            or not weights[k]
+            or not measured.get(k, {}).get("gradient", 0) > 0
+        ):
             continue
         pull = weights[first] * measured[first]["gradient"]
         share, equal = weights[k] * measured[k]["gradient"] / pull, pull / measured[k]["gradient"]
         level = "warn" if share > 3 or share < 1 / 30 else "ok"
-        out.append(Finding(level, "loss scales", f"the {k} term pulls {share:.2g} times as hard as the {first} term; equal at {k}_weight={equal:.2g}"
-                           + (" (BK-SDM's unweighted feature loss outgrew the others: Nota-NetsPresso/BK-SDM issue 21)" if k == "feature" else "")))  # fmt: skip
+        out.append(
+            Finding(
+                level,
+                "loss scales",
+                f"the {k} term pulls {share:.2g} times as hard as the {first} term; equal at"
+                f" {k}_weight={equal:.2g}"
+                + (
+                    " (BK-SDM's unweighted feature loss outgrew the others: Nota-NetsPresso/BK-SDM"
+                    " issue 21)"
+                    if k == "feature"
+                    else ""
+                ),
+            )
+        )
     return out, measured
 
 
 def first_step(task: StudentTask, lr: float, batch_size: int, seed: int = 0) -> list[Finding]:
-    """Does one step at this learning rate lower the loss on the very batch it was taken on? AdamW's first step is lr times the gradient's sign.
+    """Does one step at this learning rate lower the loss on the very batch it was taken on? AdamW's
+    first step is lr times the gradient's sign.
 
     In place: the task's student is moved by that step and back.
     """
     batch = task.batch(batch_size, step_generator(seed, 0))
-    modules, student = task.modules, [p for p in task.modules["student"].parameters() if p.requires_grad]
+    modules, student = (
+        task.modules,
+        [p for p in task.modules["student"].parameters() if p.requires_grad],
+    )
     before = task.loss(modules, batch, 0)["loss"]
-    steps = [None if g is None else lr * g.sign() for g in torch.autograd.grad(before, student, allow_unused=True)]
+    steps = [
+        None if g is None else lr * g.sign()
+        for g in torch.autograd.grad(before, student, allow_unused=True)
+    ]
     with torch.no_grad():
         for sign in (-1, 1):
             for p, step in zip(student, steps, strict=True):
@@ -254,7 +426,9 @@ def first_step(task: StudentTask, lr: float, batch_size: int, seed: int = 0) -> 
 
 
 def temperature(features: Tensor, of_recipe: Sequence[float] = (1.0, 2.0, 4.0)) -> list[Finding]:
-    """How peaked a teacher's feature map (B, C, h, w) is under a softmax over positions: too sharp or too flat gives channel_loss no gradient."""
+    """How peaked a teacher's feature map (B, C, h, w) is under a softmax over positions: too sharp
+    or too flat gives channel_loss no gradient.
+    """
     flat, out = features.float().flatten(2), []
     top = float(torch.tensor(flat.shape[-1]).log())
     for t in sorted(set(of_recipe)):
@@ -265,7 +439,8 @@ def temperature(features: Tensor, of_recipe: Sequence[float] = (1.0, 2.0, 4.0)) 
             Finding(
                 level,
                 "temperature",
-                f"T={t:g}: entropy {share:.0%} of uniform" + ("" if level == "ok" else "; the channel loss teaches little here"),
+                f"T={t:g}: entropy {share:.0%} of uniform"
+                + ("" if level == "ok" else "; the channel loss teaches little here"),
             )
         )
     return out
@@ -281,24 +456,40 @@ def installed(export: bool) -> list[Finding]:
 
 
 def examine(
-    recipe: Recipe, teacher: str | Path, data: str | Path, cache: Path, batch_size: int = 8, progress: bool = True, export: bool = True
+    recipe: Recipe,
+    teacher: str | Path,
+    data: str | Path,
+    cache: Path,
+    batch_size: int = 8,
+    progress: bool = True,
+    export: bool = True,
 ) -> list[Finding]:
-    """All checks, on the recipe's student, this teacher and this data; `export` as the run will be given it.
+    """All checks, on the recipe's student, this teacher and this data; `export` as the run will be
+    given it.
 
     Raises:
         InputError, ArtifactError: the folders or the data cannot be read at all.
     """
     taught = Teacher(teacher)
-    student = build(taught.unet, dataclasses.replace(recipe.student, score="l1"))  # which channels stay changes none of these checks
+    student = build(
+        taught.unet, dataclasses.replace(recipe.student, score="l1")
+    )  # which channels stay changes none of these checks
     few = any(s.kind in ("progressive", "consistency", "adversarial") for s in recipe.stages)
-    out = architecture(student, taught.unet, taught.text_encoder, taught.vae) + target(taught.scheduler, few)
+    out = architecture(student, taught.unet, taught.text_encoder, taught.vae) + target(
+        taught.scheduler, few
+    )
     if any(f.level == "fail" for f in out):
         return out
     out += installed(export)
     source = taught.source(data, cache, progress)
     ends = (source.ids == taught.tokenizer.eos).int().argmax(1)
     out += settings(recipe, len(source))
-    out += preprocessing(source.latents[:512], len(source), len(source.skipped), int((ends == source.ids.shape[1] - 1).sum()))
+    out += preprocessing(
+        source.latents[:512],
+        len(source),
+        len(source.skipped),
+        int((ends == source.ids.shape[1] - 1).sum()),
+    )
     out += left_out(source.skipped)
     first = next((s for s in recipe.stages if s.kind == "output"), None)
     if first is not None:
@@ -313,7 +504,9 @@ def examine(
             scheduler=taught.scheduler,
             **{k: v for k, v in first.options.items() if k != "cache_targets"},
         )
-        out += prediction(task, taught.unet, batch_size) + round_trip(source.latents[:2], taught.vae)
+        out += prediction(task, taught.unet, batch_size) + round_trip(
+            source.latents[:2], taught.vae
+        )
         found, _ = gradients(task, batch_size)
         out += found + first_step(task, first.config.lr, batch_size)
         if task.teacher_taps:

@@ -10,7 +10,9 @@ from sdlite.errors import InputError
 
 
 def block_taps(unet: Any) -> dict[str, str]:
-    """tap name -> module name: the outputs of every down, middle and up block, counted from the outside so that students match."""
+    """tap name -> module name: the outputs of every down, middle and up block, counted from the
+    outside so that students match.
+    """
     down, up = len(unet.down_blocks), len(unet.up_blocks)
     taps = {f"down{i}": f"down_blocks.{i}" for i in range(down)}
     if unet.mid_block is not None:
@@ -19,9 +21,10 @@ def block_taps(unet: Any) -> dict[str, str]:
 
 
 def matched_taps(student: Any, teacher: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """The taps that both have, student's and teacher's modules. Where the student's down block is its last, and so does not halve the picture
-    as the teacher's does (bk-tiny: the inner stage is gone), both are tapped before the halving, as BK-SDM does (Kim et al. 2023,
-    arXiv:2305.15798; `down_blocks.2.attentions` in its training script).
+    """The taps that both have, student's and teacher's modules. Where the student's down block is
+    its last, and so does not halve the picture as the teacher's does (bk-tiny: the inner stage is
+    gone), both are tapped before the halving, as BK-SDM does (Kim et al. 2023, arXiv:2305.15798;
+    `down_blocks.2.attentions` in its training script).
     """
     mine, theirs = block_taps(student), block_taps(teacher)
     both = [k for k in mine if k in theirs]
@@ -34,7 +37,9 @@ def matched_taps(student: Any, teacher: Any) -> tuple[dict[str, str], dict[str, 
 
 
 class _Keep:
-    """Forward hook that keeps a module's output. An object, not a closure: a deep copy of the network keeps features of its own."""
+    """Forward hook that keeps a module's output. An object, not a closure: a deep copy of the
+    network keeps features of its own.
+    """
 
     def __init__(self, features: dict[str, Tensor], tap: str):
         self.features, self.tap = features, tap
@@ -44,10 +49,12 @@ class _Keep:
 
 
 class Taps:
-    """Hooks on `modules` (tap name -> module name) of a network; `features` holds the last forward's outputs, (B, C, h, w) each.
+    """Hooks on `modules` (tap name -> module name) of a network; `features` holds the last
+    forward's outputs, (B, C, h, w) each.
 
-    They last as long as the block `with Taps(...)`, or, after `attach`, as this object. A network that is to be compiled needs
-    `attach` before its first forward: hooks that come and go would make every step compile again.
+    They last as long as the block `with Taps(...)`, or, after `attach`, as this object. A network
+    that is to be compiled needs `attach` before its first forward: hooks that come and go would
+    make every step compile again.
     """
 
     def __init__(self, network: nn.Module, modules: dict[str, str]):
@@ -59,7 +66,10 @@ class Taps:
         self.features: dict[str, Tensor] = {}
 
     def attach(self) -> Taps:
-        self._handles += [module.register_forward_hook(_Keep(self.features, tap)) for tap, module in self.modules.items()]
+        self._handles += [
+            module.register_forward_hook(_Keep(self.features, tap))
+            for tap, module in self.modules.items()
+        ]
         return self
 
     def detach(self) -> None:

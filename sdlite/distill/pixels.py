@@ -1,10 +1,11 @@
 """People's image files as 8-bit pixels: one way for every reader.
 
-EXIF's orientation is applied. Deeper pixels are scaled by their whole range: 16 bits (I;16, I;16B) by 65535,
-12 bits in a TIFF by 4095; float pixels are accepted from 0 to 1. CMYK becomes RGB by Pillow's formula. Color
-profiles (ICC) are not applied: numbers are taken as sRGB, as diffusers and Hugging Face's datasets take them.
-Left out, with the reason: more than `MOST_PIXELS` pixels, animations and several pages, 32-bit integers,
-floats of another range, no pixels, and whatever Pillow cannot read to the end.
+EXIF's orientation is applied. Deeper pixels are scaled by their whole range: 16 bits (I;16, I;16B)
+by 65535, 12 bits in a TIFF by 4095; float pixels are accepted from 0 to 1. CMYK becomes RGB by
+Pillow's formula. Color profiles (ICC) are not applied: numbers are taken as sRGB, as diffusers and
+Hugging Face's datasets take them. Left out, with the reason: more than `MOST_PIXELS` pixels,
+animations and several pages, 32-bit integers, floats of another range, no pixels, and whatever
+Pillow cannot read to the end.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def decode(raw: bytes) -> Image.Image:
     except InputError:
         raise
     except Image.UnidentifiedImageError:
-        raise InputError(f"is no readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
+        raise InputError(
+            f"is no readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
+        ) from None
     except Exception as e:  # Pillow raises a dozen kinds for damaged files
         first = printable((str(e).splitlines() or [""])[0], 200)
         raise InputError(f"cannot be read ({type(e).__name__}: {first})") from e
@@ -49,7 +52,9 @@ def _check(image: Image.Image) -> None:
         raise InputError(f"has {width}x{height} pixels")
     if width * height > MOST_PIXELS:
         raise InputError(f"has {width}x{height} pixels; accepted: {MOST_PIXELS:,} at most")
-    if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's JPEG with its second view
+    if (
+        getattr(image, "is_animated", False) and image.format != "MPO"
+    ):  # a phone's JPEG with its second view
         raise InputError("is animated, or has several pages; accepted: one image")
 
 
@@ -63,12 +68,15 @@ def plain(image: Image.Image) -> Image.Image:
     if tags := getattr(image, "tag_v2", None):
         bits = tags.get(_BITS, (16,))[0]
         most = 2**bits - 1 if 8 < bits <= 16 else most
-        inverted = tags.get(_PHOTOMETRIC) == 0 and image.mode[0] in "IF"  # white is 0; Pillow inverts 8 bits only
+        # white is 0; Pillow inverts 8 bits only
+        inverted = tags.get(_PHOTOMETRIC) == 0 and image.mode[0] in "IF"
     image = _upright(image)
     if image.mode == "I":
         raise InputError("has 32-bit integers, whose range no file says; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
-        image = _gray(_of_integers(np.asarray(image), most), image.info.get("transparency"), image, inverted)
+        image = _gray(
+            _of_integers(np.asarray(image), most), image.info.get("transparency"), image, inverted
+        )
     elif image.mode == "F":
         image = _gray(_of_floats(np.asarray(image)), None, image, inverted)
     mode = "RGBA" if image.has_transparency_data else "RGB"
@@ -82,7 +90,10 @@ def _upright(image: Image.Image) -> Image.Image:
         turned = image.getexif().get(_ORIENTATION, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
     except Exception as e:
-        raise InputError(f"has EXIF data that cannot be read ({type(e).__name__}), so how it is turned is not known") from e
+        raise InputError(
+            f"has EXIF data that cannot be read ({type(e).__name__}), so how it is turned is not"
+            " known"
+        ) from e
 
 
 def _of_integers(pixels: np.ndarray, most: int) -> np.ndarray:
@@ -97,7 +108,9 @@ def _of_floats(pixels: np.ndarray) -> np.ndarray:
 
 
 def _gray(pixels: np.ndarray, clear: object, of: Image.Image, inverted: bool) -> Image.Image:
-    """8-bit gray; where `of` (16 bits) has the value `clear` (a PNG's transparent one) it is transparent."""
+    """8-bit gray; where `of` (16 bits) has the value `clear` (a PNG's transparent one) it is
+    transparent.
+    """
     if inverted:
         pixels = 255 - pixels
     if not isinstance(clear, int):

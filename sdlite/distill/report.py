@@ -1,4 +1,6 @@
-"""`report.md` of a distillation run: what was trained, its curves, its pictures; made from the files that the stages left."""
+"""`report.md` of a distillation run: what was trained, its curves, its pictures; made from the
+files that the stages left.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ SHOWN = 20  # of the samples that were left out
 
 
 def statistics(folder: Path) -> list[dict[str, float]]:
-    """Rows of a stage's `stats.jsonl`, one for each step: what a resumed run wrote again replaces what it had written before."""
+    """Rows of a stage's `stats.jsonl`, one for each step: what a resumed run wrote again replaces
+    what it had written before.
+    """
     path = folder / "stats.jsonl"
     if not path.exists():
         return []
@@ -25,18 +29,26 @@ def statistics(folder: Path) -> list[dict[str, float]]:
         try:
             row = json.loads(line)
             row["step"], row["loss"]
-        except (ValueError, TypeError, KeyError):  # a line that was being written when the process was killed
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+        ):  # a line that was being written when the process was killed
             continue
         rows = {k: v for k, v in rows.items() if k < row["step"]} | {row["step"]: row}
     return list(rows.values())
 
 
 def curves(stages: Sequence[Path], path: Path) -> list[Path]:
-    """One panel for each stage: its loss and terms over the images seen. Returns the stages that had anything to draw."""
+    """One panel for each stage: its loss and terms over the images seen. Returns the stages that
+    had anything to draw.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as e:
-        raise MissingExtraError("the report's curves need matplotlib: pip install 'sdlite[distill]'.") from e
+        raise MissingExtraError(
+            "the report's curves need matplotlib: pip install 'sdlite[distill]'."
+        ) from e
 
     drawn = [(s, rows) for s in stages if (rows := statistics(s))]
     if not drawn:
@@ -44,10 +56,19 @@ def curves(stages: Sequence[Path], path: Path) -> list[Path]:
     figure = Figure(figsize=(7, 2.6 * len(drawn)), layout="constrained")
     panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
     for axes, (stage, rows) in zip(panels, drawn, strict=True):
-        terms = [k for k in rows[0] if k not in ("step", "images", "lr", "images_per_second", "grad_norm")]
+        terms = [
+            k
+            for k in rows[0]
+            if k not in ("step", "images", "lr", "images_per_second", "grad_norm")
+        ]
         positive = all(row[k] > 0 for row in rows for k in terms)
         for k in terms:
-            axes.plot([r["images"] for r in rows], [r[k] for r in rows], label=k, linewidth=1.8 if k == "loss" else 1.0)
+            axes.plot(
+                [r["images"] for r in rows],
+                [r[k] for r in rows],
+                label=k,
+                linewidth=1.8 if k == "loss" else 1.0,
+            )
         axes.set_yscale("log" if positive else "linear")
         axes.set_title(stage.name, loc="left", fontsize=10)
         axes.set_xlabel("images", fontsize=9)
@@ -58,7 +79,14 @@ def curves(stages: Sequence[Path], path: Path) -> list[Path]:
     return [s for s, _ in drawn]
 
 
-def write(out: Path, title: str, about: dict[str, str], stages: Sequence[Path], finished: bool, left_out: dict[str, str]) -> Path:
+def write(
+    out: Path,
+    title: str,
+    about: dict[str, str],
+    stages: Sequence[Path],
+    finished: bool,
+    left_out: dict[str, str],
+) -> Path:
     """Write `out/report.md` and `out/curves.png`.
 
     Args:
@@ -67,9 +95,17 @@ def write(out: Path, title: str, about: dict[str, str], stages: Sequence[Path], 
         left_out: samples that were not used, name -> why; the first ones are listed.
     """
     drawn = curves(stages, out / CURVES)
-    lines = [f"# {title}", "", "Finished." if finished else "Stopped before its end; go on with `--resume`.", ""]
+    lines = [
+        f"# {title}",
+        "",
+        "Finished." if finished else "Stopped before its end; go on with `--resume`.",
+        "",
+    ]
     lines += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in about.items()), ""]
-    lines += ["| stage | images | loss: first, last, least | images/s | learning rate at the end |", "|---|---|---|---|---|"]
+    lines += [
+        "| stage | images | loss: first, last, least | images/s | learning rate at the end |",
+        "|---|---|---|---|---|",
+    ]
     for stage in stages:
         rows = statistics(stage)
         if not rows:
@@ -78,17 +114,35 @@ def write(out: Path, title: str, about: dict[str, str], stages: Sequence[Path], 
         losses = [r["loss"] for r in rows]
         speeds = sorted(r["images_per_second"] for r in rows)
         lines.append(
-            f"| {stage.name} | {rows[-1]['images']:,} | {losses[0]:.4g}, {losses[-1]:.4g}, {min(losses):.4g} | "
-            f"{speeds[len(speeds) // 2]:.1f} | {rows[-1]['lr']:.2g} |"
+            f"| {stage.name} | {rows[-1]['images']:,} | {losses[0]:.4g}, {losses[-1]:.4g},"
+            f" {min(losses):.4g} | {speeds[len(speeds) // 2]:.1f} | {rows[-1]['lr']:.2g} |"
         )
-    lines += ["", "The loss is a running mean over about 20 steps; images/s is the median over the rows of `stats.jsonl`.", ""]
+    lines += [
+        "",
+        (
+            "The loss is a running mean over about 20 steps; images/s is the median over the rows"
+            " of `stats.jsonl`."
+        ),
+        "",
+    ]
     if drawn:
         lines += [f"![loss of each stage]({CURVES})", ""]
     for stage in stages:
         pictures = sorted(stage.glob("sample-*.png"))
         if pictures:
-            lines += [f"## {stage.name}", "", f"![pictures at the end of {stage.name}]({pictures[-1].relative_to(out).as_posix()})", ""]
-            earlier = ", ".join(f"[{p.stem.removeprefix('sample-')}]({p.relative_to(out).as_posix()})" for p in pictures[:-1])
+            lines += [
+                f"## {stage.name}",
+                "",
+                (
+                    "![pictures at the end of"
+                    f" {stage.name}]({pictures[-1].relative_to(out).as_posix()})"
+                ),
+                "",
+            ]
+            earlier = ", ".join(
+                f"[{p.stem.removeprefix('sample-')}]({p.relative_to(out).as_posix()})"
+                for p in pictures[:-1]
+            )
             lines += [f"Earlier, by step: {earlier}", ""] if earlier else []
     if left_out:
         lines += ["## Left out", "", f"{len(left_out):,} samples, all in skipped.json:", ""]
@@ -107,6 +161,9 @@ def about_run(recipe: Any, taught: Any, student: Any, source: Any, data: Path) -
     return {
         "student": f"{mine:,} UNet parameters, {mine / theirs:.1%} of the teacher's {theirs:,}",
         "teacher": taught.artifact.name,
-        "data": f"{len(source):,} pictures of {data.name}, {len(source.skipped)} left out, {taught.shown_size}",
+        "data": (
+            f"{len(source):,} pictures of {data.name}, {len(source.skipped)} left out,"
+            f" {taught.shown_size}"
+        ),
         "recipe": ", ".join(s.name for s in recipe.stages),
     }

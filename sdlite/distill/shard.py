@@ -1,12 +1,15 @@
-"""Fully sharded training (FSDP2): each process keeps its share of weights, gradients, optimizer and EMA of what is trained.
+"""Fully sharded training (FSDP2): each process keeps its share of weights, gradients, optimizer and
+EMA of what is trained.
 
 Asked for by Accelerate's own configuration, so that one flag of the launcher turns it on:
 
-    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8 -m sdlite.cli distill recipe.toml --teacher T --data D --out DIR
+    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8 -m sdlite.cli distill
+    recipe.toml --teacher T --data D --out DIR
 
-Only `--use_fsdp` is read: what is sharded is decided here, block by block (`torch.distributed.fsdp.fully_shard`), because a task may train
-several networks and its EMA must be sharded alike. Frozen networks stay whole on every process. Checkpoints hold whole tensors: a run can
-be resumed with another number of processes, or with one.
+Only `--use_fsdp` is read: what is sharded is decided here, block by block
+(`torch.distributed.fsdp.fully_shard`), because a task may train several networks and its EMA must
+be sharded alike. Frozen networks stay whole on every process. Checkpoints hold whole tensors: a run
+can be resumed with another number of processes, or with one.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ def asked(world: int) -> bool:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """Parts that are gathered one after the other: down, middle and up blocks of UNets, layers of text encoders."""
+    """Parts that are gathered one after the other: down, middle and up blocks of UNets, layers of
+    text encoders.
+    """
     out: list[nn.Module] = []
     for name, m in network.named_modules():
         last = name.rsplit(".", 1)[-1]
@@ -42,7 +47,10 @@ def shard(network: nn.Module) -> None:
     try:
         from torch.distributed.fsdp import fully_shard
     except ImportError as e:
-        raise TrainingError(f"--use_fsdp needs torch 2.6 or newer (fully_shard), not {torch.__version__}; train with DDP.") from e
+        raise TrainingError(
+            f"--use_fsdp needs torch 2.6 or newer (fully_shard), not {torch.__version__}; train"
+            " with DDP."
+        ) from e
 
     for block in blocks(network):
         fully_shard(block)
@@ -50,7 +58,9 @@ def shard(network: nn.Module) -> None:
 
 
 def whole(t: Tensor) -> Tensor:
-    """A share -> the whole tensor, on every process; all must call it. Other tensors as they are."""
+    """A share -> the whole tensor, on every process; all must call it. Other tensors as they
+    are.
+    """
     full = getattr(t, "full_tensor", None)
     out: Tensor = full() if full is not None else t
     return out
@@ -64,7 +74,9 @@ def local(t: Tensor) -> Tensor:
 
 
 def like(value: Tensor, target: Any) -> Tensor:
-    """A whole tensor, shared out as `target` is; as it is when `target` is whole or of another shape (an optimizer's step)."""
+    """A whole tensor, shared out as `target` is; as it is when `target` is whole or of another
+    shape (an optimizer's step).
+    """
     if not hasattr(target, "placements") or value.shape != target.shape:
         return value
     from torch.distributed.tensor import distribute_tensor

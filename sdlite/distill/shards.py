@@ -1,10 +1,12 @@
-"""Tar shards, read in place: one pass finds where each file lies, then each is read when it is used.
+"""Tar shards, read in place: one pass finds where each file lies, then each is read when it is
+used.
 
-Memory holds names, places and captions, never a shard. A `.tar.gz` cannot be read out of order: going on in it reads
-what lies between, going back begins at its front. Training encodes its images in their order, once, so each is unpacked
-twice in all: for the index and for the latents.
+Memory holds names, places and captions, never a shard. A `.tar.gz` cannot be read out of order:
+going on in it reads what lies between, going back begins at its front. Training encodes its images
+in their order, once, so each is unpacked twice in all: for the index and for the latents.
 
-Source: WebDataset's file convention (github.com/webdataset/webdataset): files with one stem are one sample.
+Source: WebDataset's file convention (github.com/webdataset/webdataset): files with one stem are one
+    sample.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ _TAIL = 1 << 20  # bytes behind tar's end mark; writers fill up to 10 KiB
 
 @dataclass(frozen=True)
 class Member:
-    """Where a file of a shard lies, unpacked; `text` is its content where that is small and wanted at once."""
+    """Where a file of a shard lies, unpacked; `text` is its content where that is small and wanted
+    at once.
+    """
 
     offset: int
     size: int
@@ -94,7 +98,9 @@ class Reader:
         self.close()
 
 
-def samples(path: Path, leave: Callable[[str, str], None]) -> Iterator[tuple[str, dict[str, Member]]]:
+def samples(
+    path: Path, leave: Callable[[str, str], None]
+) -> Iterator[tuple[str, dict[str, Member]]]:
     """(stem, {ending: member}) of a shard; what is damaged is given to `leave` with the reason."""
     found: dict[str, dict[str, Member]] = {}
     try:
@@ -108,7 +114,14 @@ def samples(path: Path, leave: Callable[[str, str], None]) -> Iterator[tuple[str
     except Exception as e:  # tarfile, gzip and zlib each raise their own
         said = getattr(e, "strerror", None) or str(e) or type(e).__name__
         why = printable(said.splitlines()[0], 200)
-        leave(path.name, f"is damaged or cut off after {len(found)} samples ({why})" if found else f"is no tar shard ({why})")
+        leave(
+            path.name,
+            (
+                f"is damaged or cut off after {len(found)} samples ({why})"
+                if found
+                else f"is no tar shard ({why})"
+            ),
+        )
     yield from found.items()
 
 
@@ -125,18 +138,31 @@ def _members(path: Path, leave: Callable[[str, str], None]) -> Iterator[tuple[st
                 cast(Any, tar).members.clear()  # one for each file, and not used again
                 if info.size < 0 or info.offset <= last:
                     raise InputError("headers go backwards")
-                if file is not packed and info.offset_data + info.size > _PACKED * length + MOST_FILE:
-                    raise InputError(f"{length:,} bytes claim to hold more than {_PACKED} times as many")
+                if (
+                    file is not packed
+                    and info.offset_data + info.size > _PACKED * length + MOST_FILE
+                ):
+                    raise InputError(
+                        f"{length:,} bytes claim to hold more than {_PACKED} times as many"
+                    )
                 last, before = info.offset, _member(file, info, path, leave)
             if before is not None:
                 yield before
             _ended(file, tar.offset)
 
 
-def _member(file: BufferedReader, info: tarfile.TarInfo, path: Path, leave: Callable[[str, str], None]) -> tuple[str, Member] | None:
+def _member(
+    file: BufferedReader, info: tarfile.TarInfo, path: Path, leave: Callable[[str, str], None]
+) -> tuple[str, Member] | None:
     if info.isdir():
         return None
-    why = "is a link or device, not a file" if not info.isreg() else "is a sparse file" if info.issparse() else None
+    why = (
+        "is a link or device, not a file"
+        if not info.isreg()
+        else "is a sparse file"
+        if info.issparse()
+        else None
+    )
     if info.size > MOST_FILE:
         why = f"has {info.size >> 20:,} MiB; accepted: {MOST_FILE >> 20} MiB at most"
     text = None

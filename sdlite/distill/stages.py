@@ -1,7 +1,9 @@
-"""Fewer steps and no guidance pass: guidance, progressive, consistency and adversarial distillation, as `Task`s for `fit`.
+"""Fewer steps and no guidance pass: guidance, progressive, consistency and adversarial
+distillation, as `Task`s for `fit`.
 
-All of them start from a student that already makes pictures (see `tasks.StudentTask`), use a frozen teacher and text encoder, and work
-in x_0 and noise, so that epsilon, v and sample prediction are one code. Shape letters: B batch, C channels, h,w latent size.
+All of them start from a student that already makes pictures (see `tasks.StudentTask`), use a frozen
+teacher and text encoder, and work in x_0 and noise, so that epsilon, v and sample prediction are
+one code. Shape letters: B batch, C channels, h,w latent size.
 
 `guidance_scale` g means u + g (c - u) everywhere, as in the pipeline; LCM's own w is g - 1.
 """
@@ -47,13 +49,16 @@ class Solver(Forward):
         return {"epsilon": noise, "sample": x0, "v_prediction": a * noise - s * x0}[self.kind]
 
     def ddim(self, out: Tensor, x: Tensor, t: Tensor, to: Tensor) -> Tensor:
-        """One deterministic step from timestep t to `to` (Song et al. 2021, arXiv:2010.02502, eq. 12 with eta = 0)."""
+        """One deterministic step from timestep t to `to` (Song et al. 2021, arXiv:2010.02502, eq.
+        12 with eta = 0).
+        """
         x0, noise = self.x0_noise(out, x, t)
         a, s = self.alpha_sigma(to)
         return a * x0 + s * noise
 
     def halved_target(self, x: Tensor, middle: Tensor, t: Tensor, end: Tensor) -> Tensor:
-        """The x_0 whose single DDIM step from (x, t) to `end` arrives where two teacher steps arrived (`middle`, at timestep `end`).
+        """The x_0 whose single DDIM step from (x, t) to `end` arrives where two teacher steps
+        arrived (`middle`, at timestep `end`).
 
         Source: Salimans and Ho 2022, arXiv:2202.00512, algorithm 2 and appendix G.
         """
@@ -64,7 +69,9 @@ class Solver(Forward):
 
 
 def trailing_timesteps(steps: int, total: int) -> Tensor:
-    """Integer timesteps of a `steps`-step sampler with trailing spacing, from total - 1 down, then -1 (the clean latent)."""
+    """Integer timesteps of a `steps`-step sampler with trailing spacing, from total - 1 down, then
+    -1 (the clean latent).
+    """
     t = torch.arange(total, 0, -total / steps, dtype=torch.float64).round().long() - 1
     return torch.cat([t[:steps], torch.tensor([-1])])
 
@@ -72,11 +79,26 @@ def trailing_timesteps(steps: int, total: int) -> Tensor:
 class _FromTeacher(_Denoising):
     """A student UNet of the teacher's interface, and a frozen teacher that may be guided."""
 
-    def __init__(self, student: Any, teacher: Any, text_encoder: nn.Module, source: LatentSource, *, parts: dict[str, Any],
-                 preview: dict[str, Any], guidance_scale: float = 1.0, scheduler: dict[str, Any] = V_ZERO_SNR,
-                 caption_dropout: float = 0.0):  # fmt: skip
-        super().__init__(source, scheduler, {**parts, "text_encoder": text_encoder}, caption_dropout, preview)
-        self.teacher, self.encode = teacher.eval().requires_grad_(False), CachedEncoder(text_encoder)
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        text_encoder: nn.Module,
+        source: LatentSource,
+        *,
+        parts: dict[str, Any],
+        preview: dict[str, Any],
+        guidance_scale: float = 1.0,
+        scheduler: dict[str, Any] = V_ZERO_SNR,
+        caption_dropout: float = 0.0,
+    ):
+        super().__init__(
+            source, scheduler, {**parts, "text_encoder": text_encoder}, caption_dropout, preview
+        )
+        self.teacher, self.encode = (
+            teacher.eval().requires_grad_(False),
+            CachedEncoder(text_encoder),
+        )
         self.guidance_scale, self.solver = guidance_scale, Solver(self.schedule)
         self.modules: dict[str, nn.Module] = {"unet": student}
         self.frozen: dict[str, nn.Module] = {"teacher": self.teacher}
@@ -85,7 +107,11 @@ class _FromTeacher(_Denoising):
         return None
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "guidance_scale": self.guidance_scale, "empty": self.source.empty_ids.tolist()}
+        return {
+            **super().settings(),
+            "guidance_scale": self.guidance_scale,
+            "empty": self.source.empty_ids.tolist(),
+        }
 
     @torch.no_grad()
     def embeds(self, ids: Tensor) -> Tensor:
@@ -113,8 +139,8 @@ class _FromTeacher(_Denoising):
 class GuidanceTask(_FromTeacher):
     """One network call instead of two: the student learns the guided output at one scale.
 
-    Source: Meng et al. 2023, arXiv:2210.03142, stage 1, with a fixed scale instead of an embedded one: the student keeps the plain
-    SD interface and runs at guidance_scale=1.
+    Source: Meng et al. 2023, arXiv:2210.03142, stage 1, with a fixed scale instead of an embedded
+        one: the student keeps the plain SD interface and runs at guidance_scale=1.
     """
 
     def targets(self, batch: Batch) -> Tensor:
@@ -130,11 +156,13 @@ class GuidanceTask(_FromTeacher):
 
 
 class ProgressiveTask(_FromTeacher):
-    """A student of N steps from a teacher of 2N (Salimans and Ho 2022, arXiv:2202.00512). Start it from the teacher's weights.
+    """A student of N steps from a teacher of 2N (Salimans and Ho 2022, arXiv:2202.00512). Start it
+    from the teacher's weights.
 
     Args:
         num_inference_steps: N; the teacher takes two DDIM steps in each.
-        loss_type: "v" (MSE of v: max(SNR, 1)-like at every step, and finite at zero SNR) or "x0" (MSE of x_0).
+        loss_type: "v" (MSE of v: max(SNR, 1)-like at every step, and finite at zero SNR) or "x0"
+            (MSE of x_0).
     """
 
     def __init__(self, *args: Any, num_inference_steps: int, loss_type: str = "v", **kwargs: Any):
@@ -151,7 +179,10 @@ class ProgressiveTask(_FromTeacher):
         out = super().batch(size, generator)
         # stratified over the student's steps, in random order
         order = torch.randperm(size, generator=generator)
-        step = ((torch.arange(size) + torch.rand(size, generator=generator)) * (self.num_inference_steps / size)).long()
+        step = (
+            (torch.arange(size) + torch.rand(size, generator=generator))
+            * (self.num_inference_steps / size)
+        ).long()
         out["index"] = step.clamp(max=self.num_inference_steps - 1)[order] * 2
         return out
 
@@ -188,18 +219,28 @@ class ProgressiveTask(_FromTeacher):
 
 
 class ConsistencyTask(_FromTeacher):
-    """Latent consistency (Luo et al. 2023, arXiv:2310.04378): f(x_t) = f(x_s) for s one teacher DDIM step of 1000/`grid` below t.
+    """Latent consistency (Luo et al. 2023, arXiv:2310.04378): f(x_t) = f(x_s) for s one teacher
+    DDIM step of 1000/`grid` below t.
 
-    The target network is the student itself without gradient, as in diffusers' LoRA example; with `fit`'s EMA the shipped weights are
-    averaged. Sample it with the `lcm` sampler. As nothing but the last step to the clean latent anchors it, a high learning rate makes it drift
-    to a mean picture (embedded student: 2e-4 did within 200 steps of batch 32 while the loss rose from 0.01 to 0.04; 2e-5 did not).
+    The target network is the student itself without gradient, as in diffusers' LoRA example; with
+    `fit`'s EMA the shipped weights are averaged. Sample it with the `lcm` sampler. As nothing but
+    the last step to the clean latent anchors it, a high learning rate makes it drift to a mean
+    picture (embedded student: 2e-4 did within 200 steps of batch 32 while the loss rose from 0.01
+    to 0.04; 2e-5 did not).
 
     Args:
         grid: steps of the teacher's solver over the whole range (LCM: 50).
         sigma_data, timestep_scaling: of the boundary condition f(x, 0) = x (LCM: 0.5 and 10).
     """
 
-    def __init__(self, *args: Any, grid: int = 50, sigma_data: float = 0.5, timestep_scaling: float = 10.0, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        grid: int = 50,
+        sigma_data: float = 0.5,
+        timestep_scaling: float = 10.0,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.points = trailing_timesteps(grid, self.schedule.num_train_timesteps)
         self.sigma_data, self.timestep_scaling = sigma_data, timestep_scaling
@@ -243,9 +284,11 @@ class ConsistencyTask(_FromTeacher):
 
 
 class Discriminator(nn.Module):
-    """Real or made, from the frozen teacher's features: one small convolutional head for each tapped block.
+    """Real or made, from the frozen teacher's features: one small convolutional head for each
+    tapped block.
 
-    Source: latent adversarial diffusion distillation (Sauer et al. 2024, arXiv:2403.12015) and AMD Nitro's UNet form of it.
+    Source: latent adversarial diffusion distillation (Sauer et al. 2024, arXiv:2403.12015) and AMD
+        Nitro's UNet form of it.
     """
 
     def __init__(self, channels: dict[str, int], width: int = 64):
@@ -253,12 +296,16 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleDict(
             {
                 k: nn.Sequential(
-                    nn.Conv2d(c, width, 1), nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+                    nn.Conv2d(c, width, 1),
+                    nn.GroupNorm(8, width),
+                    nn.SiLU(),
+                    nn.Conv2d(width, width, 3, padding=1),
+                    nn.SiLU(),
                     nn.Conv2d(width, 1, 1),
                 )
                 for k, c in channels.items()
             }
-        )  # fmt: skip
+        )
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """(B, logits): positive is real."""
@@ -266,23 +313,35 @@ class Discriminator(nn.Module):
 
 
 class AdversarialTask(_FromTeacher):
-    """Few steps with a discriminator in latent space; one optimizer for both, each term reaching only its own network.
+    """Few steps with a discriminator in latent space; one optimizer for both, each term reaching
+    only its own network.
 
-    The student maps noise at one of its N sampling timesteps to x_0; it and the real latent are noised again to a level drawn from
-    `discriminator_timesteps` and judged by heads on the frozen teacher's features. Hinge loss; the student also keeps near its start by
-    `reconstruction` x MSE to the (guided) teacher's x_0 at that point.
+    The student maps noise at one of its N sampling timesteps to x_0; it and the real latent are
+    noised again to a level drawn from `discriminator_timesteps` and judged by heads on the frozen
+    teacher's features. Hinge loss; the student also keeps near its start by `reconstruction` x MSE
+    to the (guided) teacher's x_0 at that point.
 
     Args:
         num_inference_steps: N.
         taps: tap name -> teacher module whose output is judged; default: its down blocks.
         weight, ramp: adversarial weight, and the steps over which it rises to it.
-        start: what the reconstruction term keeps to, when that is not the (guided) teacher: a frozen copy of a few-step student, whose
-            guess is sharper than the one-step guess of a teacher that was made for many.
+        start: what the reconstruction term keeps to, when that is not the (guided) teacher: a
+            frozen copy of a few-step student, whose guess is sharper than the one-step guess of a
+            teacher that was made for many.
     """
 
-    def __init__(self, *args: Any, num_inference_steps: int = 4, taps: dict[str, str] | None = None, weight: float = 0.1, ramp: int = 500,
-                 reconstruction: float = 1.0, discriminator_timesteps: tuple[int, ...] = (10, 250, 500, 750), start: Any = None,
-                 **kwargs: Any):  # fmt: skip
+    def __init__(
+        self,
+        *args: Any,
+        num_inference_steps: int = 4,
+        taps: dict[str, str] | None = None,
+        weight: float = 0.1,
+        ramp: int = 500,
+        reconstruction: float = 1.0,
+        discriminator_timesteps: tuple[int, ...] = (10, 250, 500, 750),
+        start: Any = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.start = None if start is None else start.eval().requires_grad_(False)
         self.frozen = {}  # its hooks come and go: not for torch.compile
@@ -290,7 +349,9 @@ class AdversarialTask(_FromTeacher):
         self.points = trailing_timesteps(num_inference_steps, self.schedule.num_train_timesteps)
         self.weight, self.ramp, self.reconstruction = weight, ramp, reconstruction
         self.judged_at = torch.tensor(discriminator_timesteps)
-        self.taps = taps or {f"down{i}": f"down_blocks.{i}" for i in range(len(self.teacher.down_blocks))}
+        self.taps = taps or {
+            f"down{i}": f"down_blocks.{i}" for i in range(len(self.teacher.down_blocks))
+        }
         self.modules["discriminator"] = Discriminator(self._channels())
 
     def not_cacheable(self) -> str | None:
@@ -305,7 +366,9 @@ class AdversarialTask(_FromTeacher):
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         out = super().batch(size, generator)
         out["index"] = torch.randint(0, len(self.points) - 1, (size,), generator=generator)
-        out["judged_at"] = self.judged_at[torch.randint(0, len(self.judged_at), (size,), generator=generator)]
+        out["judged_at"] = self.judged_at[
+            torch.randint(0, len(self.judged_at), (size,), generator=generator)
+        ]
         out["judge_noise"] = torch.randn(out["latents"].shape, generator=generator)
         return out
 
@@ -323,7 +386,9 @@ class AdversarialTask(_FromTeacher):
         embeds = self.embeds(batch["input_ids"])
         made, _ = self.solver.x0_noise(modules["unet"](x, t, embeds).sample, x, t)
         with torch.no_grad():
-            kept = self.teach(x, t, embeds) if self.start is None else self.start(x, t, embeds).sample
+            kept = (
+                self.teach(x, t, embeds) if self.start is None else self.start(x, t, embeds).sample
+            )
             wanted, _ = self.solver.x0_noise(kept, x, t)
             real = self.features(batch["latents"], batch, embeds)
         judge = modules["discriminator"]
@@ -337,5 +402,9 @@ class AdversarialTask(_FromTeacher):
             "discriminator": F.relu(1 - judge(real)).mean() + F.relu(1 + seen_fake).mean(),
         }
         ramp = min(1.0, step / self.ramp) if self.ramp else 1.0
-        loss = self.reconstruction * terms["reconstruction"] + self.weight * ramp * terms["generator"] + terms["discriminator"]
+        loss = (
+            self.reconstruction * terms["reconstruction"]
+            + self.weight * ramp * terms["generator"]
+            + terms["discriminator"]
+        )
         return {"loss": loss, **terms}

@@ -1,8 +1,10 @@
 """Smaller UNets out of a teacher: blocks removed, channels sliced, weights kept.
 
-`StudentSpec` is the one table of what a student is; surgery, feature taps, checkpoints and tests read it. Two steps, each usable
-alone: `remove_blocks` (BK-SDM, arXiv:2305.15798: down stages keep their first layer, up stages their first and last) and
-`slice_width` (equal count inside every norm group, whole attention heads, concatenated inputs followed).
+`StudentSpec` is the one table of what a student is; surgery, feature taps, checkpoints and tests
+read it. Two steps, each usable
+alone: `remove_blocks` (BK-SDM, arXiv:2305.15798: down stages keep their first layer, up stages
+    their first and last) and `slice_width` (equal count inside every norm group, whole attention
+    heads, concatenated inputs followed).
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ from sdlite.errors import InputError
 class StudentSpec:
     """What is taken away from a teacher.
 
-    `one_layer`: one resnet (and attention) per down stage, two per up stage. `drop_mid`: no middle block. `drop_inner`: the innermost
-    stage goes too. `width`: share of channels and attention heads that stays. `weights`: "teacher" keeps what stays of its weights,
-    "random" starts anew in that shape. `score`: which channels stay: "l1", those with the largest weights, or "taylor", those that the loss
-    would miss most (Diff-Pruning, arXiv:2305.10924), which needs gradients.
+    `one_layer`: one resnet (and attention) per down stage, two per up stage. `drop_mid`: no middle
+        block. `drop_inner`: the innermost stage goes too. `width`: share of channels and attention
+        heads that stays. `weights`: "teacher" keeps what stays of its weights, "random" starts anew
+        in that shape. `score`: which channels stay: "l1", those with the largest weights, or
+        "taylor", those that the loss would miss most (Diff-Pruning, arXiv:2305.10924), which needs
+        gradients.
     """
 
     one_layer: bool = False
@@ -52,36 +56,46 @@ PRESETS: dict[str, StudentSpec] = {
     "bk-tiny": StudentSpec(one_layer=True, drop_mid=True, drop_inner=True),
     "w0.62": StudentSpec(width=0.625),  # 340M from SD-1.4
     "extreme-120m": StudentSpec(one_layer=True, drop_mid=True, width=0.5),  # 123M from SD-1.4
-    "half": StudentSpec(one_layer=True, width=0.5),  # the emoji student: BK-Base's blocks at half width
+    "half": StudentSpec(
+        one_layer=True, width=0.5
+    ),  # the emoji student: BK-Base's blocks at half width
 }
 
 
 def build(teacher: Any, spec: StudentSpec, gradients: dict[str, Tensor] | None = None) -> Any:
-    """A student UNet2DConditionModel with the teacher's weights (or `spec.weights`); the teacher is not changed. `StudentSpec()` gives an
-    equal copy.
+    """A student UNet2DConditionModel with the teacher's weights (or `spec.weights`); the teacher is
+    not changed. `StudentSpec()` gives an equal copy.
 
     Args:
-        gradients: of the teacher's loss by parameter name (`tasks.teacher_gradients`), for `spec.score` "taylor".
+        gradients: of the teacher's loss by parameter name (`tasks.teacher_gradients`), for
+            `spec.score` "taylor".
 
     Raises:
         InputError: the spec does not fit the teacher, or a Taylor score has no gradients.
     """
     if spec.score == "taylor" and spec.width != 1 and gradients is None:
         raise InputError(
-            "score='taylor' needs the teacher's gradients; make them with sdlite.distill.tasks.teacher_gradients, or use score='l1'."
+            "score='taylor' needs the teacher's gradients; make them with"
+            " sdlite.distill.tasks.teacher_gradients, or use score='l1'."
         )
     source = block_names(spec)
     fewer = remove_blocks(teacher, spec)
-    of_student = {k: gradients[source(k)] for k, _ in fewer.named_parameters()} if gradients and spec.score == "taylor" else None
+    of_student = (
+        {k: gradients[source(k)] for k, _ in fewer.named_parameters()}
+        if gradients and spec.score == "taylor"
+        else None
+    )
     student = slice_width(fewer, spec.width, of_student)
     return student if spec.weights == "teacher" else _from_config(student, dict(student.config))
 
 
-# --- blocks ----------------------------------------------------------------------------------------------------------
+# --- blocks
 
 
 def remove_blocks(teacher: Any, spec: StudentSpec) -> Any:
-    """Block removal with by-name copies: `up_blocks.i.*.1 <- .2`, and with `drop_inner` the up stages shift by one."""
+    """Block removal with by-name copies: `up_blocks.i.*.1 <- .2`, and with `drop_inner` the up
+    stages shift by one.
+    """
     student = _from_config(teacher, _fewer_blocks(dict(teacher.config), spec))
     weights = teacher.state_dict()
     source = block_names(spec)
@@ -90,7 +104,8 @@ def remove_blocks(teacher: Any, spec: StudentSpec) -> Any:
 
 
 def shape(like: Any, spec: StudentSpec) -> Any:
-    """A student of the teacher's class on the meta device: its size and its work, without memory or weights.
+    """A student of the teacher's class on the meta device: its size and its work, without memory or
+    weights.
 
     Raises:
         InputError: as `build`.
@@ -105,15 +120,24 @@ def _fewer_blocks(config: dict[str, Any], spec: StudentSpec) -> dict[str, Any]:
     layers = config["layers_per_block"]
     if spec.one_layer:
         if layers != 2:
-            raise InputError(f"one_layer removes the second of two layers; this teacher has layers_per_block={layers}.")
+            raise InputError(
+                "one_layer removes the second of two layers; this teacher has"
+                f" layers_per_block={layers}."
+            )
         config["layers_per_block"] = 1
     if spec.drop_mid:
         config["mid_block_type"] = None
     if spec.drop_inner:
         if stages < 2 or not spec.drop_mid:
-            raise InputError("drop_inner needs at least two stages and drop_mid: the middle block belongs to the innermost stage.")
+            raise InputError(
+                "drop_inner needs at least two stages and drop_mid: the middle block belongs to the"
+                " innermost stage."
+            )
         if config["block_out_channels"][-1] != config["block_out_channels"][-2]:
-            raise InputError(f"drop_inner needs two innermost stages of one width, not {config['block_out_channels'][-2:]}; leave it out.")
+            raise InputError(
+                "drop_inner needs two innermost stages of one width, not"
+                f" {config['block_out_channels'][-2:]}; leave it out."
+            )
         config["block_out_channels"] = tuple(config["block_out_channels"][:-1])
         config["down_block_types"] = tuple(config["down_block_types"][:-1])
         config["up_block_types"] = tuple(config["up_block_types"][1:])
@@ -146,14 +170,16 @@ def _from_config(like: Any, config: dict[str, Any]) -> Any:
     return student
 
 
-# --- width -----------------------------------------------------------------------------------------------------------
+# --- width
 
 
 def slice_width(unet: Any, width: float, gradients: dict[str, Tensor] | None = None) -> Any:
-    """Keep a share of every residual stream's channels, of the attention heads and of the feed-forward units.
+    """Keep a share of every residual stream's channels, of the attention heads and of the
+    feed-forward units.
 
-    One index set per stage, by the L1 norm of the weights that produce a channel (with `gradients`, by |weight x gradient|): the same count
-    in every norm group where that divides, else whole norm groups (the student then has fewer of them).
+    One index set per stage, by the L1 norm of the weights that produce a channel (with `gradients`,
+    by |weight x gradient|): the same count in every norm group where that divides, else whole norm
+    groups (the student then has fewer of them).
 
     Raises:
         InputError: a stage's channels, heads or norm groups do not divide at this width.
@@ -167,14 +193,20 @@ def slice_width(unet: Any, width: float, gradients: dict[str, Tensor] | None = N
     plan = _Plan(unet, channels, heads, groups, width, gradients)
     with torch.no_grad():
         source = unet.state_dict()
-        student.load_state_dict({k: plan.take(k, source[k], tuple(v.shape)) for k, v in student.state_dict().items()})
+        student.load_state_dict(
+            {k: plan.take(k, source[k], tuple(v.shape)) for k, v in student.state_dict().items()}
+        )
     return student
 
 
 def _streams(config: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Channels and heads of each stage, and the number of norm groups."""
     channels, heads = tuple(config["block_out_channels"]), config["attention_head_dim"]
-    return channels, (heads,) * len(channels) if isinstance(heads, int) else tuple(heads), config["norm_num_groups"]
+    return (
+        channels,
+        (heads,) * len(channels) if isinstance(heads, int) else tuple(heads),
+        config["norm_num_groups"],
+    )
 
 
 def _thinner(config: dict[str, Any], width: float) -> dict[str, Any]:
@@ -186,7 +218,8 @@ def _thinner(config: dict[str, Any], width: float) -> dict[str, Any]:
     for c, h in zip(channels, heads, strict=True):
         if (whole_groups and (groups * width) % 1) or (h * width) % 1:
             raise InputError(
-                f"width={width}: {c} channels in {groups} norm groups and {h} heads do not divide; choose a width that keeps them whole."
+                f"width={width}: {c} channels in {groups} norm groups and {h} heads do not divide;"
+                " choose a width that keeps them whole."
             )
     if whole_groups:
         config["norm_num_groups"] = int(groups * width)
@@ -198,8 +231,15 @@ def _thinner(config: dict[str, Any], width: float) -> dict[str, Any]:
 class _Plan:
     """Which indices of each parameter's input and output dimension stay."""
 
-    def __init__(self, unet: Any, channels: tuple[int, ...], heads: tuple[int, ...], groups: int, width: float,
-                 gradients: dict[str, Tensor] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        unet: Any,
+        channels: tuple[int, ...],
+        heads: tuple[int, ...],
+        groups: int,
+        width: float,
+        gradients: dict[str, Tensor] | None = None,
+    ):
         self.gradients = gradients
         self.channels, self.heads, self.width = channels, heads, width
         self.layers = unet.config.layers_per_block
@@ -211,13 +251,20 @@ class _Plan:
         per_group = score.view(groups, -1)
         if (per_group.shape[1] * self.width) % 1:  # whole groups
             kept = per_group.sum(1).topk(round(groups * self.width)).indices.sort().values
-            return (kept[:, None] * per_group.shape[1] + torch.arange(per_group.shape[1], device=score.device)).flatten()
+            return (
+                kept[:, None] * per_group.shape[1]
+                + torch.arange(per_group.shape[1], device=score.device)
+            ).flatten()
         k = round(per_group.shape[1] * self.width)
         top = per_group.topk(k, dim=1).indices.sort(dim=1).values
-        return (top + torch.arange(groups, device=score.device)[:, None] * per_group.shape[1]).flatten()
+        return (
+            top + torch.arange(groups, device=score.device)[:, None] * per_group.shape[1]
+        ).flatten()
 
     def _stream_score(self, stage: int, channels: int) -> Tensor:
-        """L1 norm of every weight row that writes into the stage's residual stream, each weight times its gradient if there are any."""
+        """L1 norm of every weight row that writes into the stage's residual stream, each weight
+        times its gradient if there are any.
+        """
         score = torch.zeros(channels)
         for name, w in self.state.items():
             if (
@@ -275,7 +322,9 @@ class _Plan:
         return self.stream[stage]
 
     def _inputs(self, name: str, n: int) -> Tensor:
-        """Kept channels of what flows into a resnet's first norm, first convolution and shortcut."""
+        """Kept channels of what flows into a resnet's first norm, first convolution and
+        shortcut.
+        """
         stage, last = self._stage(name), len(self.channels) - 1
         m = re.match(r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", name)
         if m is None or "transformer_blocks" in name:
@@ -305,7 +354,9 @@ class _Plan:
         return w[:, self.stream[stage]]
 
     def _sinusoids(self, w: Tensor) -> Tensor:
-        """Half as many frequencies are every second one: each takes its neighbour's weight too, whose sinusoid is alike."""
+        """Half as many frequencies are every second one: each takes its neighbour's weight too,
+        whose sinusoid is alike.
+        """
         if self.width != 0.5:
             return w[:, self._some(w.shape[1])]
         cos, sin = w.chunk(2, dim=1)

@@ -45,7 +45,8 @@ def save(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
 
 
 def load(path: Path, **expected: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """What `save` wrote, memory-mapped: tensors and `about`; None where there is no file, or `about` is not as expected.
+    """What `save` wrote, memory-mapped: tensors and `about`; None where there is no file, or
+    `about` is not as expected.
 
     Raises:
         Damaged: it is not as it was written; the message goes on after the file's name.

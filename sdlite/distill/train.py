@@ -1,9 +1,11 @@
 """The one training loop: draw, forward, backward, step, EMA; checkpoint, resume, log, sample.
 
-A `Task` says what is trained and how a batch becomes a loss; `fit` owns everything else. All randomness of step `k` comes
-from one generator seeded by (seed, k), so an interrupted run that is resumed equals one that was not, bit for bit on one
-process, and several processes draw the same global batch and take their slice of it. Several processes and machines: start it by
-Accelerate's launcher (`accelerate launch --num_processes N -m sdlite.cli distill ...`); with `--use_fsdp` weights are sharded (`shard.py`).
+A `Task` says what is trained and how a batch becomes a loss; `fit` owns everything else. All
+randomness of step `k` comes from one generator seeded by (seed, k), so an interrupted run that is
+resumed equals one that was not, bit for bit on one process, and several processes draw the same
+global batch and take their slice of it. Several processes and machines: start it by Accelerate's
+launcher (`accelerate launch --num_processes N -m sdlite.cli distill ...`); with `--use_fsdp`
+weights are sharded (`shard.py`).
 """
 
 from __future__ import annotations
@@ -34,14 +36,19 @@ Batch = dict[str, Any]
 
 
 class Task(Protocol):
-    """What is trained. `modules` are the trained networks by name; `fit` prepares them and hands them back to `loss`."""
+    """What is trained. `modules` are the trained networks by name; `fit` prepares them and hands
+    them back to `loss`.
+    """
 
     modules: dict[str, nn.Module]
-    # frozen: dict[str, nn.Module]  (optional) networks that only run, such as a teacher: compiled with the others
-    # to(device)                    (optional) moves all networks that are not in `modules`
+    # frozen: dict[str, nn.Module]  (optional) networks that only run, such as a teacher: compiled
+    # with the others to(device)                    (optional) moves all networks that are not in
+    # `modules`
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
-        """Draw `size` samples and all the noise they need; values are tensors (B, ...) or lists of length B."""
+        """Draw `size` samples and all the noise they need; values are tensors (B, ...) or lists of
+        length B.
+        """
 
     def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
         """Scalar terms by name; `loss` is what is minimised, the others are logged."""
@@ -55,7 +62,9 @@ class Task(Protocol):
 
 def _betas(name: str, value: Any) -> None:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise InputError(f"{name}={value!r}; accepted: two numbers, 0 to {_BELOW_ONE}, such as [0.9, 0.99].")
+        raise InputError(
+            f"{name}={value!r}; accepted: two numbers, 0 to {_BELOW_ONE}, such as [0.9, 0.99]."
+        )
     for i, v in enumerate(value):
         number(f"{name}[{i}]", v, 0, _BELOW_ONE)
 
@@ -87,7 +96,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how fast. Lengths are counted in images, so that they do not depend on the batch size.
+    """How long and how fast. Lengths are counted in images, so that they do not depend on the batch
+    size.
 
     Raises:
         InputError: a value is not accepted; the message names it and what is.
@@ -95,7 +105,8 @@ class TrainConfig:
 
     max_images: int
     batch_size: int = 64  # over all processes
-    micro_batch_size: int | None = None  # gradient accumulation when smaller than batch_size; None = no accumulation
+    # gradient accumulation when smaller than batch_size; None = no accumulation
+    micro_batch_size: int | None = None
     lr: float = 3e-4
     final_lr: float = 1e-5
     warmup_images: int = 5_000
@@ -104,10 +115,14 @@ class TrainConfig:
     weight_decay: float = 0.01
     grad_clip: float = 1.0
     ema_decay: float = 0.999
-    mixed_precision: str = "no"  # "no", "bf16" or "fp16" (CUDA only); weights, optimizer and EMA stay float32
-    gradient_checkpointing: bool = False  # activations of blocks are computed again in the backward: less memory, about a third more time
+    # "no", "bf16" or "fp16" (CUDA only); weights, optimizer and EMA stay float32
+    mixed_precision: str = "no"
+    # activations of blocks are computed again in the backward: less memory, about a third more time
+    gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile the networks: minutes at the start, then faster steps
-    plain_attention: bool = False  # matrix products and softmax instead of torch's fused kernel, whose bfloat16 backward is slow on CPUs
+    # matrix products and softmax instead of torch's fused kernel, whose bfloat16 backward is slow
+    # on CPUs
+    plain_attention: bool = False
     seed: int = 0
     log_every: int = 20  # steps
     sample_every: int = 2_000  # steps; 0 = never
@@ -141,30 +156,46 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 class _State:
-    """Networks, their EMA and the optimizer, as one thing that is saved and restored whole, sharded or not."""
+    """Networks, their EMA and the optimizer, as one thing that is saved and restored whole, sharded
+    or not.
+    """
 
     def __init__(self, modules: dict[str, nn.Module], config: TrainConfig, sharded: bool = False):
         self.modules = modules
         self.ema = {k: copy.deepcopy(m).eval().requires_grad_(False) for k, m in modules.items()}
-        self._plain = {k: copy.deepcopy(m).cpu() for k, m in self.ema.items()} if sharded else self.ema
+        self._plain = (
+            {k: copy.deepcopy(m).cpu() for k, m in self.ema.items()} if sharded else self.ema
+        )
         for m in (*self.modules.values(), *self.ema.values()) if sharded else ():
             shard.shard(m)
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
         self.names = {p: f"{k}.{n}" for k, m in modules.items() for n, p in m.named_parameters()}
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
         for k, m in self.modules.items():
-            mine, theirs = ([shard.local(p.detach()) for p in n.parameters()] for n in (self.ema[k], m))
+            mine, theirs = (
+                [shard.local(p.detach()) for p in n.parameters()] for n in (self.ema[k], m)
+            )
             torch._foreach_lerp_(mine, theirs, 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        out = {f"model.{k}.{n}": t for k, m in self.modules.items() for n, t in m.state_dict().items()}
+        out = {
+            f"model.{k}.{n}": t for k, m in self.modules.items() for n, t in m.state_dict().items()
+        }
         out |= {f"ema.{k}.{n}": t for k, m in self.ema.items() for n, t in m.state_dict().items()}
         for p, s in self.optimizer.state.items():
             out |= {f"optimizer.{self.names[p]}.{field}": t for field, t in s.items()}
-        return {k: shard.whole(t.detach()).contiguous() for k, t in out.items()}  # no copies: they would be the peak of memory
+        return {
+            k: shard.whole(t.detach()).contiguous() for k, t in out.items()
+        }  # no copies: they would be the peak of memory
 
     def averaged(self) -> dict[str, nn.Module]:
         """The EMA as whole networks; when it is sharded all processes must call it."""
@@ -186,7 +217,8 @@ class _State:
         except (RuntimeError, KeyError, ValueError) as e:
             first = str(e).strip().splitlines()
             raise TrainingError(
-                f"{path.parent} is of another network ({' '.join(first[:2])[:300]}); go on with the recipe and teacher that made it."
+                f"{path.parent} is of another network ({' '.join(first[:2])[:300]}); go on with the"
+                " recipe and teacher that made it."
             ) from e
 
     @torch.no_grad()
@@ -209,7 +241,9 @@ class _State:
 
 
 class _StopSignal:
-    """While the block lasts, SIGINT, SIGTERM and SIGHUP ask the loop to stop after the current step (a second one ends at once)."""
+    """While the block lasts, SIGINT, SIGTERM and SIGHUP ask the loop to stop after the current step
+    (a second one ends at once).
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -222,7 +256,11 @@ class _StopSignal:
     def __enter__(self) -> _StopSignal:
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
-            asked = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+            asked = [
+                signal.SIGINT,
+                signal.SIGTERM,
+                *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
+            ]
             ignored = [s for s in asked if signal.getsignal(s) == signal.SIG_IGN]  # nohup
             self._before = {s: signal.signal(s, self._ask) for s in asked if s not in ignored}
         return self
@@ -256,29 +294,39 @@ def _memory(out: Path, at: Callable[[], int]) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as e:
         text = str(e).lower()
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in text and "out of memory" not in text:
+        if (
+            not isinstance(e, (MemoryError, torch.OutOfMemoryError))
+            and "can't allocate memory" not in text
+            and "out of memory" not in text
+        ):
             raise
         raise TrainingError(
-            f"memory ran out at step {at()}; {_kept(out)} Set micro_batch_size below its value, or gradient_checkpointing = true: both "
-            "are free to change when a run goes on."
+            f"memory ran out at step {at()}; {_kept(out)} Set micro_batch_size below its value, or"
+            " gradient_checkpointing = true: both are free to change when a run goes on."
         ) from e
 
 
 def _diverged(what: str, step: int, terms: dict[str, float], batch: Batch, out: Path) -> str:
     return (
-        f"{what} at step {step} (terms {terms}; samples {batch.get('ids')}); look at these samples, or begin another run with a lower lr: "
-        f"this one would come to the same. {_kept(out)}"
+        f"{what} at step {step} (terms {terms}; samples {batch.get('ids')}); look at these samples,"
+        f" or begin another run with a lower lr: this one would come to the same. {_kept(out)}"
     )
 
 
 def _kept(out: Path) -> str:
     """What a training that stops on an error leaves."""
     left = checkpoints.folders(out)
-    return f"{left[-1].name} in {out} is kept, go on with --resume (resume=True)." if left else f"there is no checkpoint in {out} yet."
+    return (
+        f"{left[-1].name} in {out} is kept, go on with --resume (resume=True)."
+        if left
+        else f"there is no checkpoint in {out} yet."
+    )
 
 
 def use_plain_attention(networks: Iterable[nn.Module]) -> None:
-    """In place: every diffusers network among `networks` and inside them computes attention as two matrix products and a softmax."""
+    """In place: every diffusers network among `networks` and inside them computes attention as two
+    matrix products and a softmax.
+    """
     from diffusers.models.attention_processor import AttnProcessor
 
     for m in networks:
@@ -288,13 +336,17 @@ def use_plain_attention(networks: Iterable[nn.Module]) -> None:
 
 
 def use_gradient_checkpointing(networks: Iterable[nn.Module]) -> int:
-    """In place: every network among `networks` and inside them that can keeps less for the backward. Returns how many can."""
+    """In place: every network among `networks` and inside them that can keeps less for the
+    backward. Returns how many can.
+    """
     count = 0
     for part in {id(p): p for m in networks for p in m.modules()}.values():
         if hasattr(part, "enable_gradient_checkpointing"):  # diffusers, and ours
             part.enable_gradient_checkpointing()
         elif hasattr(part, "gradient_checkpointing_enable"):  # transformers
-            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            part.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         else:
             continue
         count += 1
@@ -303,11 +355,17 @@ def use_gradient_checkpointing(networks: Iterable[nn.Module]) -> int:
 
 def _networks(task: Task) -> list[nn.Module]:
     """Trained ones, and the frozen ones that the task holds."""
-    return [*task.modules.values(), *getattr(task, "frozen", {}).values(), *(m for m in vars(task).values() if isinstance(m, nn.Module))]
+    return [
+        *task.modules.values(),
+        *getattr(task, "frozen", {}).values(),
+        *(m for m in vars(task).values() if isinstance(m, nn.Module)),
+    ]
 
 
 def _any(asked: list[bool], world: int, device: torch.device) -> list[bool]:
-    """Whether any process asks, for each question: all must act in the same step, or they wait for each other for ever."""
+    """Whether any process asks, for each question: all must act in the same step, or they wait for
+    each other for ever.
+    """
     if world == 1:
         return asked
     flags = torch.tensor(asked, dtype=torch.int32, device=device)
@@ -315,46 +373,68 @@ def _any(asked: list[bool], world: int, device: torch.device) -> list[bool]:
     return [bool(f) for f in flags.tolist()]
 
 
-def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = False, max_minutes: float | None = None) -> dict[str, Any]:
-    """Train `task` until `max_images`, an interrupt, or `max_minutes`; always leaves a checkpoint and the EMA networks.
+def fit(
+    task: Task,
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    max_minutes: float | None = None,
+) -> dict[str, Any]:
+    """Train `task` until `max_images`, an interrupt, or `max_minutes`; always leaves a checkpoint
+    and the EMA networks.
 
     Args:
-        out: folder for checkpoints, `stats.jsonl`, sample pictures and, at the end, what `task.save` writes in `model/`.
-        resume: go on from the newest whole checkpoint in `out`. Without it a folder that has one is refused.
+        out: folder for checkpoints, `stats.jsonl`, sample pictures and, at the end, what
+            `task.save` writes in `model/`.
+        resume: go on from the newest whole checkpoint in `out`. Without it a folder that has one is
+            refused.
         max_minutes: stop after this wall time; 0 stops at once, None never.
 
     Returns:
         {"images", "step", "seconds", "finished", "loss"}.
 
     Raises:
-        TrainingError: loss or gradient are not finite (names step and sample ids); memory ran out; checkpoints exist and `resume`
-            is False, or none of them is whole; the checkpoint is of another network, batch size or seed; the precision or the
-            sharding does not go with device or task. What was kept, and how to go on, is said.
+        TrainingError: loss or gradient are not finite (names step and sample ids); memory ran out;
+            checkpoints exist and `resume` is False, or none of them is whole; the checkpoint is of
+            another network, batch size or seed; the precision or the sharding does not go with
+            device or task. What was kept, and how to go on, is said.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     out = Path(out)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise TrainingError("mixed_precision='fp16' needs CUDA, and there is none; use 'bf16' or 'no'.")
+        raise TrainingError(
+            "mixed_precision='fp16' needs CUDA, and there is none; use 'bf16' or 'no'."
+        )
     AcceleratorState._reset_state()  # another stage of this process may have had another precision
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     micro = config.micro_batch_size or config.batch_size
-    if config.batch_size % world or config.batch_size // world % min(micro, config.batch_size // world):
+    if config.batch_size % world or config.batch_size // world % min(
+        micro, config.batch_size // world
+    ):
         raise TrainingError(
-            f"batch_size={config.batch_size} does not split over {world} processes into parts of {micro}; choose a multiple."
+            f"batch_size={config.batch_size} does not split over {world} processes into parts of"
+            f" {micro}; choose a multiple."
         )
     sharded = shard.asked(world)
     if sharded and not getattr(task, "shardable", True):
-        raise TrainingError(f"a {type(task).__name__} cannot be sharded; start it without --use_fsdp.")
+        raise TrainingError(
+            f"a {type(task).__name__} cannot be sharded; start it without --use_fsdp."
+        )
     if not resume and (there := checkpoints.folders(out)):
-        raise TrainingError(f"{out} already holds {there[-1].name}; pass resume=True to go on from it, or choose another folder.")
+        raise TrainingError(
+            f"{out} already holds {there[-1].name}; pass resume=True to go on from it, or choose"
+            " another folder."
+        )
     begun = _resumed(out, accelerator.is_main_process)
     for field in ("batch_size", "seed"):
         if begun is not None and begun.config.get(field) != getattr(config, field):
             raise TrainingError(
-                f"{begun.folder} was made with {field}={begun.config.get(field)}, now {getattr(config, field)}; an exact resume needs the same."
+                f"{begun.folder} was made with {field}={begun.config.get(field)}, now"
+                f" {getattr(config, field)}; an exact resume needs the same."
             )
     out.mkdir(parents=True, exist_ok=True)
 
@@ -368,19 +448,31 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
     if config.plain_attention:
         use_plain_attention(_networks(task))
     if config.gradient_checkpointing and not use_gradient_checkpointing(_networks(task)):
-        raise TrainingError(f"gradient_checkpointing: no network of {type(task).__name__} has it; leave it out.")
+        raise TrainingError(
+            f"gradient_checkpointing: no network of {type(task).__name__} has it; leave it out."
+        )
     if config.compile:
         for m in task.modules.values():
-            m.compile()  # in place, and after the EMA copies were made: names in checkpoints stay, samples run eagerly
+            # in place, and after the EMA copies were made: names in checkpoints stay, samples run
+            # eagerly
+            m.compile()
         for m in getattr(task, "frozen", {}).values():
             m.compile()
-    prepared = {k: m.train() if sharded else accelerator.prepare_model(m.train()) for k, m in task.modules.items()}
+    prepared = {
+        k: m.train() if sharded else accelerator.prepare_model(m.train())
+        for k, m in task.modules.items()
+    }
     optimizer = accelerator.prepare_optimizer(state.optimizer, device_placement=False)
 
     def checkpoint() -> None:
         tensors = state.tensors() if sharded or accelerator.is_main_process else {}
         if accelerator.is_main_process:
-            checkpoints.write(out, tensors, {"step": step, "images": images, "config": asdict(config)}, config.keep_checkpoints)
+            checkpoints.write(
+                out,
+                tensors,
+                {"step": step, "images": images, "config": asdict(config)},
+                config.keep_checkpoints,
+            )
         accelerator.wait_for_everyone()
 
     start = last_checkpoint = last_log = time.monotonic()
@@ -389,7 +481,14 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
     micro = min(micro, share)
     running: dict[str, float] = {}
     logged_images = images
-    bar = tqdm(total=config.max_images, initial=images, unit="img", disable=not accelerator.is_main_process, mininterval=5, smoothing=0.05)
+    bar = tqdm(
+        total=config.max_images,
+        initial=images,
+        unit="img",
+        disable=not accelerator.is_main_process,
+        mininterval=5,
+        smoothing=0.05,
+    )
     with _StopSignal() as stop, _memory(out, lambda: step):
         while images < config.max_images:
             late = max_minutes is not None and time.monotonic() - start >= max_minutes * 60
@@ -413,11 +512,17 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
                 for k, v in losses.items():
                     terms[k] = terms.get(k, 0.0) + v.item() * micro / share
                 if not math.isfinite(terms["loss"]):
-                    raise TrainingError(_diverged(f"loss is {terms['loss']}", step, terms, part, out))
+                    raise TrainingError(
+                        _diverged(f"loss is {terms['loss']}", step, terms, part, out)
+                    )
                 accelerator.backward(losses["loss"] * (micro / share))
             norm = float(accelerator.clip_grad_norm_(state.parameters, config.grad_clip))
-            if config.mixed_precision != "fp16" and not math.isfinite(norm):  # the scaler of fp16 skips such a step
-                raise TrainingError(_diverged(f"the gradient's norm is {norm}", step, terms, batch, out))
+            if config.mixed_precision != "fp16" and not math.isfinite(
+                norm
+            ):  # the scaler of fp16 skips such a step
+                raise TrainingError(
+                    _diverged(f"the gradient's norm is {norm}", step, terms, batch, out)
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.update_ema(min(config.ema_decay, (1 + step) / (10 + step)))
@@ -450,7 +555,10 @@ def fit(task: Task, config: TrainConfig, out: str | Path, *, resume: bool = Fals
     if accelerator.is_main_process:
         task.save(averaged, out / "model")
         task.sample(averaged, out / "sample-last.png")
-        print(f"{out}: {images} images, step {step}, loss {running.get('loss', float('nan')):.4f}; networks in {out / 'model'}")
+        print(
+            f"{out}: {images} images, step {step}, loss {running.get('loss', float('nan')):.4f};"
+            f" networks in {out / 'model'}"
+        )
     return {
         "images": images,
         "step": step,

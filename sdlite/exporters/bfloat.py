@@ -1,7 +1,8 @@
-"""bfloat16 arithmetic: a graph that computes in float32 to one that computes in bfloat16, inputs and outputs staying float32.
+"""bfloat16 arithmetic: a graph that computes in float32 to one that computes in bfloat16, inputs
+and outputs staying float32.
 
-onnxruntime's CPU has no bfloat16 kernels. For the gate there is a second graph with the same casts, which computes in float32 and rounds
-to bfloat16 wherever the first one stores bfloat16.
+onnxruntime's CPU has no bfloat16 kernels. For the gate there is a second graph with the same casts,
+which computes in float32 and rounds to bfloat16 wherever the first one stores bfloat16.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ CONSTANTS = ("Cast", "Constant", "ConstantOfShape", "Range")
 
 
 def to_bfloat(graph: Path, out: Path, *, rounded: bool = False) -> Path:
-    """Write `graph` with bfloat16 arithmetic to `out` (weights float32 beside it, cast when an engine is built). Norms and softmax stay float32.
+    """Write `graph` with bfloat16 arithmetic to `out` (weights float32 beside it, cast when an
+    engine is built). Norms and softmax stay float32.
 
     Args:
         rounded: instead of bfloat16, float32 rounded to bfloat16: what onnxruntime can run.
@@ -37,27 +39,43 @@ def to_bfloat(graph: Path, out: Path, *, rounded: bool = False) -> Path:
     if not rounded:
         for opset in source.proto.opset_import:
             if opset.domain == "":
-                opset.version = max(opset.version, BFLOAT_CONV)  # later versions differ in types only, for the operators of our networks
+                opset.version = max(
+                    opset.version, BFLOAT_CONV
+                )  # later versions differ in types only, for the operators of our networks
     source.save(out)
     try:
         onnx.checker.check_model(str(out))
     except onnx.checker.ValidationError as e:
-        raise ExportError(f"{graph.stem} in bfloat16 is not a valid graph: {str(e).splitlines()[0][:300]}") from e
+        raise ExportError(
+            f"{graph.stem} in bfloat16 is not a valid graph: {str(e).splitlines()[0][:300]}"
+        ) from e
     return out
 
 
 def _wide(graph: Graph) -> set[str]:
-    """Names of nodes that stay float32: see `FLOAT32`, what makes constants, and all that leads to a sine (8 bits do not tell steps apart)."""
-    producers, out = graph.producers(), {n.name for n in graph.nodes if n.op_type in (*FLOAT32, *CONSTANTS)}
+    """Names of nodes that stay float32: see `FLOAT32`, what makes constants, and all that leads to
+    a sine (8 bits do not tell steps apart).
+    """
+    producers, out = (
+        graph.producers(),
+        {n.name for n in graph.nodes if n.op_type in (*FLOAT32, *CONSTANTS)},
+    )
     ahead = [n for n in graph.nodes if n.op_type in ("Sin", "Cos")]
     while ahead:
-        ahead = [producers[x] for n in ahead for x in n.input if x in producers and producers[x].name not in out]
+        ahead = [
+            producers[x]
+            for n in ahead
+            for x in n.input
+            if x in producers and producers[x].name not in out
+        ]
         out |= {n.name for n in ahead}
     return out
 
 
 class _Typing:
-    """Every float tensor exists as float32 under its own name, and as bfloat16 under `name/bf16` where an operator reads it so."""
+    """Every float tensor exists as float32 under its own name, and as bfloat16 under `name/bf16`
+    where an operator reads it so.
+    """
 
     def __init__(self, floats: set[str], wide: set[str], rounded: bool):
         self.floats, self.wide, self.rounded, self.have = floats, wide, rounded, set[str]()
@@ -84,7 +102,11 @@ class _Typing:
             if self.rounded:
                 after += self._round(raw, f"{y}/bf16")
             self.have.add(y)
-            after.append(helper.make_node("Cast", [f"{y}/bf16"], [y], name=f"{y}/widen", to=TensorProto.FLOAT))
+            after.append(
+                helper.make_node(
+                    "Cast", [f"{y}/bf16"], [y], name=f"{y}/widen", to=TensorProto.FLOAT
+                )
+            )
         return [*new, made, *after]
 
     def _cast(self, x: str) -> list[NodeProto]:
@@ -93,11 +115,17 @@ class _Typing:
         self.have.add(x)
         if self.rounded:
             return self._round(x, f"{x}/bf16")
-        return [helper.make_node("Cast", [x], [f"{x}/bf16"], name=f"{x}/narrow", to=TensorProto.BFLOAT16)]
+        return [
+            helper.make_node(
+                "Cast", [x], [f"{x}/bf16"], name=f"{x}/narrow", to=TensorProto.BFLOAT16
+            )
+        ]
 
     def _round(self, x: str, y: str) -> list[NodeProto]:
         return [
-            helper.make_node("Cast", [x], [f"{y}/bits"], name=f"{y}/narrow", to=TensorProto.BFLOAT16),
+            helper.make_node(
+                "Cast", [x], [f"{y}/bits"], name=f"{y}/narrow", to=TensorProto.BFLOAT16
+            ),
             helper.make_node("Cast", [f"{y}/bits"], [y], name=f"{y}/round", to=TensorProto.FLOAT),
         ]
 

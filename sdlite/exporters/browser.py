@@ -1,4 +1,5 @@
-"""A headless Chromium on a folder that is served from this machine: evaluate JavaScript, click, wait. For checks of web exports.
+"""A headless Chromium on a folder that is served from this machine: evaluate JavaScript, click,
+wait. For checks of web exports.
 
 Speaks the DevTools protocol over Chromium's pipe, so nothing has to be installed but the browser.
 """
@@ -22,16 +23,28 @@ from sdlite.io import scratch
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # Software WebGPU (SwiftShader) where there is no GPU; Chromium wants to be asked for it.
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-dev-shm-usage",
+    "--enable-unsafe-webgpu",
+    "--use-webgpu-adapter=swiftshader",
+)
 
 
 def find() -> str | None:
     """Path of a Chromium, from SDLITE_CHROMIUM or PATH."""
-    return os.environ.get("SDLITE_CHROMIUM") or next((p for n in NAMES if (p := shutil.which(n))), None)
+    return os.environ.get("SDLITE_CHROMIUM") or next(
+        (p for n in NAMES if (p := shutil.which(n))), None
+    )
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript", ".wasm": "application/wasm"}  # noqa: RUF012
+    extensions_map = {  # noqa: RUF012
+        **http.server.SimpleHTTPRequestHandler.extensions_map,
+        ".mjs": "text/javascript",
+        ".wasm": "application/wasm",
+    }
 
     def end_headers(self) -> None:  # cross-origin isolation: without it wasm has one thread
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
@@ -59,27 +72,45 @@ class Browser:
     def __init__(self, folder: Path, page: str = "index.html", timeout: float = 300):
         binary = find()
         if binary is None:
-            raise ExportError(f"no browser; install one of {', '.join(NAMES)}, or name it in SDLITE_CHROMIUM.")
+            raise ExportError(
+                f"no browser; install one of {', '.join(NAMES)}, or name it in SDLITE_CHROMIUM."
+            )
         self.timeout = timeout
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder)))
+        self._server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder))
+        )
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self._home = ExitStack()
         profile = self._home.enter_context(scratch("browser"))
-        (there, self._out), (self._in, back) = ((_above(a), _above(b)) for a, b in (os.pipe(), os.pipe()))
+        (there, self._out), (self._in, back) = (
+            (_above(a), _above(b)) for a, b in (os.pipe(), os.pipe())
+        )
 
-        def descriptors() -> None:  # Chromium reads commands from descriptor 3 and writes answers to 4
+        def descriptors() -> (
+            None
+        ):  # Chromium reads commands from descriptor 3 and writes answers to 4
             os.dup2(there, 3)
             os.dup2(back, 4)
 
-        command = [binary, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
-        self._process = subprocess.Popen(command, preexec_fn=descriptors, pass_fds=(3, 4), stderr=subprocess.DEVNULL)
+        command = [
+            binary,
+            *FLAGS,
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ]
+        self._process = subprocess.Popen(
+            command, preexec_fn=descriptors, pass_fds=(3, 4), stderr=subprocess.DEVNULL
+        )
         os.close(there)
         os.close(back)
         self._timer: threading.Timer | None = None
         self._buffer, self._id, self._session = b"", 0, None
         try:
             target = self._send("Target.createTarget", url="about:blank")["targetId"]
-            self._session = self._send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            self._session = self._send("Target.attachToTarget", targetId=target, flatten=True)[
+                "sessionId"
+            ]
             self._send("Page.navigate", url=f"http://127.0.0.1:{self._server.server_port}/{page}")
         except BaseException:
             self.close()
@@ -140,25 +171,41 @@ class Browser:
         Raises:
             ExportError: it threw; the message holds what.
         """
-        answer = self._send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
+        answer = self._send(
+            "Runtime.evaluate",
+            expression=script,
+            awaitPromise=True,
+            returnByValue=True,
+            userGesture=True,
+        )
         if "exceptionDetails" in answer:
             about = answer["exceptionDetails"]
-            raise ExportError(f"in the browser: {about.get('exception', {}).get('description', about.get('text'))}"[:500])
+            words = about.get("exception", {}).get("description", about.get("text"))
+            raise ExportError(f"in the browser: {words}"[:500])
         return answer["result"].get("value")
 
     def wait(self, condition: str, seconds: float = 60) -> None:
         """Until a JavaScript condition holds. Raises ExportError after `seconds`."""
         late = json.dumps(f"waited {seconds:g} s for {condition}")
         self.evaluate(
-            f"new Promise((yes, no) => {{ const end = Date.now() + {seconds * 1000};"
-            f" const ask = () => ({condition}) ? yes(true) : Date.now() > end ? no(new Error({late})) : setTimeout(ask, 20); ask(); }})"
+            f"new Promise((yes, no) => {{ const end = Date.now() + {seconds * 1000}; const ask = ()"
+            f" => ({condition}) ? yes(true) : Date.now() > end ? no(new Error({late})) :"
+            " setTimeout(ask, 20); ask(); })"
         )
 
     def click(self, selector: str) -> None:
         """A real mouse click in the middle of an element."""
         box = self.evaluate(
-            f"(() => {{ const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-            " return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+            "(() => { const b ="
+            f" document.querySelector({json.dumps(selector)}).getBoundingClientRect(); return [b.x"
+            " + b.width / 2, b.y + b.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
-            self._send("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+            self._send(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=box[0],
+                y=box[1],
+                button="left",
+                clickCount=1,
+            )

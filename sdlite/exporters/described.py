@@ -43,7 +43,9 @@ def networks(
             "weights": [n for n in names if n != main],
             "storage": _storage(profile, str(source[part]["storage"])),
             "arithmetic": source[part]["arithmetic"],
-            "inputs": [_input(t, given[t.name].shape, words, profile, i) for i, t in enumerate(inputs)],
+            "inputs": [
+                _input(t, given[t.name].shape, words, profile, i) for i, t in enumerate(inputs)
+            ],
             "output": _tensor(SPECS[part].output, answer.shape, words, profile, "out0"),
         }
         if not profile.dynamic:
@@ -67,14 +69,18 @@ def _storage(profile: Profile, source: str) -> str:
     return source if profile.dynamic or profile.precision == "int8-static" else "float32"
 
 
-def _input(tensor: Tensor, seen: tuple[int, ...], words: Mapping[str, str], profile: Profile, place: int) -> dict[str, Any]:
+def _input(
+    tensor: Tensor, seen: tuple[int, ...], words: Mapping[str, str], profile: Profile, place: int
+) -> dict[str, Any]:
     out = _tensor(tensor, seen, words, profile, f"in{place}")
     if RUNTIMES[profile.target].narrow_ids and tensor.dtype == "int64":
         out["dtype"] = "int32"
     return out
 
 
-def _tensor(tensor: Tensor, seen: tuple[int, ...], words: Mapping[str, str], profile: Profile, ncnn: str) -> dict[str, Any]:
+def _tensor(
+    tensor: Tensor, seen: tuple[int, ...], words: Mapping[str, str], profile: Profile, ncnn: str
+) -> dict[str, Any]:
     """A tensor as the runtime has it. `words`: see `_free`. `ncnn`: its name there."""
     sides = {"B": 1} | {k: int(n) for k, n in zip(tensor.shape, seen, strict=True) if k != "B"}
     shape = [words.get(letter, sides[letter]) for letter in tensor.shape]

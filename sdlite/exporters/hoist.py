@@ -1,7 +1,9 @@
-"""Fixed-schedule graphs: what depends on the timestep alone, on the prompt alone, and the rest, as three graphs.
+"""Fixed-schedule graphs: what depends on the timestep alone, on the prompt alone, and the rest, as
+three graphs.
 
-Over a sampling loop the time embedding and its projections are the same for every picture, and the cross-attention keys and values of a
-prompt are the same in every step. `hoist` cuts a UNet where such values meet the latents; `sdlite.backends.fused` runs them.
+Over a sampling loop the time embedding and its projections are the same for every picture, and the
+cross-attention keys and values of a prompt are the same in every step. `hoist` cuts a UNet where
+such values meet the latents; `sdlite.backends.fused` runs them.
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ from onnx import helper
 from sdlite.errors import ExportError
 from sdlite.quant.graph import Graph
 
-PARTS = {"time": "timestep", "prompt": "encoder_hidden_states"}  # graph -> the one input it depends on
+PARTS = {
+    "time": "timestep",
+    "prompt": "encoder_hidden_states",
+}  # graph -> the one input it depends on
 
 
 def hoist(
-    graph: Graph, inputs: dict[str, np.ndarray], run: Callable[[Graph, dict[str, np.ndarray]], dict[str, np.ndarray]]
+    graph: Graph,
+    inputs: dict[str, np.ndarray],
+    run: Callable[[Graph, dict[str, np.ndarray]], dict[str, np.ndarray]],
 ) -> dict[str, Graph]:
     """{"time", "prompt", "step"}: together equal to `graph`.
 
@@ -38,10 +45,17 @@ def hoist(
     meet: dict[str, list[str]] = {}
     for part, name in PARTS.items():
         alone = frozenset([name])
-        crossing = {x for n in graph.nodes for x in n.input if seen.get(x) == alone and x != name and seen[n.output[0]] != alone}
+        crossing = {
+            x
+            for n in graph.nodes
+            for x in n.input
+            if seen.get(x) == alone and x != name and seen[n.output[0]] != alone
+        }
         meet[part] = [o for n in graph.nodes for o in n.output if o in crossing]
         if not meet[part] or crossing & results:
-            raise ExportError(f"no value of this network depends on {name} alone; are its shapes fixed?")
+            raise ExportError(
+                f"no value of this network depends on {name} alone; are its shapes fixed?"
+            )
     names = [x for part in PARTS for x in meet[part]]
     values = run(graph.outputs(names), inputs)
     out = {}
@@ -49,21 +63,38 @@ def hoist(
         out[part] = _cut(graph, [name], meet[part], seen, values, frozenset([name]).issuperset)
     hoisted = {frozenset([n]) for n in PARTS.values()}
     kept = [i.name for i in graph.proto.graph.input if i.name not in PARTS.values()]
-    direct = [i for i in PARTS.values() if any(i in n.input and seen[n.output[0]] not in hoisted for n in graph.nodes)]
+    direct = [
+        i
+        for i in PARTS.values()
+        if any(i in n.input and seen[n.output[0]] not in hoisted for n in graph.nodes)
+    ]
     out["step"] = _cut(
-        graph, [*kept, *direct, *names], [o.name for o in graph.proto.graph.output], seen, values, lambda n: n not in hoisted
+        graph,
+        [*kept, *direct, *names],
+        [o.name for o in graph.proto.graph.output],
+        seen,
+        values,
+        lambda n: n not in hoisted,
     )
     return out
 
 
-def _cut(graph: Graph, inputs: list[str], outputs: list[str], seen: dict[str, frozenset[str]], values: dict[str, np.ndarray],
-         belongs: Callable[[frozenset[str]], bool]) -> Graph:  # fmt: skip
+def _cut(
+    graph: Graph,
+    inputs: list[str],
+    outputs: list[str],
+    seen: dict[str, frozenset[str]],
+    values: dict[str, np.ndarray],
+    belongs: Callable[[frozenset[str]], bool],
+) -> Graph:
     part = graph.copy()
     part.replace([n for n in graph.nodes if belongs(seen[n.output[0]])])
     proto = part.proto.graph
     known = {v.name: v for v in (*graph.proto.graph.input, *graph.proto.graph.output)}
     known |= {
-        k: helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in values.items() if k not in known
+        k: helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
+        for k, v in values.items()
+        if k not in known
     }
     del proto.input[:], proto.output[:], proto.value_info[:]
     proto.input.extend(known[x] for x in inputs)

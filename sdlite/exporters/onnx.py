@@ -1,8 +1,9 @@
 """A diffusers SD-1.x/2.x folder -> an sdlite artefact with ONNX graphs.
 
-Weights are stored once: text encoder and UNet graphs point into the folder's safetensors (ONNX external data is a file name, an
-offset and a length, and a safetensors tensor is exactly that), so graphs are small and there is no 2 GB limit. The VAE decoder's
-graph stands in `vae_decoder/` for optimum's sake, and external data may not leave its folder, so its weights are written again.
+Weights are stored once: text encoder and UNet graphs point into the folder's safetensors (ONNX
+external data is a file name, an offset and a length, and a safetensors tensor is exactly that), so
+graphs are small and there is no 2 GB limit. The VAE decoder's graph stands in `vae_decoder/` for
+optimum's sake, and external data may not leave its folder, so its weights are written again.
 float16 weights are cast to float32 inside the graph: storage is half, arithmetic is float32.
 """
 
@@ -81,15 +82,17 @@ class _Upsample(nn.Module):
         self.conv, self.sizes = original.conv, sizes
 
     def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
-        out: Tensor = self.conv(nn.functional.interpolate(hidden_states, size=self.sizes.pop(), mode="nearest"))
+        out: Tensor = self.conv(
+            nn.functional.interpolate(hidden_states, size=self.sizes.pop(), mode="nearest")
+        )
         return out
 
 
 def free_sizes(unet: Any) -> bool:
     """Make a UNet upsample to the size that its way down had, for every size, in place.
 
-    diffusers does so only where the size is no multiple of the UNet's own (8 latents in SD-1.x), which a traced graph cannot
-    ask. Where it is one, nothing changes.
+    diffusers does so only where the size is no multiple of the UNet's own (8 latents in SD-1.x),
+    which a traced graph cannot ask. Where it is one, nothing changes.
 
     Returns:
         Whether it could be done: not for upsamplers of another kind than Stable Diffusion's.
@@ -98,7 +101,12 @@ def free_sizes(unet: Any) -> bool:
 
     ups = [b.upsamplers for b in unet.up_blocks if getattr(b, "upsamplers", None)]
     downs = [b.downsamplers for b in unet.down_blocks if getattr(b, "downsamplers", None)]
-    plain = all(len(u) == 1 and type(u[0]) is Upsample2D and isinstance(getattr(u[0], "conv", None), nn.Conv2d) for u in ups)
+    plain = all(
+        len(u) == 1
+        and type(u[0]) is Upsample2D
+        and isinstance(getattr(u[0], "conv", None), nn.Conv2d)
+        for u in ups
+    )
     if not plain or len(ups) != len(downs):
         return False
     sizes: list[Any] = []
@@ -111,22 +119,31 @@ def free_sizes(unet: Any) -> bool:
 
 
 def networks(folder: Path | Files) -> dict[str, nn.Module]:
-    """part -> wrapped network in float32, called with the arrays of its `IOSpec`. `folder`: of an opened model its `files`."""
+    """part -> wrapped network in float32, called with the arrays of its `IOSpec`. `folder`: of an
+    opened model its `files`.
+    """
     part = Files.of(folder).part
     return {
-        "text_encoder": _TextEncoder(open_network(part("text_encoder"), attn_implementation="eager")),
+        "text_encoder": _TextEncoder(
+            open_network(part("text_encoder"), attn_implementation="eager")
+        ),
         "unet": _Unet(open_network(part("unet"))),
         "vae_decoder": _VaeDecoder(open_network(part("vae"))),
     }
 
 
-def _examples(parts: dict[str, Any], multiple: int) -> dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]]:
-    """part -> example inputs and the shapes that stay free. `multiple`: of latents, that the UNet can be called with."""
+def _examples(
+    parts: dict[str, Any], multiple: int
+) -> dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]]:
+    """part -> example inputs and the shapes that stay free. `multiple`: of latents, that the UNet
+    can be called with.
+    """
     text, unet = parts["text_encoder"].module.config, parts["unet"].module.config
     side = latent_size(unet)[0]
     length = text.max_position_embeddings
-    # 63: with 64 the tracer refuses, refines and starts again; 9: below it the UNet's innermost sides are 1, which the tracer
-    # takes for always so. The graph itself takes any batch and any size.
+    # 63: with 64 the tracer refuses, refines and starts again; 9: below it the UNet's innermost
+    # sides are 1, which the tracer takes for always so. The graph itself takes any batch and any
+    # size.
     b, h, w = (
         torch.export.Dim("batch", min=1, max=63),
         *(torch.export.Dim(n, min=9 if multiple == 1 else 1, max=2048 // multiple) for n in "hw"),
@@ -136,27 +153,45 @@ def _examples(parts: dict[str, Any], multiple: int) -> dict[str, tuple[tuple[Ten
     free = {0: b, 2: multiple * h if multiple > 1 else h, 3: multiple * w if multiple > 1 else w}
     return {
         "text_encoder": ((torch.zeros(2, length, dtype=torch.int64),), {"input_ids": {0: b}}),
-        "unet": ((sample, torch.tensor(500.0), embeds), {"sample": free, "timestep": None, "encoder_hidden_states": {0: b}}),
+        "unet": (
+            (sample, torch.tensor(500.0), embeds),
+            {"sample": free, "timestep": None, "encoder_hidden_states": {0: b}},
+        ),
         "vae_decoder": ((sample,), {"latent_sample": {0: b, 2: h, 3: w}}),
     }
 
 
-def trace(part: str, wrapped: nn.Module, inputs: tuple[Tensor, ...], shapes: dict[str, Any], opset: int = OPSET) -> ir.Model:
+def trace(
+    part: str,
+    wrapped: nn.Module,
+    inputs: tuple[Tensor, ...],
+    shapes: dict[str, Any],
+    opset: int = OPSET,
+) -> ir.Model:
     """torch network -> ONNX model whose initializers keep their torch names."""
     spec = SPECS[part]
     program = torch.onnx.export(
-        wrapped.eval(), inputs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False, external_data=False,
-        input_names=[t.name for t in spec.inputs], output_names=[spec.output.name],
-    )  # fmt: skip
+        wrapped.eval(),
+        inputs,
+        dynamo=True,
+        opset_version=opset,
+        dynamic_shapes=shapes,
+        verbose=False,
+        external_data=False,
+        input_names=[t.name for t in spec.inputs],
+        output_names=[spec.output.name],
+    )
     assert program is not None
     return program.model
 
 
 def _link_weights(model: onnx.ModelProto, weights: list[Path], prefix: str) -> int:
-    """Point every initializer that stands in `weights` at its bytes there. Returns how many bytes stay inside the graph.
+    """Point every initializer that stands in `weights` at its bytes there. Returns how many bytes
+    stay inside the graph.
 
-    Found by its name without `prefix`, or by its values: libraries rename modules, and the tracer transposes matrices. float16
-    gets a Cast, a transposed matrix a Transpose (both are folded when a session loads).
+    Found by its name without `prefix`, or by its values: libraries rename modules, and the tracer
+    transposes matrices. float16 gets a Cast, a transposed matrix a Transpose (both are folded when
+    a session loads).
     """
     index = {k: s for k, s in weight_index(weights).items() if s.dtype in _ONNX_TYPES}
     values = _by_value(index)
@@ -173,10 +208,22 @@ def _link_weights(model: onnx.ModelProto, weights: list[Path], prefix: str) -> i
             made.add(stored)
             kept.append(_external(stored, found))
             if half:
-                nodes.append(onnx.helper.make_node("Cast", [stored], [stored + ".f32"], name=stored + "/cast", to=onnx.TensorProto.FLOAT))
+                nodes.append(
+                    onnx.helper.make_node(
+                        "Cast",
+                        [stored],
+                        [stored + ".f32"],
+                        name=stored + "/cast",
+                        to=onnx.TensorProto.FLOAT,
+                    )
+                )
         value = stored + ".f32" if half else stored
         op, extra = ("Transpose", {"perm": [1, 0]}) if turn else ("Identity", {})
-        nodes.append(onnx.helper.make_node(op, [value], [init.name], name=init.name + "/" + op.lower(), **extra))
+        nodes.append(
+            onnx.helper.make_node(
+                op, [value], [init.name], name=init.name + "/" + op.lower(), **extra
+            )
+        )
     nodes += model.graph.node
     del model.graph.initializer[:], model.graph.node[:]
     model.graph.initializer.extend(kept)
@@ -198,8 +245,12 @@ def _by_value(index: dict[str, Stored]) -> _Values:
     return out
 
 
-def _find(init: onnx.TensorProto, prefix: str, index: dict[str, Stored], values: _Values) -> tuple[str, bool]:
-    """Name of the stored tensor that an initializer is, and whether transposed; "" where there is none."""
+def _find(
+    init: onnx.TensorProto, prefix: str, index: dict[str, Stored], values: _Values
+) -> tuple[str, bool]:
+    """Name of the stored tensor that an initializer is, and whether transposed; "" where there is
+    none.
+    """
     if init.data_type != onnx.TensorProto.FLOAT:
         return "", False
     name = init.name.removeprefix(prefix)
@@ -208,7 +259,9 @@ def _find(init: onnx.TensorProto, prefix: str, index: dict[str, Stored], values:
     if np.prod(init.dims) < 16:  # a constant, or as good as one
         return "", False
     array = onnx.numpy_helper.to_array(init)
-    for name, turn in values.get(_fingerprint(array.shape, array[tuple(slice(4) for _ in array.shape)]), ()):
+    for name, turn in values.get(
+        _fingerprint(array.shape, array[tuple(slice(4) for _ in array.shape)]), ()
+    ):
         if np.array_equal(index[name].read().T if turn else index[name].read(), array):
             return name, turn
     return "", False
@@ -220,14 +273,25 @@ def _fingerprint(shape: tuple[int, ...], corner: np.ndarray) -> tuple[Any, ...]:
 
 def _external(name: str, stored: Stored) -> onnx.TensorProto:
     """An initializer whose values are the bytes of a stored tensor."""
-    tensor = onnx.TensorProto(name=name, dims=stored.shape, data_type=_ONNX_TYPES[stored.dtype], data_location=onnx.TensorProto.EXTERNAL)
-    for k, v in (("location", stored.path.name), ("offset", stored.offset), ("length", stored.length)):
+    tensor = onnx.TensorProto(
+        name=name,
+        dims=stored.shape,
+        data_type=_ONNX_TYPES[stored.dtype],
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for k, v in (
+        ("location", stored.path.name),
+        ("offset", stored.offset),
+        ("length", stored.length),
+    ):
         tensor.external_data.add(key=k, value=str(v))
     return tensor
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drop the tracer's notes (stack traces, intermediate shapes): they are larger than the graph."""
+    """Drop the tracer's notes (stack traces, intermediate shapes): they are larger than the
+    graph.
+    """
     del model.graph.value_info[:], model.metadata_props[:]
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -238,7 +302,9 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 def _own_weights(folder: Path, model: onnx.ModelProto, dtype: str) -> None:
-    """Write the decoder's weights beside its graph as model.onnx.data, in float16 or float32, and link them."""
+    """Write the decoder's weights beside its graph as model.onnx.data, in float16 or float32, and
+    link them.
+    """
     from safetensors.numpy import save_file
 
     arrays = {
@@ -264,25 +330,32 @@ def convert(
     """Make an artefact: the diffusers folder, ONNX graphs for its three networks, and the manifest.
 
     Args:
-        folder: diffusers SD-1.x/2.x pipeline folder with safetensors in float32, float16 or bfloat16 (written as float32).
+        folder: diffusers SD-1.x/2.x pipeline folder with safetensors in float32, float16 or
+            bfloat16 (written as float32).
         out: new or empty folder; written beside and renamed when whole.
         name: what reports call the model; default: the folder's name.
-        student: what the manifest says of its making (teacher, recipe, data, licence); `unet_parameters` is counted here.
-        sampler: {name, num_inference_steps, guidance_scale} defaults for a call, any of them; the rest is
-            as diffusers' pipeline has it.
-        calibration_prompts: what `sdlite.quantize` shows the student when its caller gives no prompts.
+        student: what the manifest says of its making (teacher, recipe, data, licence);
+            `unet_parameters` is counted here.
+        sampler: {name, num_inference_steps, guidance_scale} defaults for a call, any of them; the
+            rest is as diffusers' pipeline has it.
+        calibration_prompts: what `sdlite.quantize` shows the student when its caller gives no
+            prompts.
         keep_float: what `sdlite.quantize` leaves in float when its caller does not say.
 
     Returns:
         `out`.
 
     Raises:
-        ArtifactError: not a diffusers folder, a pipeline that sdlite does not run, or weights that are missing, damaged or not
-            those of the config; also where what was written does not open again.
+        ArtifactError: not a diffusers folder, a pipeline that sdlite does not run, or weights that
+            are missing, damaged or not those of the config; also where what was written does not
+            open again.
         MissingExtraError: a package of the extra `export` is not installed.
     """
     need("making ONNX graphs", "export", *CONVERT_NEEDS)
-    source, out = Artifact.open(Path(arguments.path("folder", folder))), Path(arguments.path("out", out))
+    source, out = (
+        Artifact.open(Path(arguments.path("folder", folder))),
+        Path(arguments.path("out", out)),
+    )
     if sampler and "name" in sampler:
         known_sampler(sampler["name"])
     ClipTokenizer.from_pretrained(source.files.part("tokenizer"), source.config("text_encoder"))
@@ -293,7 +366,10 @@ def convert(
         if calibration_prompts:
             manifest.calibration = {"prompts": list(calibration_prompts)}
         if keep_float:
-            manifest.calibration = {**(manifest.calibration or {}), "keep_float": {k: list(v) for k, v in keep_float.items()}}
+            manifest.calibration = {
+                **(manifest.calibration or {}),
+                "keep_float": {k: list(v) for k, v in keep_float.items()},
+            }
         write_manifest(tmp, manifest)
         try_out(tmp)
     return out
@@ -315,7 +391,9 @@ def _copy(source: Artifact, out: Path) -> None:
         index = [f"{stem(part)}.safetensors.index.json"] if len(weights) > 1 else []
         for name in [*(w.name for w in weights), *index]:
             files.copy(name, out / part / name)
-    (out / "model_index.json").write_text(json.dumps(listed_index(source.index), indent=1), encoding="utf-8")
+    (out / "model_index.json").write_text(
+        json.dumps(listed_index(source.index), indent=1), encoding="utf-8"
+    )
     vae = vae_config(read_json(out / "vae" / "config.json"))
     (out / "vae" / "config.json").write_text(json.dumps(vae, indent=2) + "\n", encoding="utf-8")
     for path in out.rglob("*.json"):
@@ -323,7 +401,9 @@ def _copy(source: Artifact, out: Path) -> None:
 
 
 def _write_graphs(root: Path, manifest: Manifest) -> dict[str, int]:
-    """The graphs of the networks in `root`, and what the manifest says of them. Returns their parameters."""
+    """The graphs of the networks in `root`, and what the manifest says of them. Returns their
+    parameters.
+    """
     parts: dict[str, Any] = dict(networks(root))
     unet = parts["unet"].module
     multiple = 1 if free_sizes(unet) else 2 ** (len(unet.config.block_out_channels) - 1)
@@ -331,14 +411,18 @@ def _write_graphs(root: Path, manifest: Manifest) -> dict[str, int]:
     examples = _examples(parts, multiple)
     entries = {p: _write_part(root, p, SPECS[p], parts[p], *examples[p]) for p in parts}
     # float16 storage is exact in float32: one set of files is both variants.
-    manifest.variants = dict.fromkeys(("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",), entries)
+    manifest.variants = dict.fromkeys(
+        ("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",), entries
+    )
     counts = {f"{p}_parameters": sum(q.numel() for q in w.parameters()) for p, w in parts.items()}
     counts["vae_parameters"] = counts.pop("vae_decoder_parameters")
     return counts
 
 
 def _drop_paths(path: Path) -> None:
-    """Configs remember the folder that they were loaded from: the maker's business, not the user's."""
+    """Configs remember the folder that they were loaded from: the maker's business, not the
+    user's.
+    """
     data = json.loads(path.read_text(encoding="utf-8"))
     if "_name_or_path" in data:
         del data["_name_or_path"]
@@ -348,26 +432,42 @@ def _drop_paths(path: Path) -> None:
 def convert_cached(source: Artifact) -> Artifact:
     """`convert` into the user's cache, once for each state of the folder. Says so in the log.
 
-    The cache is `$SDLITE_CACHE` or `~/.cache/sdlite`; the key is the folder's path and its files' names, sizes and times.
+    The cache is `$SDLITE_CACHE` or `~/.cache/sdlite`; the key is the folder's path and its files'
+    names, sizes and times.
     """
-    files = sorted(p for p in source.folder.rglob("*") if p.suffix in (".json", ".txt", ".safetensors"))
+    files = sorted(
+        p for p in source.folder.rglob("*") if p.suffix in (".json", ".txt", ".safetensors")
+    )
     state = [
         str(source.folder.resolve()),
         __version__,
-        *(f"{p.relative_to(source.folder)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files),
+        *(
+            f"{p.relative_to(source.folder)} {p.stat().st_size} {p.stat().st_mtime_ns}"
+            for p in files
+        ),
     ]
-    out = cache_root() / "onnx" / f"{source.name}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}"
+    out = (
+        cache_root()
+        / "onnx"
+        / f"{source.name}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}"
+    )
     if not out.exists():
         _convert_once(source, out)
     return Artifact.open(out)
 
 
 def _convert_once(source: Artifact, out: Path) -> None:
-    """Convert, or find what another process or thread has made meanwhile: one at a time, which also bounds the memory."""
+    """Convert, or find what another process or thread has made meanwhile: one at a time, which also
+    bounds the memory.
+    """
     with alone(out.parent):
         if out.exists():
             return
-        log.warning("%s has no ONNX graphs: converting it once into %s (a few minutes for a large UNet)", source.folder, out)
+        log.warning(
+            "%s has no ONNX graphs: converting it once into %s (a few minutes for a large UNet)",
+            source.folder,
+            out,
+        )
         try:
             convert(source.folder, out, name=source.name)
         except InputError:
@@ -376,7 +476,12 @@ def _convert_once(source: Artifact, out: Path) -> None:
 
 
 def _write_part(
-    root: Path, part: str, spec: IOSpec, wrapped: nn.Module, inputs: tuple[Tensor, ...], shapes: dict[str, Any]
+    root: Path,
+    part: str,
+    spec: IOSpec,
+    wrapped: nn.Module,
+    inputs: tuple[Tensor, ...],
+    shapes: dict[str, Any],
 ) -> dict[str, Any]:
     weights = weight_files(root / spec.source)
     [dtype] = dtypes(weight_index(weights))
@@ -393,6 +498,9 @@ def _write_part(
     onnx.save_model(model, root / part / "model.onnx")
     onnx.checker.check_model(root / part / "model.onnx")
     return {
-        "file": f"{part}/model.onnx", "weights": files, "opset": OPSET,
-        "storage": dtype, "arithmetic": "float32",
-    }  # fmt: skip
+        "file": f"{part}/model.onnx",
+        "weights": files,
+        "opset": OPSET,
+        "storage": dtype,
+        "arithmetic": "float32",
+    }

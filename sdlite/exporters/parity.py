@@ -1,4 +1,6 @@
-"""Is the exported network still the same one? Inputs recorded from the student's real loop, the target's answers against the float ones."""
+"""Is the exported network still the same one? Inputs recorded from the student's real loop, the
+target's answers against the float ones.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Recording:
 
 
 def record(pipe: Pipeline, prompts: Sequence[str], **arguments: Any) -> Recording:
-    """Make one picture of each prompt (seed i for prompt i) and keep what went in and out of each network."""
+    """Make one picture of each prompt (seed i for prompt i) and keep what went in and out of each
+    network.
+    """
     calls: dict[str, list[Call]] = {p: [] for p in PARTS}
     taped = with_networks(pipe, {p: Tape(getattr(pipe.networks, p), calls[p]) for p in PARTS})
     return Recording(calls, pictures(taped, prompts, arguments), list(prompts), arguments)
@@ -38,13 +42,19 @@ class Parity:
 
     networks: dict[str, dict[str, float]] = field(default_factory=dict)
     psnr: list[float] | None = None
-    reference: list[float] | None = None  # PSNR to the pictures of another model: the float one that a quantised model was made of
+    reference: list[float] | None = (
+        # PSNR to the pictures of another model: the float one that a quantised model was made of
+        None
+    )
     not_run: dict[str, str] = field(default_factory=dict)
     images: np.ndarray | None = None  # uint8 (N, H, W, 3), the export's, where all networks ran
 
     def fails(self, gate: dict[str, float]) -> list[str]:
         out = []
-        pictures = {"psnr": ("picture PSNR", self.psnr), "reference": ("picture PSNR to the reference", self.reference)}
+        pictures = {
+            "psnr": ("picture PSNR", self.psnr),
+            "reference": ("picture PSNR to the reference", self.reference),
+        }
         for p, wanted in gate.items():
             if p in pictures:
                 what, found = pictures[p]
@@ -58,27 +68,40 @@ class Parity:
         if not self.networks:
             return "no network ran"
         name = min(self.networks, key=lambda p: self.networks[p]["sqnr"])
-        return f"{name} ({self.networks[name]['sqnr']:.1f} dB, largest error {self.networks[name]['max_error']:.3g})"
+        return (
+            f"{name} ({self.networks[name]['sqnr']:.1f} dB, largest error"
+            f" {self.networks[name]['max_error']:.3g})"
+        )
 
 
 def pictures(pipe: Pipeline, prompts: Sequence[str], arguments: dict[str, Any]) -> np.ndarray:
     """uint8 (N, H, W, 3): one picture of each prompt, seed i for prompt i."""
-    return np.stack([np.asarray(pipe(p, seed=i, **arguments).images[0]) for i, p in enumerate(prompts)])
+    return np.stack(
+        [np.asarray(pipe(p, seed=i, **arguments).images[0]) for i, p in enumerate(prompts)]
+    )
 
 
-def measure(pipe: Pipeline, recording: Recording, networks: dict[str, Callable[..., np.ndarray]], not_run: dict[str, str],
-            reference: np.ndarray | None = None) -> Parity:  # fmt: skip
-    """SQNR and largest error of each network over all recorded calls, and the pictures when all three run.
+def measure(
+    pipe: Pipeline,
+    recording: Recording,
+    networks: dict[str, Callable[..., np.ndarray]],
+    not_run: dict[str, str],
+    reference: np.ndarray | None = None,
+) -> Parity:
+    """SQNR and largest error of each network over all recorded calls, and the pictures when all
+    three run.
 
     Args:
-        reference: uint8 (N, H, W, 3), pictures of another model at the recording's prompts and seeds.
+        reference: uint8 (N, H, W, 3), pictures of another model at the recording's prompts and
+            seeds.
 
     Raises:
         InputError: the reference's pictures have another size.
     """
     if reference is not None and reference.shape != recording.images.shape:
         raise InputError(
-            f"the reference makes pictures {reference.shape[1:]}, the model {recording.images.shape[1:]}; name the model it was made of."
+            f"the reference makes pictures {reference.shape[1:]}, the model"
+            f" {recording.images.shape[1:]}; name the model it was made of."
         )
     out = Parity(not_run=dict(not_run))
     for p, network in networks.items():
@@ -90,7 +113,11 @@ def measure(pipe: Pipeline, recording: Recording, networks: dict[str, Callable[.
                 noise + float(np.square(d).sum()),
                 max(worst, float(np.abs(d).max())),
             )
-        out.networks[p] = {"sqnr": min(sqnr(signal, noise), 200.0), "max_error": worst, "calls": len(recording.calls[p])}
+        out.networks[p] = {
+            "sqnr": min(sqnr(signal, noise), 200.0),
+            "max_error": worst,
+            "calls": len(recording.calls[p]),
+        }
     if set(networks) == set(PARTS):
         made = with_networks(pipe, dict(networks))
         images = out.images = pictures(made, recording.prompts, recording.arguments)

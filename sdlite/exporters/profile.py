@@ -1,4 +1,6 @@
-"""A target profile is data: which runtime, which precision, which shapes, and what must hold. Built-in ones are in `export/profiles/`."""
+"""A target profile is data: which runtime, which precision, which shapes, and what must hold.
+Built-in ones are in `export/profiles/`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ TARGETS = {  # runtime -> (module, the extras that install it)
     "qnn": ("sdlite.exporters.targets.qnn", "qnn"),
 }
 # precision -> the artefact's graphs that it can be made from, the best first
-SOURCES = {"fp32": ("fp32",), "fp16": ("fp16", "fp32"), "bf16": ("fp32",), "int8-static": ("int8-static",), "a16w8": ("fp32",)}
+SOURCES = {
+    "fp32": ("fp32",),
+    "fp16": ("fp16", "fp32"),
+    "bf16": ("fp32",),
+    "int8-static": ("int8-static",),
+    "a16w8": ("fp32",),
+}
 PRECISIONS = tuple(SOURCES)
 GATES = ("psnr", "reference", "text_encoder", "unet", "vae_decoder")
 
@@ -37,14 +45,15 @@ class Profile:
 
     Attributes:
         target: runtime, a key of `TARGETS`.
-        precision: "fp32", "fp16", "bf16", "int8-static" (takes the graphs of a quantised artefact) or "a16w8" (16 bits of activation, 8 of
-            weight; calibrated during the export).
+        precision: "fp32", "fp16", "bf16", "int8-static" (takes the graphs of a quantised artefact)
+            or "a16w8" (16 bits of activation, 8 of weight; calibrated during the export).
         batch: rows of a network call, or 0 for any. Phones: 1, with guidance as two calls.
         height, width: pixels, or 0: the student's own when `dynamic` is false, any when it is true.
         dynamic: keep free shapes; only some runtimes can.
-        memory_mib: most MiB that the files of the networks may have together, which a device holds in memory besides activations; 0: no ceiling.
-        gate: {"psnr": dB of the final picture, "reference": the same against the float model that `export(reference=)` names,
-            "text_encoder" | "unet" | "vae_decoder": SQNR in dB}.
+        memory_mib: most MiB that the files of the networks may have together, which a device holds
+            in memory besides activations; 0: no ceiling.
+        gate: {"psnr": dB of the final picture, "reference": the same against the float model that
+            `export(reference=)` names, "text_encoder" | "unet" | "vae_decoder": SQNR in dB}.
         options: what the target's module takes besides.
     """
 
@@ -78,7 +87,10 @@ class Profile:
         """
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(raw) - known):
-            raise InputError(f"profile {name}: {', '.join(unknown)} not known; known: {', '.join(sorted(known))}.")
+            raise InputError(
+                f"profile {name}: {', '.join(unknown)} not known; known:"
+                f" {', '.join(sorted(known))}."
+            )
         for key, value in {"target": "", **raw}.items():
             _check(f"profile {name}: {key}", key, value)
         return cls(**{"name": name, **raw})
@@ -101,7 +113,9 @@ def _check(label: str, key: str, value: Any) -> None:
             text(label, value)
         case "gate" | "options":
             if not isinstance(value, dict):
-                raise InputError(f"{label}={printable(repr(value), 80)} is no table; accepted: name = value.")
+                raise InputError(
+                    f"{label}={printable(repr(value), 80)} is no table; accepted: name = value."
+                )
             if key == "gate" and (unknown := sorted(set(value) - set(GATES))):
                 raise InputError(f"{label} names {', '.join(unknown)}; known: {', '.join(GATES)}.")
             for part, least in value.items() if key == "gate" else ():
@@ -109,17 +123,22 @@ def _check(label: str, key: str, value: Any) -> None:
 
 
 def assets() -> Path:
-    """The `export/` folder: profiles, calibration prompts, pages. In the installed package, or beside it in a checkout."""
+    """The `export/` folder: profiles, calibration prompts, pages. In the installed package, or
+    beside it in a checkout.
+    """
     for place in (Path(__file__).parent / "assets", Path(__file__).parents[2] / "export"):
         if (place / "profiles").is_dir():
             return place
-    raise InputError("this installation holds no built-in profiles; install it again, or give a profile.toml.")
+    raise InputError(
+        "this installation holds no built-in profiles; install it again, or give a profile.toml."
+    )
 
 
 def builtin() -> dict[str, Profile]:
     """Name -> profile."""
     return {
-        p.stem: Profile.parse(tomllib.loads(p.read_text(encoding="utf-8")), p.stem) for p in sorted((assets() / "profiles").glob("*.toml"))
+        p.stem: Profile.parse(tomllib.loads(p.read_text(encoding="utf-8")), p.stem)
+        for p in sorted((assets() / "profiles").glob("*.toml"))
     }
 
 
@@ -132,9 +151,14 @@ def load(target: str | Path) -> Profile:
     path = Path(target)
     if path.suffix == ".toml":
         if not path.is_file():
-            raise InputError(f"profile {path} does not exist; give a TOML file or one of {', '.join(builtin())}.")
+            raise InputError(
+                f"profile {path} does not exist; give a TOML file or one of {', '.join(builtin())}."
+            )
         return Profile.parse(read_toml(path, "profile", "give a TOML file"), path.stem)
     known = builtin()
     if str(target) not in known:
-        raise UnknownNameError(f"target {str(target)!r} is not known; choose one of {', '.join(known)}, or a profile.toml.")
+        raise UnknownNameError(
+            f"target {str(target)!r} is not known; choose one of {', '.join(known)}, or a"
+            " profile.toml."
+        )
     return known[str(target)]

@@ -67,8 +67,14 @@ def write(
     lines = [
         f"# {pipe.artifact.name} for {told.title}",
         "",
-        f"Made by `sdlite export` with the profile `{profile.name}`, in {profile.precision}. `export-report.json` says how it was",
-        "checked, and has the SHA-256 of every file: `sdlite verify .` compares them, `sdlite info .` shows what the folder is.",
+        (
+            f"Made by `sdlite export` with the profile `{profile.name}`, in {profile.precision}."
+            " `export-report.json` says how it was"
+        ),
+        (
+            "checked, and has the SHA-256 of every file: `sdlite verify .` compares them, `sdlite"
+            " info .` shows what the folder is."
+        ),
         "",
         *_table(about),
         *_around(pipe, recording, numbers, about),
@@ -122,7 +128,9 @@ def _numbers(pipe: Pipeline, recording: Recording) -> dict[str, str]:
 
 
 def _step_arguments(cls: str, name: str) -> str:
-    """What a step is told besides: the image's generator where it draws; sdlite's TCD draws nothing."""
+    """What a step is told besides: the image's generator where it draws; sdlite's TCD draws
+    nothing.
+    """
     if cls == "TCDScheduler":
         return ", eta=0.0"
     return ", generator=generator" if cls in _NOISY or "sde" in name else ""
@@ -142,15 +150,27 @@ def _around(
     return [
         "## Around them",
         "",
-        f"- Tokens: `tokenizer/` (CLIP's), {numbers['WINDOW']} of them, padded with id "
-        f"{pipe.tokenizer.pad}; longer texts are cut before the end token.",
-        f"- Latents: unit normal noise of {numbers['LATENTS']} for an image of {height}x{width} px "
-        f"({sizes}), from a generator with the image's seed.",
-        f"- Steps: `scheduler/scheduler_config.json`, sampler {pipe.default_sampler} (diffusers' "
-        f"{numbers['CLASS']}), {numbers['STEPS']} steps,",
+        (
+            f"- Tokens: `tokenizer/` (CLIP's), {numbers['WINDOW']} of them, padded with id "
+            f"{pipe.tokenizer.pad}; longer texts are cut before the end token."
+        ),
+        (
+            f"- Latents: unit normal noise of {numbers['LATENTS']} for an image of {height}x{width}"
+            f" px ({sizes}), from a generator with the image's seed."
+        ),
+        (
+            f"- Steps: `scheduler/scheduler_config.json`, sampler {pipe.default_sampler}"
+            f" (diffusers' {numbers['CLASS']}), {numbers['STEPS']} steps,"
+        ),
         f"  guidance {numbers['GUIDANCE']}; the UNet predicts {pipe.schedule.prediction_type}.",
-        "- Guidance g is u + g (c - u), u for the negative prompt and c for the prompt; from 0 to 1 there is none, and no second call.",
-        f"- Decoder: gets latents / {numbers['SCALING']}{shift}; its pixels are -1 to 1, and (x / 2 + 0.5) x 255 is 0 to 255.",
+        (
+            "- Guidance g is u + g (c - u), u for the negative prompt and c for the prompt; from 0"
+            " to 1 there is none, and no second call."
+        ),
+        (
+            f"- Decoder: gets latents / {numbers['SCALING']}{shift}; its pixels are -1 to 1, and (x"
+            " / 2 + 0.5) x 255 is 0 to 255."
+        ),
         "",
     ]
 
@@ -163,7 +183,10 @@ def _filled(code: str, numbers: Mapping[str, str]) -> str:
 
 def _code(told: Runtime, numbers: Mapping[str, str], profile: Profile) -> list[str]:
     """Two snippets: one network on numpy arrays, and an image."""
-    chip = {k: str(profile.options.get(o, d)) for k, o, d in (("HTP", "htp_arch", 75), ("SOC", "soc_model", 57))}
+    chip = {
+        k: str(profile.options.get(o, d))
+        for k, o, d in (("HTP", "htp_arch", 75), ("SOC", "soc_model", 57))
+    }
     return [
         "## Run one network",
         "",
@@ -179,7 +202,10 @@ def _code(told: Runtime, numbers: Mapping[str, str], profile: Profile) -> list[s
         "",
         "## Make an image",
         "",
-        "With transformers' tokenizer and diffusers' scheduler (`pip install transformers diffusers torch pillow`), after `load` above:",
+        (
+            "With transformers' tokenizer and diffusers' scheduler (`pip install transformers"
+            " diffusers torch pillow`), after `load` above:"
+        ),
         "",
         "```python",
         _filled(IMAGE, numbers),
@@ -189,12 +215,19 @@ def _code(told: Runtime, numbers: Mapping[str, str], profile: Profile) -> list[s
 
 def _apart(pipe: Pipeline, profile: Profile, cls: str) -> list[str]:
     """Said where the code's image is not sdlite's."""
-    if profile.target == "web" or not pipe.schedule.rescale_betas_zero_snr or cls not in _NO_ZERO_SNR:
+    if (
+        profile.target == "web"
+        or not pipe.schedule.rescale_betas_zero_snr
+        or cls not in _NO_ZERO_SNR
+    ):
         return []
     return [
         "",
         f"diffusers' {cls} does not rescale the noise to zero terminal SNR, which this model was",
-        "trained with: this code's image is another than sdlite's. Export with `--sampler ddim` for one",
+        (
+            "trained with: this code's image is another than sdlite's. Export with `--sampler ddim`"
+            " for one"
+        ),
         "that is the same.",
     ]
 
@@ -209,8 +242,14 @@ def _served() -> list[str]:
         "python3 -m http.server 8000",
         "```",
         "",
-        "and open http://localhost:8000. With the headers `Cross-Origin-Opener-Policy: same-origin` and",
-        "`Cross-Origin-Embedder-Policy: require-corp` wasm has more than one thread. In a page of your own:",
+        (
+            "and open http://localhost:8000. With the headers `Cross-Origin-Opener-Policy:"
+            " same-origin` and"
+        ),
+        (
+            "`Cross-Origin-Embedder-Policy: require-corp` wasm has more than one thread. In a page"
+            " of your own:"
+        ),
         "",
         "```js",
         'import { Pipeline } from "./sdlite.js";',

@@ -1,4 +1,6 @@
-"""Is there room for an export? Disk and memory, asked before it begins and said plainly when they run out on the way."""
+"""Is there room for an export? Disk and memory, asked before it begins and said plainly when they
+run out on the way.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def free_memory() -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+    return next(
+        (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None
+    )
 
 
 def _existing(path: Path) -> Path:
@@ -42,7 +46,9 @@ def sizes(artifact: Artifact, source: str) -> dict[str, int]:
     out = {}
     for p in PARTS:
         entry = artifact.manifest.variants[source][p]
-        stored = sum((artifact.folder / f).stat().st_size for f in (entry["file"], *entry.get("weights", ())))
+        stored = sum(
+            (artifact.folder / f).stat().st_size for f in (entry["file"], *entry.get("weights", ()))
+        )
         out[p] = stored * (2 if entry.get("storage") == "float16" else 1)
     return out
 
@@ -50,8 +56,9 @@ def sizes(artifact: Artifact, source: str) -> dict[str, int]:
 def check(artifact: Artifact, profile: Profile, source: str, out: Path) -> None:
     """Refuse what cannot end well.
 
-    The scratch folder holds all networks and a second copy of one of them; the folder of `out` holds what is made and, while a converter
-    works, its input once more. A converter has a network and its copy in memory at least.
+    The scratch folder holds all networks and a second copy of one of them; the folder of `out`
+    holds what is made and, while a converter works, its input once more. A converter has a network
+    and its copy in memory at least.
 
     Raises:
         ExportError: too little disk or memory, with what is needed and what is free.
@@ -63,8 +70,9 @@ def check(artifact: Artifact, profile: Profile, source: str, out: Path) -> None:
     have_memory = free_memory()
     if have_memory is not None and have_memory < 2 * largest:
         raise ExportError(
-            f"too little memory for {profile.name}: at least {2 * largest // _MIB + 1:,} MiB are needed for its largest network, "
-            f"{have_memory // _MIB:,} MiB are free. Close other programs, or export on a larger machine. Nothing was written."
+            f"too little memory for {profile.name}: at least {2 * largest // _MIB + 1:,} MiB are"
+            f" needed for its largest network, {have_memory // _MIB:,} MiB are free. Close other"
+            " programs, or export on a larger machine. Nothing was written."
         )
 
 
@@ -81,9 +89,9 @@ def no_room(what: str, aside: int, made: int, out: Path) -> str:
     for where, wanted in need.items():
         if (have := free_disk(where)) < wanted:
             return (
-                f"too little disk for {what}: about {wanted // _MIB + 1:,} MiB are needed in {where}, "
-                f"{have // _MIB:,} MiB are free. Make room, or choose another folder (--out; TMPDIR for the "
-                "scratch folder). Nothing was written."
+                f"too little disk for {what}: about {wanted // _MIB + 1:,} MiB are needed in"
+                f" {where}, {have // _MIB:,} MiB are free. Make room, or choose another folder"
+                " (--out; TMPDIR for the scratch folder). Nothing was written."
             )
     return ""
 
@@ -100,8 +108,8 @@ def watched(profile: Profile) -> Iterator[None]:
             raise
         where = f" in {e.filename}" if e.filename else ""
         raise ExportError(
-            f"the disk ran out during the export of {profile.name}{where}. Nothing was written; make room there, "
-            "or choose another folder (--out; TMPDIR for temporary files)."
+            f"the disk ran out during the export of {profile.name}{where}. Nothing was written;"
+            " make room there, or choose another folder (--out; TMPDIR for temporary files)."
         ) from e
     except RuntimeError as e:  # onnxruntime's errors, torch's too
         if not is_memory(e):
@@ -111,8 +119,13 @@ def watched(profile: Profile) -> Iterator[None]:
 
 def is_memory(error: Exception) -> bool:
     """Whether an engine's error is about memory."""
-    return any(w in str(error) for w in ("bad_alloc", "Failed to allocate memory", "not enough memory"))
+    return any(
+        w in str(error) for w in ("bad_alloc", "Failed to allocate memory", "not enough memory")
+    )
 
 
 def _no_memory(profile: Profile) -> str:
-    return f"the memory ran out during the export of {profile.name}. Nothing was written; make room and start again."
+    return (
+        f"the memory ran out during the export of {profile.name}. Nothing was written; make room"
+        " and start again."
+    )

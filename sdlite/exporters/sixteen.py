@@ -1,9 +1,13 @@
-"""a16w8: 16 bits of activation, 8 of weight, in the QDQ form that Qualcomm's HTP takes as one integer operator.
+"""a16w8: 16 bits of activation, 8 of weight, in the QDQ form that Qualcomm's HTP takes as one
+    integer operator.
 
-A layer becomes integer when its inputs come from DequantizeLinear and its output goes to QuantizeLinear alone: uint16 asymmetric
-activations, int8 symmetric weights, int32 bias at input scale x weight scale. Convolutions have a weight scale for each output channel.
-MatMul and Gemm have one: with a scale for each channel the HTP simulator gives 7 dB for a feed-forward that is 55 dB on onnxruntime's CPU,
-with one scale both give over 44 dB (emoji, 2026-11-25). What is not a layer stays float, which the HTP computes in float16. Ranges are seen over the student's own loop, as for `sdlite.quantize`; they are the
+A layer becomes integer when its inputs come from DequantizeLinear and its output goes to
+QuantizeLinear alone: uint16 asymmetric activations, int8 symmetric weights, int32 bias at input
+scale x weight scale. Convolutions have a weight scale for each output channel. MatMul and Gemm have
+one: with a scale for each channel the HTP simulator gives 7 dB for a feed-forward that is 55 dB on
+onnxruntime's CPU, with one scale both give over 44 dB (emoji, 2026-11-25). What is not a layer
+stays float, which the HTP computes in float16. Ranges are seen over the student's own loop, as for
+`sdlite.quantize`; they are the
 extremes: with 65,536 levels rounding is small and clipping is not.
 """
 
@@ -28,28 +32,47 @@ Range = tuple[float, float]
 DOMAIN = "com.microsoft"  # its QuantizeLinear has 16 bits at any opset; ONNX's own from 21 on
 
 
-def choose(graph: Graph, original: Graph, operators: Sequence[str], keep: Sequence[str]) -> dict[str, Layer]:
+def choose(
+    graph: Graph, original: Graph, operators: Sequence[str], keep: Sequence[str]
+) -> dict[str, Layer]:
     """{torch module: layer} of what becomes integer.
 
     Args:
         graph: fixed shapes; its weights may have lost their names in folding.
-        original: the artefact's graph, which has them; onnxruntime's fusions keep the node's name in front of a slash.
+        original: the artefact's graph, which has them; onnxruntime's fusions keep the node's name
+            in front of a slash.
         operators: of Conv, MatMul and Gemm.
         keep: regular expressions of module names that stay float.
     """
     names = {layer.node: layer.name for layer in original.layers()}
-    layers = {names.get(layer.node.partition("/")[0], layer.name): layer for layer in graph.layers()}
-    return {n: x for n, x in layers.items() if x.op in operators and not any(re.search(k, n) for k in keep)}
+    layers = {
+        names.get(layer.node.partition("/")[0], layer.name): layer for layer in graph.layers()
+    }
+    return {
+        n: x
+        for n, x in layers.items()
+        if x.op in operators and not any(re.search(k, n) for k in keep)
+    }
 
 
-def observe(graphs: Mapping[str, Graph], layers: Mapping[str, Mapping[str, Layer]], pipe: Pipeline, prompts: Sequence[str], scratch: Path,
-            threads: int | None, **arguments: Any) -> dict[str, dict[str, Range]]:  # fmt: skip
-    """Ranges of the layers' inputs and outputs while the pipeline paints `prompts` (seed 1000 + i for prompt i), zero included.
+def observe(
+    graphs: Mapping[str, Graph],
+    layers: Mapping[str, Mapping[str, Layer]],
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    scratch: Path,
+    threads: int | None,
+    **arguments: Any,
+) -> dict[str, dict[str, Range]]:
+    """Ranges of the layers' inputs and outputs while the pipeline paints `prompts` (seed 1000 + i
+    for prompt i), zero included.
 
     Args:
         graphs: part -> graph of batch 1.
     """
-    seen = {p: {t: Histogram() for x in layers[p].values() for t in (x.input, x.output)} for p in PARTS}
+    seen = {
+        p: {t: Histogram() for x in layers[p].values() for t in (x.input, x.output)} for p in PARTS
+    }
 
     def visit(part: str, step: int, name: str, x: np.ndarray) -> None:
         if name in seen[part]:
@@ -58,7 +81,11 @@ def observe(graphs: Mapping[str, Graph], layers: Mapping[str, Mapping[str, Layer
     watched = {}
     for p in PARTS:
         inputs = {i.name for i in graphs[p].proto.graph.input}
-        session = _Echo(graphs[p].outputs(sorted(seen[p].keys() - inputs)), scratch / f"{p}.observed.onnx", threads)
+        session = _Echo(
+            graphs[p].outputs(sorted(seen[p].keys() - inputs)),
+            scratch / f"{p}.observed.onnx",
+            threads,
+        )
         watched[p] = RowByRow(Watched(p, session, visit))
     made = with_networks(pipe, watched)
     for i, prompt in enumerate(prompts):
@@ -93,7 +120,9 @@ def parameters(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
 class _Inserter:
     def __init__(self, graph: Graph, ranges: Mapping[str, Range], chosen: Mapping[str, Layer]):
         self.graph, self.out, self.ranges, self.chosen = graph, graph.copy(), ranges, chosen
-        self.results = {x.output for x in chosen.values()}  # every reader sees the integer value: else no unit is made
+        self.results = {
+            x.output for x in chosen.values()
+        }  # every reader sees the integer value: else no unit is made
         self.final = {o.name for o in graph.proto.graph.output}
         self.made: set[str] = set()
 
@@ -105,14 +134,20 @@ class _Inserter:
             for i, x in enumerate(node.input):
                 if x in self.results and x not in self.final:
                     made.input[i] = f"{x}/dq"
-            nodes += self._layer(made, self.chosen[node.name]) if node.name in self.chosen else [made]
+            nodes += (
+                self._layer(made, self.chosen[node.name]) if node.name in self.chosen else [made]
+            )
         self.out.replace(nodes)
         self.out.prune()
         self.out.proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
         return self.out
 
     def _layer(self, node: NodeProto, layer: Layer) -> list[NodeProto]:
-        new = self._pair(layer.input, layer.input, f"{layer.input}/dq") if layer.input not in self.results else []
+        new = (
+            self._pair(layer.input, layer.input, f"{layer.input}/dq")
+            if layer.input not in self.results
+            else []
+        )
         scale = self._weight(layer, new)
         node.input[0], node.input[1] = f"{layer.input}/dq", f"{layer.weight}/dq"
         if len(node.input) > 2:
@@ -135,31 +170,61 @@ class _Inserter:
         scale, zero = parameters(*self.ranges[x])
         held = [self._constant(f"{x}/scale", scale), self._constant(f"{x}/zero", zero)]
         return [
-            helper.make_node("QuantizeLinear", [source, *held], [f"{x}/q"], name=f"{x}/quantize", domain=DOMAIN),
-            helper.make_node("DequantizeLinear", [f"{x}/q", *held], [target], name=f"{x}/dequantize", domain=DOMAIN),
+            helper.make_node(
+                "QuantizeLinear", [source, *held], [f"{x}/q"], name=f"{x}/quantize", domain=DOMAIN
+            ),
+            helper.make_node(
+                "DequantizeLinear",
+                [f"{x}/q", *held],
+                [target],
+                name=f"{x}/dequantize",
+                domain=DOMAIN,
+            ),
         ]
 
     def _weight(self, layer: Layer, new: list[NodeProto]) -> np.ndarray:
-        """int8 weight with its DequantizeLinear; returns the scale, () or for a convolution (output channels,)."""
+        """int8 weight with its DequantizeLinear; returns the scale, () or for a convolution (output
+        channels,).
+        """
         w, name = self.graph.weights[layer.weight].array(), layer.weight
         along = tuple(i for i in range(w.ndim) if i != layer.axis) if layer.op == "Conv" else None
         scale = np.asarray(np.maximum(np.abs(w).max(along), 1e-8) / np.float32(127), np.float32)
         if f"{name}/dq" not in self.made:
             self.made.add(f"{name}/dq")
-            steps = scale.reshape([-1 if i == layer.axis else 1 for i in range(w.ndim)]) if scale.ndim else scale
-            new.append(self._dequantise(name, np.clip(np.round(w / steps), -127, 127).astype(np.int8), scale, layer.axis))
+            steps = (
+                scale.reshape([-1 if i == layer.axis else 1 for i in range(w.ndim)])
+                if scale.ndim
+                else scale
+            )
+            new.append(
+                self._dequantise(
+                    name, np.clip(np.round(w / steps), -127, 127).astype(np.int8), scale, layer.axis
+                )
+            )
         return scale
 
     def _bias(self, layer: Layer, name: str, scale: np.ndarray, new: list[NodeProto]) -> str:
         """int32 bias with its DequantizeLinear; returns the dequantised tensor."""
         both = np.asarray(scale * parameters(*self.ranges[layer.input])[0], np.float32)
         limit = 2**31 - 1
-        q = np.clip(np.round(self.graph.weights[name].array().astype(np.float64) / both), -limit, limit).astype(np.int32)
+        q = np.clip(
+            np.round(self.graph.weights[name].array().astype(np.float64) / both), -limit, limit
+        ).astype(np.int32)
         new.append(self._dequantise(f"{layer.node}/bias", q, both, 0))
         return f"{layer.node}/bias/dq"
 
     def _dequantise(self, stem: str, q: np.ndarray, scale: np.ndarray, axis: int) -> NodeProto:
         zero = np.zeros(scale.shape, q.dtype)
-        held = [self._constant(f"{stem}/{k}", v) for k, v in (("q", q), ("scale", scale), ("zero", zero))]
+        held = [
+            self._constant(f"{stem}/{k}", v)
+            for k, v in (("q", q), ("scale", scale), ("zero", zero))
+        ]
         extra = {"axis": axis} if scale.ndim else {}
-        return helper.make_node("DequantizeLinear", held, [f"{stem}/dq"], name=f"{stem}/dequantize", domain=DOMAIN, **extra)
+        return helper.make_node(
+            "DequantizeLinear",
+            held,
+            [f"{stem}/dq"],
+            name=f"{stem}/dequantize",
+            domain=DOMAIN,
+            **extra,
+        )

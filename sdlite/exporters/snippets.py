@@ -1,7 +1,7 @@
 """The Python code in an export's README.md: how a runtime loads a network and makes an image.
 
-`load(part)` gives a function of the names in `sdlite.spec` for one row;
-what follows is the same for every runtime. The code stands in the folder, runs there, and imports nothing of sdlite.
+`load(part)` gives a function of the names in `sdlite.spec` for one row; what follows is the same
+for every runtime. The code stands in the folder, runs there, and imports nothing of sdlite.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Fixed shapes: dimensions by name become numbers, and everything that depended on them becomes constants."""
+"""Fixed shapes: dimensions by name become numbers, and everything that depended on them becomes
+constants.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from sdlite.quant.graph import Graph
 
 
 def fix(graph: Graph, shapes: dict[str, tuple[int | str, ...]], out: Path) -> Path:
-    """Write `graph` with these input shapes (numbers, or names that stay free) to `out` (weights beside it), shape arithmetic folded by onnxruntime's basic optimisation.
+    """Write `graph` with these input shapes (numbers, or names that stay free) to `out` (weights
+    beside it), shape arithmetic folded by onnxruntime's basic optimisation.
 
     Raises:
         InputError: an input has another rank.
@@ -23,7 +26,10 @@ def fix(graph: Graph, shapes: dict[str, tuple[int | str, ...]], out: Path) -> Pa
     for value in fixed.proto.graph.input:
         dims, wanted = value.type.tensor_type.shape.dim, shapes[value.name]
         if len(dims) != len(wanted):
-            raise InputError(f"input {value.name} has {len(dims)} dimensions, the shape {wanted} has {len(wanted)}.")
+            raise InputError(
+                f"input {value.name} has {len(dims)} dimensions, the shape {wanted} has"
+                f" {len(wanted)}."
+            )
         for dim, n in zip(dims, wanted, strict=True):
             dim.Clear()
             if isinstance(n, str):
@@ -38,8 +44,12 @@ def fix(graph: Graph, shapes: dict[str, tuple[int | str, ...]], out: Path) -> Pa
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(out)
     options.log_severity_level = 3
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", out.name + ".data")
-    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", out.name + ".data"
+    )
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+    )
     ort.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
     mapped.trim()  # the converter comes next, perhaps in a process of its own
     for path in files:
@@ -60,4 +70,7 @@ def opset_of(proto: onnx.ModelProto) -> int:
 def input_shapes(path: Path) -> dict[str, tuple[int | str, ...]]:
     """Input name -> dimensions, numbers or names."""
     proto = onnx.load(str(path), load_external_data=False)
-    return {v.name: tuple(d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim) for v in proto.graph.input}
+    return {
+        v.name: tuple(d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim)
+        for v in proto.graph.input
+    }

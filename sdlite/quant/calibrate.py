@@ -1,4 +1,6 @@
-"""Run the student's own loop and look at its tensors, one prompt at a time: nothing is stored but statistics."""
+"""Run the student's own loop and look at its tensors, one prompt at a time: nothing is stored but
+statistics.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Calibration:
 
     Attributes:
         prompts: None takes the artefact's own (`calibration.prompts` in its manifest).
-        samples: pictures, prompt i with seed `seed` + i; more samples than prompts start again at the first.
+        samples: pictures, prompt i with seed `seed` + i; more samples than prompts start again at
+            the first.
         num_inference_steps, guidance_scale: None takes the artefact's own.
         observer: "min-max", "percentile" or "mse".
         percentile: share in percent that the range keeps, for "percentile".
@@ -53,17 +56,24 @@ class Calibration:
         """
         arguments.integer("calibration samples", self.samples, 1)
         arguments.integer("calibration seed", self.seed, 0, arguments.SEEDS - self.samples + 1)
-        arguments.optional(arguments.integer, "calibration num_inference_steps", self.num_inference_steps, 1)
+        arguments.optional(
+            arguments.integer, "calibration num_inference_steps", self.num_inference_steps, 1
+        )
         arguments.optional(arguments.number, "calibration guidance_scale", self.guidance_scale, 0)
         arguments.optional(arguments.number, "smooth_alpha", self.smooth_alpha, 0, 1)
         arguments.optional(arguments.size, "calibration size", self.size)
         if arguments.text("observer", self.observer) not in OBSERVERS:
-            raise InputError(f"observer={self.observer!r} is not known; choose one of {', '.join(OBSERVERS)}.")
+            raise InputError(
+                f"observer={self.observer!r} is not known; choose one of {', '.join(OBSERVERS)}."
+            )
         if not 50 < arguments.number("percentile", self.percentile) <= 100:
             raise InputError(f"percentile={self.percentile}; accepted: above 50, at most 100.")
         self.prompts = arguments.optional(arguments.lines, "calibration prompts", self.prompts)
         if self.prompts is not None and not [p for p in self.prompts if p.strip()]:
-            raise InputError("the calibration prompts are empty; give at least one line of text, better 16 or more.")
+            raise InputError(
+                "the calibration prompts are empty; give at least one line of text, better 16 or"
+                " more."
+            )
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -75,9 +85,14 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise InputError(f"prompts file {path} does not exist; give a text file with one prompt a line.") from None
+        raise InputError(
+            f"prompts file {path} does not exist; give a text file with one prompt a line."
+        ) from None
     except (UnicodeDecodeError, IsADirectoryError) as e:
-        raise InputError(f"prompts file {path} cannot be read as UTF-8 text ({e}); give a text file with one prompt a line.") from e
+        raise InputError(
+            f"prompts file {path} cannot be read as UTF-8 text ({e}); give a text file with one"
+            " prompt a line."
+        ) from e
     prompts = [s for s in (line.strip() for line in lines) if s and not s.startswith("#")]
     if not prompts:
         raise InputError(f"prompts file {path} holds no prompt; write one prompt a line.")
@@ -85,7 +100,9 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 class Session:
-    """A graph on onnxruntime's CPU provider that returns all its outputs by name. Opened at its first call, and again after `close`."""
+    """A graph on onnxruntime's CPU provider that returns all its outputs by name. Opened at its
+    first call, and again after `close`.
+    """
 
     def __init__(self, graph: Graph, path: Path, threads: int | None = None):
         graph.save(path)
@@ -98,10 +115,13 @@ class Session:
 
             options = ort.SessionOptions()
             options.log_severity_level = 3
-            options.enable_cpu_mem_arena = False  # hundreds of outputs: the arena would keep the largest of each
+            # hundreds of outputs: the arena would keep the largest of each
+            options.enable_cpu_mem_arena = False
             if self.threads is not None:
                 options.intra_op_num_threads = self.threads
-            session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(
+                str(self.path), options, providers=["CPUExecutionProvider"]
+            )
             self._open = session, [o.name for o in session.get_outputs()]
         session, names = self._open
         return dict(zip(names, session.run(None, inputs), strict=True))
@@ -147,7 +167,9 @@ class Tape:
 
 
 class OnDemand:
-    """A network on onnxruntime that is opened when it is called and can be let go: a second copy of a UNet in memory is one too many."""
+    """A network on onnxruntime that is opened when it is called and can be let go: a second copy of
+    a UNet in memory is one too many.
+    """
 
     def __init__(self, artifact: Artifact, part: str, precision: str, threads: int | None):
         self.arguments = (artifact, part, precision, "cpu", threads)
@@ -166,11 +188,25 @@ class OnDemand:
 
 
 def on_demand(artifact: Artifact, threads: int | None, precision: str = "fp32") -> Pipeline:
-    """A pipeline on onnxruntime whose networks are opened when they are called; `let_go` closes them."""
+    """A pipeline on onnxruntime whose networks are opened when they are called; `let_go` closes
+    them.
+    """
     assert artifact.manifest is not None
-    report = Report(artifact.name, "onnxruntime", "cpu", precision, "the reference", get_backend("onnxruntime").engine())
+    report = Report(
+        artifact.name,
+        "onnxruntime",
+        "cpu",
+        precision,
+        "the reference",
+        get_backend("onnxruntime").engine(),
+    )
     networks = {p: OnDemand(artifact, p, precision, threads) for p in PARTS}
-    return Pipeline(artifact, Networks(**networks, report=report, size_multiple=artifact.manifest.size_multiple, size=None))
+    return Pipeline(
+        artifact,
+        Networks(
+            **networks, report=report, size_multiple=artifact.manifest.size_multiple, size=None
+        ),
+    )
 
 
 def let_go(pipe: Pipeline) -> None:
@@ -181,11 +217,16 @@ def let_go(pipe: Pipeline) -> None:
 
 def with_networks(pipe: Pipeline, networks: dict[str, Any]) -> Pipeline:
     """The same pipeline with other callables."""
-    return Pipeline(pipe.artifact, Networks(**networks, report=pipe.report, size_multiple=pipe.networks.size_multiple))
+    return Pipeline(
+        pipe.artifact,
+        Networks(**networks, report=pipe.report, size_multiple=pipe.networks.size_multiple),
+    )
 
 
 class _Later:
-    """Stands for the decoder: keeps what it is given (a picture's latents are small) and answers an empty picture."""
+    """Stands for the decoder: keeps what it is given (a picture's latents are small) and answers an
+    empty picture.
+    """
 
     def __init__(self, stride: int):
         self.stride, self.given = stride, list[np.ndarray]()
@@ -196,9 +237,16 @@ class _Later:
         return np.broadcast_to(np.float32(0), (b, 3, h * self.stride, w * self.stride))
 
 
-def walk(pipe: Pipeline, calibration: Calibration, sessions: dict[str, Session], visit: Visit, samples: int) -> Iterator[None]:
-    """Run the calibration pictures through watched networks: all of them up to their latents, then all through the decoder, so that
-    the UNet and the decoder, whose tensors are the largest, are never in memory together. Yields after each half of a picture.
+def walk(
+    pipe: Pipeline,
+    calibration: Calibration,
+    sessions: dict[str, Session],
+    visit: Visit,
+    samples: int,
+) -> Iterator[None]:
+    """Run the calibration pictures through watched networks: all of them up to their latents, then
+    all through the decoder, so that the UNet and the decoder, whose tensors are the largest, are
+    never in memory together. Yields after each half of a picture.
 
     Args:
         sessions: part -> graph with extra outputs. They are closed when their part is done.
@@ -208,10 +256,16 @@ def walk(pipe: Pipeline, calibration: Calibration, sessions: dict[str, Session],
     height, width = calibration.size or (None, None)
     first = [p for p in PARTS if p != "vae_decoder"]
     for i in range(samples):
-        with_networks(pipe, {**{p: Watched(p, sessions[p], visit) for p in first}, "vae_decoder": later})(
-            prompts[i % len(prompts)], seed=calibration.seed + i, num_inference_steps=calibration.num_inference_steps,
-            guidance_scale=calibration.guidance_scale, height=height, width=width,
-        )  # fmt: skip
+        with_networks(
+            pipe, {**{p: Watched(p, sessions[p], visit) for p in first}, "vae_decoder": later}
+        )(
+            prompts[i % len(prompts)],
+            seed=calibration.seed + i,
+            num_inference_steps=calibration.num_inference_steps,
+            guidance_scale=calibration.guidance_scale,
+            height=height,
+            width=width,
+        )
         yield
     for p in first:
         sessions[p].close()

@@ -1,11 +1,14 @@
-"""Dynamic int8: Linear weights in int8 per output channel, activations quantized at run time by the engine.
+"""Dynamic int8: Linear weights in int8 per output channel, activations quantized at run time by the
+engine.
 
-Convolutions stay float, in the storage that they have: onnxruntime's CPU engine has no ConvInteger for
-u8 x s8, and its u8 x u8 one is slower than float. The report says what share of the weights that is.
+Convolutions stay float, in the storage that they have: onnxruntime's CPU engine has no ConvInteger
+for u8 x s8, and its u8 x u8 one is slower than float. The report says what share of the weights
+that is.
 
-An activation has one scale for its whole tensor (DynamicQuantizeLinear), so backends run such a network
-row by row. One scale a token, which needs no such thing, was tried as MatMulNBits with 8 bits: closer by
-16 dB and 2.5 to 4 times slower, as slow as float (onnxruntime 1.32, AVX-512 with VNNI).
+An activation has one scale for its whole tensor (DynamicQuantizeLinear), so backends run such a
+network row by row. One scale a token, which needs no such thing, was tried as MatMulNBits with 8
+bits: closer by 16 dB and 2.5 to 4 times slower, as slow as float (onnxruntime 1.32, AVX-512 with
+VNNI).
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ from sdlite.quant.graph import Graph, Layer, Weight, constant
 LEVELS = 63  # 7 bits: x86 without VNNI saturates the sums of two u8 x s8 products
 
 
-def build_dynamic(graphs: dict[str, Graph], layers: dict[str, list[Layer]]) -> Callable[[Iterable[str]], dict[str, Any]]:
-    """Part -> its dynamic graph and what the report says of it. The result ignores its argument: nothing
-    goes back to float one by one.
+def build_dynamic(
+    graphs: dict[str, Graph], layers: dict[str, list[Layer]]
+) -> Callable[[Iterable[str]], dict[str, Any]]:
+    """Part -> its dynamic graph and what the report says of it. The result ignores its argument:
+    nothing goes back to float one by one.
 
     Args:
         graphs: part -> float graph, which is rewritten.
@@ -48,13 +53,23 @@ def _build(graph: Graph, layers: list[Layer]) -> dict[str, Any]:
         "float_bytes": floats,
         "float_share": 1 - integer / total,
         "rewrites": {"embeddings": embeddings},
-        "layers": [{"name": x.name, "op": x.op, "parameters": x.parameters, "scheme": "dynamic", "sqnr": None} for x in layers],
+        "layers": [
+            {
+                "name": x.name,
+                "op": x.op,
+                "parameters": x.parameters,
+                "scheme": "dynamic",
+                "sqnr": None,
+            }
+            for x in layers
+        ],
     }
 
 
 def insert(graph: Graph, layers: Iterable[Layer]) -> None:
-    """Make these MatMul layers integer: DynamicQuantizeLinear, once for all readers of an activation,
-    MatMulInteger and the product of both scales. onnxruntime fuses the three."""
+    """Make these MatMul layers integer: DynamicQuantizeLinear, once for all readers of an
+    activation, MatMulInteger and the product of both scales. onnxruntime fuses the three.
+    """
     chosen = {layer.node: layer for layer in layers}
     nodes: list[NodeProto] = []
     made: set[str] = set()
@@ -71,11 +86,20 @@ def insert(graph: Graph, layers: Iterable[Layer]) -> None:
         if f"{w}/int8" not in graph.weights:
             graph.weights.update({f"{w}/{k}": v for k, v in _integer(graph.weights[w]).items()})
         nodes += [
-            helper.make_node("MatMulInteger", [f"{x}/q", f"{w}/int8", f"{x}/zero"], [f"{y}/sum"], name=f"{node.name}/int8"),
-            helper.make_node("Cast", [f"{y}/sum"], [f"{y}/float"], name=f"{node.name}/cast", to=TensorProto.FLOAT),
-            helper.make_node("Mul", [f"{x}/scale", f"{w}/scales"], [f"{y}/scale"], name=f"{node.name}/scales"),
+            helper.make_node(
+                "MatMulInteger",
+                [f"{x}/q", f"{w}/int8", f"{x}/zero"],
+                [f"{y}/sum"],
+                name=f"{node.name}/int8",
+            ),
+            helper.make_node(
+                "Cast", [f"{y}/sum"], [f"{y}/float"], name=f"{node.name}/cast", to=TensorProto.FLOAT
+            ),
+            helper.make_node(
+                "Mul", [f"{x}/scale", f"{w}/scales"], [f"{y}/scale"], name=f"{node.name}/scales"
+            ),
             helper.make_node("Mul", [f"{y}/float", f"{y}/scale"], [y], name=f"{node.name}/scale"),
-        ]  # fmt: skip
+        ]
     graph.replace(nodes)
     graph.prune()
 

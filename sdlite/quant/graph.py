@@ -1,8 +1,8 @@
 """An ONNX graph whose large weights stay on disk, and the rewrites that quantising needs.
 
-A `Graph` keeps weights as lazy arrays (memory-mapped file, optional transpose), so that a UNet of over 2 GB is read, rewritten and
-written one tensor at a time. `Layer`s are the nodes that can become integer: Conv, MatMul and Gemm with a constant weight, named by
-their torch module.
+A `Graph` keeps weights as lazy arrays (memory-mapped file, optional transpose), so that a UNet of
+over 2 GB is read, rewritten and written one tensor at a time. `Layer`s are the nodes that can
+become integer: Conv, MatMul and Gemm with a constant weight, named by their torch module.
 """
 
 from __future__ import annotations
@@ -25,13 +25,22 @@ from sdlite.backends.checked import words_of
 from sdlite.errors import ArtifactError
 from sdlite.graphs import check
 
-_SAFETENSORS = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64"}
+_SAFETENSORS = {
+    "float32": "F32",
+    "float16": "F16",
+    "int8": "I8",
+    "uint8": "U8",
+    "int32": "I32",
+    "int64": "I64",
+}
 _SMALL = 1024  # bytes: smaller constants stay inside the graph file
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A constant that is read when it is used. `dtype` is what `array()` returns; `half` marks float16 storage."""
+    """A constant that is read when it is used. `dtype` is what `array()` returns; `half` marks
+    float16 storage.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -78,7 +87,10 @@ class Constants(UserDict[str, Weight]):
 
     def __setitem__(self, name: str, weight: Weight) -> None:
         if name in self.data and (readers := self._graph.readers(name)) > 1:
-            raise ValueError(f"constant {name} is read by {readers} inputs; take a copy with Graph.own(node, index) before you change it.")
+            raise ValueError(
+                f"constant {name} is read by {readers} inputs; take a copy with Graph.own(node,"
+                " index) before you change it."
+            )
         self.data[name] = weight
 
 
@@ -112,15 +124,19 @@ class Graph:
 
     def store_as_half(self) -> None:
         """Every float32 constant goes to the file in float16."""
-        halved = {k: dataclasses.replace(w, half=w.dtype == np.float32) for k, w in self._weights.items()}
+        halved = {
+            k: dataclasses.replace(w, half=w.dtype == np.float32) for k, w in self._weights.items()
+        }
         self._weights = Constants(self, halved)
 
     @classmethod
     def load(cls, path: str | Path) -> Graph:
-        """Read a graph; Cast, Transpose and Identity of constants are folded into the (lazy) constants.
+        """Read a graph; Cast, Transpose and Identity of constants are folded into the (lazy)
+        constants.
 
         Raises:
-            ArtifactError: not ONNX, or its external data is missing, too short, or no plain file in its folder.
+            ArtifactError: not ONNX, or its external data is missing, too short, or no plain file in
+                its folder.
         """
         path = Path(path)
         check(path)
@@ -134,8 +150,13 @@ class Graph:
                     weights[node.output[0]] = _folded(node, source)
                 else:
                     kept.append(node)
-        except Exception as e:  # protobuf's errors have no common type, and onnx's helpers raise any
-            raise ArtifactError(f"{path} is not a readable ONNX file ({words_of(e)}); fetch or export the model again.") from e
+        except (
+            Exception
+        ) as e:  # protobuf's errors have no common type, and onnx's helpers raise any
+            raise ArtifactError(
+                f"{path} is not a readable ONNX file ({words_of(e)}); fetch or export the model"
+                " again."
+            ) from e
         del proto.graph.node[:], proto.graph.initializer[:]
         proto.graph.node.extend(kept)
         graph = cls(proto, weights)
@@ -167,11 +188,15 @@ class Graph:
         have = {o.name for o in out.proto.graph.output}
         for name in names:
             if name not in have:
-                out.proto.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+                out.proto.graph.output.append(
+                    helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+                )
         return out
 
     def save(self, path: Path) -> list[Path]:
-        """Write `path` and its weights beside it (safetensors bytes as ONNX external data). Returns the files."""
+        """Write `path` and its weights beside it (safetensors bytes as ONNX external data). Returns
+        the files.
+        """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         data = path.with_name(path.name + ".data")
@@ -185,7 +210,11 @@ class Graph:
             stored = name + ".f16" if half else name
             large[stored] = (w, np.dtype(np.float16) if half else w.dtype)
             if half:
-                casts.append(helper.make_node("Cast", [stored], [name], name=name + "/cast", to=TensorProto.FLOAT))
+                casts.append(
+                    helper.make_node(
+                        "Cast", [stored], [name], name=name + "/cast", to=TensorProto.FLOAT
+                    )
+                )
         nodes = casts + list(proto.graph.node)
         del proto.graph.node[:]
         proto.graph.node.extend(nodes)
@@ -202,7 +231,11 @@ class Graph:
         out: list[Layer] = []
         taken: dict[str, int] = {}
         for n in self.nodes:
-            if n.op_type not in ("Conv", "MatMul", "Gemm") or len(n.input) < 2 or n.input[0] in self.weights:
+            if (
+                n.op_type not in ("Conv", "MatMul", "Gemm")
+                or len(n.input) < 2
+                or n.input[0] in self.weights
+            ):
                 continue
             w = self.weights.get(n.input[1])
             if w is None or w.dtype != np.float32 or len(w.shape) not in (2, 4):
@@ -212,7 +245,9 @@ class Graph:
             name = _module_name(n, w)
             taken[name] = taken.get(name, 0) + 1
             name += f"#{taken[name]}" if taken[name] > 1 else ""
-            out.append(Layer(name, n.name, n.op_type, n.input[0], n.input[1], n.output[0], w.size, axis))
+            out.append(
+                Layer(name, n.name, n.op_type, n.input[0], n.input[1], n.output[0], w.size, axis)
+            )
         return out
 
     def producers(self) -> dict[str, NodeProto]:
@@ -230,7 +265,9 @@ class Graph:
 
 
 def _module_name(node: NodeProto, weight: Weight) -> str:
-    """down_blocks.0.resnets.0.conv1, plus what a rewrite has appended to the node's name after '@'."""
+    """down_blocks.0.resnets.0.conv1, plus what a rewrite has appended to the node's name after
+    '@'.
+    """
     module = weight.origin.removeprefix("weights.").removeprefix("module.").removesuffix(".weight")
     part = node.name.partition("@")[2]
     return (module or node.name) + (f"@{part}" if part else "")
@@ -243,7 +280,13 @@ def _lazy(init: TensorProto, folder: Path) -> Weight:
         return constant(numpy_helper.to_array(init), origin=init.name)
     info = {e.key: e.value for e in init.external_data}
     file, offset = folder / info["location"], int(info.get("offset", 0))
-    return Weight(shape, dtype, lambda: np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape), dtype == np.float16, init.name)
+    return Weight(
+        shape,
+        dtype,
+        lambda: np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape),
+        dtype == np.float16,
+        init.name,
+    )
 
 
 def _folded(node: NodeProto, source: Weight) -> Weight:
@@ -252,18 +295,32 @@ def _folded(node: NodeProto, source: Weight) -> Weight:
         return source
     if node.op_type == "Cast":
         dtype = np.dtype(helper.tensor_dtype_to_np_dtype(attributes["to"]))
-        return Weight(source.shape, dtype, lambda: source.read().astype(dtype), source.half, source.origin)
+        return Weight(
+            source.shape, dtype, lambda: source.read().astype(dtype), source.half, source.origin
+        )
     order = tuple(attributes.get("perm", range(len(source.shape))[::-1]))
-    return Weight(tuple(source.shape[i] for i in order), source.dtype, lambda: source.read().transpose(order), source.half, source.origin)
+    return Weight(
+        tuple(source.shape[i] for i in order),
+        source.dtype,
+        lambda: source.read().transpose(order),
+        source.half,
+        source.origin,
+    )
 
 
-def _write_safetensors(path: Path, tensors: dict[str, tuple[Weight, np.dtype[Any]]]) -> list[TensorProto]:
+def _write_safetensors(
+    path: Path, tensors: dict[str, tuple[Weight, np.dtype[Any]]]
+) -> list[TensorProto]:
     """One tensor in memory at a time. Returns the initializers that point into the file."""
     header: dict[str, dict[str, Any]] = {}
     position = 0
     for name, (w, dtype) in tensors.items():
         length = w.size * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS[dtype.name], "shape": list(w.shape), "data_offsets": [position, position + length]}
+        header[name] = {
+            "dtype": _SAFETENSORS[dtype.name],
+            "shape": list(w.shape),
+            "data_offsets": [position, position + length],
+        }
         position += length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -280,9 +337,16 @@ def _write_safetensors(path: Path, tensors: dict[str, tuple[Weight, np.dtype[Any
             f.write(np.ascontiguousarray(values, dtype=dtype).tobytes())
             begin, end = header[name]["data_offsets"]
             tensor = TensorProto(
-                name=name, dims=w.shape, data_type=helper.np_dtype_to_tensor_dtype(dtype), data_location=TensorProto.EXTERNAL
+                name=name,
+                dims=w.shape,
+                data_type=helper.np_dtype_to_tensor_dtype(dtype),
+                data_location=TensorProto.EXTERNAL,
             )
-            for k, v in (("location", path.name), ("offset", base + begin), ("length", end - begin)):
+            for k, v in (
+                ("location", path.name),
+                ("offset", base + begin),
+                ("length", end - begin),
+            ):
                 tensor.external_data.add(key=k, value=str(v))
             out.append(tensor)
     os.replace(beside, path)

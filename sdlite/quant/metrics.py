@@ -21,7 +21,8 @@ def sqnr(signal: float, noise: float) -> float:
 def ssim(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
     """Structural similarity of two (H, W, 3) pictures, mean over pixels and channels.
 
-    Source: Wang et al. 2004, eq. 13; Gaussian window of 11 pixels, sigma 1.5, as in scikit-image with gaussian_weights=True.
+    Source: Wang et al. 2004, eq. 13; Gaussian window of 11 pixels, sigma 1.5, as in scikit-image
+        with gaussian_weights=True.
     """
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     g = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
@@ -35,13 +36,17 @@ def ssim(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
-    return float((((2 * mx * my + c1) * (2 * cov + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean())
+    return float(
+        (((2 * mx * my + c1) * (2 * cov + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean()
+    )
 
 
 def structure_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """A perceptual distance without a network: 1 - SSIM averaged over the picture and its halves down to 16 pixels (0 = equal).
+    """A perceptual distance without a network: 1 - SSIM averaged over the picture and its halves
+    down to 16 pixels (0 = equal).
 
-    It stands where LPIPS would: LPIPS needs torch and downloaded weights. Source of the scales: MS-SSIM, Wang et al. 2003.
+    It stands where LPIPS would: LPIPS needs torch and downloaded weights. Source of the scales:
+    MS-SSIM, Wang et al. 2003.
     """
     x, y, out = np.asarray(a, np.float64), np.asarray(b, np.float64), []
     while min(x.shape[:2]) >= 16:

@@ -1,7 +1,7 @@
 """Streaming statistics of a tensor: memory does not grow with what was seen.
 
-`Histogram` counts values in a symmetric range that doubles when a larger value comes, merging pairs of bins: the result depends only
-on the values, not on their order, and two histograms can be added.
+`Histogram` counts values in a symmetric range that doubles when a larger value comes, merging pairs
+of bins: the result depends only on the values, not on their order, and two histograms can be added.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class Histogram:
         low, high = float(x.min()), float(x.max())
         if not np.isfinite(low) or not np.isfinite(high):
             raise InputError(
-                f"activation {name or 'tensor'} is not finite at step {step}; the weights or the calibration data are at fault: check "
-                "that the float pipeline makes a picture from this prompt."
+                f"activation {name or 'tensor'} is not finite at step {step}; the weights or the"
+                " calibration data are at fault: check that the float pipeline makes a picture"
+                " from this prompt."
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
         before = self.steps.get(step, (np.inf, -np.inf))
@@ -64,7 +65,9 @@ class Histogram:
 
 @dataclass
 class ChannelMax:
-    """Largest absolute value per last-axis channel (Linear inputs), for SmoothQuant; also of the first token against the others."""
+    """Largest absolute value per last-axis channel (Linear inputs), for SmoothQuant; also of the
+    first token against the others.
+    """
 
     values: np.ndarray | None = None
     first_token: float = 0.0
@@ -84,7 +87,9 @@ class ChannelMax:
 
 
 def quantization_error(h: Histogram, low: float, high: float, levels: int = 256) -> float:
-    """Mean squared error of rounding to `levels` values between low and high, clipping outside, over the counted values."""
+    """Mean squared error of rounding to `levels` values between low and high, clipping outside,
+    over the counted values.
+    """
     scale = max(high - low, 1e-12) / (levels - 1)
     zero = np.round(-low / scale)
     x = h.centres
@@ -92,10 +97,14 @@ def quantization_error(h: Histogram, low: float, high: float, levels: int = 256)
     return float((h.counts * ((q - zero) * scale - x) ** 2).sum() / max(h.counts.sum(), 1))
 
 
-def choose_range(h: Histogram, observer: str, percentile: float = 99.999, symmetric: bool = False) -> tuple[float, float]:
-    """The range that is quantised, zero included: `min-max`, `percentile` of the counts on each side, or least-`mse` clipping.
+def choose_range(
+    h: Histogram, observer: str, percentile: float = 99.999, symmetric: bool = False
+) -> tuple[float, float]:
+    """The range that is quantised, zero included: `min-max`, `percentile` of the counts on each
+    side, or least-`mse` clipping.
 
-    Source of the search: NVIDIA's MSE calibrator (Wu et al. 2020, arXiv:2004.09602, section 5) on a histogram.
+    Source of the search: NVIDIA's MSE calibrator (Wu et al. 2020, arXiv:2004.09602, section 5) on a
+    histogram.
     """
     low, high = min(h.low, 0.0), max(h.high, 0.0)
     if symmetric:
@@ -114,9 +123,16 @@ def choose_range(h: Histogram, observer: str, percentile: float = 99.999, symmet
     if observer == "mse":
         shares = np.linspace(0.2, 1.0, 33)
         if symmetric:
-            return min(((low * r, high * r) for r in shares), key=lambda c: quantization_error(h, *c))
-        for _ in range(2):  # one side at a time: SiLU's short negative side must not shrink with the long positive one
-            high = min((max(h.high, 0.0) * r for r in shares), key=lambda b: quantization_error(h, low, b))
-            low = min((min(h.low, 0.0) * r for r in shares), key=lambda a: quantization_error(h, a, high))
+            return min(
+                ((low * r, high * r) for r in shares), key=lambda c: quantization_error(h, *c)
+            )
+        # one side at a time: SiLU's short negative side must not shrink with the long positive one
+        for _ in range(2):
+            high = min(
+                (max(h.high, 0.0) * r for r in shares), key=lambda b: quantization_error(h, low, b)
+            )
+            low = min(
+                (min(h.low, 0.0) * r for r in shares), key=lambda a: quantization_error(h, a, high)
+            )
         return low, high
     raise InputError(f"observer={observer!r} is not known; choose one of {', '.join(OBSERVERS)}.")

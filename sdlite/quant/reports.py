@@ -1,4 +1,6 @@
-"""What a quantization says of itself: the report, its lines for the screen, the grid of images, and where both go when the gate fails."""
+"""What a quantization says of itself: the report, its lines for the screen, the grid of images, and
+where both go when the gate fails.
+"""
 
 from __future__ import annotations
 
@@ -84,8 +86,9 @@ def _growth(precision: str, parts: dict[str, Any]) -> list[str]:
     if made < floats:
         return []
     return [
-        f"{precision} has {made / 1e6:.1f} MB of weights, the float model {floats / 1e6:.1f} MB: what stays "
-        "float outweighs what became integer; int8-static makes convolutions integer too."
+        f"{precision} has {made / 1e6:.1f} MB of weights, the float model {floats / 1e6:.1f} MB:"
+        " what stays float outweighs what became integer; int8-static makes convolutions integer"
+        " too."
     ]
 
 
@@ -93,16 +96,20 @@ def write(folder: Path, report: dict[str, Any], reference: np.ndarray, made: np.
     """The grid, then the report, each whole or not at all."""
     columns = report["grid"]["columns"]
     pairs = [(x["prompt"], x["seed"]) for x in report["grid"]["pairs"]]
-    images.save(grid(reference, made, columns, pairs), folder / GRID, {"columns": " | ".join(columns)})
+    images.save(
+        grid(reference, made, columns, pairs), folder / GRID, {"columns": " | ".join(columns)}
+    )
     write_json(folder / REPORT, report)
 
 
 def keep_failed(out: Path, write: Callable[[Path], None], candidate: Path | None = None) -> str:
-    """What is known of a model that was not written, beside it in `out`.failed. A later failure of the same `out` takes its place.
+    """What is known of a model that was not written, beside it in `out`.failed. A later failure of
+    the same `out` takes its place.
 
     Args:
         write: writes report and images into the folder that it is given.
-        candidate: the model's folder, whose manifest or report says that it failed; it is moved to `out`.failed/model.
+        candidate: the model's folder, whose manifest or report says that it failed; it is moved to
+            `out`.failed/model.
 
     Returns:
         Where it is, in words, or why it could not be written.
@@ -141,8 +148,14 @@ def _move(candidate: Path, place: Path) -> None:
     shutil.move(candidate, place)
 
 
-def grid(reference: np.ndarray, made: np.ndarray, columns: Sequence[str], pairs: Sequence[tuple[str, int]]) -> Image:
-    """Images in pairs, at most four in a row: the columns' names on top, and over each pair its prompt, seed and PSNR.
+def grid(
+    reference: np.ndarray,
+    made: np.ndarray,
+    columns: Sequence[str],
+    pairs: Sequence[tuple[str, int]],
+) -> Image:
+    """Images in pairs, at most four in a row: the columns' names on top, and over each pair its
+    prompt, seed and PSNR.
 
     Args:
         reference, made: uint8 (N, H, W, 3).
@@ -182,17 +195,24 @@ def table(report: dict[str, Any]) -> str:
     """The report in a few lines, for the screen."""
     lines = [f"{report['model']}: {report['precision']}"]
     for p, n in report["networks"].items():
-        worst = min((r for r in n["layers"] if r["sqnr"] is not None), key=lambda r: r["sqnr"], default=None)
+        worst = min(
+            (r for r in n["layers"] if r["sqnr"] is not None), key=lambda r: r["sqnr"], default=None
+        )
         lines.append(
-            f"  {p:<13} {n['float_bytes'] / 1e6:8.2f} -> {n['bytes'] / 1e6:8.2f} MB ({n['bytes'] / n['float_bytes']:.2f}x), "
-            f"{n['float_share']:6.1%} of the weights in float" + (f"; worst layer {worst['name']} {worst['sqnr']:.1f} dB" if worst else "")
+            f"  {p:<13} {n['float_bytes'] / 1e6:8.2f} -> {n['bytes'] / 1e6:8.2f} MB"
+            f" ({n['bytes'] / n['float_bytes']:.2f}x), {n['float_share']:6.1%} of the weights in"
+            " float" + (f"; worst layer {worst['name']} {worst['sqnr']:.1f} dB" if worst else "")
         )
     for e in report["engines"]:
-        networks = ", ".join(f"{p} {'inf' if v is None or v == float('inf') else f'{v:.1f}'} dB" for p, v in e["networks"].items())
+        networks = ", ".join(
+            f"{p} {'inf' if v is None or v == float('inf') else f'{v:.1f}'} dB"
+            for p, v in e["networks"].items()
+        )
         worst_psnr = "inf" if e["psnr_worst"] is None else f"{e['psnr_worst']:.1f}"
         lines.append(
-            f"  {e['engine']}: {e['pictures']} pictures, PSNR mean {e['psnr_mean']:.1f} worst {worst_psnr} dB, SSIM {e['ssim_mean']:.4f}, "
-            f"structure distance {e['structure_distance_mean']:.4f}; {networks}"
+            f"  {e['engine']}: {e['pictures']} pictures, PSNR mean {e['psnr_mean']:.1f} worst"
+            f" {worst_psnr} dB, SSIM {e['ssim_mean']:.4f}, structure distance"
+            f" {e['structure_distance_mean']:.4f}; {networks}"
         )
     if report["back_to_float"]:
         lines.append(f"  back to float: {', '.join(report['back_to_float'])}")

@@ -142,8 +142,9 @@ def _refuse(kind: str, settings: dict[str, Any], config: Mapping[str, Any], near
         known = key in KEYS or key in HARMLESS or key.startswith("_")
         if not known and value not in (None, False, [], {}):
             raise InputError(
-                f"scheduler config: {printable(key, 80)}={shown(value)} is not a setting that sdlite knows, and it "
-                f"might change the image; remove it from the file, or {_way_out(nearest)}"
+                f"scheduler config: {printable(key, 80)}={shown(value)} is not a setting that"
+                " sdlite knows, and it might change the image; remove it from the file, or"
+                f" {_way_out(nearest)}"
             )
 
 

@@ -15,7 +15,19 @@ from typing import Any, Never
 import numpy as np
 
 from sdlite.errors import ArtifactError, InputError, UnknownNameError
-from sdlite.schema import BOOL, Rule, each, either, number, one_of, optional, refused, rule, text, whole
+from sdlite.schema import (
+    BOOL,
+    Rule,
+    each,
+    either,
+    number,
+    one_of,
+    optional,
+    refused,
+    rule,
+    text,
+    whole,
+)
 
 Array = np.ndarray
 F32 = np.float32
@@ -23,7 +35,7 @@ F32 = np.float32
 FILE = "scheduler_config.json"  # in messages
 STEPS_OFFSET = 1  # of "leading" timesteps
 
-# --- diffusers' own defaults, class by class: signatures of diffusers 0.39 (tests/parity) ---------
+# --- diffusers' own defaults, class by class: signatures of diffusers 0.39 (tests/parity)
 
 _BETAS: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -76,61 +88,69 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": _PIXELS | {"set_alpha_to_one": True},
     "DDPMScheduler": _PIXELS | {"variance_type": "fixed_small"},
     "PNDMScheduler": _BETAS | _LEADING | {"skip_prk_steps": False, "set_alpha_to_one": False},
-    "EulerDiscreteScheduler": _BETAS
-    | _SPACED
-    | _SIGMAS
-    | _ZERO_SNR
-    | {
-        "interpolation_type": "linear",
-        "sigma_min": None,
-        "sigma_max": None,
-        "timestep_type": "discrete",
-        "final_sigmas_type": "zero",
-    },
+    "EulerDiscreteScheduler": (
+        _BETAS
+        | _SPACED
+        | _SIGMAS
+        | _ZERO_SNR
+        | {
+            "interpolation_type": "linear",
+            "sigma_min": None,
+            "sigma_max": None,
+            "timestep_type": "discrete",
+            "final_sigmas_type": "zero",
+        }
+    ),
     "EulerAncestralDiscreteScheduler": _BETAS | _SPACED | _ZERO_SNR,
     "HeunDiscreteScheduler": _K_BETAS | _SPACED | _SIGMAS | _CLIP | {"clip_sample": False},
     "LMSDiscreteScheduler": _BETAS | _SPACED | _SIGMAS,
     "KDPM2DiscreteScheduler": _K_BETAS | _SPACED | _SIGMAS,
     "KDPM2AncestralDiscreteScheduler": _K_BETAS | _SPACED | _SIGMAS,
-    "DPMSolverMultistepScheduler": _BETAS
-    | _SPACED
-    | _SIGMAS
-    | _FLOW
-    | _ZERO_SNR
-    | _THRESHOLD
-    | _DPM
-    | {"lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False},
+    "DPMSolverMultistepScheduler": (
+        _BETAS
+        | _SPACED
+        | _SIGMAS
+        | _FLOW
+        | _ZERO_SNR
+        | _THRESHOLD
+        | _DPM
+        | {"lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False}
+    ),
     "DPMSolverSinglestepScheduler": _SINGLE | {"lower_order_final": False},
     "DPMSolverSDEScheduler": _K_BETAS | _SPACED | _SIGMAS | {"noise_sampler_seed": None},
-    "DEISMultistepScheduler": _BETAS
-    | _SPACED
-    | _SIGMAS
-    | _FLOW
-    | _THRESHOLD
-    | {
-        "solver_order": 2,
-        "algorithm_type": "deis",
-        "solver_type": "logrho",
-        "lower_order_final": True,
-    },
-    "UniPCMultistepScheduler": _BETAS
-    | _SPACED
-    | _SIGMAS
-    | _FLOW
-    | _ZERO_SNR
-    | _THRESHOLD
-    | {
-        "solver_order": 2,
-        "solver_type": "bh2",
-        "predict_x0": True,
-        "lower_order_final": True,
-        "disable_corrector": [],
-        "solver_p": None,
-        "final_sigmas_type": "zero",
-        "sigma_min": None,
-        "sigma_max": None,
-        "shift_terminal": None,
-    },
+    "DEISMultistepScheduler": (
+        _BETAS
+        | _SPACED
+        | _SIGMAS
+        | _FLOW
+        | _THRESHOLD
+        | {
+            "solver_order": 2,
+            "algorithm_type": "deis",
+            "solver_type": "logrho",
+            "lower_order_final": True,
+        }
+    ),
+    "UniPCMultistepScheduler": (
+        _BETAS
+        | _SPACED
+        | _SIGMAS
+        | _FLOW
+        | _ZERO_SNR
+        | _THRESHOLD
+        | {
+            "solver_order": 2,
+            "solver_type": "bh2",
+            "predict_x0": True,
+            "lower_order_final": True,
+            "disable_corrector": [],
+            "solver_p": None,
+            "final_sigmas_type": "zero",
+            "sigma_min": None,
+            "sigma_max": None,
+            "shift_terminal": None,
+        }
+    ),
     "LCMScheduler": _LCM_BETAS | _LEADING | _THRESHOLD | _ZERO_SNR | _CONSISTENCY,
     "TCDScheduler": _LCM_BETAS | _LEADING | _THRESHOLD | _ZERO_SNR | _CONSISTENCY,
 }
@@ -180,7 +200,9 @@ _ACCEPTED: dict[str, Rule] = {
     "solver_order": whole(1, 3),
     "sigma_min": optional(number(1e-6, 1e6)),
     "sigma_max": optional(number(1e-6, 1e6)),
-    "lambda_min_clipped": either("a number, or -Infinity", number(-1e6, 1e6), rule("", lambda v: v == -math.inf)),
+    "lambda_min_clipped": either(
+        "a number, or -Infinity", number(-1e6, 1e6), rule("", lambda v: v == -math.inf)
+    ),
     "original_inference_steps": whole(1, MOST_TIMESTEPS),
     "timestep_scaling": number(1e-6, 1e6),
     "_class_name": text(),
@@ -199,7 +221,11 @@ def _check(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         if key not in config:
             continue
         value, default = config[key], defaults.get(key)
-        if value is None and key != "_class_name" and (key not in defaults or default in (None, False)):
+        if (
+            value is None
+            and key != "_class_name"
+            and (key not in defaults or default in (None, False))
+        ):
             continue
         try:
             accepts(FILE, key, value)
@@ -207,7 +233,11 @@ def _check(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
             raise (UnknownNameError if key in _NAMES else InputError)(str(e)) from None
     total = config.get("num_train_timesteps", 1000)
     if (betas := config.get("trained_betas")) is not None and len(betas) != total:
-        _refuse("trained_betas", betas, f"{total} of them, as num_train_timesteps says; there are {len(betas)}")
+        _refuse(
+            "trained_betas",
+            betas,
+            f"{total} of them, as num_train_timesteps says; there are {len(betas)}",
+        )
     if (offset := config.get("steps_offset") or 0) >= total:
         _refuse("steps_offset", offset, f"less than num_train_timesteps, {total}")
     start, end = (config.get(k, defaults[k]) for k in ("beta_start", "beta_end"))

@@ -290,7 +290,7 @@ class TCD(_Consistency):
         return np.sqrt(a) * x0 + np.sqrt(F32(1) - a) * eps
 
 
-# --- samplers in sigma space ----------------------------------------------------------------------
+# --- samplers in sigma space
 
 
 class SigmaSampler(Sampler):

@@ -45,10 +45,17 @@ def test_float_pixels_of_onnxruntime_equal_torch_beyond_rounding(emoji, torch_pi
     ids = emoji.tokenize(PROMPTS)
     a, b = emoji.encode_text(ids), torch_pipe.encode_text(ids)
     assert psnr(a, b, peak=float(np.abs(b).max())) > 90
-    arguments = {"sample": LATENTS, "timestep": np.array(500, np.float32), "encoder_hidden_states": b}
+    arguments = {
+        "sample": LATENTS,
+        "timestep": np.array(500, np.float32),
+        "encoder_hidden_states": b,
+    }
     a, b = emoji.networks.unet(**arguments), torch_pipe.networks.unet(**arguments)
     assert psnr(a, b, peak=float(np.abs(b).max())) > 90
-    a, b = emoji.networks.vae_decoder(latent_sample=LATENTS), torch_pipe.networks.vae_decoder(latent_sample=LATENTS)
+    a, b = (
+        emoji.networks.vae_decoder(latent_sample=LATENTS),
+        torch_pipe.networks.vae_decoder(latent_sample=LATENTS),
+    )
     assert psnr(a, b, peak=2) > 90
 
 
@@ -60,7 +67,9 @@ def test_fp16_equals_fp32_and_is_reported_as_storage(want):
 
 def test_torchao_runs_linear_in_int8(want):
     pytest.importorskip("torchao", reason="needs the torchao extra")
-    pipe = sdlite.Pipeline.from_pretrained("emoji", backend="torch", precision="int8-dynamic", threads=1)
+    pipe = sdlite.Pipeline.from_pretrained(
+        "emoji", backend="torch", precision="int8-dynamic", threads=1
+    )
     assert 25 < psnr(pixels(pipe(PROMPTS, latents=LATENTS, **CALL).images), want) < 60
     assert "int8 Linear" in pipe.report.networks[1].arithmetic
 
@@ -101,7 +110,10 @@ def test_every_sampler_runs_and_agrees_between_backends(emoji, torch_pipe):
     from sdlite.sampling import SAMPLERS
 
     for sampler in set(SAMPLERS) - {"pndm", "pndm-rk"}:
-        a, b = (pixels(p("pizza", seed=2, num_inference_steps=4, sampler=sampler).images) for p in (emoji, torch_pipe))
+        a, b = (
+            pixels(p("pizza", seed=2, num_inference_steps=4, sampler=sampler).images)
+            for p in (emoji, torch_pipe)
+        )
         assert psnr(a, b) >= 50, sampler
 
 
@@ -114,7 +126,11 @@ def test_pndm_refuses_zero_terminal_snr(emoji):
 
 def test_a_broken_network_fails_the_parity_gate(emoji, want, monkeypatch):
     unet = emoji.networks.unet
-    monkeypatch.setattr(emoji.networks, "unet", lambda **kw: unet(**{**kw, "timestep": np.asarray(kw["timestep"] + np.float32(100))}))
+    monkeypatch.setattr(
+        emoji.networks,
+        "unet",
+        lambda **kw: unet(**{**kw, "timestep": np.asarray(kw["timestep"] + np.float32(100))}),
+    )
     assert psnr(pixels(emoji(PROMPTS, latents=LATENTS, **CALL).images), want) < 50
     monkeypatch.setattr(emoji.networks, "unet", lambda **kw: unet(**kw) * np.float32(1.1))
     assert psnr(pixels(emoji(PROMPTS, latents=LATENTS, **CALL).images), want) < 50
@@ -127,7 +143,9 @@ def test_plain_diffusers_folder_runs_on_torch(plain, want):
     assert pipe.defaults.num_inference_steps == 50
 
 
-def test_plain_diffusers_folder_is_converted_once_for_both_engines(plain, want, tmp_path, monkeypatch, caplog):
+def test_plain_diffusers_folder_is_converted_once_for_both_engines(
+    plain, want, tmp_path, monkeypatch, caplog
+):
     pytest.importorskip("onnxscript", reason="needs the export extra")
     monkeypatch.setenv("SDLITE_CACHE", str(tmp_path / "cache"))
     pipe = sdlite.Pipeline.from_pretrained(plain, backend="onnxruntime", threads=1)
@@ -138,19 +156,38 @@ def test_plain_diffusers_folder_is_converted_once_for_both_engines(plain, want, 
     sdlite.Pipeline.from_pretrained(plain, backend="onnxruntime", threads=1)
     assert caplog.text == ""
     if importlib.util.find_spec("openvino"):  # the same copy, not a refusal
-        pipe = sdlite.Pipeline.from_pretrained(plain, backend="openvino", precision="fp32", threads=1)
+        pipe = sdlite.Pipeline.from_pretrained(
+            plain, backend="openvino", precision="fp32", threads=1
+        )
         assert caplog.text == ""
-        assert psnr(pixels(pipe(PROMPTS, latents=LATENTS, sampler="ddim", **CALL).images), want) >= 50
+        assert (
+            psnr(pixels(pipe(PROMPTS, latents=LATENTS, sampler="ddim", **CALL).images), want) >= 50
+        )
         [made] = (p for p in (tmp_path / "cache" / "onnx").iterdir() if p.is_dir())
-    assert (made / "unet/model.onnx").stat().st_size < 1_000_000, "weights were written into the graph instead of shared"
+    assert (made / "unet/model.onnx").stat().st_size < 1_000_000, (
+        "weights were written into the graph instead of shared"
+    )
 
 
 def test_tokenizer_gives_the_ids_of_transformers(emoji):
     from transformers import CLIPTokenizerFast
 
     reference = CLIPTokenizerFast.from_pretrained(EMOJI / "tokenizer")
-    texts = ["", "Red  APPLE, 12 o'clock!", "  naïve \n café ", "日本 <b>", "woman: dark skin tone", "a" * 100]
-    want = reference(texts, padding="max_length", max_length=emoji.tokenizer.max_length, truncation=True, return_tensors="np").input_ids
+    texts = [
+        "",
+        "Red  APPLE, 12 o'clock!",
+        "  naïve \n café ",
+        "日本 <b>",
+        "woman: dark skin tone",
+        "a" * 100,
+    ]
+    want = reference(
+        texts,
+        padding="max_length",
+        max_length=emoji.tokenizer.max_length,
+        truncation=True,
+        return_tensors="np",
+    ).input_ids
     import warnings
 
     with warnings.catch_warnings():

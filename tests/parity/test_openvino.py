@@ -1,4 +1,6 @@
-"""OpenVINO: arithmetic as asked and reported, and the same picture from the graph of one shape and of any."""
+"""OpenVINO: arithmetic as asked and reported, and the same picture from the graph of one shape and
+of any.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ pytest.importorskip("openvino", reason="needs the openvino extra")
 pytestmark = pytest.mark.parity
 
 CALL = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 0}
-NATIVE = pytest.mark.skipif("__import__('sdlite.backends.openvino').backends.openvino.half() != 'bfloat16'", reason="CPU without bfloat16")
+NATIVE = pytest.mark.skipif(
+    "__import__('sdlite.backends.openvino').backends.openvino.half() != 'bfloat16'",
+    reason="CPU without bfloat16",
+)
 
 
 def load(**arguments):
@@ -32,7 +37,11 @@ def pixels(out):
 def float_types(network):
     """Types that the compiled graph computes convolutions in."""
     nodes = (n.get_rt_info() for n in network.model.get_runtime_model().get_ops())
-    return {str(i["runtimePrecision"].astype(str)) for i in nodes if i["layerType"].astype(str) == "Convolution"}
+    return {
+        str(i["runtimePrecision"].astype(str))
+        for i in nodes
+        if i["layerType"].astype(str) == "Convolution"
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -80,7 +89,14 @@ def test_threads_that_share_a_pipeline_get_their_own_images():
     sizes = [64, 128]
 
     def call(made, i):
-        return pixels(made(f"a {['red', 'green', 'blue'][i % 3]} apple", **{**CALL, "seed": i}, height=64, width=sizes[i % 2]))
+        return pixels(
+            made(
+                f"a {['red', 'green', 'blue'][i % 3]} apple",
+                **{**CALL, "seed": i},
+                height=64,
+                width=sizes[i % 2],
+            )
+        )
 
     wanted = [call(other, i) for i in range(16)]
     with ThreadPoolExecutor(4) as executor:
@@ -112,8 +128,11 @@ def test_fp16_is_bfloat16_where_the_cpu_has_it_and_says_so():
 def unet_error(network, exact, px):
     """SQNR in dB of the embedded UNet on noise of `px` latent pixels."""
     rng = np.random.default_rng(0)
-    inputs = {"sample": rng.standard_normal((1, 8, px, px), np.float32), "timestep": np.float32(500),
-              "encoder_hidden_states": rng.standard_normal((1, 28, 192), np.float32)}  # fmt: skip
+    inputs = {
+        "sample": rng.standard_normal((1, 8, px, px), np.float32),
+        "timestep": np.float32(500),
+        "encoder_hidden_states": rng.standard_normal((1, 28, 192), np.float32),
+    }
     want = exact(**inputs).astype(float)
     return 10 * np.log10((want**2).sum() / ((network(**inputs) - want) ** 2).sum())
 
@@ -124,7 +143,9 @@ def test_half_precision_of_fixed_shapes_is_right_at_narrow_feature_maps(px, monk
     from sdlite.backends import openvino
 
     def load(arithmetic):
-        return openvino.CompiledNetwork(str(EMOJI / "unet/model.onnx"), "unet", "cpu", 1, "fp32", arithmetic)
+        return openvino.CompiledNetwork(
+            str(EMOJI / "unet/model.onnx"), "unet", "cpu", 1, "fp32", arithmetic
+        )
 
     exact = load("float32")
     assert unet_error(load("bfloat16"), exact, px) > 25  # measured 30 to 35
@@ -161,8 +182,12 @@ def test_pages_of_weights_are_let_go_and_read_again(tmp_path):
 
 
 @pytest.mark.parametrize(("worth", "during"), [(1 << 23, 0), (1 << 40, 1 << 24)])
-def test_pages_are_let_go_while_compiling_only_where_there_are_many(tmp_path, monkeypatch, worth, during):
-    """What is let go is read from the disk again: letting go of everything all the time made a compilation ten times slower on a slow disk."""
+def test_pages_are_let_go_while_compiling_only_where_there_are_many(
+    tmp_path, monkeypatch, worth, during
+):
+    """What is let go is read from the disk again: letting go of everything all the time made a
+    compilation ten times slower on a slow disk.
+    """
     import mmap
     import time
 
@@ -177,7 +202,9 @@ def test_pages_are_let_go_while_compiling_only_where_there_are_many(tmp_path, mo
         def resident():
             lines = Path("/proc/self/smaps").read_text().splitlines()
             at = next(i for i, line in enumerate(lines) if line.endswith(str(tmp_path / "w")))
-            return int(next(line for line in lines[at:] if line.startswith("Rss:")).split()[1]) << 10
+            return (
+                int(next(line for line in lines[at:] if line.startswith("Rss:")).split()[1]) << 10
+            )
 
         with mapped.released(tmp_path):
             assert sum(m[:: 1 << 12]) > 0

@@ -1,4 +1,6 @@
-"""Published folders (their configs and layouts, narrow random networks): the images that diffusers makes of them, or one line."""
+"""Published folders (their configs and layouts, narrow random networks): the images that diffusers
+makes of them, or one line.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,14 @@ from benchmarks import published, published_models
 from benchmarks.published import PROMPTS, Run, diffusers_images, psnr, sdlite_images
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::sdlite.errors.SdliteWarning"),  # 128 px of models that were made for 512
+    pytest.mark.filterwarnings(
+        "ignore::sdlite.errors.SdliteWarning"
+    ),  # 128 px of models that were made for 512
     pytest.mark.parity,
-    pytest.mark.skipif(published_models.merges_file() is None, reason="CLIP's merges: pip install --no-deps open_clip_torch"),
+    pytest.mark.skipif(
+        published_models.merges_file() is None,
+        reason="CLIP's merges: pip install --no-deps open_clip_torch",
+    ),
 ]
 REFUSED = {  # model -> what the line must name
     "lcm-dreamshaper": "time_cond_proj_dim",
@@ -62,8 +69,12 @@ def test_torch_makes_the_images_of_diffusers(folders, wanted, name):
     assert min(closeness(folders, wanted, name, "torch")) >= 60
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in CONVERTED else pytest.mark.slow) for n in RUN])
-def test_converted_it_makes_the_images_of_diffusers(folders, wanted, name, tmp_path_factory, monkeypatch):
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in CONVERTED else pytest.mark.slow) for n in RUN]
+)
+def test_converted_it_makes_the_images_of_diffusers(
+    folders, wanted, name, tmp_path_factory, monkeypatch
+):
     pytest.importorskip("onnxruntime", reason="needs the cpu extra")
     pytest.importorskip("openvino", reason="needs the openvino extra")
     monkeypatch.setenv("SDLITE_CACHE", str(tmp_path_factory.getbasetemp() / "published-cache"))

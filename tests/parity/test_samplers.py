@@ -13,7 +13,13 @@ from sdlite.sampling import SAMPLERS, Noise, Schedule, get_sampler, sampler_of
 torch = pytest.importorskip("torch", reason="needs the torch extra")
 diffusers = pytest.importorskip("diffusers", reason="needs the torch extra")
 
-SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SD = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 DPM = "DPMSolverMultistepScheduler"
 PLAIN = {
     "ddim": ("DDIMScheduler", {"set_alpha_to_one": False, "clip_sample": False}),
@@ -56,7 +62,9 @@ def network(x: np.ndarray, t: float) -> np.ndarray:
 
 
 class TorchNoise:
-    """torch's own draw, so that this file's tolerance is about the samplers; `Noise` is compared below."""
+    """torch's own draw, so that this file's tolerance is about the samplers; `Noise` is compared
+    below.
+    """
 
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
@@ -66,11 +74,15 @@ class TorchNoise:
 
 
 _NUMBERS = np.linspace(0, 1, 10_000, dtype=np.float32)
-ROOT_IS_EXACT = np.array_equal(torch.from_numpy(_NUMBERS).sqrt().numpy(), np.sqrt(_NUMBERS))  # of this CPU's torch
+ROOT_IS_EXACT = np.array_equal(
+    torch.from_numpy(_NUMBERS).sqrt().numpy(), np.sqrt(_NUMBERS)
+)  # of this CPU's torch
 
 
 def scheduler_class(name: str):
-    """diffusers' class. Its LMS takes one integral of a cubic from scipy; where that is missing, Gauss's points give it exactly."""
+    """diffusers' class. Its LMS takes one integral of a cubic from scipy; where that is missing,
+    Gauss's points give it exactly.
+    """
     if name != "LMSDiscreteScheduler":
         return getattr(diffusers, name)
     module = importlib.import_module("diffusers.schedulers.scheduling_lms_discrete")
@@ -79,7 +91,14 @@ def scheduler_class(name: str):
 
         def quad(f, a, b, **_):
             half = (b - a) / 2
-            return (float(sum(w * half * f(a + half * (p + 1)) for p, w in zip(points, weights, strict=True))),)
+            return (
+                float(
+                    sum(
+                        w * half * f(a + half * (p + 1))
+                        for p, w in zip(points, weights, strict=True)
+                    )
+                ),
+            )
 
         module.integrate = types.SimpleNamespace(quad=quad)
     return module.LMSDiscreteScheduler
@@ -89,8 +108,9 @@ def reference(name: str, config: dict, steps: int, x: np.ndarray) -> np.ndarray:
     scheduler = scheduler_class(name).from_config(config)
     scheduler.set_timesteps(steps)
     if name.startswith("Euler") and config.get("rescale_betas_zero_snr"):
-        # At sigma = 4096 one step of float32 moves the picture by 1e-4, and torch's square root is exact on some CPUs, one step off on others;
-        # the rescaling then subtracts roots that are nearly equal, which makes tens of steps of it (20 seen, 2.4e-6). So the two tables are
+        # At sigma = 4096 one step of float32 moves the picture by 1e-4, and torch's square root is
+        # exact on some CPUs, one step off on others; the rescaling then subtracts roots that are
+        # nearly equal, which makes tens of steps of it (20 seen, 2.4e-6). So the two tables are
         # compared by themselves, and the loops from the same table.
         own = get_sampler(sampler_of(config), Schedule.from_config(config), steps).sigmas
         if ROOT_IS_EXACT:
@@ -98,12 +118,20 @@ def reference(name: str, config: dict, steps: int, x: np.ndarray) -> np.ndarray:
         np.testing.assert_allclose(own, scheduler.sigmas.numpy(), rtol=1e-5)
         scheduler.sigmas = torch.from_numpy(own.copy())
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # Karras sigmas repeat timesteps, and diffusers would look the index up by timestep
+        scheduler.set_begin_index(
+            0
+        )  # Karras sigmas repeat timesteps, and diffusers would look the index up by timestep
     generators = [torch.Generator().manual_seed(100 + i) for i in range(len(x))]
     x = torch.from_numpy(x) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         out = torch.from_numpy(network(scheduler.scale_model_input(x, t).numpy(), float(t)))
-        extra = {"generator": generators} if name in NOISY else {"eta": 0.0} if name == "TCDScheduler" else {}
+        extra = (
+            {"generator": generators}
+            if name in NOISY
+            else {"eta": 0.0}
+            if name == "TCDScheduler"
+            else {}
+        )
         x = scheduler.step(out, t, x, **extra).prev_sample
     return x.numpy()
 
@@ -124,7 +152,9 @@ def ours(sampler: str, config: dict, steps: int, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("sampler", CASES)
-def test_sampler_equals_diffusers_over_the_whole_loop(sampler, prediction, spacing, zero_snr, steps):
+def test_sampler_equals_diffusers_over_the_whole_loop(
+    sampler, prediction, spacing, zero_snr, steps
+):
     name, extra = CASES[sampler]
     if prediction not in PREDICTIONS.get(sampler, (prediction,)):
         pytest.skip(f"diffusers' {name} has no {prediction} prediction to compare with")
@@ -136,7 +166,13 @@ def test_sampler_equals_diffusers_over_the_whole_loop(sampler, prediction, spaci
         pytest.skip("diffusers fails there, and we say so below")
     if zero_snr and prediction == "epsilon" and (spacing != "leading" or sampler in ("lcm", "tcd")):
         pytest.skip("epsilon prediction says nothing about x_0 at zero SNR: both divide by zero")
-    config = {**SD, "_class_name": name, "prediction_type": prediction, "timestep_spacing": spacing, **extra}
+    config = {
+        **SD,
+        "_class_name": name,
+        "prediction_type": prediction,
+        "timestep_spacing": spacing,
+        **extra,
+    }
     if zero_snr:
         config["rescale_betas_zero_snr"] = True
     assert sampler_of(config) == sampler
@@ -144,9 +180,16 @@ def test_sampler_equals_diffusers_over_the_whole_loop(sampler, prediction, spaci
     want, got = reference(name, config, steps, x), ours(sampler, config, steps, x)
     assert np.isfinite(want).all()
     scale = max(1.0, float(np.abs(want).max()))
-    # Where float32 itself is the difference. At sigma = 4096 the ancestral split subtracts two numbers that agree to seven digits; Heun's
-    # second call divides by a last sigma of 0.03 what its first step of 14 multiplies, and DEIS's first step multiplies x by 14.
-    atol = 5e-4 if zero_snr and sampler == "euler-ancestral" else 2e-5 if sampler.startswith(("heun", "deis")) and steps <= 2 else 1e-5
+    # Where float32 itself is the difference. At sigma = 4096 the ancestral split subtracts two
+    # numbers that agree to seven digits; Heun's second call divides by a last sigma of 0.03 what
+    # its first step of 14 multiplies, and DEIS's first step multiplies x by 14.
+    atol = (
+        5e-4
+        if zero_snr and sampler == "euler-ancestral"
+        else 2e-5
+        if sampler.startswith(("heun", "deis")) and steps <= 2
+        else 1e-5
+    )
     np.testing.assert_allclose(got / scale, want / scale, rtol=0, atol=atol)
 
 
@@ -156,7 +199,9 @@ def test_alphas_cumprod_equal_diffusers(beta_schedule):
     for zero in (False, True):
         config = {**SD, "beta_schedule": beta_schedule, "rescale_betas_zero_snr": zero}
         want = diffusers.DDIMScheduler(**config).alphas_cumprod.numpy()
-        np.testing.assert_allclose(Schedule.from_config(config).alphas_cumprod(), want, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            Schedule.from_config(config).alphas_cumprod(), want, rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parity
@@ -165,15 +210,24 @@ def test_alphas_cumprod_equal_diffusers(beta_schedule):
 def test_noise_equals_torch_cpu_generator(seed, shape):
     generator, noise = torch.Generator().manual_seed(seed), Noise(seed)
     for _ in range(3):
-        np.testing.assert_allclose(noise.normal(shape), torch.randn(shape, generator=generator).numpy(), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            noise.normal(shape), torch.randn(shape, generator=generator).numpy(), rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parity
 def test_a_sampler_with_one_wrong_step_is_caught(monkeypatch):
     from sdlite.sampling import solvers
 
-    config = {**SD, "_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "clip_sample": False}
+    config = {
+        **SD,
+        "_class_name": "DDIMScheduler",
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+    }
     x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
     want = reference("DDIMScheduler", config, 4, x)
-    monkeypatch.setattr(solvers.DDIM, "_alpha_before", lambda self, t: self.alpha_bar[max(t, 0)] * np.float32(0.999))
+    monkeypatch.setattr(
+        solvers.DDIM, "_alpha_before", lambda self, t: self.alpha_bar[max(t, 0)] * np.float32(0.999)
+    )
     assert np.abs(ours("ddim", config, 4, x) - want).max() > 1e-4

@@ -28,12 +28,18 @@ def test_embedded_artefact_is_whole_and_within_its_budget():
     artifact = Artifact.open(EMOJI)
     checked = artifact.verify()
     assert "unet/model.onnx" in checked
-    assert {p.relative_to(EMOJI).as_posix() for p in EMOJI.rglob("*") if p.is_file()} == {*checked, "sdlite.json"}
+    assert {p.relative_to(EMOJI).as_posix() for p in EMOJI.rglob("*") if p.is_file()} == {
+        *checked,
+        "sdlite.json",
+    }
     assert sum(f["bytes"] for f in artifact.manifest.files.values()) < 25e6
     assert artifact.manifest.student["unet_parameters"] < 10e6
 
 
-@pytest.mark.parametrize("name", ["unet/model.onnx", "unet/diffusion_pytorch_model.safetensors", "vae_decoder/model.onnx.data"])
+@pytest.mark.parametrize(
+    "name",
+    ["unet/model.onnx", "unet/diffusion_pytorch_model.safetensors", "vae_decoder/model.onnx.data"],
+)
 def test_truncated_file_is_refused(copy, name):
     data = (copy / name).read_bytes()
     (copy / name).write_bytes(data[: len(data) // 2])
@@ -56,7 +62,9 @@ def test_missing_file_is_refused(copy):
         load(copy)
 
 
-@pytest.mark.parametrize("path", ["../evil.onnx", "/etc/passwd", "unet/../../evil.onnx", "C:evil", "a\\b"])
+@pytest.mark.parametrize(
+    "path", ["../evil.onnx", "/etc/passwd", "unet/../../evil.onnx", "C:evil", "a\\b"]
+)
 def test_path_that_leaves_the_folder_is_refused(copy, path):
     edit_manifest(copy, lambda d: d["files"].update({path: {"sha256": "0", "bytes": 1}}))
     with pytest.raises(ArtifactError, match="not a plain path inside"):
@@ -72,7 +80,9 @@ def test_link_that_leaves_the_folder_is_refused(copy, tmp_path):
 
 
 def test_pickle_in_the_manifest_is_refused(copy):
-    edit_manifest(copy, lambda d: d["files"].update({"unet/weights.bin": {"sha256": "0", "bytes": 1}}))
+    edit_manifest(
+        copy, lambda d: d["files"].update({"unet/weights.bin": {"sha256": "0", "bytes": 1}})
+    )
     with pytest.raises(ArtifactError, match="pickle"):
         load(copy)
 
@@ -81,7 +91,9 @@ def test_folder_with_only_pickled_weights_is_refused(plain, tmp_path):
     pytest.importorskip("torch", reason="needs the torch extra")
     folder = tmp_path / "pickled"
     shutil.copytree(plain, folder)
-    (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.bin")
+    (folder / "unet/diffusion_pytorch_model.safetensors").rename(
+        folder / "unet/diffusion_pytorch_model.bin"
+    )
     with pytest.raises(ArtifactError, match=r"only diffusion_pytorch_model\.bin"):
         sdlite.Pipeline.from_pretrained(folder, backend="torch")
 

@@ -1,4 +1,6 @@
-"""`backend="auto"`: the engine that was measured to be faster, of those that are installed; and hints that lead on."""
+"""`backend="auto"`: the engine that was measured to be faster, of those that are installed; and
+hints that lead on.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,12 @@ def machine(monkeypatch):
     return of
 
 
-def student(folder, variants=("int8-static",), mb=600, sample_size=64, engines=("onnxruntime", "openvino")):
-    """The embedded student's folder, its manifest saying that it is large and int8; the files stay."""
+def student(
+    folder, variants=("int8-static",), mb=600, sample_size=64, engines=("onnxruntime", "openvino")
+):
+    """The embedded student's folder, its manifest saying that it is large and int8; the files
+    stay.
+    """
     shutil.copytree(EMOJI, folder)
     folders.configure(folder / "unet/config.json", sample_size=sample_size)
     folders.relist(folder)
@@ -55,13 +61,23 @@ def measured(rule, engine):
     rows = [
         r
         for r in rows
-        if r.get("suite", "") == suite and r["case"]["engine"].replace("sdlite-", "").replace("ort", "onnxruntime") == engine
+        if r.get("suite", "") == suite
+        and r["case"]["engine"].replace("sdlite-", "").replace("ort", "onnxruntime") == engine
     ]
     rows = [r for r in rows if rule.feature.removesuffix("_int8") in r["cpu"]]
-    rows = [r for r in rows if (r["case"]["model"], r["case"]["size_px"], r["case"]["precision"]) == (model, side, rule.precision)]
+    rows = [
+        r
+        for r in rows
+        if (r["case"]["model"], r["case"]["size_px"], r["case"]["precision"])
+        == (model, side, rule.precision)
+    ]
     if file == "engines.jsonl":  # seconds of the processor
         seconds = [s["cpu"] for r in rows for s in r["samples_seconds"]]
-        first = [r["load_seconds"]["cpu"] + r["first_seconds"]["cpu"] for r in rows if not (engine == "openvino" and r["round"])]
+        first = [
+            r["load_seconds"]["cpu"] + r["first_seconds"]["cpu"]
+            for r in rows
+            if not (engine == "openvino" and r["round"])
+        ]
         assert len(seconds) >= 5
     else:
         seconds = [r["median_seconds"] for r in rows]
@@ -69,7 +85,9 @@ def measured(rule, engine):
     return statistics.median(seconds), statistics.median(first)
 
 
-@pytest.mark.parametrize("rule", auto.RULES, ids=lambda r: f"{r.precision}-{r.feature}-{r.least_mb}")
+@pytest.mark.parametrize(
+    "rule", auto.RULES, ids=lambda r: f"{r.precision}-{r.feature}-{r.least_mb}"
+)
 def test_rules_are_what_was_measured(rule):
     ort, this = measured(rule, "onnxruntime"), measured(rule, rule.engine)
     assert (ort[0], this[0]) == pytest.approx(rule.seconds, abs=0.006)
@@ -97,7 +115,9 @@ def test_rules_are_what_was_measured(rule):
         (["amx_int8"], {"variants": ["fp16"]}, "onnxruntime"),
     ],
 )
-def test_the_fastest_engine_by_precision_processor_and_size(features, more, engine, machine, tmp_path):
+def test_the_fastest_engine_by_precision_processor_and_size(
+    features, more, engine, machine, tmp_path
+):
     machine(features=features)
     artifact = student(tmp_path / "m", **more)
     name, reason = backends.choose(artifact, next(iter(artifact.manifest.variants)))
@@ -130,7 +150,9 @@ def test_what_is_installed_is_used(installed, precision, name, machine):
 
 def test_nothing_that_could_run_it(machine, tmp_path):
     machine([])
-    with pytest.raises(MissingExtraError, match=r"pip install 'sdlite\[cpu\]' or 'sdlite\[openvino\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"pip install 'sdlite\[cpu\]' or 'sdlite\[openvino\]'"
+    ):
         backends.choose(Artifact.open(EMOJI), "fp16")
     machine(["openvino"])
     with pytest.raises(
@@ -164,7 +186,7 @@ def test_precisions_without_importing_the_engines():
         assert backends.get_backend("torch").PRECISIONS == backends._TORCH_HAS
 
 
-# --- hints ---------------------------------------------------------------------------------------
+# --- hints
 
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
@@ -173,7 +195,10 @@ def test_int8_that_a_model_lacks_is_made_by_quantize(backend, installed, machine
     machine(installed)
     with pytest.raises(
         PrecisionError,
-        match=r"emoji holds fp16, fp32, not int8-static; make it: sdlite quantize .* --precision int8-static",
+        match=(
+            r"emoji holds fp16, fp32, not int8-static; make it: sdlite quantize .* --precision"
+            r" int8-static"
+        ),
     ):
         Pipeline.from_pretrained("emoji", precision="int8-static", backend=backend)
 
@@ -195,7 +220,10 @@ def test_an_int8_model_asked_for_a_float_precision_says_what_it_holds(tmp_path):
     for precision in ("fp16", "fp32", "int8-dynamic"):
         with pytest.raises(
             PrecisionError,
-            match=rf"was quantized and holds int8-static, not {precision}; leave precision out, or load the float model",
+            match=(
+                rf"was quantized and holds int8-static, not {precision}; leave precision out, or"
+                r" load the float model"
+            ),
         ):
             Pipeline.from_pretrained(artifact.folder, precision=precision)
 

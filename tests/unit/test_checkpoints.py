@@ -1,4 +1,6 @@
-"""Damaged checkpoints: noticed, named, and the one before is taken; what stops a training says what is kept."""
+"""Damaged checkpoints: noticed, named, and the one before is taken; what stops a training says what
+is kept.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 from sdlite.distill import checkpoints  # noqa: E402
 from sdlite.distill.train import TrainConfig, fit  # noqa: E402
 from sdlite.errors import InputError, SdliteError, SdliteWarning, TrainingError  # noqa: E402
-from tests.unit.test_train import CONFIG, interrupt_after, last, one_thread, task  # noqa: E402, F401
+from tests.unit.test_train import (  # noqa: E402, F401
+    CONFIG,
+    interrupt_after,
+    last,
+    one_thread,
+    task,
+)
 
 EACH_STEP = replace(CONFIG, checkpoint_minutes=0)
 
@@ -52,11 +60,21 @@ def meta(**changes):
 
 
 DAMAGE = {
-    "state cut": lambda f: (f / "state.safetensors").write_bytes((f / "state.safetensors").read_bytes()[:500]),
+    "state cut": (
+        lambda f: (f / "state.safetensors").write_bytes(
+            (f / "state.safetensors").read_bytes()[:500]
+        )
+    ),
     "state empty": lambda f: (f / "state.safetensors").write_bytes(b""),
     "state missing": lambda f: (f / "state.safetensors").unlink(),
-    "state a folder": lambda f: ((f / "state.safetensors").unlink(), (f / "state.safetensors").mkdir()),
-    "state a pipe": lambda f: ((f / "state.safetensors").unlink(), os.mkfifo(f / "state.safetensors")),
+    "state a folder": lambda f: (
+        (f / "state.safetensors").unlink(),
+        (f / "state.safetensors").mkdir(),
+    ),
+    "state a pipe": lambda f: (
+        (f / "state.safetensors").unlink(),
+        os.mkfifo(f / "state.safetensors"),
+    ),
     "state with a flipped byte": lambda f: flip(f / "state.safetensors"),
     "meta empty": lambda f: (f / "meta.json").write_bytes(b""),
     "meta cut": lambda f: (f / "meta.json").write_bytes((f / "meta.json").read_bytes()[:30]),
@@ -76,7 +94,12 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_the_one_before_is_taken_and_the_end_is_the_same(damage, part, trained):
     DAMAGE[damage](part / "checkpoint-00000004")
-    with pytest.warns(SdliteWarning, match=r"checkpoint-00000004 is damaged \(.*\): going on from checkpoint-00000003, 24 images"):
+    with pytest.warns(
+        SdliteWarning,
+        match=(
+            r"checkpoint-00000004 is damaged \(.*\): going on from checkpoint-00000003, 24 images"
+        ),
+    ):
         assert fit(task(), CONFIG, part, resume=True)["step"] == 6
     a, b = last(part), last(trained / "whole")
     assert all(torch.equal(a[k], b[k]) for k in b)
@@ -91,7 +114,12 @@ def test_a_damaged_step_is_written_again(part):
 
 
 def test_other_folders_of_a_similar_name_are_no_checkpoints(part):
-    for name in ("checkpoint-old", "checkpoint-9", "checkpoint-00000099.tmp", "my-checkpoint-00000099"):
+    for name in (
+        "checkpoint-old",
+        "checkpoint-9",
+        "checkpoint-00000099.tmp",
+        "my-checkpoint-00000099",
+    ):
         (part / name).mkdir()
     (part / "checkpoint-00000098").write_text("a file")
     assert fit(task(), CONFIG, part, resume=True)["step"] == 6
@@ -101,14 +129,21 @@ def test_other_folders_of_a_similar_name_are_no_checkpoints(part):
 def test_steps_are_ordered_by_number(tmp_path):
     for step in (99_999_999, 100_000_000):
         (tmp_path / f"checkpoint-{step:08d}").mkdir()
-    assert [p.name for p in checkpoints.folders(tmp_path)] == ["checkpoint-99999999", "checkpoint-100000000"]
+    assert [p.name for p in checkpoints.folders(tmp_path)] == [
+        "checkpoint-99999999",
+        "checkpoint-100000000",
+    ]
 
 
 def test_none_whole_is_one_clear_error_and_nothing_is_moved(part):
     flip(part / "checkpoint-00000004" / "state.safetensors")
     (part / "checkpoint-00000003" / "meta.json").unlink()
     with pytest.raises(
-        TrainingError, match=r"no checkpoint in .* is whole \(checkpoint-00000004: state.*; checkpoint-00000003: meta.*missing"
+        TrainingError,
+        match=(
+            r"no checkpoint in .* is whole \(checkpoint-00000004: state.*; checkpoint-00000003:"
+            r" meta.*missing"
+        ),
     ):
         fit(task(), CONFIG, part, resume=True)
     assert len(checkpoints.folders(part)) == 2
@@ -125,7 +160,9 @@ def test_checkpoints_of_an_earlier_version_have_no_hash_and_are_taken(part):
 def test_a_checkpoint_of_another_network_is_named(part):
     other = task()
     other.modules["unet"].conv_in = torch.nn.Conv2d(4, 8, 1)
-    with pytest.raises(TrainingError, match=r"checkpoint-00000004 is of another network .*size mismatch"):
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-00000004 is of another network .*size mismatch"
+    ):
         fit(other, CONFIG, part, resume=True)
 
 
@@ -137,11 +174,14 @@ def test_a_full_disk_keeps_the_checkpoint_before(part, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         fit(interrupt_after(task(), 1), CONFIG, part, resume=True)
     monkeypatch.undo()
-    assert [p.name for p in checkpoints.folders(part)] == ["checkpoint-00000003", "checkpoint-00000004"]
+    assert [p.name for p in checkpoints.folders(part)] == [
+        "checkpoint-00000003",
+        "checkpoint-00000004",
+    ]
     assert not [p for p in part.iterdir() if p.name.startswith(".")]
 
 
-# --- what stops a training ---------------------------------------------------------------------------------------------
+# --- what stops a training
 
 
 def failing(error, step):
@@ -160,16 +200,26 @@ def failing(error, step):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
 def test_memory_that_runs_out_says_what_is_kept_and_what_to_do(error, part, tmp_path):
     with pytest.raises(
-        TrainingError, match=r"ran out at step 5; checkpoint-00000004 in .* is kept, go on with --resume .*micro_batch_size"
+        TrainingError,
+        match=(
+            r"ran out at step 5; checkpoint-00000004 in .* is kept, go on with --resume"
+            r" .*micro_batch_size"
+        ),
     ):
         fit(failing(error, 2), CONFIG, part, resume=True)
     with pytest.raises(TrainingError, match=r"ran out at step 0; there is no checkpoint in"):
         fit(failing(error, 1), CONFIG, tmp_path / "new")
-    done = fit(task(), replace(CONFIG, micro_batch_size=4, gradient_checkpointing=True), part, resume=True)
+    done = fit(
+        task(), replace(CONFIG, micro_batch_size=4, gradient_checkpointing=True), part, resume=True
+    )
     assert done["finished"]
 
 
@@ -185,10 +235,16 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_lost(tmp_pat
     def loss(modules, batch, step):
         terms = real(modules, batch, step)
         wrong = next(modules["unet"].parameters()).sum() * 0
-        return {**terms, "loss": terms["loss"] + (wrong.abs().sqrt() if step == 3 else wrong)}  # 0, with a gradient of infinity x 0
+        return {
+            **terms,
+            "loss": terms["loss"] + (wrong.abs().sqrt() if step == 3 else wrong),
+        }  # 0, with a gradient of infinity x 0
 
     t.loss = loss
-    with pytest.raises(TrainingError, match=r"the gradient's norm is nan at step 3 .*checkpoint-00000003 in .* is kept"):
+    with pytest.raises(
+        TrainingError,
+        match=r"the gradient's norm is nan at step 3 .*checkpoint-00000003 in .* is kept",
+    ):
         fit(t, EACH_STEP, tmp_path)
     assert all(v.isfinite().all() for v in last(tmp_path).values())
 
@@ -197,7 +253,9 @@ def test_a_closed_terminal_asks_for_a_checkpoint_and_nohup_is_respected(tmp_path
     t = task()
     real = t.batch
     t.batch = lambda *args: (signal.raise_signal(signal.SIGHUP), real(*args))[1]
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    before = signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # the tests themselves may run under nohup
     try:
         assert fit(t, CONFIG, tmp_path / "a")["step"] == 1
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -209,16 +267,30 @@ def test_a_closed_terminal_asks_for_a_checkpoint_and_nohup_is_respected(tmp_path
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("max_images", 0, "a whole number, 1 to"), ("batch_size", -8, "a whole number, 1 to"), ("batch_size", 4.0, "a whole number"),
-        ("batch_size", True, "a whole number"), ("micro_batch_size", 0, "a whole number, 1 to"), ("lr", float("nan"), "a finite number"),
-        ("lr", 0, "a finite number, 1e-12 to"), ("lr", "1e-4", "a finite number"), ("final_lr", -1, "a finite number, 0 to"),
-        ("warmup_images", -1, "a whole number, 0 to"), ("decay_from", 1.5, "a finite number, 0 to 1"), ("betas", 0.9, "two numbers"),
-        ("betas", (0.9, 1.0), "a finite number, 0 to 0.999999"), ("weight_decay", float("inf"), "a finite number"),
-        ("grad_clip", 0, "a finite number"), ("ema_decay", 1, "a finite number, 0 to 0.999999"), ("compile", 1, "true or false"),
-        ("seed", -1, "a whole number, 0 to"), ("log_every", 0, "a whole number, 1 to"), ("sample_every", -1, "a whole number, 0 to"),
-        ("checkpoint_minutes", None, "a finite number"), ("keep_checkpoints", 0, "a whole number, 1 to"),
+        ("max_images", 0, "a whole number, 1 to"),
+        ("batch_size", -8, "a whole number, 1 to"),
+        ("batch_size", 4.0, "a whole number"),
+        ("batch_size", True, "a whole number"),
+        ("micro_batch_size", 0, "a whole number, 1 to"),
+        ("lr", float("nan"), "a finite number"),
+        ("lr", 0, "a finite number, 1e-12 to"),
+        ("lr", "1e-4", "a finite number"),
+        ("final_lr", -1, "a finite number, 0 to"),
+        ("warmup_images", -1, "a whole number, 0 to"),
+        ("decay_from", 1.5, "a finite number, 0 to 1"),
+        ("betas", 0.9, "two numbers"),
+        ("betas", (0.9, 1.0), "a finite number, 0 to 0.999999"),
+        ("weight_decay", float("inf"), "a finite number"),
+        ("grad_clip", 0, "a finite number"),
+        ("ema_decay", 1, "a finite number, 0 to 0.999999"),
+        ("compile", 1, "true or false"),
+        ("seed", -1, "a whole number, 0 to"),
+        ("log_every", 0, "a whole number, 1 to"),
+        ("sample_every", -1, "a whole number, 0 to"),
+        ("checkpoint_minutes", None, "a finite number"),
+        ("keep_checkpoints", 0, "a whole number, 1 to"),
     ],
-)  # fmt: skip
+)
 def test_values_that_cannot_be_are_named_with_what_is_accepted(field, value, words):
     with pytest.raises(InputError, match=rf"^{field}.*; accepted: {words}"):
         TrainConfig(**{"max_images": 8, field: value})

@@ -27,24 +27,79 @@ def test_generate_writes_a_png_with_its_generation_data(tmp_path, capsys):
     image = Image.open(out)
     assert image.size == (64, 64)
     assert {k: image.text[k] for k in ("prompt", "seed", "model", "precision", "steps")} == {
-        "prompt": "red apple", "seed": "0", "model": "emoji", "precision": "fp16", "steps": "1",
-    }  # fmt: skip
+        "prompt": "red apple",
+        "seed": "0",
+        "model": "emoji",
+        "precision": "fp16",
+        "steps": "1",
+    }
     assert str(out) in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_several_images_are_numbered_files_or_one_grid(tmp_path):
-    assert main(["generate", "pizza", "--num", "3", "--seed", "1", "--out", str(tmp_path / "p.png"), *FAST]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "pizza",
+                "--num",
+                "3",
+                "--seed",
+                "1",
+                "--out",
+                str(tmp_path / "p.png"),
+                *FAST,
+            ]
+        )
+        == 0
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p-0.png", "p-1.png", "p-2.png"]
     assert Image.open(tmp_path / "p-2.png").text["seed"] == "3"
-    assert main(["generate", "pizza", "--num", "3", "--seed", "1", "--grid", "--out", str(tmp_path / "g.png"), *FAST]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "pizza",
+                "--num",
+                "3",
+                "--seed",
+                "1",
+                "--grid",
+                "--out",
+                str(tmp_path / "g.png"),
+                *FAST,
+            ]
+        )
+        == 0
+    )
     assert Image.open(tmp_path / "g.png").size == (128, 128)
 
 
 def test_tiles_of_a_size_are_taken(tmp_path):
-    for name, more in (("whole", []), ("own", ["--vae-tiling"]), ("tiled", ["--vae-tile-size", "48"])):
-        assert main(["generate", "pizza", "--seed", "1", "--out", str(tmp_path / f"{name}.png"), *more, *FAST]) == 0
-    whole, own, tiled = (Image.open(tmp_path / f"{n}.png").tobytes() for n in ("whole", "own", "tiled"))
+    for name, more in (
+        ("whole", []),
+        ("own", ["--vae-tiling"]),
+        ("tiled", ["--vae-tile-size", "48"]),
+    ):
+        assert (
+            main(
+                [
+                    "generate",
+                    "pizza",
+                    "--seed",
+                    "1",
+                    "--out",
+                    str(tmp_path / f"{name}.png"),
+                    *more,
+                    *FAST,
+                ]
+            )
+            == 0
+        )
+    whole, own, tiled = (
+        Image.open(tmp_path / f"{n}.png").tobytes() for n in ("whole", "own", "tiled")
+    )
     assert whole == own != tiled
 
 
@@ -57,27 +112,102 @@ def test_tiles_of_a_size_are_taken(tmp_path):
         (["generate", "x", "--out", "{}/a.png", "--precision", "int4"], "choose one of fp32"),
         (["generate", "x", "--out", "{}/a.png", "--height", "500"], "use 480 or 512"),
         (["generate", "x", "--out", "{}/a.png", "--vae-tile-size", "60"], "use 56 or 64"),
-        (["generate", "x", "--out", "{}/a.png", "--vae-tile-size", "0"], "size_px=0 is not a positive multiple"),
+        (
+            ["generate", "x", "--out", "{}/a.png", "--vae-tile-size", "0"],
+            "size_px=0 is not a positive multiple",
+        ),
         (["verify", "{}"], "model_index.json"),
-        (["generate", "x", "--out", "{}/a.png", "--threads", "0"], "--threads=0; accepted: a whole number, 1 to "),
-        (["generate", "x", "--out", "{}/a.png", "--threads", "-2"], "--threads=-2; accepted: a whole number, 1 to "),
-        (["generate", "x", "--out", "{}/a.png", "--threads", "100000"], "--threads=100000; accepted: a whole number, 1 to "),
-        (["generate", "x", "--out", "{}/a.png", "--steps", "0"], "--steps=0; accepted: a whole number, at least 1"),
+        (
+            ["generate", "x", "--out", "{}/a.png", "--threads", "0"],
+            "--threads=0; accepted: a whole number, 1 to ",
+        ),
+        (
+            ["generate", "x", "--out", "{}/a.png", "--threads", "-2"],
+            "--threads=-2; accepted: a whole number, 1 to ",
+        ),
+        (
+            ["generate", "x", "--out", "{}/a.png", "--threads", "100000"],
+            "--threads=100000; accepted: a whole number, 1 to ",
+        ),
+        (
+            ["generate", "x", "--out", "{}/a.png", "--steps", "0"],
+            "--steps=0; accepted: a whole number, at least 1",
+        ),
         (["generate", "x", "--out", "{}/a.png", "--steps", "2000"], "1 to 1000"),
-        (["generate", "x", "--out", "{}/a.png", "--num", "0"], "--num=0; accepted: a whole number, 1 to 4096"),
-        (["generate", "x", "--out", "{}/a.png", "--seed", "-1"], "--seed=-1; accepted: a whole number, 0 to "),
-        (["generate", "x", "--out", "{}/a.png", "--seed", str(2**64)], "accepted: a whole number, 0 to "),
-        (["generate", "x", "--out", "{}/a.png", "--guidance", "nan"], "--guidance=nan; accepted: a finite number"),
+        (
+            ["generate", "x", "--out", "{}/a.png", "--num", "0"],
+            "--num=0; accepted: a whole number, 1 to 4096",
+        ),
+        (
+            ["generate", "x", "--out", "{}/a.png", "--seed", "-1"],
+            "--seed=-1; accepted: a whole number, 0 to ",
+        ),
+        (
+            ["generate", "x", "--out", "{}/a.png", "--seed", str(2**64)],
+            "accepted: a whole number, 0 to ",
+        ),
+        (
+            ["generate", "x", "--out", "{}/a.png", "--guidance", "nan"],
+            "--guidance=nan; accepted: a finite number",
+        ),
         (["generate", "x", "--out", "{}/a.png", "--guidance", "-1"], "--guidance=-1.0; accepted"),
         (["generate", "x", "--out", "{}/a.png", "--width", "1000000"], "--width=1000000; accepted"),
         (["generate", "x", "--out", "{}/a.png", "--arithmetic", "float8"], "float8"),
-        (["quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", "--samples", "0"], "--samples=0; accepted"),
-        (["quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", "--threads", "0"], "--threads=0; accepted"),
-        (["quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", "--max-float", "2"], "--max-float=2.0; accepted"),
-        (["quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", "--psnr-mean", "nan"], "--psnr-mean=nan; accepted"),
-        (["quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", "--gate-prompts", "0"], "--gate-prompts=0; accepted"),
-        (["export", "emoji", "--target", "onnx", "--out", "{}/e", "--steps", "0"], "--steps=0; accepted"),
-        (["export", "emoji", "--target", "onnx", "--out", "{}/e", "--threads", "100000"], "--threads=100000; accepted"),
+        (
+            ["quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", "--samples", "0"],
+            "--samples=0; accepted",
+        ),
+        (
+            ["quantize", "emoji", "--precision", "int8-static", "--out", "{}/q", "--threads", "0"],
+            "--threads=0; accepted",
+        ),
+        (
+            [
+                "quantize",
+                "emoji",
+                "--precision",
+                "int8-static",
+                "--out",
+                "{}/q",
+                "--max-float",
+                "2",
+            ],
+            "--max-float=2.0; accepted",
+        ),
+        (
+            [
+                "quantize",
+                "emoji",
+                "--precision",
+                "int8-static",
+                "--out",
+                "{}/q",
+                "--psnr-mean",
+                "nan",
+            ],
+            "--psnr-mean=nan; accepted",
+        ),
+        (
+            [
+                "quantize",
+                "emoji",
+                "--precision",
+                "int8-static",
+                "--out",
+                "{}/q",
+                "--gate-prompts",
+                "0",
+            ],
+            "--gate-prompts=0; accepted",
+        ),
+        (
+            ["export", "emoji", "--target", "onnx", "--out", "{}/e", "--steps", "0"],
+            "--steps=0; accepted",
+        ),
+        (
+            ["export", "emoji", "--target", "onnx", "--out", "{}/e", "--threads", "100000"],
+            "--threads=100000; accepted",
+        ),
         (["bench", "emoji", "--threads", "0"], "--threads=0; accepted"),
         (["bench", "emoji", "--seconds", "inf"], "--seconds=inf; accepted"),
         (["bench", "emoji", "--guidance", "-2"], "--guidance=-2.0; accepted"),
@@ -92,7 +222,16 @@ def test_error_is_one_line_and_exit_code_1(tmp_path, capsys, arguments, text):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["generate"], ["generate", "x"], ["nope"], ["generate", "x", "--seed", "y", "--out", "a.png"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["generate"],
+        ["generate", "x"],
+        ["nope"],
+        ["generate", "x", "--seed", "y", "--out", "a.png"],
+    ],
+)
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as e:
         main(arguments)
@@ -100,7 +239,16 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
 
 
 def test_help_shows_every_option_with_its_text_and_no_empty_default(capsys):
-    for command in ("generate", "quantize", "export", "distill", "bench", "info", "verify", "models"):
+    for command in (
+        "generate",
+        "quantize",
+        "export",
+        "distill",
+        "bench",
+        "info",
+        "verify",
+        "models",
+    ):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         text = capsys.readouterr().out
@@ -112,22 +260,42 @@ def test_help_shows_every_option_with_its_text_and_no_empty_default(capsys):
 
 
 def test_what_is_probably_not_wanted_is_said(tmp_path, capsys):
-    arguments = ["generate", "x", "--guidance", "7.5", "--height", "192", "--width", "64", "--out", str(tmp_path / "a.png"), *FAST]
+    arguments = [
+        "generate",
+        "x",
+        "--guidance",
+        "7.5",
+        "--height",
+        "192",
+        "--width",
+        "64",
+        "--out",
+        str(tmp_path / "a.png"),
+        *FAST,
+    ]
     assert main(arguments) == 0
     said = capsys.readouterr().err.splitlines()
     assert [line.startswith("sdlite: warning: emoji was trained ") for line in said] == [True, True]
 
 
 def test_jpeg_keeps_how_it_was_made(tmp_path):
-    assert main(["generate", "red apple", "--seed", "7", "--out", str(tmp_path / "a.jpg"), *FAST]) == 0
+    assert (
+        main(["generate", "red apple", "--seed", "7", "--out", str(tmp_path / "a.jpg"), *FAST]) == 0
+    )
     kept = json.loads(Image.open(tmp_path / "a.jpg").getexif().get_ifd(0x8769)[0x9286][8:])
     assert (kept["prompt"], kept["seed"]) == ("red apple", "7")
 
 
 @pytest.mark.parametrize(
-    ("file", "stage"), [("text_encoder/model.safetensors", "text encoder"), ("vae_decoder/model.onnx.data", "VAE decoder")]
+    ("file", "stage"),
+    [
+        ("text_encoder/model.safetensors", "text encoder"),
+        ("vae_decoder/model.onnx.data", "VAE decoder"),
+    ],
 )
-def test_weights_that_hold_nan_are_an_error_not_a_black_picture(copy, tmp_path, capsys, file, stage):
+def test_weights_that_hold_nan_are_an_error_not_a_black_picture(
+    copy, tmp_path, capsys, file, stage
+):
     """As a merged VAE in float16 does."""
     from sdlite.artifact import Artifact, write_manifest
 
@@ -135,7 +303,10 @@ def test_weights_that_hold_nan_are_an_error_not_a_black_picture(copy, tmp_path, 
         weights.seek(-4096, 2)
         weights.write(b"\x00\x7e" * 2048)  # float16's NaN
     write_manifest(copy, Artifact.open(copy).manifest)
-    assert main(["generate", "x", "--model", str(copy), "--out", str(tmp_path / "black.png"), *FAST]) == 1
+    assert (
+        main(["generate", "x", "--model", str(copy), "--out", str(tmp_path / "black.png"), *FAST])
+        == 1
+    )
     assert f"{stage} are not finite" in capsys.readouterr().err
     assert not (tmp_path / "black.png").exists()
 
@@ -155,15 +326,30 @@ def test_verify_and_models(capsys):
     assert "emoji" in capsys.readouterr().out
 
 
-# --- bench -----------------------------------------------------------------------------------------------------------
+# --- bench
 
 
 def test_bench_measures_each_precision_in_its_own_process(capsys, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the cpu extra")
-    arguments = ["bench", "emoji", "--backends", "onnxruntime", "--steps", "2", "--guidance", "1", "--seconds", "0", "--threads", "1"]
+    arguments = [
+        "bench",
+        "emoji",
+        "--backends",
+        "onnxruntime",
+        "--steps",
+        "2",
+        "--guidance",
+        "1",
+        "--seconds",
+        "0",
+        "--threads",
+        "1",
+    ]
     assert main([*arguments, "--out", str(tmp_path / "rows.jsonl")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [(r["precision"], r["also"]) for r in rows] == [("fp16", "fp32")]  # the same files and arithmetic, measured once
+    assert [(r["precision"], r["also"]) for r in rows] == [
+        ("fp16", "fp32")
+    ]  # the same files and arithmetic, measured once
     for r in rows:
         assert len(r["samples_seconds"]) == 2
         assert (r["steps"], r["guidance"], r["size"]) == (2, 1.0, [64, 64])
@@ -178,9 +364,15 @@ def test_bench_measures_each_precision_in_its_own_process(capsys, tmp_path):
 def test_bench_measures_what_is_asked_for_apart():
     from sdlite.bench import jobs
 
-    assert [j.precision for j in jobs("emoji", ["fp16", "fp32"], ["onnxruntime"])] == ["fp16", "fp32"]
+    assert [j.precision for j in jobs("emoji", ["fp16", "fp32"], ["onnxruntime"])] == [
+        "fp16",
+        "fp32",
+    ]
     if importlib.util.find_spec("openvino"):  # where fp16 is another arithmetic
-        assert [(j.precision, j.also) for j in jobs("emoji", None, ["openvino"])] == [("fp16", ""), ("fp32", "")]
+        assert [(j.precision, j.also) for j in jobs("emoji", None, ["openvino"])] == [
+            ("fp16", ""),
+            ("fp32", ""),
+        ]
 
 
 def test_bench_rows_without_seconds_share_the_budget(monkeypatch):
@@ -196,7 +388,10 @@ def test_bench_rows_without_seconds_share_the_budget(monkeypatch):
 
     monkeypatch.setattr(bench, "BUDGET", 30.0)
     monkeypatch.setattr(bench.subprocess, "run", ran)
-    bench.bench([bench.Job("m", "fp32", "onnxruntime")] * 3 + [bench.Job("m", "fp32", "onnxruntime", seconds=7.0)])
+    bench.bench(
+        [bench.Job("m", "fp32", "onnxruntime")] * 3
+        + [bench.Job("m", "fp32", "onnxruntime", seconds=7.0)]
+    )
     assert [j["least"] for j in asked] == [1, 1, 1, 2]
     assert asked[0]["seconds"] < 4
     assert sum(j["seconds"] for j in asked[:3]) <= 30
@@ -211,7 +406,10 @@ def test_bench_rows_without_seconds_share_the_budget(monkeypatch):
         (["--batch", "0"], "--batch=0; accepted: a whole number, 1 to 4096"),
         (
             ["--precisions", "int8-static"],
-            "runs int8-static of emoji, which holds fp16, fp32: make one: sdlite quantize emoji --precision int8-static",
+            (
+                "runs int8-static of emoji, which holds fp16, fp32: make one: sdlite quantize emoji"
+                " --precision int8-static"
+            ),
         ),
     ],
 )
@@ -222,7 +420,21 @@ def test_bench_refuses_what_cannot_run(arguments, words, capsys):
 
 def test_bench_row_that_fails_says_why(capsys):
     pytest.importorskip("onnxruntime", reason="needs the cpu extra")
-    assert main(["bench", "emoji", "--precisions", "fp32", "--backends", "onnxruntime", "--height", "60"]) == 1
+    assert (
+        main(
+            [
+                "bench",
+                "emoji",
+                "--precisions",
+                "fp32",
+                "--backends",
+                "onnxruntime",
+                "--height",
+                "60",
+            ]
+        )
+        == 1
+    )
     out = capsys.readouterr()
     assert "failed: " in out.out
     assert "height=60" in out.out
@@ -256,9 +468,12 @@ def test_terminated_half_way_nothing_is_left(tmp_path):
         "import sys, time, sdlite.quant.gate as gate, sdlite.cli as cli\n"
         "gate.pictures = gate.calls = lambda *a: None\n"
         "gate.compare = lambda *a: time.sleep(600)\n"  # the folder is half written
-        f"sys.exit(cli.main(['quantize', 'emoji', '--precision', 'int8-dynamic', '--out', {str(tmp_path / 'out')!r}]))\n"
+        "sys.exit(cli.main(['quantize', 'emoji', '--precision', 'int8-dynamic', '--out',"
+        f" {str(tmp_path / 'out')!r}]))\n"
     )
-    run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE, text=True
+    )
     try:
         for _ in range(600):
             if any(tmp_path.glob(".sdlite-work-out-*/model/unet/*.onnx")):
@@ -274,7 +489,7 @@ def test_terminated_half_way_nothing_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- what comes from files and users, and what the system refuses -------------------------------------------------------
+# --- what comes from files and users, and what the system refuses
 
 
 def sdlite(*arguments: str, **more: object) -> subprocess.CompletedProcess[str]:
@@ -298,7 +513,10 @@ def hostile(copy):
 
 
 def moves_a_cursor(text: str) -> bool:
-    return bool(set(text) & set("\x1b\x07\r\u202e\x9b")) or re.search(r"EVIL$|^sdlite: ok", text, re.MULTILINE) is not None
+    return (
+        bool(set(text) & set("\x1b\x07\r\u202e\x9b"))
+        or re.search(r"EVIL$|^sdlite: ok", text, re.MULTILINE) is not None
+    )
 
 
 def test_texts_out_of_files_move_no_cursor(hostile, capsys):
@@ -320,10 +538,25 @@ def test_names_out_of_files_move_no_cursor(command, copy, tmp_path, capsys):
     main([command, *given, *more.get(command, [])])
     said = capsys.readouterr()
     assert "EVIL" in "".join(said)
-    assert not moves_a_cursor(said.out + said.err.replace("\r", "")), "progress bars begin with a return"
+    assert not moves_a_cursor(said.out + said.err.replace("\r", "")), (
+        "progress bars begin with a return"
+    )
 
 
-GATE = ["--gate-prompts", "1", "--steps", "1", "--engine", "onnxruntime", "--psnr-mean", "9", "--psnr-worst", "9", "--ssim-mean", "0"]
+GATE = [
+    "--gate-prompts",
+    "1",
+    "--steps",
+    "1",
+    "--engine",
+    "onnxruntime",
+    "--psnr-mean",
+    "9",
+    "--psnr-worst",
+    "9",
+    "--ssim-mean",
+    "0",
+]
 
 
 def test_names_in_json_are_json(hostile, capsys):
@@ -335,10 +568,24 @@ def test_names_in_json_are_json(hostile, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="bytes of a POSIX shell")
 @pytest.mark.parametrize(
-    "arguments", [["generate", b"\xff"], ["generate", "x", "--model", b"\xff"], ["quantize", b"\xff\x1b", "--precision", "int8-static"]]
+    "arguments",
+    [
+        ["generate", b"\xff"],
+        ["generate", "x", "--model", b"\xff"],
+        ["quantize", b"\xff\x1b", "--precision", "int8-static"],
+    ],
 )
 def test_bytes_that_are_no_text_are_one_line(arguments, tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "sdlite", *arguments, "--out", str(tmp_path / "a.png")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "sdlite",
+        *arguments,
+        "--out",
+        str(tmp_path / "a.png"),
+    ]
     done = subprocess.run(command, capture_output=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.startswith(b"sdlite: ")
@@ -360,8 +607,14 @@ def test_wrong_usage_moves_no_cursor(capsys):
         (OSError("unknown"), "unknown"),
         (OSError(), "OSError"),
         (OSError(errno.EIO, "Input/output error", b"a\n\xff"), r"a\n\udcff: Input/output error"),
-        (OSError(errno.EACCES, "Permission denied", f"x/{io.WORK}abc/model", None, "x/out"), "x/out: Permission denied"),
-        (MemoryError("Unable to allocate 9.00 GiB"), "the memory ran out (Unable to allocate 9.00 GiB). Close other programs"),
+        (
+            OSError(errno.EACCES, "Permission denied", f"x/{io.WORK}abc/model", None, "x/out"),
+            "x/out: Permission denied",
+        ),
+        (
+            MemoryError("Unable to allocate 9.00 GiB"),
+            "the memory ran out (Unable to allocate 9.00 GiB). Close other programs",
+        ),
         (RecursionError("maximum recursion depth exceeded"), "a file is nested too deep"),
         (SdliteError("two\nlines"), r"two\nlines"),
     ],
@@ -379,9 +632,21 @@ def test_every_error_of_the_system_is_one_line(error, words, monkeypatch, capsys
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of a POSIX shell")
 def test_a_reader_that_goes_away_is_no_error():
-    for command in ("info emoji | true", "info emoji | head -1", "info emoji --json | true", "models 2>&1 | true", "--help | true"):
+    for command in (
+        "info emoji | true",
+        "info emoji | head -1",
+        "info emoji --json | true",
+        "models 2>&1 | true",
+        "--help | true",
+    ):
         done = subprocess.run(
-            ["bash", "-c", f"{sys.executable} -W ignore -m sdlite {command}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True
+            [
+                "bash",
+                "-c",
+                f"{sys.executable} -W ignore -m sdlite {command}; echo ${{PIPESTATUS[0]}}",
+            ],
+            capture_output=True,
+            text=True,
         )
         assert done.stderr == ""
         assert done.stdout.splitlines()[-1] in ("0", "141"), command
@@ -390,12 +655,20 @@ def test_a_reader_that_goes_away_is_no_error():
 @pytest.mark.skipif(sys.platform == "win32", reason="descriptors of a POSIX shell")
 def test_closed_and_full_outputs_and_narrow_encodings(tmp_path):
     run = f"{sys.executable} -W ignore -m sdlite"
-    done = subprocess.run(["bash", "-c", f"{run} generate x --steps 1 --out {tmp_path}/a.png <&- >&- 2>&-"], timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", f"{run} generate x --steps 1 --out {tmp_path}/a.png <&- >&- 2>&-"],
+        timeout=60,
+    )
     assert done.returncode == 0
     Image.open(tmp_path / "a.png").load()
     if os.path.exists("/dev/full"):
-        done = subprocess.run(["bash", "-c", f"{run} info > /dev/full"], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (1, "sdlite: what is printed: No space left on device\n")
+        done = subprocess.run(
+            ["bash", "-c", f"{run} info > /dev/full"], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (
+            1,
+            "sdlite: what is printed: No space left on device\n",
+        )
     done = sdlite("info", f"{tmp_path}/häuser", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 1
     assert "h\\xe4user" in done.stderr
@@ -445,7 +718,9 @@ def test_every_signal_ends_a_command_in_one_true_line(name, tmp_path):
     def default() -> None:  # a background job ignores SIGINT
         signal.signal(getattr(signal, name), signal.SIG_DFL)
 
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=default)
+    run = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=default
+    )
     try:
         while "/1000" not in (said := run.stderr.readline(200)):  # the progress bar: it is at work
             assert run.poll() is None, said
@@ -482,5 +757,23 @@ def test_what_was_written_before_an_interrupt_is_said(tmp_path, monkeypatch, cap
         saved(image, path)
 
     monkeypatch.setattr(images, "save", save)
-    assert main(["generate", "x", "--num", "4", "--steps", "1", "--quiet", "--out", str(tmp_path / "a.png")]) == 1
-    assert capsys.readouterr().err == f"sdlite: interrupted; {tmp_path}/a-0.png, {tmp_path}/a-1.png had been written\n"
+    assert (
+        main(
+            [
+                "generate",
+                "x",
+                "--num",
+                "4",
+                "--steps",
+                "1",
+                "--quiet",
+                "--out",
+                str(tmp_path / "a.png"),
+            ]
+        )
+        == 1
+    )
+    assert (
+        capsys.readouterr().err
+        == f"sdlite: interrupted; {tmp_path}/a-0.png, {tmp_path}/a-1.png had been written\n"
+    )

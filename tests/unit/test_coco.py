@@ -1,4 +1,6 @@
-"""COCO evaluation with stand-ins for clean-fid and open_clip: the protocol, resuming, and what is refused."""
+"""COCO evaluation with stand-ins for clean-fid and open_clip: the protocol, resuming, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ def tools(monkeypatch):
 
     def features(folder):
         return np.stack(
-            [np.asarray(Image.open(p).convert("RGB"), float).reshape(-1, 3).mean(0) for p in sorted(coco.Path(folder).glob("*.png"))]
+            [
+                np.asarray(Image.open(p).convert("RGB"), float).reshape(-1, 3).mean(0)
+                for p in sorted(coco.Path(folder).glob("*.png"))
+            ]
         )
 
     def checked(metric):
@@ -39,11 +44,18 @@ def tools(monkeypatch):
         def encode_text(self, ids):
             return torch.stack([ids.float(), 1 - ids.float()], 1)
 
-    fid = types.SimpleNamespace(compute_fid=checked(quality.fid), compute_kid=checked(lambda a, b: quality.kid(a / 255, b / 255) / 1000))
+    fid = types.SimpleNamespace(
+        compute_fid=checked(quality.fid),
+        compute_kid=checked(lambda a, b: quality.kid(a / 255, b / 255) / 1000),
+    )
     clip = types.SimpleNamespace(
-        create_model_and_transforms=lambda name, pretrained: (Clip(), None, lambda i: torch.from_numpy(np.asarray(i, np.float32).copy()).permute(2, 0, 1) / 255),
+        create_model_and_transforms=lambda name, pretrained: (
+            Clip(),
+            None,
+            lambda i: torch.from_numpy(np.asarray(i, np.float32).copy()).permute(2, 0, 1) / 255,
+        ),
         get_tokenizer=lambda name: lambda texts: torch.tensor([int("red" in t) for t in texts]),
-    )  # fmt: skip
+    )
     monkeypatch.setitem(sys.modules, "cleanfid", types.ModuleType("cleanfid"))
     monkeypatch.setitem(sys.modules, "cleanfid.fid", fid)
     monkeypatch.setitem(sys.modules, "open_clip", clip)
@@ -64,7 +76,12 @@ class Painter:
         self.seeds += seed
         rng = np.random.default_rng(seed)
         shades = [
-            (int(rng.integers(150, 255)), 0, 0) if ("red" in p) is not self.wrong else (0, int(rng.integers(150, 255)), 0) for p in prompts
+            (
+                (int(rng.integers(150, 255)), 0, 0)
+                if ("red" in p) is not self.wrong
+                else (0, int(rng.integers(150, 255)), 0)
+            )
+            for p in prompts
         ]
         return types.SimpleNamespace(images=[Image.new("RGB", (512, 512), c) for c in shades])
 
@@ -72,12 +89,20 @@ class Painter:
 @pytest.fixture
 def data(tmp_path):
     """12 pictures with two captions each, and the real ones."""
-    notes = [{"image_id": i, "id": 2 * i + k, "caption": f"a {('red', 'green')[i % 2]}\n thing {k}"} for i in range(12) for k in range(2)]
+    notes = [
+        {"image_id": i, "id": 2 * i + k, "caption": f"a {('red', 'green')[i % 2]}\n thing {k}"}
+        for i in range(12)
+        for k in range(2)
+    ]
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": notes}))
     (tmp_path / "val").mkdir()
     rng = np.random.default_rng(1)
     for i in range(12):
-        colour = (int(rng.integers(150, 255)), 0, 0) if i % 2 == 0 else (0, int(rng.integers(150, 255)), 0)
+        colour = (
+            (int(rng.integers(150, 255)), 0, 0)
+            if i % 2 == 0
+            else (0, int(rng.integers(150, 255)), 0)
+        )
         Image.new("RGB", (300, 260), colour).save(tmp_path / "val" / f"{i}.jpg")
     assert coco.real(tmp_path / "val", tmp_path / "real") == 12
     return tmp_path
@@ -121,7 +146,19 @@ def test_score_prefers_the_model_that_paints_what_the_caption_says(data, tools, 
     assert coco.score(data / "bad", data / "real", least=12)["fid"] > 10 * abs(rows["good"]["fid"])
     monkeypatch.setattr(coco, "LEAST", 12)
     monkeypatch.setattr(coco.score, "__defaults__", ("cpu", 12))
-    assert coco.main(["score", str(data / "good"), "--real", str(data / "real"), "--out", str(data / "rows.jsonl")]) == 0
+    assert (
+        coco.main(
+            [
+                "score",
+                str(data / "good"),
+                "--real",
+                str(data / "real"),
+                "--out",
+                str(data / "rows.jsonl"),
+            ]
+        )
+        == 0
+    )
     assert json.loads((data / "rows.jsonl").read_text())["fid"] == rows["good"]["fid"]
 
 
@@ -137,7 +174,9 @@ def test_what_cannot_be_scored_says_why(data, tools):
         coco.score(data / "made", data / "real")
 
 
-@pytest.mark.parametrize(("module", "package"), [("cleanfid.fid", "clean-fid"), ("open_clip", "open_clip_torch")])
+@pytest.mark.parametrize(
+    ("module", "package"), [("cleanfid.fid", "clean-fid"), ("open_clip", "open_clip_torch")]
+)
 def test_missing_package_names_its_command(module, package, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, module.split(".")[0], None)

@@ -1,4 +1,6 @@
-"""`convert` on folders as they are published: any latent size, weights stored once, and a result that others open too."""
+"""`convert` on folders as they are published: any latent size, weights stored once, and a result
+that others open too.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +32,40 @@ OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_
 def old_attention(tensors):
     """The VAE's names before diffusers 0.16."""
     for new, old in OLD_NAMES.items():
-        tensors = {k.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): v for k, v in tensors.items()}
+        tensors = {
+            k.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): v for k, v in tensors.items()
+        }
     return tensors
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A tiny model with what published folders have besides: an integer buffer, old names, variants, parts that no one runs."""
+    """A tiny model with what published folders have besides: an integer buffer, old names,
+    variants, parts that no one runs.
+    """
     out = folders.write(tmp_path_factory.mktemp("sd") / "tiny")
-    folders.change(out, "text_encoder", lambda t: {**t, "text_model.embeddings.position_ids": torch.arange(26)[None]})
+    folders.change(
+        out,
+        "text_encoder",
+        lambda t: {**t, "text_model.embeddings.position_ids": torch.arange(26)[None]},
+    )
     folders.change(out, "vae", old_attention)
-    shutil.copy(out / "unet" / folders.WEIGHTS["unet"], out / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    folders.configure(out / "vae" / "config.json", scaling_factor=...)  # diffusers' default, and another of optimum's
-    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
-    folders.configure(out / "model_index.json", **checker, feature_extractor=["transformers", "CLIPImageProcessor"])
+    shutil.copy(
+        out / "unet" / folders.WEIGHTS["unet"],
+        out / "unet" / "diffusion_pytorch_model.fp16.safetensors",
+    )
+    folders.configure(
+        out / "vae" / "config.json", scaling_factor=...
+    )  # diffusers' default, and another of optimum's
+    checker = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "requires_safety_checker": True,
+    }
+    folders.configure(
+        out / "model_index.json",
+        **checker,
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+    )
     (out / "unet").chmod(0o555)  # as in a container's layer
     yield out
     (out / "unet").chmod(0o755)
@@ -56,7 +78,9 @@ def converted(published, tmp_path_factory):
 
 def pixels(folder, backend, **call):
     pipe = sdlite.Pipeline.from_pretrained(folder, backend=backend, precision="fp32", threads=1)
-    return np.stack([np.asarray(i) for i in pipe(["a red fox", "two cats"], **{**CALL, **call}).images])
+    return np.stack(
+        [np.asarray(i) for i in pipe(["a red fox", "two cats"], **{**CALL, **call}).images]
+    )
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -75,7 +99,9 @@ def test_weights_are_stored_once_and_nothing_else_is_copied(converted):
     assert not [n for n in names if "fp16" in n or n.startswith(("safety", "feature"))]
     table = read_json(converted / "text_encoder" / "config.json")["vocab_size"] * 16 * 4
     assert (converted / "text_encoder" / "model.onnx").stat().st_size < table
-    assert (converted / "unet" / "model.onnx").stat().st_size < (converted / "unet" / folders.WEIGHTS["unet"]).stat().st_size
+    assert (converted / "unet" / "model.onnx").stat().st_size < (
+        converted / "unet" / folders.WEIGHTS["unet"]
+    ).stat().st_size
 
 
 def test_tensor_is_linked_by_its_values_where_its_name_is_another(tmp_path):
@@ -84,23 +110,39 @@ def test_tensor_is_linked_by_its_values_where_its_name_is_another(tmp_path):
 
     rng = np.random.default_rng(0)
     table, other = (rng.standard_normal((30, 8)).astype(np.float32) for _ in range(2))
-    stored = {"text_model.embeddings.token_embedding.weight": table, "text_model.embeddings.position_ids": np.arange(30)[None]}
+    stored = {
+        "text_model.embeddings.token_embedding.weight": table,
+        "text_model.embeddings.position_ids": np.arange(30)[None],
+    }
     save_file(stored, tmp_path / "model.safetensors")
-    values = {"module.embeddings.token_embedding.weight": table, "transposed": np.ascontiguousarray(table.T), "other": other}
-    graph = onnx.helper.make_graph([], "g", [], [], [onnx.numpy_helper.from_array(v, k) for k, v in values.items()])
+    values = {
+        "module.embeddings.token_embedding.weight": table,
+        "transposed": np.ascontiguousarray(table.T),
+        "other": other,
+    }
+    graph = onnx.helper.make_graph(
+        [], "g", [], [], [onnx.numpy_helper.from_array(v, k) for k, v in values.items()]
+    )
     model = onnx.helper.make_model(graph)
     assert _link_weights(model, [tmp_path / "model.safetensors"], "module.") == other.nbytes
-    assert [(n.op_type, n.output[0]) for n in model.graph.node] == [("Identity", next(iter(values))), ("Transpose", "transposed")]
+    assert [(n.op_type, n.output[0]) for n in model.graph.node] == [
+        ("Identity", next(iter(values))),
+        ("Transpose", "transposed"),
+    ]
 
 
 def test_diffusers_opens_what_was_converted(published, converted):
     pipe = diffusers.DiffusionPipeline.from_pretrained(converted)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.safety_checker is None
-    latents = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype=np.float32))
+    latents = torch.from_numpy(
+        np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype=np.float32)
+    )
     call = {"num_inference_steps": 2, "guidance_scale": 3.0}
     theirs = pipe("a red fox", latents=latents, **call).images[0]
-    ours = sdlite.Pipeline.from_pretrained(converted, threads=1)("a red fox", latents=latents.numpy(), **call).images[0]
+    ours = sdlite.Pipeline.from_pretrained(converted, threads=1)(
+        "a red fox", latents=latents.numpy(), **call
+    ).images[0]
     assert psnr(np.asarray(theirs), np.asarray(ours)) >= 80
 
 
@@ -108,11 +150,18 @@ def test_optimum_opens_what_was_converted_and_what_was_exported(converted, tmp_p
     optimum = pytest.importorskip("optimum.onnxruntime", reason="needs the optimum extra")
     sdlite.export(converted, tmp_path / "exported", target="onnx", num_inference_steps=1, threads=1)
     latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype=np.float32)
-    ours = sdlite.Pipeline.from_pretrained(converted, threads=1)("a red fox", latents=latents, **{**CALL, "seed": None}).images[0]
+    ours = sdlite.Pipeline.from_pretrained(converted, threads=1)(
+        "a red fox", latents=latents, **{**CALL, "seed": None}
+    ).images[0]
     for folder in (converted, tmp_path / "exported"):
         pipe = optimum.ORTStableDiffusionPipeline.from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
-        theirs = pipe("a red fox", latents=torch.from_numpy(latents), num_inference_steps=2, guidance_scale=3.0).images[0]
+        theirs = pipe(
+            "a red fox",
+            latents=torch.from_numpy(latents),
+            num_inference_steps=2,
+            guidance_scale=3.0,
+        ).images[0]
         assert psnr(np.asarray(theirs), np.asarray(ours)) >= 80, folder.name
 
 
@@ -126,7 +175,7 @@ def test_bfloat16_is_copied_as_float32_exactly(tmp_path):
     assert (pixels(out, "torch") == pixels(half, "torch")).all()
 
 
-# --- what must not be converted ---------------------------------------------------------------
+# --- what must not be converted
 
 
 @pytest.fixture
@@ -149,7 +198,11 @@ def test_weights_that_are_not_the_networks_are_not_converted(damaged, part, tmp_
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae_decoder"])
 def test_network_that_answers_nan_is_not_called_done(damaged, part):
     source = part.removesuffix("_decoder")
-    folders.change(damaged, source, lambda t: {k: torch.full_like(v, torch.nan) if "norm" in k else v for k, v in t.items()})
+    folders.change(
+        damaged,
+        source,
+        lambda t: {k: torch.full_like(v, torch.nan) if "norm" in k else v for k, v in t.items()},
+    )
     with pytest.raises(ArtifactError, match=rf"{part} of tiny answers NaN or infinity"):
         try_out(damaged)
 
@@ -166,7 +219,11 @@ def test_teacher_whose_weights_are_not_its_own_is_not_trained_on(damaged, tmp_pa
     pytest.importorskip("accelerate", reason="needs the distill extra")
     from sdlite.distill.recipe import Recipe, run
 
-    folders.change(damaged, "text_encoder", lambda t: {k.replace("layers.1.mlp", "layers.1.ffn"): v for k, v in t.items()})
+    folders.change(
+        damaged,
+        "text_encoder",
+        lambda t: {k.replace("layers.1.mlp", "layers.1.ffn"): v for k, v in t.items()},
+    )
     recipe = Recipe.parse({"name": "x", "stage": [{"kind": "output", "images": 4}]})
     with pytest.raises(ArtifactError, match=r"lacks 4 .*mlp.* and holds 4 .*ffn"):
         run(recipe, teacher=damaged, data=tmp_path, out=tmp_path / "run", progress=False)

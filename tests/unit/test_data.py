@@ -1,4 +1,6 @@
-"""Data as people have it: what is bad is left out by its name and reason, the rest is used, nothing hangs."""
+"""Data as people have it: what is bad is left out by its name and reason, the rest is used, nothing
+hangs.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def picture(color="red") -> bytes:
 def folder(root, **files):
     """Files by name, with `__` for the dot; beside them a good pair."""
     for name, content in {"good__png": picture(), "good__txt": b"good", **files}.items():
-        (root / name.replace("__", ".")).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (root / name.replace("__", ".")).write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
     return root
 
 
@@ -64,7 +68,14 @@ def found(path):
     return [i.caption for i in out.items], out.skipped
 
 
-@pytest.mark.parametrize("raw", [b"\xef\xbb\xbfcaf\xc3\xa9", "caf\xe9".encode("utf-16"), b"\xfe\xff" + "caf\xe9".encode("utf-16-be")])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\xef\xbb\xbfcaf\xc3\xa9",
+        "caf\xe9".encode("utf-16"),
+        b"\xfe\xff" + "caf\xe9".encode("utf-16-be"),
+    ],
+)
 def test_a_byte_order_mark_says_what_text_is_and_is_no_part_of_it(raw, tmp_path):
     assert found(folder(tmp_path, a__png=picture(), a__txt=raw)) == (["caf\xe9", "good"], {})
 
@@ -89,7 +100,13 @@ def test_text_that_is_not_what_it_should_be_is_never_guessed(raw, why, tmp_path)
 @pytest.mark.parametrize("name", ["a.png", "a.txt"])
 @pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a folder", "missing", "a device"])
 def test_what_is_no_file_is_not_opened(name, kind, tmp_path):
-    path = folder(tmp_path, **{"a__txt" if name == "a.png" else "a__png": b"hi" if name == "a.png" else picture()}) / name
+    path = (
+        folder(
+            tmp_path,
+            **{"a__txt" if name == "a.png" else "a__png": b"hi" if name == "a.png" else picture()},
+        )
+        / name
+    )
     if kind == "a named pipe":
         os.mkfifo(path)
     elif kind == "a socket":
@@ -123,22 +140,53 @@ GOOD = '{"file_name": "good.png", "text": "one"}\n'
         ('{"text": "x", "score": NaN}', "metadata.jsonl line 2", "NaN is not a number"),
         ('{"text": "x"}', "metadata.jsonl line 2", "has no file_name"),
         ('{"file_name": ["x"], "text": "x"}', "metadata.jsonl line 2", "has a list as file_name"),
-        (b'{"file_name": "good.png", "text": "\xe9"}', "metadata.jsonl line 2", "is not UTF-8 text"),
+        (
+            b'{"file_name": "good.png", "text": "\xe9"}',
+            "metadata.jsonl line 2",
+            "is not UTF-8 text",
+        ),
         (b"x" * (3 * shards.MOST_TEXT), "metadata.jsonl line 2", "is longer than 1,024 KiB"),
         ('{"file_name": "good.png", "text": "\\ud800"}', "good.png", "line 2: is not UTF-8 text"),
-        ('{"file_name": "good.png", "text": 5}', "good.png", "line 2: has a number as text, not a string"),
+        (
+            '{"file_name": "good.png", "text": 5}',
+            "good.png",
+            "line 2: has a number as text, not a string",
+        ),
         ('{"file_name": "good.png", "text": " "}', "good.png", "line 2: has an empty text"),
         ('{"file_name": "none.png", "text": "x"}', "none.png", "line 2: the file is missing"),
-        ('{"file_name": "a\\u0000.png", "text": "x"}', "a\\x00.png", "line 2: the file cannot be read"),
-        (json.dumps({"file_name": "a" * 5000, "text": "x"}), "a" * 200 + "... (5000 characters)", "File name too long"),
-        ('{"file_name": "../good.png", "text": "x"}', "../good.png", "names a file outside the folder"),
-        ('{"file_name": "/etc/passwd", "text": "x"}', "/etc/passwd", "names a file outside the folder"),
+        (
+            '{"file_name": "a\\u0000.png", "text": "x"}',
+            "a\\x00.png",
+            "line 2: the file cannot be read",
+        ),
+        (
+            json.dumps({"file_name": "a" * 5000, "text": "x"}),
+            "a" * 200 + "... (5000 characters)",
+            "File name too long",
+        ),
+        (
+            '{"file_name": "../good.png", "text": "x"}',
+            "../good.png",
+            "names a file outside the folder",
+        ),
+        (
+            '{"file_name": "/etc/passwd", "text": "x"}',
+            "/etc/passwd",
+            "names a file outside the folder",
+        ),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_a_bad_line_of_metadata_is_named_by_its_number(line, key, why, tmp_path):
     raw = line if isinstance(line, bytes) else line.encode()
-    folder(tmp_path, metadata__jsonl=b"\xef\xbb\xbf" + GOOD.encode() + raw + b"\n" + GOOD.replace("one", "two").encode())
+    folder(
+        tmp_path,
+        metadata__jsonl=b"\xef\xbb\xbf"
+        + GOOD.encode()
+        + raw
+        + b"\n"
+        + GOOD.replace("one", "two").encode(),
+    )
     captions, skipped = found(tmp_path)
     assert captions == ["one", "two"]
     assert list(skipped) == [key]
@@ -148,7 +196,9 @@ def test_a_bad_line_of_metadata_is_named_by_its_number(line, key, why, tmp_path)
 def test_metadata_in_utf16(tmp_path):
     raw = ("\ufeff" + GOOD + GOOD).encode("utf-16-le")
     assert found(folder(tmp_path, metadata__jsonl=raw)) == (["one", "one"], {})
-    captions, skipped = found(folder(tmp_path, metadata__jsonl=raw + b"\x00\xd8\n\0" + GOOD.encode("utf-16-le") + b"x"))
+    captions, skipped = found(
+        folder(tmp_path, metadata__jsonl=raw + b"\x00\xd8\n\0" + GOOD.encode("utf-16-le") + b"x")
+    )
     assert captions == ["one"] * 3
     assert "is not UTF-8 text" in skipped["metadata.jsonl line 3"]
     assert "is not the UTF-16 text" in skipped["metadata.jsonl line 5"]
@@ -156,11 +206,17 @@ def test_metadata_in_utf16(tmp_path):
 
 def test_csv_of_spreadsheets(tmp_path):
     long = "x" * 200_000
-    rows = f'\ufefffile_name,text\ngood.png,hi\ngood.png,{long}\ngood.png,a red, round apple\ngood.png,"a red, round apple"\n'
+    rows = (
+        f"\ufefffile_name,text\ngood.png,hi\ngood.png,{long}\ngood.png,a red, round"
+        ' apple\ngood.png,"a red, round apple"\n'
+    )
     captions, skipped = found(folder(tmp_path, metadata__csv=rows.encode() + b"good.png,caf\xe9\n"))
     assert captions == ["hi", "a red, round apple"]
     assert "field larger" in skipped["metadata.csv line 3"]
-    assert "has 3 fields, the header 2; put captions with commas in quotes" in skipped["metadata.csv line 4"]
+    assert (
+        "has 3 fields, the header 2; put captions with commas in quotes"
+        in skipped["metadata.csv line 4"]
+    )
     assert "is not UTF-8 text" in skipped["metadata.csv line 6"]
     with pytest.raises(InputError, match="has columns file_name;text; accepted: file_name, and"):
         data.read(folder(tmp_path, metadata__csv="file_name;text\ngood.png;hi\n"))
@@ -173,7 +229,7 @@ def test_prompts_that_are_no_text_are_named_by_their_line(tmp_path):
     assert list(skipped) == ["prompts.txt line 2", "prompts.txt line 3"]
 
 
-# --- shards ------------------------------------------------------------------------------------------------------------
+# --- shards
 
 PAIR = {"a.png": picture(), "a.json": b'{"caption": "a"}'}
 
@@ -203,7 +259,9 @@ def test_damaged_shards_among_good_ones_are_named(tmp_path):
     }.items():
         (tmp_path / name).write_bytes(raw)
     out = data.read(tmp_path / "*.tar*")
-    of = {name: sum(i.key.startswith(f"{name}: ") for i in out.items) for name in os.listdir(tmp_path)}
+    of = {
+        name: sum(i.key.startswith(f"{name}: ") for i in out.items) for name in os.listdir(tmp_path)
+    }
     assert of["0.tar"] == of["end.tar"] == of["flip.tar.gz"] == 9
     assert of["cut.tar"] == of["hole.tar"] == 4
     assert of["empty.tar"] == of["html.tar"] == 0
@@ -219,12 +277,28 @@ def test_damaged_shards_among_good_ones_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("files", "key", "why"),
     [
-        ({"b.png": PAIR["a.png"], "b.json": b"[1]"}, "s.tar: b", "its .json holds a list, not an object"),
-        ({"b.png": PAIR["a.png"], "b.json": b"5"}, "s.tar: b", "its .json holds a number, not an object"),
+        (
+            {"b.png": PAIR["a.png"], "b.json": b"[1]"},
+            "s.tar: b",
+            "its .json holds a list, not an object",
+        ),
+        (
+            {"b.png": PAIR["a.png"], "b.json": b"5"},
+            "s.tar: b",
+            "its .json holds a number, not an object",
+        ),
         ({"b.png": PAIR["a.png"], "b.json": b"[" * 50_000}, "s.tar: b", "nested deeper"),
-        ({"b.png": PAIR["a.png"], "b.json": b'{"caption": {}}'}, "s.tar: b", "has an object as caption, not a string"),
+        (
+            {"b.png": PAIR["a.png"], "b.json": b'{"caption": {}}'},
+            "s.tar: b",
+            "has an object as caption, not a string",
+        ),
         ({"b.png": PAIR["a.png"], "b.txt": b"caf\xe9"}, "s.tar: b", "is not UTF-8 text"),
-        ({"b.png": PAIR["a.png"], "b.txt": b"x" * (shards.MOST_TEXT + 1)}, "s.tar: b.txt", "has 1,024 KiB of text"),
+        (
+            {"b.png": PAIR["a.png"], "b.txt": b"x" * (shards.MOST_TEXT + 1)},
+            "s.tar: b.txt",
+            "has 1,024 KiB of text",
+        ),
         ({"b.txt": b"alone"}, "s.tar: b", "needs an image and a caption"),
     ],
     ids=lambda value: str(value)[:30],
@@ -235,7 +309,9 @@ def test_a_bad_sample_of_a_shard_is_named(files, key, why, tmp_path):
     assert why in skipped[key]
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
 def test_links_and_devices_of_a_shard_are_left_out(kind, tmp_path):
     link = tarfile.TarInfo("b.png")
     link.type, link.linkname = kind, "/etc/passwd"

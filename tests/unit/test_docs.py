@@ -18,17 +18,30 @@ from tests.conftest import EMOJI
 ROOT = Path(__file__).parent.parent.parent
 HIDDEN = (".", "node_modules", "runs")
 DOCUMENTS = sorted(
-    p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.md") if not any(part.startswith(HIDDEN) for part in p.relative_to(ROOT).parts)
+    p.relative_to(ROOT).as_posix()
+    for p in ROOT.rglob("*.md")
+    if not any(part.startswith(HIDDEN) for part in p.relative_to(ROOT).parts)
 )
-# What a snippet says -> what the test runs: less of what takes long. Conversion has tests of its own (tests/parity).
+# What a snippet says -> what the test runs: less of what takes long. Conversion has tests of its
+# own (tests/parity).
 SUBSTITUTIONS = {
     "sdlite.convert(": "__import__('inspect').signature(sdlite.convert).bind(",
-    "Calibration(prompts=[...])": "Calibration(prompts=['a fox', 'a red apple', 'pizza', 'a ghost'], samples=4)",
+    "Calibration(prompts=[...])": (
+        "Calibration(prompts=['a fox', 'a red apple', 'pizza', 'a ghost'], samples=4)"
+    ),
     "Gate(psnr_mean=36)": "Gate(psnr_mean=36, num_prompts=2, engines=['onnxruntime'])",
     'out="my-int8"': 'out="my-int8-too"',
-    "--precision int8-static --prompts": "--samples 4 --gate-prompts 2 --engine onnxruntime --precision int8-static --prompts",
+    "--precision int8-static --prompts": (
+        "--samples 4 --gate-prompts 2 --engine onnxruntime --precision int8-static --prompts"
+    ),
 }
-RUN = ("generate", "quantize", "info", "verify", "models")  # commands that are run; of others the arguments are read
+RUN = (
+    "generate",
+    "quantize",
+    "info",
+    "verify",
+    "models",
+)  # commands that are run; of others the arguments are read
 LISTED = ["export", "--list"]
 JAVASCRIPT = ("sdlite.js", "Pipeline.load")
 FILES = ("sdlite.json",)
@@ -63,7 +76,19 @@ def run_shell(text: str) -> None:
         if Path(command).name == "sdlite":
             args = cli._parser().parse_args(arguments)
             if args.command in RUN or arguments == LISTED:
-                assert cli.main([*arguments, *(["--threads", "1"] if args.command in ("generate", "quantize") else [])]) == 0
+                assert (
+                    cli.main(
+                        [
+                            *arguments,
+                            *(
+                                ["--threads", "1"]
+                                if args.command in ("generate", "quantize")
+                                else []
+                            ),
+                        ]
+                    )
+                    == 0
+                )
             elif args.command == "export":
                 from sdlite.exporters import profile
 
@@ -71,7 +96,9 @@ def run_shell(text: str) -> None:
         elif Path(command).name == "bash":
             assert (ROOT / arguments[0]).is_file()
         else:
-            assert Path(command).name in ("python3", "pip"), f"{command}: neither run nor read by this test"
+            assert Path(command).name in ("python3", "pip"), (
+                f"{command}: neither run nor read by this test"
+            )
 
 
 def run_python(text: str, names: dict[str, object]) -> None:
@@ -128,14 +155,18 @@ def test_commands_in_the_text_exist(document):
             assert all(f'"{o}"' in file.read_text() for o in given), span
         elif words[0] == "python" and words[1].endswith(".py"):
             file = ROOT / words[1]
-            known = "".join(f.read_text() for f in file.parent.glob("*.py"))  # scripts of a folder share their parser
+            known = "".join(
+                f.read_text() for f in file.parent.glob("*.py")
+            )  # scripts of a folder share their parser
             assert file.is_file(), span
             assert all(f'"{o}"' in known for o in given), span
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_names_in_the_text_exist(document, emoji):
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for span in spans(document):
         if (name := re.match(r"sdlite(\.\w+)+", span)) and name[0] not in (*JAVASCRIPT, *FILES):
             assert pkgutil.resolve_name(name[0]), span
@@ -156,7 +187,9 @@ def test_models_md_is_generated_from_the_committed_results():
 
 
 def test_every_test_that_holds_a_promise_exists():
-    """SECURITY.md: `test_file.py`, `test_file.py::test_name`, and `::test_name` of the file named before."""
+    """SECURITY.md: `test_file.py`, `test_file.py::test_name`, and `::test_name` of the file named
+    before.
+    """
     text, file, named = (ROOT / "SECURITY.md").read_text(), "", 0
     for given, name in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", text):
         file, named = given or file, named + bool(given or name)
@@ -176,13 +209,17 @@ def test_readme_names_every_sampler_and_extra():
 
     readme = (ROOT / "README.md").read_text()
     assert all(f"`{s}`" in readme for s in SAMPLERS)
-    extras = re.search(r"\[project\.optional-dependencies\](.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.S)[1]
+    extras = re.search(
+        r"\[project\.optional-dependencies\](.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.S
+    )[1]
     for extra in re.findall(r"^(\w+) = ", extras, re.M):
         assert f"`{extra}`" in readme, extra
 
 
 def test_export_matrix_is_generated_from_the_committed_results():
-    assert (ROOT / "export" / "README.md").read_text() == report.export_md(), "run python -m benchmarks.report"
+    assert (ROOT / "export" / "README.md").read_text() == report.export_md(), (
+        "run python -m benchmarks.report"
+    )
 
 
 def test_readme_tables_are_generated_from_the_committed_results():

@@ -29,7 +29,9 @@ def test_shard_is_whole_small_and_held_out_by_hash(data):
 
 
 def test_heldout_pictures_are_never_drawn(data):
-    drawn = torch.multinomial(data.weights(), 100_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    drawn = torch.multinomial(
+        data.weights(), 100_000, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
     assert not data.heldout[drawn].any()
     assert len(set(drawn.tolist())) > 3300
 
@@ -47,7 +49,10 @@ def test_a_concept_with_many_variants_is_not_drawn_in_proportion(data):
 @pytest.mark.parametrize(
     ("hexcode", "concept"),
     [
-        ("1F469-1F3FB-200D-1F680", "1F9D1-200D-1F680"),  # woman astronaut, light skin tone -> astronaut
+        (
+            "1F469-1F3FB-200D-1F680",
+            "1F9D1-200D-1F680",
+        ),  # woman astronaut, light skin tone -> astronaut
         ("1F468-200D-1F680", "1F9D1-200D-1F680"),
         ("1F3C3-1F3FF-200D-2640", "1F3C3"),  # woman running -> person running
         ("1F34E", "1F34E"),
@@ -79,9 +84,15 @@ def test_folded_normalisation_gives_unit_latents_and_the_same_pictures():
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        latent_channels=4, norm_num_groups=4, layers_per_block=1, block_out_channels=(8, 8), sample_size=16, mid_block_add_attention=False,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    ).eval()  # fmt: skip
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        sample_size=16,
+        mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()
     x = torch.randn(8, 3, 16, 16)
     with torch.no_grad():
         before = vae.encode(x).latent_dist
@@ -89,7 +100,14 @@ def test_folded_normalisation_gives_unit_latents_and_the_same_pictures():
         picture = vae.decode(before.mean).sample
         fold_normalisation(vae, mean, std)
         after = vae.encode(x).latent_dist
-        torch.testing.assert_close(after.mean, (before.mean - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(after.std, before.std / std.view(1, -1, 1, 1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            after.mean,
+            (before.mean - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+        torch.testing.assert_close(
+            after.std, before.std / std.view(1, -1, 1, 1), rtol=1e-4, atol=1e-6
+        )
         torch.testing.assert_close(vae.decode(after.mean).sample, picture, rtol=1e-4, atol=1e-5)
     assert vae.config.scaling_factor == 1.0

@@ -1,4 +1,6 @@
-"""Exports: every runtime that runs here gives the same pictures, gates can fail, nothing half-written."""
+"""Exports: every runtime that runs here gives the same pictures, gates can fail, nothing
+half-written.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 from sdlite.artifact import Artifact
 from sdlite.backends import RowByRow
 from sdlite.cli import main
-from sdlite.errors import ArtifactError, ExportError, InputError, PrecisionError, SdliteWarning, UnknownNameError
+from sdlite.errors import (
+    ArtifactError,
+    ExportError,
+    InputError,
+    PrecisionError,
+    SdliteWarning,
+    UnknownNameError,
+)
 from sdlite.exporters import profile
 from sdlite.exporters.export import export, table
 from sdlite.io import sha256
@@ -37,12 +46,26 @@ NEEDS = {
 
 
 @pytest.mark.parametrize(
-    "target", ["onnx", "onnx-fp16", "onnx-fixed", "openvino", "openvino-fp16", "mnn", "mnn-fp16", "ncnn", "ncnn-fp16", "executorch"]
+    "target",
+    [
+        "onnx",
+        "onnx-fp16",
+        "onnx-fixed",
+        "openvino",
+        "openvino-fp16",
+        "mnn",
+        "mnn-fp16",
+        "ncnn",
+        "ncnn-fp16",
+        "executorch",
+    ],
 )
 def test_export_runs_on_its_runtime_and_holds_its_gate(target, tmp_path):
     if target in NEEDS:
         pytest.importorskip(NEEDS[target], reason=f"needs {NEEDS[target]}")
-    report = export(EMOJI, tmp_path / "out", target=target, prompts=PROMPTS, num_inference_steps=3, threads=1)
+    report = export(
+        EMOJI, tmp_path / "out", target=target, prompts=PROMPTS, num_inference_steps=3, threads=1
+    )
     assert report["checked_by"] == "the runtime itself"
     assert min(report["parity"]["psnr"]) >= profile.load(target).gate["psnr"]
     assert report["parity"]["networks"]["unet"]["calls"] == 6
@@ -58,10 +81,14 @@ def test_export_runs_on_its_runtime_and_holds_its_gate(target, tmp_path):
         assert pipe.report.precision == profile.load(target).precision
         assert pipe.artifact.verify()
         original = Pipeline.from_pretrained(EMOJI, threads=1)
-        a, b = (np.asarray(p(PROMPTS, seed=3, num_inference_steps=2).images) for p in (pipe, original))
+        a, b = (
+            np.asarray(p(PROMPTS, seed=3, num_inference_steps=2).images) for p in (pipe, original)
+        )
         np.testing.assert_array_equal(a, b)
     elif not target.startswith(("onnx", "openvino")):  # which open: test_export_folders.py
-        with pytest.raises(ArtifactError, match=r"which sdlite does not open; its README\.md shows how"):
+        with pytest.raises(
+            ArtifactError, match=r"which sdlite does not open; its README\.md shows how"
+        ):
             Pipeline.from_pretrained(tmp_path / "out", threads=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
@@ -69,7 +96,14 @@ def test_export_runs_on_its_runtime_and_holds_its_gate(target, tmp_path):
 def test_fixed_shapes_have_numbers_only(tmp_path):
     from sdlite.exporters.static import input_shapes
 
-    export(EMOJI, tmp_path / "out", target="onnx-fixed", prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
+    export(
+        EMOJI,
+        tmp_path / "out",
+        target="onnx-fixed",
+        prompts=PROMPTS[:1],
+        num_inference_steps=1,
+        threads=1,
+    )
     shapes = input_shapes(tmp_path / "out/unet/model.onnx")
     assert shapes["sample"] == (1, 8, 8, 8)
     assert shapes["timestep"] == ()
@@ -81,11 +115,21 @@ def test_fixed_graphs_have_at_most_four_axes_and_no_group_norm(tmp_path):
     """Mobile runtimes take no more."""
     import onnx
 
-    export(EMOJI, tmp_path / "out", target="onnx-fixed", prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
+    export(
+        EMOJI,
+        tmp_path / "out",
+        target="onnx-fixed",
+        prompts=PROMPTS[:1],
+        num_inference_steps=1,
+        threads=1,
+    )
     for part in ("text_encoder", "unet", "vae_decoder"):
         proto = onnx.load(str(tmp_path / "out" / part / "model.onnx"), load_external_data=False)
         inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True).graph
-        axes = {v.name: len(v.type.tensor_type.shape.dim) for v in (*inferred.value_info, *inferred.input, *inferred.output)}
+        axes = {
+            v.name: len(v.type.tensor_type.shape.dim)
+            for v in (*inferred.value_info, *inferred.input, *inferred.output)
+        }
         assert {o for n in proto.graph.node for o in n.output} <= set(axes)
         assert max(axes.values()) <= 4
         assert not {n.op_type for n in proto.graph.node} & {"GroupNormalization", "GroupNorm"}
@@ -95,8 +139,17 @@ def test_fixed_graphs_have_at_most_four_axes_and_no_group_norm(tmp_path):
 def test_opset_of_the_profile(opset, tmp_path):
     import onnx
 
-    (tmp_path / "p.toml").write_text(f"target = 'onnx'\ndynamic = true\n[gate]\npsnr = 60\n[options]\nopset = {opset}\n")
-    report = export(EMOJI, tmp_path / "out", target=tmp_path / "p.toml", prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
+    (tmp_path / "p.toml").write_text(
+        f"target = 'onnx'\ndynamic = true\n[gate]\npsnr = 60\n[options]\nopset = {opset}\n"
+    )
+    report = export(
+        EMOJI,
+        tmp_path / "out",
+        target=tmp_path / "p.toml",
+        prompts=PROMPTS[:1],
+        num_inference_steps=1,
+        threads=1,
+    )
     assert report["opset"] == opset
     for part in ("text_encoder", "unet", "vae_decoder"):
         proto = onnx.load(str(tmp_path / "out" / part / "model.onnx"), load_external_data=False)
@@ -109,25 +162,42 @@ def test_opsets_that_cannot_be_written(tmp_path):
 
     from sdlite.exporters.targets import onnx as target
 
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", (2, 3)), ("y", (2, 1))))
+    x, y = (
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
+        for n, s in (("x", (2, 3)), ("y", (2, 1)))
+    )
     axes = helper.make_tensor("axes", TensorProto.INT64, [1], [1])
-    graph = helper.make_graph([helper.make_node("ReduceMean", ["x", "axes"], ["y"])], "g", [x], [y], [axes])
-    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(tmp_path / "m.onnx"))
-    for opset, error, words in ((16, InputError, "opset=16; it can be 17 to 23"), (17, ExportError, "cannot be written in opset 17")):
+    graph = helper.make_graph(
+        [helper.make_node("ReduceMean", ["x", "axes"], ["y"])], "g", [x], [y], [axes]
+    )
+    save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9),
+        str(tmp_path / "m.onnx"),
+    )
+    for opset, error, words in (
+        (16, InputError, "opset=16; it can be 17 to 23"),
+        (17, ExportError, "cannot be written in opset 17"),
+    ):
         with pytest.raises(error, match=words):
-            target.prepare("unet", tmp_path / "m.onnx", profile.Profile("p", "onnx", options={"opset": opset}))
+            target.prepare(
+                "unet", tmp_path / "m.onnx", profile.Profile("p", "onnx", options={"opset": opset})
+            )
 
 
 @pytest.mark.parametrize("name", sorted(profile.TARGETS))
 def test_options_that_a_target_does_not_know(name, tmp_path):
     precision = "fp16" if name == "qnn" else "fp32"
-    (tmp_path / "p.toml").write_text(f"target = '{name}'\nprecision = '{precision}'\n[options]\nsped = 1\n")
+    (tmp_path / "p.toml").write_text(
+        f"target = '{name}'\nprecision = '{precision}'\n[options]\nsped = 1\n"
+    )
     with pytest.raises(InputError, match="options sped not known; target"):
         export(EMOJI, tmp_path / "x", target=tmp_path / "p.toml")
 
 
 def test_compute_capabilities_are_for_tensorrt_rtx_alone(tmp_path):
-    (tmp_path / "p.toml").write_text("target = 'tensorrt'\n[options]\ncompute_capabilities = ['SM89']\n")
+    (tmp_path / "p.toml").write_text(
+        "target = 'tensorrt'\n[options]\ncompute_capabilities = ['SM89']\n"
+    )
     with pytest.raises(InputError, match="compute_capabilities not known; target tensorrt knows"):
         export(EMOJI, tmp_path / "x", target=tmp_path / "p.toml")
 
@@ -141,15 +211,32 @@ def test_a_broken_graph_fails_the_gate_and_nothing_is_written(tmp_path, monkeypa
         files = right(part, graph, out, settings)
         if part == "unet":
             broken = Graph.load(files[0])
-            name = next(k for k, w in broken.weights.items() if "conv_out" in w.origin and len(w.shape) == 4)
+            name = next(
+                k for k, w in broken.weights.items() if "conv_out" in w.origin and len(w.shape) == 4
+            )
             weight = broken.weights[name].array()
-            broken.weights[name] = type(broken.weights[name])(weight.shape, weight.dtype, lambda: weight * 1.1)
+            broken.weights[name] = type(broken.weights[name])(
+                weight.shape, weight.dtype, lambda: weight * 1.1
+            )
             broken.save(files[0])
         return files
 
     monkeypatch.setattr(target, "convert", wrong)
-    with pytest.raises(ExportError, match=r"gate of onnx does not hold.*worst network unet.*No model was written; its report and images"):
-        export(EMOJI, tmp_path / "out", target="onnx", prompts=PROMPTS[:1], num_inference_steps=2, threads=1)
+    with pytest.raises(
+        ExportError,
+        match=(
+            r"gate of onnx does not hold.*worst network unet.*No model was written; its report and"
+            r" images"
+        ),
+    ):
+        export(
+            EMOJI,
+            tmp_path / "out",
+            target="onnx",
+            prompts=PROMPTS[:1],
+            num_inference_steps=2,
+            threads=1,
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
     failed = tmp_path / "out.failed"
     assert sorted(p.name for p in failed.iterdir()) == ["export-grid.png", "export-report.json"]
@@ -158,9 +245,19 @@ def test_a_broken_graph_fails_the_gate_and_nothing_is_written(tmp_path, monkeypa
 
 
 def _keeps_the_candidate(place, target, backend):
-    """An export whose gate does not hold, kept when asked: it opens and says so, and passes nowhere as whole."""
+    """An export whose gate does not hold, kept when asked: it opens and says so, and passes nowhere
+    as whole.
+    """
     with pytest.raises(ExportError, match=r"marked as failed, in .*/out.failed/model\.$"):
-        export(EMOJI, place / "out", target=target, prompts=PROMPTS[:1], num_inference_steps=2, threads=1, keep_failed=True)
+        export(
+            EMOJI,
+            place / "out",
+            target=target,
+            prompts=PROMPTS[:1],
+            num_inference_steps=2,
+            threads=1,
+            keep_failed=True,
+        )
     kept = place / "out.failed" / "model"
     with pytest.warns(SdliteWarning, match="failed its quality check: picture PSNR .*unet SQNR"):
         pipe = Pipeline.from_pretrained(kept, backend=backend, threads=1)
@@ -173,16 +270,30 @@ def _keeps_the_candidate(place, target, backend):
 
 
 EVERY_GATE = {  # a profile of each runtime -> the package that it needs
-    "onnx-fixed": "onnxruntime", "openvino": "openvino", "mnn": "MNN", "ncnn": "ncnn", "web": "onnxruntime", "coreml": "coremltools",
-    "tensorrt-rtx-fp16": "tensorrt_rtx", "tensorrt-rtx-bf16": "tensorrt_rtx",
-    "executorch": "executorch", "executorch-vulkan": "executorch", "qnn-fp16": "onnxruntime_qnn",
-}  # fmt: skip
+    "onnx-fixed": "onnxruntime",
+    "openvino": "openvino",
+    "mnn": "MNN",
+    "ncnn": "ncnn",
+    "web": "onnxruntime",
+    "coreml": "coremltools",
+    "tensorrt-rtx-fp16": "tensorrt_rtx",
+    "tensorrt-rtx-bf16": "tensorrt_rtx",
+    "executorch": "executorch",
+    "executorch-vulkan": "executorch",
+    "qnn-fp16": "onnxruntime_qnn",
+}
 SLOW = ("executorch", "executorch-vulkan", "qnn-fp16")
 
 
-@pytest.mark.parametrize("target", [pytest.param(t, marks=pytest.mark.slow) if t in SLOW else t for t in EVERY_GATE])
-def test_the_gate_of_every_runtime_sees_a_network_that_changed_on_its_way(target, tmp_path, monkeypatch):
-    """What the converter is given has one layer a tenth too large; the rest of the way is the real one."""
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=pytest.mark.slow) if t in SLOW else t for t in EVERY_GATE]
+)
+def test_the_gate_of_every_runtime_sees_a_network_that_changed_on_its_way(
+    target, tmp_path, monkeypatch
+):
+    """What the converter is given has one layer a tenth too large; the rest of the way is the real
+    one.
+    """
     import sdlite.exporters.export as exporting
 
     pytest.importorskip(EVERY_GATE[target], reason=f"needs {EVERY_GATE[target]}")
@@ -198,7 +309,9 @@ def test_the_gate_of_every_runtime_sees_a_network_that_changed_on_its_way(target
         if part == "unet":
             graph = Graph.load(path)
             layer = graph.layers()[-1]  # the last convolution
-            graph.weights[layer.weight] = constant(graph.weights[layer.weight].array() * np.float32(1.1))
+            graph.weights[layer.weight] = constant(
+                graph.weights[layer.weight].array() * np.float32(1.1)
+            )
             graph.save(path)
         return path
 
@@ -208,12 +321,24 @@ def test_the_gate_of_every_runtime_sees_a_network_that_changed_on_its_way(target
                 network.module.conv_out.weight.mul_(1.1)
             yield part, network, example
 
-    if target.startswith(("coreml", "executorch")):  # made from the torch network; the ONNX graph stays right
+    if target.startswith(
+        ("coreml", "executorch")
+    ):  # made from the torch network; the ONNX graph stays right
         monkeypatch.setattr(exporting, "_torch_networks", wrong_torch)
     else:
         monkeypatch.setattr(exporting, "_graph", wrong_graph)
-    with pytest.raises(ExportError, match=rf"gate of {target} does not hold.*worst network unet.*No model was written"):
-        export(EMOJI, tmp_path / "out", target=target, prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
+    with pytest.raises(
+        ExportError,
+        match=rf"gate of {target} does not hold.*worst network unet.*No model was written",
+    ):
+        export(
+            EMOJI,
+            tmp_path / "out",
+            target=target,
+            prompts=PROMPTS[:1],
+            num_inference_steps=1,
+            threads=1,
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
     if target == "openvino":
         _keeps_the_candidate(tmp_path, target, target)
@@ -221,10 +346,17 @@ def test_the_gate_of_every_runtime_sees_a_network_that_changed_on_its_way(target
 
 def test_pictures_of_the_reference_and_the_memory_ceiling(tmp_path, plain):
     (tmp_path / "p.toml").write_text("target = 'onnx'\ndynamic = true\n[gate]\nreference = 40\n")
-    arguments = {"target": tmp_path / "p.toml", "prompts": PROMPTS[:1], "num_inference_steps": 2, "threads": 1}
+    arguments = {
+        "target": tmp_path / "p.toml",
+        "prompts": PROMPTS[:1],
+        "num_inference_steps": 2,
+        "threads": 1,
+    }
     report = export(EMOJI, tmp_path / "out", reference=EMOJI, **arguments)
     assert report["parity"]["reference"] == [100.0]
-    other = shutil.copytree(EMOJI, tmp_path / "other")  # draws other pictures: the model was not made of this one
+    other = shutil.copytree(
+        EMOJI, tmp_path / "other"
+    )  # draws other pictures: the model was not made of this one
     scheduler = other / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("trailing", "leading"))
     relist(other)
@@ -240,19 +372,29 @@ def test_pictures_of_the_reference_and_the_memory_ceiling(tmp_path, plain):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """The student with float32 weights that float16 does not hold, and no fp16 variant: as a fine-tuned model often is."""
+    """The student with float32 weights that float16 does not hold, and no fp16 variant: as a
+    fine-tuned model often is.
+    """
     out = shutil.copytree(EMOJI, tmp_path_factory.mktemp("wide") / "student")
     manifest = json.loads((out / "sdlite.json").read_text())
     del manifest["variants"]["fp16"]
     for part, about in manifest["variants"]["fp32"].items():
         graph = Graph.load(out / about["file"])
         changed = {
-            k: constant(w.array() * np.float32(0.9999)) if w.dtype == np.float32 and len(w.shape) > 1 else w
+            k: (
+                constant(w.array() * np.float32(0.9999))
+                if w.dtype == np.float32 and len(w.shape) > 1
+                else w
+            )
             for k, w in graph.weights.items()
         }
         graph = Graph(graph.proto, changed)
         files = graph.save(out / part / "model.onnx")
-        about |= {"file": f"{part}/model.onnx", "weights": [f"{part}/{f.name}" for f in files[1:]], "storage": "float32"}
+        about |= {
+            "file": f"{part}/model.onnx",
+            "weights": [f"{part}/{f.name}" for f in files[1:]],
+            "storage": "float32",
+        }
         for f in files:
             manifest["files"][f"{part}/{f.name}"] = {"bytes": f.stat().st_size, "sha256": sha256(f)}
     (out / "sdlite.json").write_text(json.dumps(manifest))
@@ -263,9 +405,13 @@ def wide(tmp_path_factory):
 def test_float16_of_a_model_that_holds_float32_only(target, wide, tmp_path):
     if target in NEEDS:
         pytest.importorskip(NEEDS[target], reason=f"needs {NEEDS[target]}")
-    report = export(wide, tmp_path / "out", target=target, prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
+    report = export(
+        wide, tmp_path / "out", target=target, prompts=PROMPTS[:1], num_inference_steps=1, threads=1
+    )
     assert report["source"] == "fp32"
-    assert sum(f["bytes"] for name, f in report["files"].items() if name.startswith("unet")) < 13e6  # 5.4 million weights of two bytes
+    assert (
+        sum(f["bytes"] for name, f in report["files"].items() if name.startswith("unet")) < 13e6
+    )  # 5.4 million weights of two bytes
     assert report["parity"]["networks"]["unet"]["sqnr"] < 100  # rounded
     assert min(report["parity"]["psnr"]) >= 40
     with pytest.raises(PrecisionError, match="wants int8-static: quantise it first"):
@@ -299,7 +445,11 @@ def test_errors(tmp_path, plain):
         export(plain, tmp_path / "x", target="onnx")
     with pytest.raises(InputError, match="does not exist"):
         export(EMOJI, tmp_path / "x", target=tmp_path / "none.toml")
-    bad = (("target = 'onnx'\nspeed = 1", "speed not known"), ("target = 'onnx'\n[gate]\nvae = 1", "gate names vae"), ("x = [", "not TOML"))
+    bad = (
+        ("target = 'onnx'\nspeed = 1", "speed not known"),
+        ("target = 'onnx'\n[gate]\nvae = 1", "gate names vae"),
+        ("x = [", "not TOML"),
+    )
     for text, words in bad:
         (tmp_path / "p.toml").write_text(text)
         with pytest.raises(InputError, match=words):
@@ -311,12 +461,16 @@ def test_errors(tmp_path, plain):
 
 
 def test_mnns_converter_works_in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """It keeps weights in a file of its working folder: of two exports at once one got the other's."""
+    """It keeps weights in a file of its working folder: of two exports at once one got the
+    other's.
+    """
     pytest.importorskip("MNN", reason="needs MNN")
     from sdlite.exporters.targets import mnn
 
     seen, right = [], mnn.subprocess.run
-    monkeypatch.setattr(mnn.subprocess, "run", lambda *a, **k: seen.append(k.get("cwd")) or right(*a, **k))
+    monkeypatch.setattr(
+        mnn.subprocess, "run", lambda *a, **k: seen.append(k.get("cwd")) or right(*a, **k)
+    )
     monkeypatch.chdir(tmp_path)
     export(EMOJI, "out", target="mnn", prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
     folders = [c for c in seen if c is not None]
@@ -339,7 +493,23 @@ def test_rows_are_called_one_by_one():
 def test_command_line(tmp_path, capsys):
     assert main(["export", "--list"]) == 0
     assert "onnx-fixed" in capsys.readouterr().out
-    assert main(["export", str(EMOJI), "--target", "onnx", "--steps", "1", "--out", str(tmp_path / "out"), "--threads", "1"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(EMOJI),
+                "--target",
+                "onnx",
+                "--steps",
+                "1",
+                "--out",
+                str(tmp_path / "out"),
+                "--threads",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert "SQNR" in capsys.readouterr().out
     with pytest.raises(SystemExit) as e:
         main(["export", str(EMOJI)])
@@ -347,7 +517,15 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_fused_schedule_computes_time_and_prompt_once(tmp_path):
-    report = export(EMOJI, tmp_path / "out", target="onnx-fixed", fuse_schedule=True, prompts=PROMPTS[:1], num_inference_steps=3, threads=1)
+    report = export(
+        EMOJI,
+        tmp_path / "out",
+        target="onnx-fixed",
+        fuse_schedule=True,
+        prompts=PROMPTS[:1],
+        num_inference_steps=3,
+        threads=1,
+    )
     assert min(report["parity"]["psnr"]) >= 60
     assert {f"unet/{n}.onnx" for n in ("time", "prompt", "step")} <= set(report["files"])
     whole = Graph.load(EMOJI / "unet/model.onnx")
@@ -357,9 +535,19 @@ def test_fused_schedule_computes_time_and_prompt_once(tmp_path):
     assert sum(len(x) for x in layers.values()) == len(names)
     assert len(layers["time"]) == sum("time_emb" in n for n in names)
     assert len(layers["prompt"]) == sum("attn2.to_k" in n or "attn2.to_v" in n for n in names)
-    assert {i.name for i in parts["step"].proto.graph.input} & {"timestep", "encoder_hidden_states"} == set()
+    assert {i.name for i in parts["step"].proto.graph.input} & {
+        "timestep",
+        "encoder_hidden_states",
+    } == set()
     with pytest.raises(InputError, match="needs fixed shapes"):
-        export(EMOJI, tmp_path / "x", target="onnx", fuse_schedule=True, prompts=PROMPTS[:1], num_inference_steps=1)
+        export(
+            EMOJI,
+            tmp_path / "x",
+            target="onnx",
+            fuse_schedule=True,
+            prompts=PROMPTS[:1],
+            num_inference_steps=1,
+        )
     with pytest.raises(InputError, match="for onnx profiles"):
         export(EMOJI, tmp_path / "x", target="mnn", fuse_schedule=True)
 
@@ -371,7 +559,11 @@ def test_fused_graphs_are_opened_as_every_network_is(tmp_path, monkeypatch):
 
     assert ort.session_options(1).get_session_config_entry("session.force_spinning_stop") == "1"
     opened, right = [], ort.session_options
-    monkeypatch.setattr(ort, "session_options", lambda threads, size: opened.append((threads, size)) or right(threads, size))
+    monkeypatch.setattr(
+        ort,
+        "session_options",
+        lambda threads, size: opened.append((threads, size)) or right(threads, size),
+    )
     session(EMOJI / "vae_decoder/model.onnx", 1)
     assert [t for t, _ in opened] == [1]
     assert opened[0][1] > 3e6  # graph and weights
@@ -388,7 +580,9 @@ def test_hoisted_asks_again_for_another_prompt_or_step():
     def step(given):
         return {"out": given["sample"] + given["time"] + given["prompt"]}
 
-    network = Hoisted(part("time"), part("prompt"), step, ["sample", "time", "prompt"], "out", keep=1)
+    network = Hoisted(
+        part("time"), part("prompt"), step, ["sample", "time", "prompt"], "out", keep=1
+    )
     for t, e in ((1.0, 5.0), (1.0, 5.0), (2.0, 5.0), (1.0, 6.0), (1.0, 5.0)):
         out = network(sample=np.ones(1), timestep=np.array(t), encoder_hidden_states=np.array([e]))
         assert out == 1 + t + e
@@ -400,19 +594,42 @@ def test_half_arithmetic_leaves_norms_in_float32(tmp_path):
 
     from sdlite.exporters.half import FLOAT32, to_half
 
-    export(EMOJI, tmp_path / "out", target="onnx-fixed", prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
+    export(
+        EMOJI,
+        tmp_path / "out",
+        target="onnx-fixed",
+        prompts=PROMPTS[:1],
+        num_inference_steps=1,
+        threads=1,
+    )
     source = tmp_path / "out/unet/model.onnx"
     half = onnx.load(str(to_half(source, tmp_path / "half.onnx")))
     types = {i.name: i.data_type for i in half.graph.initializer}
-    weights = {types[n.input[1]] for n in half.graph.node if n.op_type in ("Conv", "MatMul", "Gemm") and n.input[1] in types}
+    weights = {
+        types[n.input[1]]
+        for n in half.graph.node
+        if n.op_type in ("Conv", "MatMul", "Gemm") and n.input[1] in types
+    }
     assert weights == {onnx.TensorProto.FLOAT16}
-    scales = {types[x] for n in half.graph.node if n.op_type in FLOAT32 for x in n.input if x in types and "norm" in x}
+    scales = {
+        types[x]
+        for n in half.graph.node
+        if n.op_type in FLOAT32
+        for x in n.input
+        if x in types and "norm" in x
+    }
     assert scales == {onnx.TensorProto.FLOAT}
-    assert {i.type.tensor_type.elem_type for i in (*half.graph.input, *half.graph.output)} == {onnx.TensorProto.FLOAT}
+    assert {i.type.tensor_type.elem_type for i in (*half.graph.input, *half.graph.output)} == {
+        onnx.TensorProto.FLOAT
+    }
     from sdlite.backends.ort import Session
 
     rng = np.random.default_rng(0)
-    inputs = {"sample": rng.normal(size=(1, 8, 8, 8)), "timestep": np.array(500.0), "encoder_hidden_states": rng.normal(size=(1, 28, 192))}
+    inputs = {
+        "sample": rng.normal(size=(1, 8, 8, 8)),
+        "timestep": np.array(500.0),
+        "encoder_hidden_states": rng.normal(size=(1, 28, 192)),
+    }
     inputs = {k: v.astype(np.float32) for k, v in inputs.items()}
     want, got = (Session(str(p), "cpu", 1)(**inputs) for p in (source, tmp_path / "half.onnx"))
     error = 10 * np.log10((want**2).sum() / ((got - want) ** 2).sum())

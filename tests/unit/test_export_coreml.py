@@ -1,4 +1,6 @@
-"""Core ML: operations that its converter knows by another name only. What it makes runs on Apple's systems alone, so constants are read here."""
+"""Core ML: operations that its converter knows by another name only. What it makes runs on Apple's
+systems alone, so constants are read here.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from sdlite.exporters.targets import coreml  # noqa: E402
 class Masked(torch.nn.Module):
     def forward(self, x):
         seen = torch.ones(4, 4, dtype=torch.bool).tril()
-        return x + torch.where(seen, torch.zeros(()), -1e4)  # the mask of transformers 5: `where` with a number
+        return x + torch.where(
+            seen, torch.zeros(()), -1e4
+        )  # the mask of transformers 5: `where` with a number
 
 
 def test_where_with_a_number_is_the_mask_that_torch_makes():

@@ -1,4 +1,6 @@
-"""What an export leaves: a folder that says what it is, runs with its runtime alone, and opens again where sdlite has the engine."""
+"""What an export leaves: a folder that says what it is, runs with its runtime alone, and opens
+again where sdlite has the engine.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def folders(tmp_path_factory):
     """{target: folder}: the embedded student in float32."""
     root = tmp_path_factory.mktemp("exports")
     for target in TARGETS:
-        sdlite.export(EMOJI, root / target, target=target, prompts=[PROMPT], num_inference_steps=1, threads=1)
+        sdlite.export(
+            EMOJI, root / target, target=target, prompts=[PROMPT], num_inference_steps=1, threads=1
+        )
     return {target: root / target for target in TARGETS}
 
 
@@ -62,7 +66,7 @@ def original():
     return Pipeline.from_pretrained(EMOJI, precision="fp32", backend="onnxruntime", threads=1)
 
 
-# --- the README's code ---------------------------------------------------------------------------
+# --- the README's code
 
 RUN = """
 import json, os, sys, traceback
@@ -70,7 +74,8 @@ told = {}
 for folder, code in json.load(sys.stdin).items():
     os.chdir(folder)
     try:
-        exec(compile(code, folder, "exec"), {"__name__": "__main__", "print": lambda *a: told.setdefault(folder, []).append(str(a[0]))})
+        tell = lambda *a: told.setdefault(folder, []).append(str(a[0]))
+        exec(compile(code, folder, "exec"), {"__name__": "__main__", "print": tell})
     except Exception:
         told[folder] = traceback.format_exc()
 assert not [m for m in sys.modules if m.split(".")[0] == "sdlite"]
@@ -87,12 +92,22 @@ def ran(folders, tmp_path_factory):
     folders = dict(folders)
     for sampler in SAMPLED:
         folders[sampler] = tmp_path_factory.mktemp("sampled") / sampler
-        sdlite.export(EMOJI, folders[sampler], target="onnx-fixed", prompts=[PROMPT], num_inference_steps=1, threads=1, sampler=sampler)
+        sdlite.export(
+            EMOJI,
+            folders[sampler],
+            target="onnx-fixed",
+            prompts=[PROMPT],
+            num_inference_steps=1,
+            threads=1,
+            sampler=sampler,
+        )
     for target, folder in folders.items():
         copy = shutil.copytree(folder, root / target)
         one, image = re.findall(r"```python\n(.*?)```", (copy / "README.md").read_text(), re.S)
         code[str(copy)] = one + image
-    done = subprocess.run([sys.executable, "-c", RUN], input=json.dumps(code), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], input=json.dumps(code), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.strip().splitlines()[-1])
     return {target: (root / target, told[str(root / target)]) for target in folders}
@@ -101,8 +116,18 @@ def ran(folders, tmp_path_factory):
 def test_a_sampler_that_diffusers_runs_otherwise_is_said(tmp_path):
     for sampler, said in (("heun", True), ("ddim", False)):
         folder = tmp_path / sampler
-        sdlite.export(EMOJI, folder, target="onnx-fixed", prompts=[PROMPT], num_inference_steps=1, threads=1, sampler=sampler)
-        assert ("HeunDiscreteScheduler does not rescale" in (folder / "README.md").read_text()) is said
+        sdlite.export(
+            EMOJI,
+            folder,
+            target="onnx-fixed",
+            prompts=[PROMPT],
+            num_inference_steps=1,
+            threads=1,
+            sampler=sampler,
+        )
+        assert (
+            "HeunDiscreteScheduler does not rescale" in (folder / "README.md").read_text()
+        ) is said
 
 
 @pytest.mark.parametrize("sampler", SAMPLED)
@@ -128,9 +153,15 @@ def test_a_readme_says_what_the_networks_take(target, folders):
         for tensor in (*row["inputs"], row["output"]):
             shape = ", ".join(map(str, tensor["shape"])) or "a scalar"
             assert f"| `{tensor['name']}` | {tensor['dtype']} | {shape} |" in text
-        assert all(name in text for name in (row["file"], *row["weights"]) if "unet/" not in name or "fused" not in target)
+        assert all(
+            name in text
+            for name in (row["file"], *row["weights"])
+            if "unet/" not in name or "fused" not in target
+        )
     assert "28 of them, padded with id 2946" in text
-    assert "sampler ddim (diffusers' DDIMScheduler), 4 steps, guidance 1.0" in " ".join(text.split())
+    assert "sampler ddim (diffusers' DDIMScheduler), 4 steps, guidance 1.0" in " ".join(
+        text.split()
+    )
     assert not re.search(r"@[A-Z]+@", text)
 
 
@@ -152,7 +183,7 @@ def test_each_sampler_has_a_class_of_diffusers():
     assert all(hasattr(diffusers, name) for name, _ in _CLASSES.values())
 
 
-# --- opening -------------------------------------------------------------------------------------
+# --- opening
 
 
 @pytest.mark.parametrize("target", OPENED)
@@ -161,7 +192,9 @@ def test_an_export_opens_with_the_same_images(target, folders, original, tmp_pat
     assert pipe.report.backend == ("openvino" if target == "openvino" else "onnxruntime")
     assert "auto: exported for" in pipe.report.reason
     call = {"num_inference_steps": 2, "guidance_scale": 3.0, "negative_prompt": "blue"}
-    assert psnr(pixels(pipe, [PROMPT, "dog"], **call), pixels(original, [PROMPT, "dog"], **call)) > 80
+    assert (
+        psnr(pixels(pipe, [PROMPT, "dog"], **call), pixels(original, [PROMPT, "dog"], **call)) > 80
+    )
     again = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "again"), threads=1)
     assert psnr(pixels(again), pixels(pipe)) > 80
     assert main(["verify", str(tmp_path / "again")]) == 0
@@ -171,7 +204,9 @@ def test_an_export_opens_with_the_same_images(target, folders, original, tmp_pat
 def test_fixed_shapes_refuse_other_sizes(target, folders):
     pipe = Pipeline.from_pretrained(folders[target], threads=1)
     assert pixels(pipe).shape == (1, 64, 64, 3)
-    with pytest.raises(ShapeError, match="height=128, width=128: this export has networks of 64x64 pixels alone"):
+    with pytest.raises(
+        ShapeError, match="height=128, width=128: this export has networks of 64x64 pixels alone"
+    ):
         pipe(PROMPT, height=128, width=128)
     with pytest.raises(InputError, match="takes its 64 pixels at once"):
         pipe.enable_vae_tiling(32)
@@ -207,7 +242,7 @@ def test_what_opens_an_export_is_said(folders):
             wrong(folders["onnx-fixed"], out=folders["onnx-fixed"].parent / "x", **more)
 
 
-# --- what it says of itself ----------------------------------------------------------------------
+# --- what it says of itself
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -257,7 +292,10 @@ def test_info_says_what_the_folder_is(target, folders, capsys):
     if target == "onnx":
         assert "fp32 runs on: onnxruntime (auto" in text
         return
-    assert f"export for {target.removesuffix('-fixed').removesuffix('-fused')} (profile {target}): fp32" in text
+    assert (
+        f"export for {target.removesuffix('-fixed').removesuffix('-fused')} (profile {target}):"
+        " fp32" in text
+    )
     assert "checked by the runtime itself, images at least" in text
     assert "plain diffusers folder" not in text
     runs = {
@@ -265,7 +303,10 @@ def test_info_says_what_the_folder_is(target, folders, capsys):
         "mnn": "does not open; its README.md",
         "openvino": "openvino (auto",
     }
-    assert f"fp32 runs on: {runs.get(target, 'onnxruntime (auto')}" in text or runs.get(target, "-") in text
+    assert (
+        f"fp32 runs on: {runs.get(target, 'onnxruntime (auto')}" in text
+        or runs.get(target, "-") in text
+    )
     assert main(["info", str(folders[target]), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["export"]["size"] == (None if target == "openvino" else [64, 64])
@@ -279,9 +320,13 @@ def test_the_index_names_only_what_is_there(tmp_path):
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
     }
-    (model / "model_index.json").write_text(json.dumps(index | checker | {"requires_safety_checker": True}))
+    (model / "model_index.json").write_text(
+        json.dumps(index | checker | {"requires_safety_checker": True})
+    )
     relist(model)
-    sdlite.export(model, tmp_path / "out", target="onnx", prompts=[PROMPT], num_inference_steps=1, threads=1)
+    sdlite.export(
+        model, tmp_path / "out", target="onnx", prompts=[PROMPT], num_inference_steps=1, threads=1
+    )
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     named = {k for k, v in index.items() if isinstance(v, list) and v[0]}
     assert named == {"tokenizer", "scheduler", "text_encoder", "unet", "vae"}

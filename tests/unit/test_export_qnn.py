@@ -1,4 +1,6 @@
-"""a16w8 graphs and the qnn target: right arithmetic on onnxruntime, whole graphs on the HTP simulator, a gate that can fail."""
+"""a16w8 graphs and the qnn target: right arithmetic on onnxruntime, whole graphs on the HTP
+simulator, a gate that can fail.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,36 @@ from tests.conftest import EMOJI
 
 @pytest.fixture
 def network(tmp_path):
-    """(Graph of relu(conv(x)) -> flat -> product, path, a run of it): x (1, 8, 8, 8) -> y (1, 4)."""
+    """(Graph of relu(conv(x)) -> flat -> product, path, a run of it): x (1, 8, 8, 8) -> y (1,
+    4).
+    """
     rng = np.random.default_rng(0)
-    held = {"w": rng.normal(size=(16, 8, 3, 3)) * 0.1, "b": rng.normal(size=16), "m": rng.normal(size=(1024, 4)) * 0.1}
+    held = {
+        "w": rng.normal(size=(16, 8, 3, 3)) * 0.1,
+        "b": rng.normal(size=16),
+        "m": rng.normal(size=(1024, 4)) * 0.1,
+    }
     nodes = [
-        helper.make_node("Conv", ["x", "w", "b"], ["c"], name="conv", pads=[1] * 4), helper.make_node("Relu", ["c"], ["r"], name="relu"),
-        helper.make_node("Flatten", ["r"], ["f"], name="flat"), helper.make_node("MatMul", ["f", "m"], ["y"], name="product"),
-    ]  # fmt: skip
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", (1, 8, 8, 8)), ("y", (1, 4)))]
+        helper.make_node("Conv", ["x", "w", "b"], ["c"], name="conv", pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["r"], name="relu"),
+        helper.make_node("Flatten", ["r"], ["f"], name="flat"),
+        helper.make_node("MatMul", ["f", "m"], ["y"], name="product"),
+    ]
+    values = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
+        for n, s in (("x", (1, 8, 8, 8)), ("y", (1, 4)))
+    ]
     graph = helper.make_graph(
-        nodes, "g", values[:1], values[1:], [numpy_helper.from_array(v.astype(np.float32), k) for k, v in held.items()]
+        nodes,
+        "g",
+        values[:1],
+        values[1:],
+        [numpy_helper.from_array(v.astype(np.float32), k) for k, v in held.items()],
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(tmp_path / "m.onnx"))
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9),
+        str(tmp_path / "m.onnx"),
+    )
     return Graph.load(tmp_path / "m.onnx"), tmp_path / "m.onnx"
 
 
@@ -40,8 +60,15 @@ def ranges_of(graph, path, x, tmp_path):
     import onnxruntime as ort
 
     graph.outputs(["c", "f"]).save(tmp_path / "watched.onnx")
-    session = ort.InferenceSession(str(tmp_path / "watched.onnx"), providers=["CPUExecutionProvider"])
-    seen = {**dict(zip([o.name for o in session.get_outputs()], session.run(None, {"x": x}), strict=True)), "x": x}
+    session = ort.InferenceSession(
+        str(tmp_path / "watched.onnx"), providers=["CPUExecutionProvider"]
+    )
+    seen = {
+        **dict(
+            zip([o.name for o in session.get_outputs()], session.run(None, {"x": x}), strict=True)
+        ),
+        "x": x,
+    }
     return {k: (float(v.min()), float(v.max())) for k, v in seen.items()}, seen["y"]
 
 
@@ -52,7 +79,9 @@ def ratio(want, got):
 def run(path, x):
     import onnxruntime as ort
 
-    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[
+        0
+    ]
 
 
 def test_integer_layers_are_near_and_a_wrong_scale_is_seen(network, tmp_path):
@@ -61,7 +90,9 @@ def test_integer_layers_are_near_and_a_wrong_scale_is_seen(network, tmp_path):
     ranges, want = ranges_of(graph, path, x, tmp_path)
     sixteen.insert(graph, graph.layers(), ranges).save(tmp_path / "q.onnx")
     assert 35 < ratio(want, run(tmp_path / "q.onnx", x)) < 80  # 8-bit weights set it
-    broken = sixteen.insert(graph, graph.layers(), {**ranges, "c": (ranges["c"][0], ranges["c"][1] / 8)})
+    broken = sixteen.insert(
+        graph, graph.layers(), {**ranges, "c": (ranges["c"][0], ranges["c"][1] / 8)}
+    )
     broken.save(tmp_path / "broken.onnx")
     assert ratio(want, run(tmp_path / "broken.onnx", x)) < 10
 
@@ -101,9 +132,12 @@ def test_kept_layers_keep_their_names_through_folding(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"integer": {"vae": ["Conv"]}}, "integer names vae"),
-     ({"integer": {"unet": ["Relu"]}}, "integer names Relu"), ({"samples": 0}, "samples=0; at least 1")],
-)  # fmt: skip
+    [
+        ({"integer": {"vae": ["Conv"]}}, "integer names vae"),
+        ({"integer": {"unet": ["Relu"]}}, "integer names Relu"),
+        ({"samples": 0}, "samples=0; at least 1"),
+    ],
+)
 def test_options_that_are_not_known(options, words):
     with pytest.raises(InputError, match=words):
         qnn._options(profile.Profile("q", "qnn", options=options))
@@ -134,7 +168,14 @@ def test_precisions_of_the_target(tmp_path):
 @pytest.mark.parametrize("name", ["qnn", "qnn-fp16"])
 def test_the_student_holds_its_gate_on_the_simulator(tmp_path, name):
     pytest.importorskip("onnxruntime_qnn", reason="needs the qnn extra")
-    report = export(EMOJI, tmp_path / "out", target=name, prompts=["red apple"], num_inference_steps=1, threads=1)
+    report = export(
+        EMOJI,
+        tmp_path / "out",
+        target=name,
+        prompts=["red apple"],
+        num_inference_steps=1,
+        threads=1,
+    )
     assert report["checked_by"] == "the runtime itself"
     assert min(report["parity"]["psnr"]) >= report["profile"]["gate"]["psnr"]
     assert {"unet/model.onnx", "unet/model_qnn.bin"} <= set(report["files"])
@@ -150,7 +191,17 @@ def test_a_broken_scale_fails_the_gate_on_the_simulator(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sixteen, "parameters", wrong)
     path = tmp_path / "p.toml"
-    path.write_text("target = 'qnn'\nprecision = 'a16w8'\n[gate]\npsnr = 32\nunet = 25\n[options]\nsamples = 1\n")
+    path.write_text(
+        "target = 'qnn'\nprecision = 'a16w8'\n[gate]\npsnr = 32\nunet = 25\n[options]\nsamples"
+        " = 1\n"
+    )
     with pytest.raises(ExportError, match="the gate of p does not hold"):
-        export(EMOJI, tmp_path / "out", target=path, prompts=["red apple"], num_inference_steps=1, threads=1)
+        export(
+            EMOJI,
+            tmp_path / "out",
+            target=path,
+            prompts=["red apple"],
+            num_inference_steps=1,
+            threads=1,
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["p.toml"]

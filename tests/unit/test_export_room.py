@@ -1,4 +1,6 @@
-"""Too little disk or memory, an interrupt, a converter's own error: a clear message and nothing left behind."""
+"""Too little disk or memory, an interrupt, a converter's own error: a clear message and nothing
+left behind.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,14 @@ GIB = 1 << 30
 
 
 def run(tmp_path):
-    return export(EMOJI, tmp_path / "out", target="onnx-fixed", prompts=["red apple"], num_inference_steps=1, threads=1)
+    return export(
+        EMOJI,
+        tmp_path / "out",
+        target="onnx-fixed",
+        prompts=["red apple"],
+        num_inference_steps=1,
+        threads=1,
+    )
 
 
 def failing_at(monkeypatch, error, part="vae_decoder"):
@@ -41,7 +50,9 @@ def failing_at(monkeypatch, error, part="vae_decoder"):
 
 def test_sizes_open_float16_weights_to_float32():
     sizes = room.sizes(Artifact.open(EMOJI), "fp32")
-    stored = {p: (EMOJI / p / "diffusion_pytorch_model.safetensors").stat().st_size for p in ("unet",)}
+    stored = {
+        p: (EMOJI / p / "diffusion_pytorch_model.safetensors").stat().st_size for p in ("unet",)
+    }
     assert sizes["unet"] == pytest.approx(2 * stored["unet"], rel=0.1)
     assert set(sizes) == {"text_encoder", "unet", "vae_decoder"}
 
@@ -49,7 +60,11 @@ def test_sizes_open_float16_weights_to_float32():
 def test_too_little_disk_is_said_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "free_disk", lambda path: 5 << 20)
     with pytest.raises(
-        ExportError, match=r"too little disk for onnx-fixed: about \d+ MiB are needed in .*, 5 MiB are free.*Nothing was written"
+        ExportError,
+        match=(
+            r"too little disk for onnx-fixed: about \d+ MiB are needed in .*, 5 MiB are"
+            r" free.*Nothing was written"
+        ),
     ):
         run(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -57,7 +72,13 @@ def test_too_little_disk_is_said_before_anything_is_made(tmp_path, monkeypatch):
 
 def test_too_little_memory_is_said_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "free_memory", lambda: 3 << 20)
-    with pytest.raises(ExportError, match=r"too little memory for onnx-fixed: at least \d+ MiB .* 3 MiB are free.*Nothing was written"):
+    with pytest.raises(
+        ExportError,
+        match=(
+            r"too little memory for onnx-fixed: at least \d+ MiB .* 3 MiB are free.*Nothing was"
+            r" written"
+        ),
+    ):
         run(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -71,9 +92,15 @@ def test_enough_room_and_systems_that_do_not_tell_go_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "the disk ran out during the export of onnx-fixed"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "the disk ran out during the export of onnx-fixed",
+        ),
         (MemoryError(), "the memory ran out during the export of onnx-fixed"),
-        (RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc"), "the memory ran out during the export of onnx-fixed"),
+        (
+            RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc"),
+            "the memory ran out during the export of onnx-fixed",
+        ),
         (
             RuntimeError("unsupported operator Mystery"),
             r"onnx could not convert vae_decoder \(RuntimeError\): unsupported operator Mystery",
@@ -107,7 +134,18 @@ def test_other_errors_of_the_system_stay_what_they_are(tmp_path, monkeypatch):
 
 def test_an_interrupt_half_way_leaves_nothing_and_exits_1(tmp_path, monkeypatch, capsys):
     seen = failing_at(monkeypatch, KeyboardInterrupt())
-    command = ["export", str(EMOJI), "--target", "onnx-fixed", "--steps", "1", "--threads", "1", "--out", str(tmp_path / "out")]
+    command = [
+        "export",
+        str(EMOJI),
+        "--target",
+        "onnx-fixed",
+        "--steps",
+        "1",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(command) == 1
     assert "interrupted; nothing was written" in capsys.readouterr().err
     assert not any(p.exists() for p in seen)
@@ -119,17 +157,30 @@ def mystery(tmp_path):
     import onnx
     from onnx import TensorProto, helper
 
-    node = helper.make_node("Mystery", ["latent_sample"], ["sample"], name="the_node", domain="custom")
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, (1, 3, 8, 8)) for n in ("latent_sample", "sample")]
+    node = helper.make_node(
+        "Mystery", ["latent_sample"], ["sample"], name="the_node", domain="custom"
+    )
+    values = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, (1, 3, 8, 8))
+        for n in ("latent_sample", "sample")
+    ]
     graph = helper.make_graph([node], "g", values[:1], values[1:])
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("custom", 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), str(tmp_path / "m.onnx"))
+    onnx.save(
+        helper.make_model(graph, opset_imports=opsets, ir_version=9), str(tmp_path / "m.onnx")
+    )
     return tmp_path / "m.onnx"
 
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("openvino", "openvino"), ("mnn", "MNN"), ("ncnn", "ncnn"), ("tensorrt-rtx", "tensorrt_rtx"), ("qnn-fp16", "onnxruntime_qnn")],
+    [
+        ("openvino", "openvino"),
+        ("mnn", "MNN"),
+        ("ncnn", "ncnn"),
+        ("tensorrt-rtx", "tensorrt_rtx"),
+        ("qnn-fp16", "onnxruntime_qnn"),
+    ],
 )
 def test_an_unsupported_operator_is_an_error_of_every_converter(tmp_path, name, package):
     pytest.importorskip(package, reason=f"needs {package}")
@@ -138,6 +189,9 @@ def test_an_unsupported_operator_is_an_error_of_every_converter(tmp_path, name, 
     settings = profile.load(name)
     module = exporting._module(settings)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ExportError, match=r"vae_decoder|Mystery") as e, exporting._refusals("vae_decoder", settings):
+    with (
+        pytest.raises(ExportError, match=r"vae_decoder|Mystery") as e,
+        exporting._refusals("vae_decoder", settings),
+    ):
         module.convert("vae_decoder", mystery(tmp_path), tmp_path / "out", settings)
     assert "Traceback" not in str(e.value)

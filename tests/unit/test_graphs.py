@@ -1,4 +1,6 @@
-"""Graphs that no exporter of ours writes are refused in one line, before an engine opens them; engines' own errors are one line too."""
+"""Graphs that no exporter of ours writes are refused in one line, before an engine opens them;
+engines' own errors are one line too.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ def refused(model, says, backend="onnxruntime"):
     assert "\n" not in str(e.value)
 
 
-# --- weights in other files ----------------------------------------------------------------------
+# --- weights in other files
 
 PLACES = [
     ("../../outside.bin", "accepted: the name of a file beside it"),
@@ -122,7 +124,9 @@ def test_a_manifest_that_leaves_the_weights_out_does_not_hide_them(model):
         for parts in manifest["variants"].values():
             parts["unet"]["weights"] = []
 
-    refused(strangers.with_json(model, "sdlite.json", no_weights), "not one of its listed files (none)")
+    refused(
+        strangers.with_json(model, "sdlite.json", no_weights), "not one of its listed files (none)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,7 @@ def test_a_key_that_is_given_twice_is_refused(model):
     refused(edited(model, twice), "gives location of external data twice")
 
 
-# --- what a graph may hold -----------------------------------------------------------------------
+# --- what a graph may hold
 
 
 def appended(*nodes, constants=()):
@@ -200,7 +204,9 @@ def function(proto):
 
 
 def wide(proto):
-    next(t for t in proto.graph.initializer if t.data_location != TensorProto.EXTERNAL).dims[:] = [2**40]
+    next(t for t in proto.graph.initializer if t.data_location != TensorProto.EXTERNAL).dims[:] = [
+        2**40
+    ]
 
 
 def wider(proto):
@@ -246,7 +252,9 @@ HELD = {
         "the domain 'evil.ops'",
     ),
     "bomb": (
-        appended(helper.make_node("ConstantOfShape", ["huge"], ["x"]), constants=[number("huge", 2**33)]),
+        appended(
+            helper.make_node("ConstantOfShape", ["huge"], ["x"]), constants=[number("huge", 2**33)]
+        ),
         "fills a tensor of shape [8589934592]",
     ),
     "bomb in a node": (
@@ -262,7 +270,10 @@ HELD = {
     "outside in a node": (outside_attribute, "weights 'x' in '/etc/passwd'"),
     "renamed": (
         renamed,
-        "takes other, timestep, encoder_hidden_states; a unet takes sample, timestep, encoder_hidden_states",
+        (
+            "takes other, timestep, encoder_hidden_states; a unet takes sample, timestep,"
+            " encoder_hidden_states"
+        ),
     ),
     "no output": (lambda p: p.graph.ClearField("output"), "unet/model.onnx"),
     "another type": (half, "has timestep as f"),
@@ -279,7 +290,9 @@ def test_what_no_exporter_of_ours_writes_is_refused(model, name, backend):
     assert time.perf_counter() - begin < 10
 
 
-@pytest.mark.parametrize("data", [b"", b"PK\x03\x04" + bytes(range(256)) * 4, b"\x80\x04\x95\x1e\x00\x00", b"\x08\x08"])
+@pytest.mark.parametrize(
+    "data", [b"", b"PK\x03\x04" + bytes(range(256)) * 4, b"\x80\x04\x95\x1e\x00\x00", b"\x08\x08"]
+)
 def test_what_is_no_graph_is_refused(model, data):
     (model / "unet" / "model.onnx").write_bytes(data)
     refused(strangers.rehashed(model), "ONNX file")
@@ -289,7 +302,9 @@ def test_what_is_no_graph_is_refused(model, data):
 def test_other_spellings_of_protobuf_hide_nothing(tmp_path, hide):
     """A message that is given twice is merged, and numbers may have more bytes than they need."""
     proto = onnx.ModelProto()
-    proto.graph.initializer.append(TensorProto(name="w", data_type=1, dims=[1], data_location=TensorProto.EXTERNAL))
+    proto.graph.initializer.append(
+        TensorProto(name="w", data_type=1, dims=[1], data_location=TensorProto.EXTERNAL)
+    )
     proto.graph.initializer[0].external_data.add(key="location", value="/etc/passwd")
     whole = proto.SerializeToString()
     assert whole[0] == 7 << 3 | 2
@@ -330,11 +345,13 @@ def test_our_own_graphs_are_read_in_milliseconds(part):
     assert min(took) < 0.1  # 8 ms for the largest on two slow cores
 
 
-# --- while it runs -------------------------------------------------------------------------------
+# --- while it runs
 
 
 def averaging(proto):
-    """A UNet that declares what it must, and gives one number for each channel: numpy would broadcast it."""
+    """A UNet that declares what it must, and gives one number for each channel: numpy would
+    broadcast it.
+    """
     graph = helper.make_graph(
         [helper.make_node("ReduceMean", ["sample"], ["out_sample"], axes=[2, 3], keepdims=1)],
         "g",
@@ -345,7 +362,9 @@ def averaging(proto):
         ],
         [helper.make_tensor_value_info("out_sample", 1, ["b", "c", "y", "x"])],
     )
-    proto.CopyFrom(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8))
+    proto.CopyFrom(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    )
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -354,7 +373,10 @@ def test_an_answer_of_another_shape_is_an_error(model, backend):
     edited(model, averaging)
     with pytest.raises(
         EngineError,
-        match=r"unet with sample \[1, 8, 8, 8\].* gave float32 \[1, 8, 1, 1\], not float32 \[B, C, h, w\]",
+        match=(
+            r"unet with sample \[1, 8, 8, 8\].* gave float32 \[1, 8, 1, 1\], not float32 \[B, C,"
+            r" h, w\]"
+        ),
     ):
         sdlite.Pipeline.from_pretrained(model, backend=backend, threads=1)("x")
 
@@ -381,7 +403,11 @@ def test_memory_that_is_not_there_is_one_line_and_the_pipeline_lives_on(capfd):
 def test_operators_of_a_version_that_there_is_not(model, version, backend):
     """OpenVINO counts down from it, for years."""
     pytest.importorskip(backend)
-    refused(edited(model, lambda p: setattr(p.opset_import[0], "version", version)), "has operators of version", backend)
+    refused(
+        edited(model, lambda p: setattr(p.opset_import[0], "version", version)),
+        "has operators of version",
+        backend,
+    )
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -24,7 +24,7 @@ def torch():
     return pytest.importorskip("torch", reason="needs the torch extra")
 
 
-# --- generator= -------------------------------------------------------------------------------------------------------
+# --- generator=
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler-ancestral"])
@@ -36,7 +36,9 @@ def test_new_cpu_generator_is_its_seed(emoji, torch, sampler):
 
 
 def test_list_of_generators_is_one_for_each_image(emoji, torch):
-    made = emoji(["pizza", "ghost"], generator=[torch.Generator().manual_seed(s) for s in (4, 2)], **FAST)
+    made = emoji(
+        ["pizza", "ghost"], generator=[torch.Generator().manual_seed(s) for s in (4, 2)], **FAST
+    )
     want = emoji(["pizza", "ghost"], seed=[4, 2], **FAST)
     assert np.abs(pixels(made).astype(int) - pixels(want)).max() <= 1
 
@@ -72,7 +74,7 @@ def test_generator_of_a_card_is_refused():
         habits.generators(Generator(), 1)
 
 
-# --- output_type=, callback_on_step_end=, to() ------------------------------------------------------------------------
+# --- output_type=, callback_on_step_end=, to()
 
 
 def test_output_types_are_those_of_diffusers(emoji):
@@ -83,7 +85,9 @@ def test_output_types_are_those_of_diffusers(emoji):
     latents = emoji("pizza", seed=1, output_type="latent", **FAST).images
     assert latents.shape == (1, 8, 8, 8)
     assert (emoji.decode(latents) == want).all()
-    with pytest.raises(UnknownNameError, match="output_type='pt' is not known; choose one of pil, np, latent"):
+    with pytest.raises(
+        UnknownNameError, match="output_type='pt' is not known; choose one of pil, np, latent"
+    ):
         emoji("pizza", output_type="pt")
 
 
@@ -99,12 +103,21 @@ def test_step_end_callback_sees_what_diffusers_shows_and_may_change_the_latents(
     assert seen[0][2] > seen[1][2]
     assert (zero == 0).all()
     want = emoji("pizza", seed=1, output_type="latent", **FAST).images
-    assert (emoji("pizza", seed=1, callback_on_step_end=lambda *_: {}, output_type="latent", **FAST).images == want).all()
+    assert (
+        emoji(
+            "pizza", seed=1, callback_on_step_end=lambda *_: {}, output_type="latent", **FAST
+        ).images
+        == want
+    ).all()
 
 
 @pytest.mark.parametrize(
     ("answer", "text"),
-    [(None, "returned NoneType"), ({"prompt_embeds": 1}, "returned prompt_embeds"), ({"latents": np.zeros(3)}, r"\(3,\)")],
+    [
+        (None, "returned NoneType"),
+        ({"prompt_embeds": 1}, "returned prompt_embeds"),
+        ({"latents": np.zeros(3)}, r"\(3,\)"),
+    ],
 )
 def test_step_end_callback_that_asks_for_more_is_refused(emoji, answer, text):
     with pytest.raises(InputError, match=text):
@@ -112,13 +125,22 @@ def test_step_end_callback_that_asks_for_more_is_refused(emoji, answer, text):
 
 
 def test_to_is_nothing_where_the_pipeline_is_and_an_error_elsewhere(emoji, torch):
-    assert emoji.to("cpu") is emoji.to(torch.device("cpu"), torch.float16) is emoji.to(device="cpu") is emoji
-    for wanted, word in (("cuda", "device="), (torch.device("cuda", 1), "device="), (torch.float32, "precision=")):
+    assert (
+        emoji.to("cpu")
+        is emoji.to(torch.device("cpu"), torch.float16)
+        is emoji.to(device="cpu")
+        is emoji
+    )
+    for wanted, word in (
+        ("cuda", "device="),
+        (torch.device("cuda", 1), "device="),
+        (torch.float32, "precision="),
+    ):
         with pytest.raises(InputError, match=f"pass {word} to Pipeline.from_pretrained"):
             emoji.to(wanted)
 
 
-# --- what is answered -------------------------------------------------------------------------------------------------
+# --- what is answered
 
 
 @pytest.mark.parametrize("name", sorted(habits.CALL))
@@ -140,7 +162,9 @@ def test_keyword_of_loading_is_answered_or_harmless(name):
     assert way in str(e.value)
     if harmless:
         with pytest.raises(UnknownNameError, match="precision='none'"):  # accepted so far
-            sdlite.Pipeline.from_pretrained("emoji", precision="none", **dict.fromkeys([name], harmless[0]))
+            sdlite.Pipeline.from_pretrained(
+                "emoji", precision="none", **dict.fromkeys([name], harmless[0])
+            )
 
 
 @pytest.mark.parametrize("name", sorted(habits.ATTRIBUTES))
@@ -159,7 +183,9 @@ def test_nobodys_names_are_told_the_nearest(emoji):
         ("sede", "seed"),
         ("negative_promt", "negative_prompt"),
     ):
-        with pytest.raises(UnknownNameError, match=f"^{name}= is not an argument; did you mean '{near}'"):
+        with pytest.raises(
+            UnknownNameError, match=f"^{name}= is not an argument; did you mean '{near}'"
+        ):
             emoji("pizza", **{name: 1})
     with pytest.raises(UnknownNameError, match="did you mean 'precision'"):
         sdlite.Pipeline.from_pretrained("emoji", precison="fp16")

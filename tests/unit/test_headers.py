@@ -1,4 +1,6 @@
-"""safetensors headers: whatever safetensors' own reader refuses is refused, in one line, from what the file has."""
+"""safetensors headers: whatever safetensors' own reader refuses is refused, in one line, from what
+the file has.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,10 @@ BAD = {
     "overlap": (with_a(data_offsets=[16, 40]), "begins at"),
     "three offsets": (with_a(data_offsets=[0, 12, 24]), "a has data_offsets"),
     "floats": (with_a(data_offsets=[0.0, 24.0]), "the number 0.0"),
-    "an exponent": (pack(b'{"a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 1e999]}}'), "1e999"),
+    "an exponent": (
+        pack(b'{"a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 1e999]}}'),
+        "1e999",
+    ),
     "texts": (with_a(data_offsets=["0", "24"]), "a has data_offsets"),
     "true": (with_a(shape=[True, 6]), "a has shape"),
     "negative shape": (with_a(shape=[-2, -3]), "the number -2"),
@@ -69,7 +74,10 @@ BAD = {
     "cut off": (pack({"a": A, "b": B}, DATA[:-1]), "it is cut off"),
     "a rest": (pack({"a": A, "b": B}, DATA + b"x"), "belongs to no tensor"),
     "no tensors, but data": (pack({}), "belongs to no tensor"),
-    "half a byte": (pack({"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 2]}}, b"ab"), "a has F4"),
+    "half a byte": (
+        pack({"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 2]}}, b"ab"),
+        "a has F4",
+    ),
 }
 
 
@@ -95,7 +103,11 @@ def test_whole_files_are_read(tmp_path):
     index = weight_index([path])
     for name, want in TENSORS.items():
         assert np.array_equal(index[name].read(), want.astype(np.float32))
-    path.write_bytes(pack({"__metadata__": None, "e": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}, b""))
+    path.write_bytes(
+        pack(
+            {"__metadata__": None, "e": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}, b""
+        )
+    )
     assert headers.read(path)["e"][1] == (0,)
 
 
@@ -103,7 +115,25 @@ def test_ours_is_as_strict_as_safetensors_own_reader(tmp_path):
     """Drawn headers, of bytes and of values: none that safetensors refuses is taken."""
     draw, path = random.Random(7), tmp_path / "model.safetensors"
     whole = pack({"__metadata__": {"k": "v"}, "a": A, "b": B})
-    odd = [0, 1, -1, 24, 2**32, 2**64, 0.5, "F32", "BF16", None, True, [], {}, [2, 3], [0, 24], [24, 32], "\x00"]
+    odd = [
+        0,
+        1,
+        -1,
+        24,
+        2**32,
+        2**64,
+        0.5,
+        "F32",
+        "BF16",
+        None,
+        True,
+        [],
+        {},
+        [2, 3],
+        [0, 24],
+        [24, 32],
+        "\x00",
+    ]
     taken = 0
     for turn in range(1500):
         if turn % 2:
@@ -113,7 +143,9 @@ def test_ours_is_as_strict_as_safetensors_own_reader(tmp_path):
             data = data[: draw.choice([len(data), len(data), draw.randrange(len(data))])]
         else:
             entries = {"a": dict(A), "b": dict(B)}
-            entries[draw.choice("ab")][draw.choice(["dtype", "shape", "data_offsets"])] = draw.choice(odd)
+            entries[draw.choice("ab")][draw.choice(["dtype", "shape", "data_offsets"])] = (
+                draw.choice(odd)
+            )
             if draw.random() < 0.3:
                 entries[draw.choice(["__metadata__", "c"])] = draw.choice(odd)
             data = pack(entries)
@@ -126,7 +158,9 @@ def test_ours_is_as_strict_as_safetensors_own_reader(tmp_path):
 
 
 def test_no_more_is_read_than_the_file_has(tmp_path):
-    """A sparse file that claims a header of 90 MB: safetensors' bound holds, and a FIFO is not opened."""
+    """A sparse file that claims a header of 90 MB: safetensors' bound holds, and a FIFO is not
+    opened.
+    """
     import os
 
     path = tmp_path / "pipe.safetensors"

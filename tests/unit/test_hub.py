@@ -1,4 +1,6 @@
-"""Hub loading against a small local server that speaks the part of the hub's API that downloads use."""
+"""Hub loading against a small local server that speaks the part of the hub's API that downloads
+use.
+"""
 
 from __future__ import annotations
 
@@ -47,18 +49,22 @@ except SdliteError as e:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `repos`: name -> revision -> files; EMOJI is org/emoji. `cut`: file -> how many requests break off half way; `change`:
-    files served with one wrong byte."""
+    """Serves `repos`: name -> revision -> files; EMOJI is org/emoji. `cut`: file -> how many
+    requests break off half way; `change`: files served with one wrong byte.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files = {p.relative_to(EMOJI).as_posix(): p.read_bytes() for p in EMOJI.rglob("*") if p.is_file()}
+        self.files = {
+            p.relative_to(EMOJI).as_posix(): p.read_bytes() for p in EMOJI.rglob("*") if p.is_file()
+        }
         self.files["unet/evil.bin"] = b"pickle"
         self.repos = {"org/emoji": {"main": self.files, "v1": self.files}}
         self.cut: dict[str, int] = {}
         self.change: set[str] = set()
         self.refused: set[str] = set()
-        self.silent: set[str] = set()  # "revision": the list of files is never answered; "resolve": the files
+        # "revision": the list of files is never answered; "resolve": the files
+        self.silent: set[str] = set()
         self.served: list[tuple[str, str, str | None]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -85,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: bool):
         path = self.path.split("?")[0].removeprefix("/api/models").lstrip("/")
-        org, name, what, *rest = [*path.split("/", 3), "revision", "main"] if path.count("/") == 1 else path.split("/", 3)
+        org, name, what, *rest = path.split("/", 3) + ["revision", "main"] * (path.count("/") == 1)
         if what in self.server.silent:
             time.sleep(60)
         repo = self.server.repos.get(f"{org}/{name}")
@@ -94,7 +100,11 @@ class Handler(BaseHTTPRequestHandler):
         if what == "refs":
             kinds = {"branches": "main", "tags": "v", "pullRequests": "refs/"}
             rows = {
-                k: [{"name": r, "ref": r, "targetCommit": commit(r, f)} for r, f in repo.items() if r.startswith(v)]
+                k: [
+                    {"name": r, "ref": r, "targetCommit": commit(r, f)}
+                    for r, f in repo.items()
+                    if r.startswith(v)
+                ]
                 for k, v in kinds.items()
             }
             return self.json({**rows, "converts": []}, body)
@@ -105,9 +115,19 @@ class Handler(BaseHTTPRequestHandler):
             return self.error("RevisionNotFound", body)
         files = repo[revision]
         if what == "revision":
-            return self.json({"id": path, "sha": commit(revision, files), "siblings": [{"rfilename": f} for f in files]}, body)
+            return self.json(
+                {
+                    "id": path,
+                    "sha": commit(revision, files),
+                    "siblings": [{"rfilename": f} for f in files],
+                },
+                body,
+            )
         if what == "tree":
-            rows = [{"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for f, d in files.items()]
+            rows = [
+                {"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                for f, d in files.items()
+            ]
             return self.json(rows, body)
         data = files[unquote(name)]
         if name in self.server.refused:
@@ -162,8 +182,17 @@ def hub():
 
 
 def run(url, home, revision=None, code=RUN, repo="org/emoji", every=False, **env):
-    env = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-           "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "3", **env}  # fmt: skip
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_ETAG_TIMEOUT": "3",
+        **env,
+    }
     out = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code.format(revision=revision, repo=repo)],
         capture_output=True,
@@ -213,20 +242,34 @@ def test_changed_file_is_refused_by_its_hash(hub, tmp_path):
     assert "SHA-256" in said
 
 
-# --- which files are fetched: decided before any weights --------------------------------------
+# --- which files are fetched: decided before any weights
 
 SD = {
-    "_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "feature_extractor": ["transformers", "CLIPImageProcessor"],
-}  # fmt: skip
-TEXT = {f"tokenizer/{n}": b"{}" for n in ("vocab.json", "merges.txt", "tokenizer_config.json")} | {"scheduler/scheduler_config.json": b"{}"}
-WEIGHTS = {f"{p}.safetensors": b"weights" for p in ("text_encoder/model", *(f"{p}/diffusion_pytorch_model" for p in ("unet", "vae")))}
+    "_class_name": "StableDiffusionPipeline",
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+}
+TEXT = {f"tokenizer/{n}": b"{}" for n in ("vocab.json", "merges.txt", "tokenizer_config.json")} | {
+    "scheduler/scheduler_config.json": b"{}"
+}
+WEIGHTS = {
+    f"{p}.safetensors": b"weights"
+    for p in ("text_encoder/model", *(f"{p}/diffusion_pytorch_model" for p in ("unet", "vae")))
+}
 
 
 def pipeline(index=SD, unet=None, weights=WEIGHTS):
     """Files of a repository whose weights are never read."""
-    configs = {"unet": {"in_channels": 4, "cross_attention_dim": 16, **(unet or {})}, "vae": {}, "text_encoder": {"hidden_size": 16}}
+    configs = {
+        "unet": {"in_channels": 4, "cross_attention_dim": 16, **(unet or {})},
+        "vae": {},
+        "text_encoder": {"hidden_size": 16},
+    }
     files = {f"{p}/config.json": json.dumps(c).encode() for p, c in configs.items()}
     return {"model_index.json": json.dumps(index).encode(), **files, **TEXT, **weights}
 
@@ -238,11 +281,23 @@ def resolve(hub, home, files, revision=None, **more):
 
 
 CLUTTER = [
-    "v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin",
-    "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/model.onnx", "unet/model.onnx_data", "vae_decoder/model.onnx",
-    "vae_decoder/config.json", "text_encoder/model.onnx", "text_encoder/flax_model.msgpack", "safety_checker/model.safetensors",
-    "feature_extractor/preprocessor_config.json", "scheduler/.ipynb_checkpoints/scheduler_config-checkpoint.json", "README.md", "[odd]*.png",
-]  # fmt: skip
+    "v1-5-pruned.safetensors",
+    "v1-5-pruned.ckpt",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "unet/model.onnx",
+    "unet/model.onnx_data",
+    "vae_decoder/model.onnx",
+    "vae_decoder/config.json",
+    "text_encoder/model.onnx",
+    "text_encoder/flax_model.msgpack",
+    "safety_checker/model.safetensors",
+    "feature_extractor/preprocessor_config.json",
+    "scheduler/.ipynb_checkpoints/scheduler_config-checkpoint.json",
+    "README.md",
+    "[odd]*.png",
+]
 
 
 def test_plain_pipeline_is_fetched_without_what_it_does_not_need(hub, tmp_path):
@@ -254,18 +309,36 @@ def test_plain_pipeline_is_fetched_without_what_it_does_not_need(hub, tmp_path):
 def test_shards_are_fetched_as_the_index_lists_them(hub, tmp_path):
     stem = "unet/diffusion_pytorch_model"
     shards = [f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    index = json.dumps({"weight_map": {str(i): s.removeprefix("unet/") for i, s in enumerate(shards)}}).encode()
+    index = json.dumps(
+        {"weight_map": {str(i): s.removeprefix("unet/") for i, s in enumerate(shards)}}
+    ).encode()
     sharded = {k: v for k, v in WEIGHTS.items() if not k.startswith("unet")}
-    want = pipeline(weights=sharded) | dict.fromkeys(shards, b"w") | {f"{stem}.safetensors.index.json": index}
-    said = resolve(hub, tmp_path, want | {f"{stem}.safetensors": b"stale", f"{stem}-00001-of-00003.safetensors": b"stale"})
+    want = (
+        pipeline(weights=sharded)
+        | dict.fromkeys(shards, b"w")
+        | {f"{stem}.safetensors.index.json": index}
+    )
+    said = resolve(
+        hub,
+        tmp_path,
+        want | {f"{stem}.safetensors": b"stale", f"{stem}-00001-of-00003.safetensors": b"stale"},
+    )
     assert said.split() == ["OK", *sorted(want)]
 
 
 @pytest.mark.parametrize(
     ("index", "unet", "says"),
     [
-        ({"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "X"]}, {}, "StableDiffusionXLPipeline"),
-        ({"_class_name": "LatentConsistencyModelPipeline"}, {"time_cond_proj_dim": 256}, "guidance embedding"),
+        (
+            {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "X"]},
+            {},
+            "StableDiffusionXLPipeline",
+        ),
+        (
+            {"_class_name": "LatentConsistencyModelPipeline"},
+            {"time_cond_proj_dim": 256},
+            "guidance embedding",
+        ),
     ],
     ids=["sdxl", "lcm"],
 )
@@ -283,11 +356,18 @@ def test_pickles_alone_are_refused_with_the_revisions_that_have_safetensors(hub,
     assert said.startswith("HubError")
     assert "org/x/text_encoder holds only model.bin" in said
     assert "revisions have safetensors: refs/pr/6; pass revision='refs/pr/6'" in said
-    assert resolve(hub, tmp_path, pipeline(weights=pickles), "refs/pr/6", **more).split() == ["OK", *sorted(pipeline())]
+    assert resolve(hub, tmp_path, pipeline(weights=pickles), "refs/pr/6", **more).split() == [
+        "OK",
+        *sorted(pipeline()),
+    ]
 
 
 def test_variants_alone_are_named(hub, tmp_path):
-    said = resolve(hub, tmp_path, pipeline(weights={k.replace(".safe", ".fp16.safe"): v for k, v in WEIGHTS.items()}))
+    said = resolve(
+        hub,
+        tmp_path,
+        pipeline(weights={k.replace(".safe", ".fp16.safe"): v for k, v in WEIGHTS.items()}),
+    )
     assert "HubError org/x/text_encoder holds only model.fp16.safetensors" in said
     assert "variant='fp16'" in said
     assert all(n.endswith(".json") for n, _, _ in hub.served)
@@ -303,7 +383,11 @@ def test_everything_that_a_manifest_lists_is_fetched(hub, tmp_path):
     manifest = json.dumps({"format": "1.0", "files": listed(named)}).encode()
     files = {**named, "sdlite.json": manifest, "unet/other.onnx": b"o"}
     said = resolve(hub, tmp_path, {n: d for n, d in files.items() if n != "README.md"})
-    assert said == "HubError hub model org/x lacks README.md, which its own list names; tell its author, or take another revision."
+    assert (
+        said
+        == "HubError hub model org/x lacks README.md, which its own list names; tell its author, or"
+        " take another revision."
+    )
     said = resolve(hub, tmp_path, files)
     assert said == "OK " + " ".join(sorted({*named, "sdlite.json"}))
 
@@ -317,7 +401,10 @@ def test_exported_folder_is_fetched_as_its_report_lists_it(hub, tmp_path):
         "companions": listed({n: d for n, d in named.items() if n not in made}),
     }
     want = named | {"export-report.json": json.dumps(report).encode()}
-    assert resolve(hub, tmp_path, want | {"unet/model.onnx": b"foreign"}).split() == ["OK", *sorted(want)]
+    assert resolve(hub, tmp_path, want | {"unet/model.onnx": b"foreign"}).split() == [
+        "OK",
+        *sorted(want),
+    ]
 
 
 def test_repository_of_single_files_is_named(hub, tmp_path):
@@ -327,7 +414,9 @@ def test_repository_of_single_files_is_named(hub, tmp_path):
     assert hub.served == []
 
 
-@pytest.mark.parametrize("path", ["models/dreamshaper.safetensors", "/models/v1-5.ckpt", "sd.safetensors"])
+@pytest.mark.parametrize(
+    "path", ["models/dreamshaper.safetensors", "/models/v1-5.ckpt", "sd.safetensors"]
+)
 def test_single_file_is_not_taken_for_a_hub_id(path):
     from sdlite import hub
     from sdlite.errors import UnknownNameError
@@ -336,7 +425,7 @@ def test_single_file_is_not_taken_for_a_hub_id(path):
         hub.resolve(path)
 
 
-# --- a hub that is silent, hostile or damaged -------------------------------------------------------
+# --- a hub that is silent, hostile or damaged
 
 
 SAID = """
@@ -347,7 +436,8 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always", SdliteWarning)
     try:
         folder = sdlite.hub.resolve({repo!r}, {revision!r})
-        print("OK", len(list(folder.rglob("*"))), int(time.monotonic() - begin), [str(w.message) for w in caught])
+        took, said = int(time.monotonic() - begin), [str(w.message) for w in caught]
+        print("OK", len(list(folder.rglob("*"))), took, said)
     except SdliteError as e:
         print(type(e).__name__, int(time.monotonic() - begin), repr(str(e)))
 """
@@ -362,7 +452,9 @@ def silence():
 
 def asked(url, home, revision=None, **env):
     """(kind, seconds, what was said) of `hub.resolve("org/emoji", revision)`."""
-    said = run(url, home, revision, code=SAID, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1", **env)
+    said = run(
+        url, home, revision, code=SAID, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1", **env
+    )
     kind, *rest = said.split(" ", 3 if said.startswith("OK") else 2)
     return kind, int(rest[-2]), rest[-1]
 
@@ -375,7 +467,11 @@ def test_a_silent_hub_does_not_hold_what_is_in_the_cache(hub, silence, tmp_path)
     assert seconds < 10
     assert "the hub cannot be reached" in said
     assert f"org/emoji is the copy in the cache, commit {pinned[:12]}" in said
-    assert asked(silence, tmp_path, pinned) == ("OK", 0, "[]")  # a commit cannot change: nobody is asked
+    assert asked(silence, tmp_path, pinned) == (
+        "OK",
+        0,
+        "[]",
+    )  # a commit cannot change: nobody is asked
     assert asked("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")[::2] == ("OK", "[]")
     kind, seconds, said = asked(silence, tmp_path / "other")
     assert kind == "HubError"
@@ -429,9 +525,13 @@ def test_a_damaged_blob_in_the_cache_is_named(hub, tmp_path):
     assert sdlite.Pipeline.from_pretrained(folder, threads=1).artifact.verify()
 
 
-@pytest.mark.parametrize("repo", ["a/b..c", "a/..", "org/m.", "org/" + "m" * 97, "org/-m", "org/m--x", "org/m.git"])
+@pytest.mark.parametrize(
+    "repo", ["a/b..c", "a/..", "org/m.", "org/" + "m" * 97, "org/-m", "org/m--x", "org/m.git"]
+)
 def test_ids_that_the_hub_refuses_are_one_line(repo):
-    with pytest.raises(UnknownNameError, match=f"model {re.escape(repr(repo))} is no hub id: ") as e:
+    with pytest.raises(
+        UnknownNameError, match=f"model {re.escape(repr(repo))} is no hub id: "
+    ) as e:
         open_model(repo)
     assert "\n" not in str(e.value)
 
@@ -456,16 +556,32 @@ OUTSIDE = [
 def test_names_that_lead_out_of_the_cache_are_one_line(hub, tmp_path):
     for i, name in enumerate(OUTSIDE):
         hub.repos[f"org/x{i}"] = {"main": {**pipeline(), name: b"{}"}}
-    each = RESOLVE.replace("try:", "for i in range(6):\n  try:").replace("\n    ", "\n      ").replace("\nexcept", "\n  except")
+    each = (
+        RESOLVE.replace("try:", "for i in range(6):\n  try:")
+        .replace("\n    ", "\n      ")
+        .replace("\nexcept", "\n  except")
+    )
     said = run(hub.url, tmp_path, code=each.replace("{repo!r}", '"org/x" + str(i)'), every=True)
     assert len(said) == 6
-    assert all(line.startswith("HubError the hub says that model org/x") and line.isprintable() for line in said)
+    assert all(
+        line.startswith("HubError the hub says that model org/x") and line.isprintable()
+        for line in said
+    )
     assert hub.served == []
 
 
 def test_nothing_that_no_model_needs_is_fetched(hub, tmp_path):
-    names = ["tokenizer/evil.pt", "tokenizer/evil.json", "tokenizer/x.txt", "scheduler/evil.bin", "unet/adapter_config.json"]
-    assert resolve(hub, tmp_path, {**pipeline(), **dict.fromkeys(names, b"{}")}).split() == ["OK", *sorted(pipeline())]
+    names = [
+        "tokenizer/evil.pt",
+        "tokenizer/evil.json",
+        "tokenizer/x.txt",
+        "scheduler/evil.bin",
+        "unet/adapter_config.json",
+    ]
+    assert resolve(hub, tmp_path, {**pipeline(), **dict.fromkeys(names, b"{}")}).split() == [
+        "OK",
+        *sorted(pipeline()),
+    ]
 
 
 def test_a_quantized_model_of_the_hub_is_verified_and_saved(hub, tmp_path):
@@ -473,7 +589,14 @@ def test_a_quantized_model_of_the_hub_is_verified_and_saved(hub, tmp_path):
     more = {"quantize-report.json": b"{}", "quantize-grid.png": b"png", "student.json": b"{}"}
     manifest = json.loads(hub.files["sdlite.json"])
     manifest["files"] |= listed(more)
-    hub.repos["org/emoji"]["main"] = {**hub.files, **more, "sdlite.json": json.dumps(manifest).encode()}
-    save = RUN.replace('print("OK"', f'pipe.artifact.verify(); pipe.save_pretrained({str(tmp_path / "saved")!r}); print("OK"')
+    hub.repos["org/emoji"]["main"] = {
+        **hub.files,
+        **more,
+        "sdlite.json": json.dumps(manifest).encode(),
+    }
+    save = RUN.replace(
+        'print("OK"',
+        f'pipe.artifact.verify(); pipe.save_pretrained({str(tmp_path / "saved")!r}); print("OK"',
+    )
     assert run(hub.url, tmp_path / "home", code=save).startswith("OK")
     assert (tmp_path / "saved/quantize-grid.png").read_bytes() == b"png"

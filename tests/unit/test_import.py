@@ -12,18 +12,26 @@ HEAVY = ("torch", "diffusers", "transformers", "onnx", "accelerate", "optimum")
 
 def modules_after(code: str) -> set[str]:
     out = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport sys; print(' '.join(sys.modules))"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"{code}\nimport sys; print(' '.join(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return {m.split(".")[0] for m in out.stdout.split()}
 
 
 def test_import_loads_no_engine_and_nothing_heavy():
-    assert not {*HEAVY, "onnxruntime", "tokenizers", "huggingface_hub"} & modules_after("import sdlite")
+    assert not {*HEAVY, "onnxruntime", "tokenizers", "huggingface_hub"} & modules_after(
+        "import sdlite"
+    )
 
 
 def test_generating_on_onnxruntime_loads_no_torch():
     pytest.importorskip("onnxruntime", reason="needs the cpu extra")
-    code = "import sdlite; sdlite.Pipeline.from_pretrained('emoji', threads=1)('red apple', num_inference_steps=1, seed=0)"
+    code = (
+        "import sdlite; sdlite.Pipeline.from_pretrained('emoji', threads=1)('red apple',"
+        " num_inference_steps=1, seed=0)"
+    )
     loaded = modules_after(code)
     assert "onnxruntime" in loaded
     assert not set(HEAVY) & loaded
@@ -33,7 +41,9 @@ def test_every_package_and_asset_is_in_the_wheel():
     """pyproject.toml lists packages by hand, because export/ is mapped into one of them."""
     root = Path(__file__).parents[2]
     config = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = {".".join(p.parent.relative_to(root).parts) for p in (root / "sdlite").rglob("__init__.py")}
+    found = {
+        ".".join(p.parent.relative_to(root).parts) for p in (root / "sdlite").rglob("__init__.py")
+    }
     assert set(config["packages"]) == found | {"sdlite.exporters.assets"}
     assert config["package-dir"] == {"sdlite.exporters.assets": "export"}
 
@@ -41,7 +51,9 @@ def test_every_package_and_asset_is_in_the_wheel():
 def test_public_names_can_be_listed_and_a_misspelt_one_is_an_error():
     import sdlite
 
-    assert {"Pipeline", "quantize", "export", "convert", "errors", "__version__"} <= set(dir(sdlite))
+    assert {"Pipeline", "quantize", "export", "convert", "errors", "__version__"} <= set(
+        dir(sdlite)
+    )
     assert sdlite.errors.SdliteError.__module__ == "sdlite.errors"
     with pytest.raises(AttributeError, match="Pipelin"):
         sdlite.Pipelin  # noqa: B018
@@ -51,13 +63,17 @@ def test_public_names_can_be_listed_and_a_misspelt_one_is_an_error():
 def test_public_function_is_there_or_names_its_extra(name):
     hidden = "import sys, sdlite\nfor m in ('onnx', 'torch'): sys.modules[m] = None\n"
     code = f"try: sdlite.{name}\nexcept ImportError as e: print(type(e).__name__, e)"
-    out = subprocess.run([sys.executable, "-c", hidden + code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", hidden + code], capture_output=True, text=True, check=True
+    ).stdout
     assert out.startswith(f"MissingExtraError sdlite.{name} needs '")
     assert f"pip install 'sdlite[{'export' if name == 'convert' else 'quantize'}]'" in out
     pytest.importorskip("onnx", reason="needs the quantize extra")
     if name == "convert":
         pytest.importorskip("torch", reason="needs the export extra")
-    subprocess.run([sys.executable, "-c", f"import sdlite; assert callable(sdlite.{name})"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", f"import sdlite; assert callable(sdlite.{name})"], check=True
+    )
 
 
 def test_a_type_checker_finds_misspelt_names_and_arguments(tmp_path):
@@ -71,11 +87,27 @@ def test_a_type_checker_finds_misspelt_names_and_arguments(tmp_path):
     ]
     (tmp_path / "app.py").write_text("\n".join(lines))
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "mypy", "--config-file", str(root / "pyproject.toml"), "--follow-imports", "silent"]
-    said = subprocess.run([*command, str(tmp_path / "app.py")], cwd=root, capture_output=True, text=True).stdout
-    assert [int(line.split(":")[1]) for line in said.splitlines() if ": error: " in line] == [3, 4, 5], said
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(root / "pyproject.toml"),
+        "--follow-imports",
+        "silent",
+    ]
+    said = subprocess.run(
+        [*command, str(tmp_path / "app.py")], cwd=root, capture_output=True, text=True
+    ).stdout
+    assert [int(line.split(":")[1]) for line in said.splitlines() if ": error: " in line] == [
+        3,
+        4,
+        5,
+    ], said
 
 
 def test_module_is_the_command():
-    said = subprocess.run([sys.executable, "-m", "sdlite", "--version"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-m", "sdlite", "--version"], capture_output=True, text=True, check=True
+    ).stdout
     assert said.startswith("sdlite ")

@@ -1,4 +1,6 @@
-"""Files are written whole or not at all, and what killed processes leave is recognized: real processes, locks, disks and users."""
+"""Files are written whole or not at all, and what killed processes leave is recognized: real
+processes, locks, disks and users.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,18 @@ from sdlite.errors import ArtifactError, InputError
 from sdlite.files import Files
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="locks and disks of Linux")
-root = pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="mounts and other users need root")
+root = pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() != 0, reason="mounts and other users need root"
+)
 
 
 @contextmanager
 def disk(place: Path, mib: int):
     """A disk of its own in memory."""
     place.mkdir(parents=True, exist_ok=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "none", place], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "none", place], capture_output=True
+    ).returncode:
         pytest.skip("this machine lets nobody mount")
     try:
         yield place
@@ -42,7 +48,12 @@ def strays(*places: Path) -> list[str]:
 
 
 def run(code: str, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 HOLDS = """
@@ -64,7 +75,7 @@ def killed(out: Path) -> None:
     process.communicate()
 
 
-# --- whole or not at all -----------------------------------------------------------------------------------------------
+# --- whole or not at all
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path):
@@ -144,7 +155,7 @@ def test_a_named_pipe_is_not_copied(tmp_path):
     assert not (tmp_path / "b.json").exists()
 
 
-# --- where a folder may be written -------------------------------------------------------------------------------------
+# --- where a folder may be written
 
 
 def fill(tmp: Path) -> None:
@@ -154,7 +165,11 @@ def fill(tmp: Path) -> None:
 
 
 def whole(out: Path) -> bool:
-    return sorted(p.relative_to(out).as_posix() for p in out.rglob("*")) == ["model_index.json", "unet", "unet/w"]
+    return sorted(p.relative_to(out).as_posix() for p in out.rglob("*")) == [
+        "model_index.json",
+        "unet",
+        "unet/w",
+    ]
 
 
 def test_a_folder_a_missing_parent_the_current_folder_and_a_link(tmp_path, monkeypatch):
@@ -212,7 +227,10 @@ def test_what_cannot_be_written_is_said_first(tmp_path):
 def test_a_folder_of_another_user_is_said_first(tmp_path):
     for p in (tmp_path, *list(tmp_path.parents)[:2]):
         p.chmod(0o755)
-    code = "import os, sys\nfrom sdlite import io\nos.setuid(65534)\ntry: io.check_out(sys.argv[1])\nexcept Exception as e: print(type(e).__name__, e)"
+    code = (
+        "import os, sys\nfrom sdlite import io\nos.setuid(65534)\ntry:"
+        " io.check_out(sys.argv[1])\nexcept Exception as e: print(type(e).__name__, e)"
+    )
     (tmp_path / "mine").mkdir(mode=0o700)
     for out in (tmp_path / "out", tmp_path / "mine" / "out", tmp_path / "mine"):
         said, errors = run(code, out).communicate()
@@ -221,7 +239,7 @@ def test_a_folder_of_another_user_is_said_first(tmp_path):
     assert os.listdir(tmp_path) == ["mine"]
 
 
-# --- at once -----------------------------------------------------------------------------------------------------------
+# --- at once
 
 
 @linux
@@ -233,7 +251,10 @@ def test_a_second_process_is_told_before_it_works(tmp_path, existing):
     first = run(HOLDS, out, "wait")
     try:
         assert first.stdout.readline() == "in\n"
-        with pytest.raises(InputError, match=r"is being written by another process; wait for it, or choose another folder"):
+        with pytest.raises(
+            InputError,
+            match=r"is being written by another process; wait for it, or choose another folder",
+        ):
             io.check_out(out)
         io.check_out(tmp_path / "other")
         io.check_out(tmp_path / "out-2")
@@ -255,7 +276,10 @@ def test_of_two_that_end_at_once_one_is_whole(tmp_path):
 
     (tmp_path / "existing").mkdir()
     for name, files in (("new", ["theirs"]), ("empty", []), ("existing", ["theirs"])):
-        with pytest.raises(InputError, match="was written by another process meanwhile"), io.writing(tmp_path / name) as tmp:
+        with (
+            pytest.raises(InputError, match="was written by another process meanwhile"),
+            io.writing(tmp_path / name) as tmp,
+        ):
             theirs(tmp, tmp_path / name, files)
         assert os.listdir(tmp_path / name) == files
     assert strays(tmp_path) == []
@@ -289,7 +313,7 @@ with io.alone(Path(sys.argv[1])):
     assert all(a[1] <= b[0] for a, b in pairwise(spans))
 
 
-# --- what killed processes leave ---------------------------------------------------------------------------------------
+# --- what killed processes leave
 
 
 @linux
@@ -345,7 +369,9 @@ def test_folders_of_this_process_are_kept_too(tmp_path):
 
 @linux
 def test_what_others_made_is_not_removed(tmp_path):
-    """Names are no proof: links, files, folders without a lock, of another user, of another machine."""
+    """Names are no proof: links, files, folders without a lock, of another user, of another
+    machine.
+    """
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "lock").write_text("\n".join(io._machine()))
@@ -384,7 +410,11 @@ def test_a_process_killed_before_it_had_its_lock(tmp_path):
 
 @linux
 def test_a_child_that_outlives_its_parent_does_not_keep_the_folder(tmp_path):
-    code = HOLDS.replace("if sys", "import subprocess; subprocess.Popen(['sleep', '30'], stdout=subprocess.DEVNULL)\n    if sys")
+    code = HOLDS.replace(
+        "if sys",
+        "import subprocess; subprocess.Popen(['sleep', '30'], stdout=subprocess.DEVNULL)\n   "
+        " if sys",
+    )
     process = run(code, tmp_path / "out", "wait")
     process.stdout.readline()
     time.sleep(0.2)
@@ -415,7 +445,7 @@ print(os.listdir(sys.argv[1]))
     assert said == "[]\n", errors
 
 
-# --- a full disk -------------------------------------------------------------------------------------------------------
+# --- a full disk
 
 
 def no_space(tmp: Path) -> None:
@@ -438,7 +468,9 @@ def no_space_numpy(tmp: Path) -> None:
 def no_space_onnx(tmp: Path) -> None:
     onnx = pytest.importorskip("onnx")
     model = onnx.helper.make_model(
-        onnx.helper.make_graph([], "g", [], [], [onnx.helper.make_tensor("w", 1, [1 << 19], bytes(2 << 20), True)])
+        onnx.helper.make_graph(
+            [], "g", [], [], [onnx.helper.make_tensor("w", 1, [1 << 19], bytes(2 << 20), True)]
+        )
     )
     onnx.save_model(model, tmp / "f.onnx")
 
@@ -452,16 +484,32 @@ def no_space_pillow(tmp: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (1000, 1000, 3), np.uint8)).save(tmp / "f.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (1000, 1000, 3), np.uint8)).save(
+        tmp / "f.png"
+    )
 
 
 @linux
 @root
-@pytest.mark.parametrize("write", [no_space, no_space_safetensors, no_space_numpy, no_space_onnx, no_space_torch, no_space_pillow])
+@pytest.mark.parametrize(
+    "write",
+    [
+        no_space,
+        no_space_safetensors,
+        no_space_numpy,
+        no_space_onnx,
+        no_space_torch,
+        no_space_pillow,
+    ],
+)
 def test_a_full_disk_names_what_was_asked_for_whoever_found_it_full(tmp_path, write):
     with disk(tmp_path / "d", 1) as place:
         for out in (place / "out", place):
-            with pytest.raises(OSError, match=f"No space left on device: '{out}'"), io.scratch("elsewhere"), io.writing(out) as tmp:
+            with (
+                pytest.raises(OSError, match=f"No space left on device: '{out}'"),
+                io.scratch("elsewhere"),
+                io.writing(out) as tmp,
+            ):
                 write(tmp)
         assert os.listdir(place) == []
 
@@ -469,26 +517,41 @@ def test_a_full_disk_names_what_was_asked_for_whoever_found_it_full(tmp_path, wr
 @linux
 @root
 def test_the_disk_that_is_full_is_the_one_that_is_named(tmp_path):
-    with disk(tmp_path / "d", 1) as d, pytest.raises(OSError, match=f"'{d}'"), io.working(d) as aside, io.writing(tmp_path / "out"):
+    with (
+        disk(tmp_path / "d", 1) as d,
+        pytest.raises(OSError, match=f"'{d}'"),
+        io.working(d) as aside,
+        io.writing(tmp_path / "out"),
+    ):
         no_space(aside)
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    for error in (OSError(errno.EIO, "I/O error", "x"), RuntimeError("boom"), InputError("No space left for this"), KeyError("a")):
+    for error in (
+        OSError(errno.EIO, "I/O error", "x"),
+        RuntimeError("boom"),
+        InputError("No space left for this"),
+        KeyError("a"),
+    ):
         with pytest.raises(type(error)) as e, io.working(tmp_path):
             raise error
         assert e.value is error
 
 
-# --- names -------------------------------------------------------------------------------------------------------------
+# --- names
 
 
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("\x1b[2Jevil\n\rok", "\\x1b[2Jevil\\n\\rok"), ("a\u202eb", "a\\u202eb"), ("\udcff", "\\udcff"), ("\x9b1m", "\\x9b1m"),
-        ("a\u2028b", "a\\u2028b"), ("Fuchs 狐 é 🦊", "Fuchs 狐 é 🦊"), ("x" * 3000, "x" * 2000 + "... (3000 characters)"),
+        ("\x1b[2Jevil\n\rok", "\\x1b[2Jevil\\n\\rok"),
+        ("a\u202eb", "a\\u202eb"),
+        ("\udcff", "\\udcff"),
+        ("\x9b1m", "\\x9b1m"),
+        ("a\u2028b", "a\\u2028b"),
+        ("Fuchs 狐 é 🦊", "Fuchs 狐 é 🦊"),
+        ("x" * 3000, "x" * 2000 + "... (3000 characters)"),
     ],
-)  # fmt: skip
+)
 def test_names_are_printed_without_what_moves_a_cursor(text, shown):
     assert io.printable(text) == shown

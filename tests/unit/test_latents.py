@@ -1,4 +1,6 @@
-"""The latent cache: written as it is made, the same however often it is stopped, and never read when it is damaged."""
+"""The latent cache: written as it is made, the same however often it is stopped, and never read
+when it is damaged.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def pictures(folder, count=11):
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+            folder / f"{i:02d}.png"
+        )
         (folder / f"{i:02d}.txt").write_text(f"image {i}")
         if i in BAD:
             (folder / f"{i:02d}.png").write_bytes(BAD[i])
@@ -43,11 +47,26 @@ def encode(given, before):
 
 def build(folder, path, encoder=encode, **options):
     tokenizer = ClipTokenizer.from_pretrained(EMOJI / "tokenizer")
-    return CachedLatents.build(data.read(folder), tokenizer, encoder, path, key={}, size=(8, 8), batch=2, progress=False, **options)
+    return CachedLatents.build(
+        data.read(folder),
+        tokenizer,
+        encoder,
+        path,
+        key={},
+        size=(8, 8),
+        batch=2,
+        progress=False,
+        **options,
+    )
 
 
 def same(a, b):
-    return torch.equal(a.latents, b.latents) and torch.equal(a.ids, b.ids) and a.skipped == b.skipped and a.captions == b.captions
+    return (
+        torch.equal(a.latents, b.latents)
+        and torch.equal(a.ids, b.ids)
+        and a.skipped == b.skipped
+        and a.captions == b.captions
+    )
 
 
 class Stop:
@@ -87,14 +106,23 @@ def test_a_killed_pass_keeps_its_parts(tmp_path):
         f"build({str(folder)!r}, Path({str(tmp_path / 'run' / 'latents.safetensors')!r}), slow)"
     )
     start = f"from pathlib import Path\n{code}"
-    process = subprocess.Popen([sys.executable, "-c", start], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    process = subprocess.Popen(
+        [sys.executable, "-c", start], env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("run/latents.parts/*.safetensors"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+    while (
+        len(list(tmp_path.glob("run/latents.parts/*.safetensors"))) < 2
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     rest = Stop(99)
-    assert same(build(folder, tmp_path / "run" / "latents.safetensors", rest), build(folder, tmp_path / "whole.safetensors"))
+    assert same(
+        build(folder, tmp_path / "run" / "latents.safetensors", rest),
+        build(folder, tmp_path / "whole.safetensors"),
+    )
     assert rest.calls <= 2
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["latents.safetensors"]
 
@@ -106,7 +134,13 @@ def flip(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [flip, lambda p: p.write_bytes(p.read_bytes()[:100]), lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"\xff" * 99)]
+    "damage",
+    [
+        flip,
+        lambda p: p.write_bytes(p.read_bytes()[:100]),
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_bytes(b"\xff" * 99),
+    ],
 )
 def test_damaged_parts_and_caches_are_noticed_and_made_anew(damage, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "PART_SECONDS", 0)
@@ -154,6 +188,8 @@ def test_nothing_usable_is_an_error_and_leaves_nothing(tmp_path):
     folder = pictures(tmp_path / "data", 2)
     for i in (0, 1):
         (folder / f"{i:02d}.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"no image of 2 could be read; first: 00\.png is no readable PNG"):
+    with pytest.raises(
+        InputError, match=r"no image of 2 could be read; first: 00\.png is no readable PNG"
+    ):
         build(folder, tmp_path / "run" / "l.safetensors")
     assert not list((tmp_path / "run").iterdir())

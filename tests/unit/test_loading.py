@@ -1,4 +1,6 @@
-"""Whatever opens a network: every tensor comes from its file and none is left over; other kinds of models are refused at once."""
+"""Whatever opens a network: every tensor comes from its file and none is left over; other kinds of
+models are refused at once.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def narrower(tensors):
     return {k: v[..., :-1] if v.ndim == 2 else v for k, v in tensors.items()}
 
 
-# --- weights that are not the network's --------------------------------------------------------
+# --- weights that are not the network's
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
@@ -77,14 +79,19 @@ def test_every_tensor_of_each_network_is_from_its_file(damaged, part, edit, says
 
 def test_fused_lora_that_was_not_unloaded_is_named(damaged):
     folders.change(damaged, "unet", rename("to_q.weight", "to_q.base_layer.weight"))
-    with pytest.raises(ArtifactError, match=r"LoRA was fused but not unloaded.*unload_lora_weights"):
+    with pytest.raises(
+        ArtifactError, match=r"LoRA was fused but not unloaded.*unload_lora_weights"
+    ):
         open_network(damaged / "unet")
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4665dd\nsize 3438167534\n", "git-lfs pointer"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4665dd\nsize 3438167534\n",
+            "git-lfs pointer",
+        ),
         (b"<!doctype html><title>404</title>", "not a safetensors file"),
         (b"", "not a safetensors file"),
     ],
@@ -105,10 +112,22 @@ def test_cut_file_is_named(damaged, part):
 
 
 def test_integers_and_eight_bit_floats_are_no_weights(damaged):
-    folders.change(damaged, "unet", lambda t: {k: v.to(torch.float8_e4m3fn) if "conv_in" in k else v for k, v in t.items()})
-    with pytest.raises(ArtifactError, match=r"conv_in.* as F8_E4M3; accepted: float32, float16, bfloat16"):
+    folders.change(
+        damaged,
+        "unet",
+        lambda t: {k: v.to(torch.float8_e4m3fn) if "conv_in" in k else v for k, v in t.items()},
+    )
+    with pytest.raises(
+        ArtifactError, match=r"conv_in.* as F8_E4M3; accepted: float32, float16, bfloat16"
+    ):
         open_network(damaged / "unet")
-    folders.change(damaged, "vae", lambda t: {k: v.to(torch.int32) if k == "decoder.conv_in.weight" else v for k, v in t.items()})
+    folders.change(
+        damaged,
+        "vae",
+        lambda t: {
+            k: v.to(torch.int32) if k == "decoder.conv_in.weight" else v for k, v in t.items()
+        },
+    )
     with pytest.raises(ArtifactError, match=r"decoder\.conv_in\.weight as I32"):
         open_network(damaged / "vae")
 
@@ -122,10 +141,12 @@ def test_buffers_and_other_halves_of_clip_are_no_left_overs(damaged, whole):
     }
     folders.change(damaged, "text_encoder", lambda t: t | more)
     ids = torch.zeros(1, 26, dtype=torch.int64)
-    assert torch.equal(open_network(damaged / "text_encoder")(ids)[0], open_network(whole / "text_encoder")(ids)[0])
+    assert torch.equal(
+        open_network(damaged / "text_encoder")(ids)[0], open_network(whole / "text_encoder")(ids)[0]
+    )
 
 
-# --- which files ------------------------------------------------------------------------------
+# --- which files
 
 
 def shard(folder, part, size="20KB"):
@@ -142,10 +163,16 @@ def test_shards_are_what_the_index_lists(damaged, whole):
     changed = {k: v + 1 for k, v in older.items()}
     from safetensors.torch import save_file
 
-    save_file(changed, damaged / "unet" / folders.WEIGHTS["unet"], metadata={"format": "pt"})  # a stale single file
-    save_file(changed, damaged / "unet" / "diffusion_pytorch_model-00001-of-00099.safetensors")  # a left-over shard
+    save_file(
+        changed, damaged / "unet" / folders.WEIGHTS["unet"], metadata={"format": "pt"}
+    )  # a stale single file
+    save_file(
+        changed, damaged / "unet" / "diffusion_pytorch_model-00001-of-00099.safetensors"
+    )  # a left-over shard
     assert weight_files(damaged / "unet") == listed
-    assert all(torch.equal(v, older[k]) for k, v in open_network(damaged / "unet").state_dict().items())
+    assert all(
+        torch.equal(v, older[k]) for k, v in open_network(damaged / "unet").state_dict().items()
+    )
 
 
 def test_shards_without_an_index_or_with_one_missing_are_refused(damaged):
@@ -156,7 +183,9 @@ def test_shards_without_an_index_or_with_one_missing_are_refused(damaged):
     with pytest.raises(ArtifactError, match=rf"lists {gone.name}, which is missing"):
         open_network(damaged / "unet")
     index.unlink()
-    with pytest.raises(ArtifactError, match=r"\d shards .*no diffusion_pytorch_model\.safetensors\.index\.json"):
+    with pytest.raises(
+        ArtifactError, match=r"\d shards .*no diffusion_pytorch_model\.safetensors\.index\.json"
+    ):
         open_network(damaged / "unet")
 
 
@@ -170,7 +199,9 @@ def test_index_may_not_name_files_elsewhere(damaged):
 @pytest.mark.parametrize("named", [3, None, ["a.safetensors"], {"a": 1}, "x/y.safetensors"])
 def test_an_index_names_files_by_text(damaged, named):
     index = damaged / "unet" / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": named}}))
+    index.write_text(
+        json.dumps({"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": named}})
+    )
     with pytest.raises(ArtifactError, match="no weight_map"):
         weight_files(damaged / "unet")
 
@@ -178,7 +209,9 @@ def test_an_index_names_files_by_text(damaged, named):
 def test_variants_and_pickles_alone_are_named_with_the_way_out(damaged):
     file = damaged / "unet" / folders.WEIGHTS["unet"]
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    with pytest.raises(ArtifactError, match=r"only diffusion_pytorch_model\.fp16\.safetensors.*variant='fp16'"):
+    with pytest.raises(
+        ArtifactError, match=r"only diffusion_pytorch_model\.fp16\.safetensors.*variant='fp16'"
+    ):
         open_network(damaged / "unet")
     file = damaged / "vae" / folders.WEIGHTS["vae"]
     file.rename(file.with_name("diffusion_pytorch_model.bin"))
@@ -199,36 +232,100 @@ def test_widened_file_holds_the_same_values(tmp_path):
     assert all(np.array_equal(index[k].read(), v.float().numpy()) for k, v in own.items())
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [("float16", "fp32"), ("bfloat16", "fp32"), ("float32", "fp16")])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float16", "fp32"), ("bfloat16", "fp32"), ("float32", "fp16")]
+)
 def test_report_says_what_is_on_disk(tmp_path, dtype, precision):
-    pipe = sdlite.Pipeline.from_pretrained(folders.write(tmp_path / "sd", dtype=dtype), backend="torch", precision=precision)
+    pipe = sdlite.Pipeline.from_pretrained(
+        folders.write(tmp_path / "sd", dtype=dtype), backend="torch", precision=precision
+    )
     assert {(n.storage, n.arithmetic) for n in pipe.report.networks} == {(dtype, "float32")}
 
 
-# --- kinds of models --------------------------------------------------------------------------
+# --- kinds of models
 
 
-SDXL = {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"]}
+SDXL = {
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
 SD3 = {
-    "unet": ..., "transformer": ["diffusers", "SD3Transformer2DModel"], "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "text_encoder_3": ["transformers", "T5EncoderModel"],
-}  # fmt: skip
-PIXART = {"unet": ..., "transformer": ["diffusers", "PixArtTransformer2DModel"], "text_encoder": ["transformers", "T5EncoderModel"]}
+    "unet": ...,
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_3": ["transformers", "T5EncoderModel"],
+}
+PIXART = {
+    "unet": ...,
+    "transformer": ["diffusers", "PixArtTransformer2DModel"],
+    "text_encoder": ["transformers", "T5EncoderModel"],
+}
 OTHERS = [
     ("StableDiffusionXLPipeline", SDXL, {}, "it also has text_encoder_2, tokenizer_2"),
-    ("StableDiffusion3Pipeline", SD3, {}, "it has no unet, but text_encoder_2, text_encoder_3, transformer"),
+    (
+        "StableDiffusion3Pipeline",
+        SD3,
+        {},
+        "it has no unet, but text_encoder_2, text_encoder_3, transformer",
+    ),
     ("PixArtSigmaPipeline", PIXART, {}, "it has no unet, but transformer"),
-    ("StableDiffusionControlNetPipeline", {"controlnet": ["diffusers", "ControlNetModel"]}, {}, "it also has controlnet"),
-    ("AltDiffusionPipeline", {"text_encoder": ["alt_diffusion", "RobertaSeries"]}, {}, "text_encoder is of class RobertaSeries"),
-    ("OnnxStableDiffusionPipeline", {"unet": ["diffusers", "OnnxRuntimeModel"]}, {}, "unet is of class OnnxRuntimeModel"),
-    ("StableDiffusionInpaintPipeline", {}, {"in_channels": 9}, "takes 9 channels, the latents have 4"),
-    ("StableDiffusionInstructPix2PixPipeline", {}, {"in_channels": 8}, "takes 8 channels, the latents have 4"),
-    ("StableDiffusionUpscalePipeline", {}, {"in_channels": 7, "num_class_embeds": 1000}, r"noise level \(num_class_embeds=1000\)"),
-    ("LatentConsistencyModelPipeline", {}, {"time_cond_proj_dim": 256}, r"guidance embedding \(time_cond_proj_dim=256\)"),
+    (
+        "StableDiffusionControlNetPipeline",
+        {"controlnet": ["diffusers", "ControlNetModel"]},
+        {},
+        "it also has controlnet",
+    ),
+    (
+        "AltDiffusionPipeline",
+        {"text_encoder": ["alt_diffusion", "RobertaSeries"]},
+        {},
+        "text_encoder is of class RobertaSeries",
+    ),
+    (
+        "OnnxStableDiffusionPipeline",
+        {"unet": ["diffusers", "OnnxRuntimeModel"]},
+        {},
+        "unet is of class OnnxRuntimeModel",
+    ),
+    (
+        "StableDiffusionInpaintPipeline",
+        {},
+        {"in_channels": 9},
+        "takes 9 channels, the latents have 4",
+    ),
+    (
+        "StableDiffusionInstructPix2PixPipeline",
+        {},
+        {"in_channels": 8},
+        "takes 8 channels, the latents have 4",
+    ),
+    (
+        "StableDiffusionUpscalePipeline",
+        {},
+        {"in_channels": 7, "num_class_embeds": 1000},
+        r"noise level \(num_class_embeds=1000\)",
+    ),
+    (
+        "LatentConsistencyModelPipeline",
+        {},
+        {"time_cond_proj_dim": 256},
+        r"guidance embedding \(time_cond_proj_dim=256\)",
+    ),
     ("StableUnCLIPPipeline", {}, {"class_embed_type": "projection"}, "class embedding"),
-    ("StableDiffusionPipeline", {}, {"addition_embed_type": "text_time"}, r"further embeddings .*addition_embed_type='text_time'"),
+    (
+        "StableDiffusionPipeline",
+        {},
+        {"addition_embed_type": "text_time"},
+        r"further embeddings .*addition_embed_type='text_time'",
+    ),
     ("IFPipeline", {}, {"encoder_hid_dim": 64}, "encoder_hid_dim=64"),
-    ("StableDiffusionPipeline", {}, {"cross_attention_dim": 24}, "reads text of width 24, its text encoder gives 16"),
+    (
+        "StableDiffusionPipeline",
+        {},
+        {"cross_attention_dim": 24},
+        "reads text of width 24, its text encoder gives 16",
+    ),
 ]
 
 
@@ -251,7 +348,9 @@ def test_other_kinds_are_refused_in_one_line_by_everything_that_opens_a_model(ot
         assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("other", OTHERS[:1] + OTHERS[6:7] + OTHERS[9:10], indirect=True, ids=["sdxl", "inpaint", "lcm"])
+@pytest.mark.parametrize(
+    "other", OTHERS[:1] + OTHERS[6:7] + OTHERS[9:10], indirect=True, ids=["sdxl", "inpaint", "lcm"]
+)
 def test_other_kinds_are_refused_by_every_command(other, tmp_path, capsys):
     pytest.importorskip("onnxscript", reason="needs the export extra")
     pytest.importorskip("accelerate", reason="needs the distill extra")
@@ -264,7 +363,16 @@ def test_other_kinds_are_refused_by_every_command(other, tmp_path, capsys):
     teach = ["--teacher", folder, "--data", str(prompts)]
     for command in (
         ["generate", "a", "--model", folder, "--out", str(tmp_path / "a.png")],
-        ["quantize", folder, "--precision", "int8-dynamic", "--prompts", str(prompts), "--out", out],
+        [
+            "quantize",
+            folder,
+            "--precision",
+            "int8-dynamic",
+            "--prompts",
+            str(prompts),
+            "--out",
+            out,
+        ],
         ["export", folder, "--target", "onnx", "--out", out],
         ["bench", folder],
         ["distill", str(recipe), *teach, "--out", out],
@@ -285,7 +393,15 @@ def test_other_kinds_are_refused_by_every_command(other, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline", None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "LatentConsistencyModelPipeline",
+        None,
+    ],
+)
 def test_kinds_with_the_same_parts_open(damaged, name):
     more = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
     folders.configure(damaged / "model_index.json", _class_name=name, **more)
@@ -293,21 +409,49 @@ def test_kinds_with_the_same_parts_open(damaged, name):
 
 
 def test_stride_of_each_autoencoder():
-    taesd = {"_class_name": "AutoencoderTiny", "encoder_block_out_channels": [64] * 4, "decoder_block_out_channels": [64] * 4}
+    taesd = {
+        "_class_name": "AutoencoderTiny",
+        "encoder_block_out_channels": [64] * 4,
+        "decoder_block_out_channels": [64] * 4,
+    }
     assert families.vae_stride(taesd) == 8  # as its authors publish it
-    assert families.vae_stride({"_class_name": "AutoencoderTiny", "decoder_block_out_channels": [8] * 3, "block_out_channels": [8]}) == 4
-    assert families.vae_stride({"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512]}) == 8
+    assert (
+        families.vae_stride(
+            {
+                "_class_name": "AutoencoderTiny",
+                "decoder_block_out_channels": [8] * 3,
+                "block_out_channels": [8],
+            }
+        )
+        == 4
+    )
+    assert (
+        families.vae_stride(
+            {"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512]}
+        )
+        == 8
+    )
     assert families.vae_stride({"_class_name": "AutoencoderTiny"}) == 8
 
 
 def test_vaes_config_has_what_diffusers_adds_in_memory():
     tiny = {"_class_name": "AutoencoderTiny", "decoder_block_out_channels": [8] * 4}
-    assert families.vae_config(tiny) == {**tiny, "scaling_factor": 1.0, "block_out_channels": [8] * 4}
-    assert families.vae_config({"block_out_channels": [8, 8]}) == {"scaling_factor": 0.18215, "block_out_channels": [8, 8]}
-    assert families.vae_config({"block_out_channels": [8], "scaling_factor": 0.13})["scaling_factor"] == 0.13
+    assert families.vae_config(tiny) == {
+        **tiny,
+        "scaling_factor": 1.0,
+        "block_out_channels": [8] * 4,
+    }
+    assert families.vae_config({"block_out_channels": [8, 8]}) == {
+        "scaling_factor": 0.18215,
+        "block_out_channels": [8, 8],
+    }
+    assert (
+        families.vae_config({"block_out_channels": [8], "scaling_factor": 0.13})["scaling_factor"]
+        == 0.13
+    )
 
 
-# --- code and weights from elsewhere --------------------------------------------------------------
+# --- code and weights from elsewhere
 
 
 CODE = [
@@ -320,7 +464,12 @@ CODE = [
     ("unet/config.json", {"trust_remote_code": True}),
     ("vae/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}),
 ]
-ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "/other/folder", "r": 1, "target_modules": ["q_proj"]}
+ADAPTER = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": "/other/folder",
+    "r": 1,
+    "target_modules": ["q_proj"],
+}
 
 
 def every_way_to_open(folder, out):
@@ -342,12 +491,18 @@ def refused_in_one_line(folder, out, match):
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("file", "keys"), CODE, ids=lambda x: x if isinstance(x, str) else next(iter(x)))
-def test_a_config_that_asks_for_code_is_refused_by_everything_that_loads_it(damaged, tmp_path, file, keys):
+@pytest.mark.parametrize(
+    ("file", "keys"), CODE, ids=lambda x: x if isinstance(x, str) else next(iter(x))
+)
+def test_a_config_that_asks_for_code_is_refused_by_everything_that_loads_it(
+    damaged, tmp_path, file, keys
+):
     pytest.importorskip("onnxscript", reason="needs the export extra")
     pytest.importorskip("accelerate", reason="needs the distill extra")
     folders.configure(damaged / file, **keys)
-    refused_in_one_line(damaged, tmp_path / "out", rf"{file} has {next(iter(keys))}=.*accepted: none")
+    refused_in_one_line(
+        damaged, tmp_path / "out", rf"{file} has {next(iter(keys))}=.*accepted: none"
+    )
     with pytest.raises(ArtifactError, match=next(iter(keys))):
         open_network(damaged / file.split("/")[0])
 
@@ -357,11 +512,17 @@ def test_an_adapter_is_refused_by_everything_that_loads_it(damaged, tmp_path, pa
     pytest.importorskip("onnxscript", reason="needs the export extra")
     pytest.importorskip("accelerate", reason="needs the distill extra")
     (damaged / part / "adapter_config.json").write_text(json.dumps(ADAPTER))
-    refused_in_one_line(damaged, tmp_path / "out", rf"{part}/adapter_config\.json puts other weights")
+    refused_in_one_line(
+        damaged, tmp_path / "out", rf"{part}/adapter_config\.json puts other weights"
+    )
 
 
-def test_transformers_is_told_its_config_and_nothing_is_asked_of_a_network(damaged, whole, monkeypatch):
-    """What transformers does not know of CLIP is not said to it; where names of repositories stand, nobody asks there."""
+def test_transformers_is_told_its_config_and_nothing_is_asked_of_a_network(
+    damaged, whole, monkeypatch
+):
+    """What transformers does not know of CLIP is not said to it; where names of repositories stand,
+    nobody asks there.
+    """
     import socket
 
     import transformers
@@ -372,19 +533,35 @@ def test_transformers_is_told_its_config_and_nothing_is_asked_of_a_network(damag
     monkeypatch.setattr(socket.socket, "connect", asked)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     told, real = [], transformers.CLIPTextModel.from_pretrained
-    monkeypatch.setattr(transformers.CLIPTextModel, "from_pretrained", lambda *args, **more: told.append(more) or real(*args, **more))
-    folders.configure(
-        damaged / "text_encoder/config.json", _name_or_path="org/evil", base_model="org/evil", use_kernels=True, dtype="float64"
+    monkeypatch.setattr(
+        transformers.CLIPTextModel,
+        "from_pretrained",
+        lambda *args, **more: told.append(more) or real(*args, **more),
     )
-    folders.configure(damaged / "unet/config.json", _name_or_path="org/evil", _class_name="EvilModel")
+    folders.configure(
+        damaged / "text_encoder/config.json",
+        _name_or_path="org/evil",
+        base_model="org/evil",
+        use_kernels=True,
+        dtype="float64",
+    )
+    folders.configure(
+        damaged / "unet/config.json", _name_or_path="org/evil", _class_name="EvilModel"
+    )
     for part in ("text_encoder", "unet"):
-        mine, theirs = open_network(damaged / part).state_dict(), open_network(whole / part).state_dict()
+        mine, theirs = (
+            open_network(damaged / part).state_dict(),
+            open_network(whole / part).state_dict(),
+        )
         assert all(torch.equal(v, theirs[k]) for k, v in mine.items())
     assert told[0]["attn_implementation"] == "sdpa"
     assert told[0]["local_files_only"] is True
     assert not hasattr(told[0]["config"], "use_kernels")
     ours, plain = (told[i]["config"].to_dict() for i in (0, 1))
-    assert {**ours, "dtype": None} == {**plain, "dtype": None}  # a key of every configuration in transformers 5; the network is float32
+    assert {**ours, "dtype": None} == {
+        **plain,
+        "dtype": None,
+    }  # a key of every configuration in transformers 5; the network is float32
 
 
 DAMAGE = {
@@ -408,9 +585,13 @@ def test_damaged_weights_are_one_line_for_everything_that_loads_them(damaged, tm
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "\xff", "null", '{"a":' * 5000 + "1" + "}" * 5000], ids=["empty", "cut", "list", "latin", "null", "deep"]
+    "content",
+    ["", "{", "[]", "\xff", "null", '{"a":' * 5000 + "1" + "}" * 5000],
+    ids=["empty", "cut", "list", "latin", "null", "deep"],
 )
-def test_a_damaged_config_is_one_line_for_everything_that_loads_it(damaged, tmp_path, part, content):
+def test_a_damaged_config_is_one_line_for_everything_that_loads_it(
+    damaged, tmp_path, part, content
+):
     pytest.importorskip("onnxscript", reason="needs the export extra")
     pytest.importorskip("accelerate", reason="needs the distill extra")
     (damaged / part / "config.json").write_bytes(content.encode("latin-1"))

@@ -1,4 +1,6 @@
-"""OpenVINO: models whose files are links, plain folders, and compiled networks that are kept on disk."""
+"""OpenVINO: models whose files are links, plain folders, and compiled networks that are kept on
+disk.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ CALL = {"num_inference_steps": 2, "guidance_scale": 1.0, "seed": 3}
 
 
 def pixels(model, **arguments):
-    pipe = Pipeline.from_pretrained(model, backend="openvino", precision="fp32", threads=1, **arguments)
+    pipe = Pipeline.from_pretrained(
+        model, backend="openvino", precision="fp32", threads=1, **arguments
+    )
     return np.asarray(pipe("a fox", **CALL).images[0])
 
 
@@ -56,7 +60,9 @@ def hub(tmp_path):
 def test_a_model_of_the_hubs_cache_opens(hub, links, cache, monkeypatch, caplog):
     """Weights behind links that leave the graph's folder are refused by OpenVINO itself."""
     if not links:  # another disk, or files of another owner
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
+        monkeypatch.setattr(
+            os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link"))
+        )
     monkeypatch.setenv(compiled.SWITCH, "0")
     before = {p for p in (hub.parents[1], cache) if p.exists() for p in p.rglob("*")}
     np.testing.assert_array_equal(pixels(hub), pixels(EMOJI))
@@ -67,10 +73,15 @@ def test_a_model_of_the_hubs_cache_opens(hub, links, cache, monkeypatch, caplog)
 
 def test_an_engines_words_are_those_that_say_something(hub):
     said = RuntimeError(
-        "Exception from src/inference/src/cpp/core.cpp:84:\nCheck 'false' failed at src/frontends/common/src/frontend.cpp:47:\n"
-        "Loading input model\nPath 'w' resolves to '/b/w' which is outside the base directory '/a'\n\n"
+        "Exception from src/inference/src/cpp/core.cpp:84:\nCheck 'false' failed at"
+        " src/frontends/common/src/frontend.cpp:47:\nLoading input model\nPath 'w' resolves to"
+        " '/b/w' which is outside the base directory '/a'\n\n"
     )
-    assert words_of(said) == "Loading input model Path 'w' resolves to '/b/w' which is outside the base directory '/a'"
+    assert (
+        words_of(said)
+        == "Loading input model Path 'w' resolves to '/b/w' which is outside the base directory"
+        " '/a'"
+    )
     assert words_of(RuntimeError("Exception from a.cpp:1:\n")) == "Exception from a.cpp:1:"
     assert words_of(RuntimeError("")) == "RuntimeError"
     with pytest.raises(
@@ -81,7 +92,9 @@ def test_an_engines_words_are_those_that_say_something(hub):
 
 
 def network(**arguments):
-    """The embedded text encoder, compiled by one call: (whether it came from the cache, its answer)."""
+    """The embedded text encoder, compiled by one call: (whether it came from the cache, its
+    answer).
+    """
     folder = EMOJI / "text_encoder"
     made = CompiledNetwork(
         str(folder / "model.onnx"),
@@ -168,11 +181,16 @@ print(network()[1].tobytes().hex()[:400])
 
 def test_processes_at_once(cache):
     on = {**os.environ, compiled.SWITCH: "10"}
-    running = [subprocess.Popen([sys.executable, "-c", TWO], env=on, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", TWO], env=on, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     answers = [p.communicate()[0] for p in running]
     assert all(p.returncode == 0 for p in running)
     assert len(set(answers)) == 1
     assert answers[0]
     (entry,) = (cache / "openvino").iterdir()
-    assert json.loads((entry / compiled.SEAL).read_text()).keys() == {p.name for p in entry.glob("*.blob")}
+    assert json.loads((entry / compiled.SEAL).read_text()).keys() == {
+        p.name for p in entry.glob("*.blob")
+    }
     assert network()[0] is True

@@ -1,4 +1,6 @@
-"""pyproject.toml against the code: errors name extras that bring what is missing, bounds were run."""
+"""pyproject.toml against the code: errors name extras that bring what is missing, bounds were
+run.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,9 @@ def test_targets_are_all_but_those_that_need_a_package_index_of_their_own():
     assert set(line[len("sdlite[") : -1].split(",")) == every - {"tensorrt"}
 
 
-@pytest.mark.parametrize(("export", "missing"), [(True, "onnx_ir"), (True, "matplotlib"), (False, "accelerate")])
+@pytest.mark.parametrize(
+    ("export", "missing"), [(True, "onnx_ir"), (True, "matplotlib"), (False, "accelerate")]
+)
 def test_distilling_says_what_is_missing_before_it_trains(export, missing, monkeypatch, tmp_path):
     pytest.importorskip("torch", reason="needs the distill extra")
     from sdlite.distill import doctor, recipe

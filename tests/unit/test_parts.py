@@ -1,4 +1,6 @@
-"""Tiny decoder and smaller text encoder: exact at the start, convention of scale, stages of a recipe, models that run everywhere."""
+"""Tiny decoder and smaller text encoder: exact at the start, convention of scale, stages of a
+recipe, models that run everywhere.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from sdlite import Pipeline  # noqa: E402
 from sdlite.artifact import Artifact  # noqa: E402
-from sdlite.distill.parts import TextEncoderTask, TinyDecoderTask, smaller_text_encoder, tiny_vae  # noqa: E402
+from sdlite.distill.parts import (  # noqa: E402
+    TextEncoderTask,
+    TinyDecoderTask,
+    smaller_text_encoder,
+    tiny_vae,
+)
 from sdlite.distill.recipe import Recipe, Teacher, plan, run  # noqa: E402
 from sdlite.distill.students import StudentSpec, build, parameters  # noqa: E402
 from sdlite.distill.tasks import decode_scaled  # noqa: E402
@@ -44,30 +51,64 @@ blocks = 1
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A pipeline folder of some ten thousand random weights, 16 px, on the emoji tokenizer."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
-    folder, words = tmp_path_factory.mktemp("small") / "teacher", ClipTokenizer.from_pretrained(EMOJI / "tokenizer")
+    folder, words = (
+        tmp_path_factory.mktemp("small") / "teacher",
+        ClipTokenizer.from_pretrained(EMOJI / "tokenizer"),
+    )
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+    )
     text = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=words.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, projection_dim=16,
-            max_position_embeddings=words.max_length, bos_token_id=words.bos, eos_token_id=words.eos, pad_token_id=words.pad,
+            vocab_size=words.vocab_size,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            projection_dim=16,
+            max_position_embeddings=words.max_length,
+            bos_token_id=words.bos,
+            eos_token_id=words.eos,
+            pad_token_id=words.pad,
         )
-    )  # fmt: skip
+    )
     vae = AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
-        norm_num_groups=4, sample_size=16, scaling_factor=0.5,
-    )  # fmt: skip
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.5,
+    )
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=CLIPTokenizer.from_pretrained(EMOJI / "tokenizer"), unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False, timestep_spacing="trailing"), safety_checker=None, feature_extractor=None,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=CLIPTokenizer.from_pretrained(EMOJI / "tokenizer"),
+        unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder
 
@@ -83,7 +124,9 @@ def prompts(tmp_path_factory):
 def trained(small, prompts, tmp_path_factory):
     """A run of both stages, without the artefact."""
     out = tmp_path_factory.mktemp("run")
-    done = run(parse(RECIPE), teacher=small, data=prompts, out=out / "run", export=False, progress=False)
+    done = run(
+        parse(RECIPE), teacher=small, data=prompts, out=out / "run", export=False, progress=False
+    )
     return out / "run", done
 
 
@@ -96,14 +139,30 @@ def parse(text):
 def pieces(small, prompts, tmp_path):
     teacher = Teacher(small)
     source = teacher.source(prompts, tmp_path / "latents.safetensors", False)
-    return teacher, source, {"vae": teacher.vae, "tokenizer": teacher.tokenizer, "tokenizer_folder": small / "tokenizer"}
+    return (
+        teacher,
+        source,
+        {
+            "vae": teacher.vae,
+            "tokenizer": teacher.tokenizer,
+            "tokenizer_folder": small / "tokenizer",
+        },
+    )
 
 
-# --- tiny decoder ----------------------------------------------------------------------------------------------------
+# --- tiny decoder
 
 
 def test_tiny_decoder_has_taesds_shape_and_size():
-    vae = type("Vae", (), {"config": type("C", (), {"block_out_channels": (128, 256, 512, 512), "latent_channels": 4})})
+    vae = type(
+        "Vae",
+        (),
+        {
+            "config": type(
+                "C", (), {"block_out_channels": (128, 256, 512, 512), "latent_channels": 4}
+            )
+        },
+    )
     made = tiny_vae(vae)
     assert parameters(made.decoder) == 1_222_531  # TAESD's decoder: 1.22M against 49.49M
     assert (made.config.scaling_factor, made.config.shift_factor) == (1.0, 0.0)
@@ -113,12 +172,23 @@ def test_tiny_decoder_has_taesds_shape_and_size():
 
 
 class Ramp(torch.nn.Module):
-    """A teacher's autoencoder whose picture is its (unscaled) latent, so that a wrong scale shows."""
+    """A teacher's autoencoder whose picture is its (unscaled) latent, so that a wrong scale
+    shows.
+    """
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.config = type("C", (), {"scaling_factor": 0.25, "shift_factor": 0.5, "block_out_channels": (8,), "latent_channels": 3})
+        self.config = type(
+            "C",
+            (),
+            {
+                "scaling_factor": 0.25,
+                "shift_factor": 0.5,
+                "block_out_channels": (8,),
+                "latent_channels": 3,
+            },
+        )
 
     def decode(self, z):
         return type("Out", (), {"sample": z.clone()})
@@ -127,7 +197,15 @@ class Ramp(torch.nn.Module):
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_the_target_is_the_picture_of_the_unscaled_latents(forgotten):
     source = type("S", (), {"empty_ids": torch.zeros(4, dtype=torch.int64)})()
-    stage = TinyDecoderTask(torch.nn.Identity(), torch.nn.Identity(), source, parts={"vae": Ramp()}, preview={}, width=4, blocks=1)
+    stage = TinyDecoderTask(
+        torch.nn.Identity(),
+        torch.nn.Identity(),
+        source,
+        parts={"vae": Ramp()},
+        preview={},
+        width=4,
+        blocks=1,
+    )
     batch = {"latents": torch.randn(2, 3, 4, 4), "noise": torch.randn(2, 3, 4, 4)}
     wanted = batch["latents"] if forgotten else batch["latents"] / 0.25 + 0.5
     loss = stage.loss({"decoder": lambda z: wanted}, batch, 0)["loss"]
@@ -139,7 +217,14 @@ def test_latent_noise_reaches_the_student_alone():
     batch, seen = {"latents": torch.zeros(2, 3, 4, 4), "noise": torch.ones(2, 3, 4, 4)}, []
     for noise in (0.0, 0.3):
         stage = TinyDecoderTask(
-            torch.nn.Identity(), torch.nn.Identity(), source, parts={"vae": Ramp()}, preview={}, width=4, blocks=1, latent_noise=noise
+            torch.nn.Identity(),
+            torch.nn.Identity(),
+            source,
+            parts={"vae": Ramp()},
+            preview={},
+            width=4,
+            blocks=1,
+            latent_noise=noise,
         )
         stage.loss({"decoder": lambda z: seen.append(z) or z}, batch, 0)
     assert [float(z.mean()) for z in seen] == pytest.approx([0.0, 0.3])
@@ -148,7 +233,16 @@ def test_latent_noise_reaches_the_student_alone():
 def test_tiny_decoder_learns_the_teachers_pictures(small, prompts, tmp_path):
     teacher, source, parts = pieces(small, prompts, tmp_path)
     torch.manual_seed(0)
-    stage = TinyDecoderTask(teacher.unet, teacher.text_encoder, source, parts=parts, preview={}, width=16, blocks=1, multi_scale_weight=0)
+    stage = TinyDecoderTask(
+        teacher.unet,
+        teacher.text_encoder,
+        source,
+        parts=parts,
+        preview={},
+        width=16,
+        blocks=1,
+        multi_scale_weight=0,
+    )
     optimizer = torch.optim.Adam(stage.modules["decoder"].parameters(), 3e-3)
     losses = []
     for step in range(60):
@@ -161,7 +255,7 @@ def test_tiny_decoder_learns_the_teachers_pictures(small, prompts, tmp_path):
     assert all(p.grad is None for p in teacher.vae.parameters())
 
 
-# --- text encoder ----------------------------------------------------------------------------------------------------
+# --- text encoder
 
 
 def test_all_layers_is_the_teacher_and_fewer_are_evenly_spaced(small):
@@ -183,11 +277,21 @@ def test_all_layers_is_the_teacher_and_fewer_are_evenly_spaced(small):
             smaller_text_encoder(teacher, bad)
 
 
-def test_text_encoder_terms_are_zero_for_the_teacher_itself_and_reach_the_student_alone(small, prompts, tmp_path):
+def test_text_encoder_terms_are_zero_for_the_teacher_itself_and_reach_the_student_alone(
+    small, prompts, tmp_path
+):
     teacher, source, parts = pieces(small, prompts, tmp_path)
 
     def stage(layers, **options):
-        return TextEncoderTask(teacher.unet, teacher.text_encoder, source, parts=parts, preview={}, layers=layers, **options)
+        return TextEncoderTask(
+            teacher.unet,
+            teacher.text_encoder,
+            source,
+            parts=parts,
+            preview={},
+            layers=layers,
+            **options,
+        )
 
     same, less = stage(3), stage(1)
     batch = same.batch(4, step_generator(0, 0))
@@ -196,21 +300,31 @@ def test_text_encoder_terms_are_zero_for_the_teacher_itself_and_reach_the_studen
     assert terms["embedding"] > 1e-4
     assert terms["output"] > 0
     terms["output"].backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in less.modules["text"].parameters())
-    assert all(p.grad is None for p in [*teacher.unet.parameters(), *teacher.text_encoder.parameters()])
+    assert any(
+        p.grad is not None and p.grad.abs().sum() > 0 for p in less.modules["text"].parameters()
+    )
+    assert all(
+        p.grad is None for p in [*teacher.unet.parameters(), *teacher.text_encoder.parameters()]
+    )
     assert set(stage(1, output_weight=0.0).loss(less.modules, batch, 0)) == {"loss", "embedding"}
     few = stage(1, timesteps=torch.tensor([999, 499]))
     assert set(few.batch(16, step_generator(0, 0))["t"].tolist()) == {999, 499}
 
 
-# --- stages of a recipe ----------------------------------------------------------------------------------------------
+# --- stages of a recipe
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[[stage]]\nkind='tiny-decoder'\nimages=1\n[[stage]]\nkind='output'\nimages=1", "1-output comes after 0-tiny-decoder"),
-        ("[[stage]]\nkind='tiny-decoder'\nimages=1\n[[stage]]\nkind='tiny-decoder'\nimages=1", "at most once"),
+        (
+            "[[stage]]\nkind='tiny-decoder'\nimages=1\n[[stage]]\nkind='output'\nimages=1",
+            "1-output comes after 0-tiny-decoder",
+        ),
+        (
+            "[[stage]]\nkind='tiny-decoder'\nimages=1\n[[stage]]\nkind='tiny-decoder'\nimages=1",
+            "at most once",
+        ),
         ("[[stage]]\nkind='text-encoder'\nimages=1", "does not say layers: how many"),
         ("[[stage]]\nkind='tiny-decoder'\nimages=1\nlayers=2", "layers is not known"),
     ],
@@ -222,9 +336,18 @@ def test_recipes_that_cannot_be(text, words):
 
 def test_sampler_of_parts_is_that_of_the_unet_stage_or_of_the_teacher():
     own = {"name": "euler", "num_inference_steps": 7, "guidance_scale": 2.0, "other": 1}
-    assert parse(RECIPE).default_sampler("ddim", own) == {"name": "euler", "num_inference_steps": 7, "guidance_scale": 2.0}
+    assert parse(RECIPE).default_sampler("ddim", own) == {
+        "name": "euler",
+        "num_inference_steps": 7,
+        "guidance_scale": 2.0,
+    }
     few = "[[stage]]\nkind='progressive'\nsteps=[4]\nimages=1\n"
-    assert parse(few + RECIPE.split("layers = 1")[1]).default_sampler("ddim", own)["num_inference_steps"] == 4
+    assert (
+        parse(few + RECIPE.split("layers = 1")[1]).default_sampler("ddim", own)[
+            "num_inference_steps"
+        ]
+        == 4
+    )
 
 
 def test_run_makes_both_parts_and_leaves_the_unet(small, trained):
@@ -265,8 +388,13 @@ def test_artefact_with_a_tiny_decoder_converts_quantises_and_exports(trained, tm
     from sdlite.exporters.onnx import convert
     from sdlite.quant import Calibration, Gate, quantize
 
-    last, sampler = trained[0] / "1-tiny-decoder" / "model", {"name": "ddim", "num_inference_steps": 2, "guidance_scale": 2.0}
-    art = convert(last, tmp_path / "art", sampler=sampler, calibration_prompts=["red apple", "pizza"])
+    last, sampler = (
+        trained[0] / "1-tiny-decoder" / "model",
+        {"name": "ddim", "num_inference_steps": 2, "guidance_scale": 2.0},
+    )
+    art = convert(
+        last, tmp_path / "art", sampler=sampler, calibration_prompts=["red apple", "pizza"]
+    )
     assert Artifact.open(art).manifest.student["vae_parameters"] > 0
     Artifact.open(art).verify()
     want = Pipeline.from_pretrained(last, backend="torch", threads=1)(
@@ -276,26 +404,45 @@ def test_artefact_with_a_tiny_decoder_converts_quantises_and_exports(trained, tm
     assert psnr(np.asarray(onnx("red apple", seed=0).images[0]), np.asarray(want.images[0])) > 50
     assert onnx("red apple", seed=0, height=32, width=16).images[0].size == (16, 32)
     report = quantize(
-        art, "int8-static", out=tmp_path / "int8", threads=1, calibration=Calibration(samples=2, num_inference_steps=2),
-        gate=Gate(psnr_mean=5, psnr_worst=5, ssim_mean=-1, num_prompts=2, num_inference_steps=2, engines=["onnxruntime"]),
-    )  # fmt: skip
+        art,
+        "int8-static",
+        out=tmp_path / "int8",
+        threads=1,
+        calibration=Calibration(samples=2, num_inference_steps=2),
+        gate=Gate(
+            psnr_mean=5,
+            psnr_worst=5,
+            ssim_mean=-1,
+            num_prompts=2,
+            num_inference_steps=2,
+            engines=["onnxruntime"],
+        ),
+    )
     assert report["networks"]["vae_decoder"]["bytes"] > 0
-    assert Pipeline.from_pretrained(tmp_path / "int8", precision="int8-static", backend="onnxruntime", threads=1)("pizza", seed=0).images
+    assert Pipeline.from_pretrained(
+        tmp_path / "int8", precision="int8-static", backend="onnxruntime", threads=1
+    )("pizza", seed=0).images
     assert export(art, tmp_path / "exported", target="onnx", threads=1)["files"]
 
 
-def test_autoencoders_of_another_class_are_refused_and_not_filled_with_random_weights(trained, tmp_path):
+def test_autoencoders_of_another_class_are_refused_and_not_filled_with_random_weights(
+    trained, tmp_path
+):
     import shutil
 
     folder = tmp_path / "other"
     shutil.copytree(trained[0] / "1-tiny-decoder" / "model", folder)
     config = json.loads((folder / "vae" / "config.json").read_text())
-    (folder / "vae" / "config.json").write_text(json.dumps({**config, "_class_name": "ConsistencyDecoderVAE"}))
+    (folder / "vae" / "config.json").write_text(
+        json.dumps({**config, "_class_name": "ConsistencyDecoderVAE"})
+    )
     with pytest.raises(ArtifactError, match="accepted: AutoencoderKL and AutoencoderTiny"):
         Pipeline.from_pretrained(folder, backend="torch")
 
 
-def test_a_teacher_with_a_tiny_autoencoder_takes_prompts_and_refuses_pictures(trained, prompts, tmp_path):
+def test_a_teacher_with_a_tiny_autoencoder_takes_prompts_and_refuses_pictures(
+    trained, prompts, tmp_path
+):
     from PIL import Image
 
     teacher = Teacher(trained[0] / "1-tiny-decoder" / "model")
@@ -311,7 +458,14 @@ def test_tiny_decoder_of_a_copy_is_saved_not_the_network_in_training(small, prom
     """`fit` hands the EMA to `save`: it must be what is written."""
     teacher, source, parts = pieces(small, prompts, tmp_path)
     stage = TinyDecoderTask(
-        teacher.unet, teacher.text_encoder, source, parts=parts, preview={}, width=4, blocks=1, scheduler=teacher.scheduler
+        teacher.unet,
+        teacher.text_encoder,
+        source,
+        parts=parts,
+        preview={},
+        width=4,
+        blocks=1,
+        scheduler=teacher.scheduler,
     )
     averaged = copy.deepcopy(stage.modules["decoder"])
     for p in averaged.parameters():
@@ -320,13 +474,17 @@ def test_tiny_decoder_of_a_copy_is_saved_not_the_network_in_training(small, prom
     from diffusers import AutoencoderTiny
 
     z = torch.randn(1, 4, 2, 2)
-    assert torch.all(decode_scaled(AutoencoderTiny.from_pretrained(tmp_path / "model" / "vae"), z) == -1)
+    assert torch.all(
+        decode_scaled(AutoencoderTiny.from_pretrained(tmp_path / "model" / "vae"), z) == -1
+    )
 
 
 def test_whole_command_in_two_processes_equals_one(small, prompts, tmp_path):
-    """What `accelerate launch -m sdlite.cli distill` does: one process writes, the others wait and read.
+    """What `accelerate launch -m sdlite.cli distill` does: one process writes, the others wait and
+    read.
 
-    Without feature terms: these are divided by the teacher's mean square over the samples at hand, so they depend on how a batch is split.
+    Without feature terms: these are divided by the teacher's mean square over the samples at hand,
+    so they depend on how a batch is split.
     """
     from safetensors.torch import load_file
 
@@ -352,7 +510,9 @@ images = 8
 cache_targets = 12
 """
     (tmp_path / "r.toml").write_text(text)
-    run(parse(text), teacher=small, data=prompts, out=tmp_path / "one", export=False, progress=False)
+    run(
+        parse(text), teacher=small, data=prompts, out=tmp_path / "one", export=False, progress=False
+    )
     command = [
         "distill",
         str(tmp_path / "r.toml"),
@@ -365,8 +525,15 @@ cache_targets = 12
         "--no-export",
     ]
     two_processes(f"from sdlite.cli import main; assert main({command!r}) == 0")
-    a, b = (load_file(tmp_path / n / "1-guidance" / "model" / "unet" / "diffusion_pytorch_model.safetensors") for n in ("one", "two"))
+    a, b = (
+        load_file(
+            tmp_path / n / "1-guidance" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+        )
+        for n in ("one", "two")
+    )
     start = build(Teacher(small).unet, StudentSpec(width=0.5)).state_dict()
     apart, moved = (torch.sqrt(sum((x[k] - a[k]).pow(2).sum() for k in a)) for x in (b, start))
-    assert apart < 0.1 * moved  # Adam's first steps are signs: gradients about 0 may round to either
+    assert (
+        apart < 0.1 * moved
+    )  # Adam's first steps are signs: gradients about 0 may round to either
     assert (tmp_path / "two" / "report.md").exists()

@@ -1,4 +1,6 @@
-"""Quantising: statistics, rewrites, integer graphs, the gate that can fail, and errors that lose nothing."""
+"""Quantising: statistics, rewrites, integer graphs, the gate that can fail, and errors that lose
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ from sdlite import Pipeline
 from sdlite.artifact import PARTS, Artifact
 from sdlite.backends import mapped
 from sdlite.cli import main
-from sdlite.errors import InputError, PrecisionError, QuantizationError, SdliteError, SdliteWarning, UnknownNameError
+from sdlite.errors import (
+    InputError,
+    PrecisionError,
+    QuantizationError,
+    SdliteError,
+    SdliteWarning,
+    UnknownNameError,
+)
 from sdlite.images import to_uint8
 from sdlite.quant import Calibration, Gate, insert, quantize, reports, rewrite, table
 from sdlite.quant.calibrate import Session, let_go, on_demand, read_prompts, walk
@@ -29,12 +38,25 @@ from sdlite.quant.metrics import psnr, ssim, structure_distance
 from sdlite.quant.observe import ChannelMax, Histogram, choose_range, quantization_error
 from tests.conftest import EMOJI
 
-PROMPTS = ["red apple", "dog face on a blue background", "grinning face", "woman astronaut", "pizza", "green book on a yellow background"]
+PROMPTS = [
+    "red apple",
+    "dog face on a blue background",
+    "grinning face",
+    "woman astronaut",
+    "pizza",
+    "green book on a yellow background",
+]
 CALIBRATION = EMOJI.parents[2] / "export" / "calibration" / "emoji.txt"
 QUICK = {
     "calibration": Calibration(prompts=read_prompts(CALIBRATION), samples=4, num_inference_steps=3),
     "gate": Gate(
-        prompts=PROMPTS[4:], seeds=(0,), num_inference_steps=3, psnr_mean=33, psnr_worst=30, ssim_mean=0.9, engines=["onnxruntime"]
+        prompts=PROMPTS[4:],
+        seeds=(0,),
+        num_inference_steps=3,
+        psnr_mean=33,
+        psnr_worst=30,
+        ssim_mean=0.9,
+        engines=["onnxruntime"],
     ),
     "threads": 1,
 }
@@ -50,7 +72,7 @@ def static(tmp_path_factory):
     return out, quantize(EMOJI, "int8-static", out=out, **QUICK)
 
 
-# --- statistics ------------------------------------------------------------------------------------------------------
+# --- statistics
 
 
 def test_histogram_does_not_depend_on_order_and_does_not_grow():
@@ -106,7 +128,7 @@ def test_metrics_against_known_values():
     assert structure_distance(a, rng.integers(0, 256, a.shape)) > 0.5
 
 
-# --- graphs ----------------------------------------------------------------------------------------------------------
+# --- graphs
 
 
 def unet_inputs(seed=0):
@@ -135,7 +157,11 @@ def test_graph_round_trip_is_exact(emoji, unet, tmp_path):
     again = run(Graph.load(tmp_path / "g.onnx"), tmp_path, inputs)["out_sample"]
     np.testing.assert_array_equal(out, again)
     names = {layer.name for layer in unet.layers()}
-    assert {"conv_in", "down_blocks.0.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"} <= names
+    assert {
+        "conv_in",
+        "down_blocks.0.resnets.0.conv1",
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+    } <= names
     assert len(names) == len(unet.layers())
 
 
@@ -143,8 +169,14 @@ def test_rewrites_leave_the_function(unet, tmp_path):
     inputs = unet_inputs()
     layers, makers = unet.layers(), unet.producers()
     linear = {layer.input for layer in layers if layer.op == "MatMul"} - {"encoder_hidden_states"}
-    skips = [makers[layer.input] for layer in layers if layer.op == "Conv" and layer.input in makers]
-    before = run(unet.outputs(sorted(linear | {x for n in skips if n.op_type == "Concat" for x in n.input})), tmp_path, inputs)
+    skips = [
+        makers[layer.input] for layer in layers if layer.op == "Conv" and layer.input in makers
+    ]
+    before = run(
+        unet.outputs(sorted(linear | {x for n in skips if n.op_type == "Concat" for x in n.input})),
+        tmp_path,
+        inputs,
+    )
     seen = {k: ChannelMax() for k in before}
     for k, v in before.items():
         seen[k].add(v)
@@ -166,9 +198,13 @@ def test_smooth_multiplies_where_no_layer_norm_makes_the_input(unet, tmp_path):
     seen = ChannelMax()
     seen.add(before[target.input])
     seen.values[3] *= 1000
-    assert rewrite.smooth(unet, {target.input: seen}, keep=[r"attn1\.to_out\.0$"]) == {}, "a layer that stays float is left as it is"
+    assert rewrite.smooth(unet, {target.input: seen}, keep=[r"attn1\.to_out\.0$"]) == {}, (
+        "a layer that stays float is left as it is"
+    )
     assert rewrite.smooth(unet, {target.input: seen}) == {target.input: "multiplied"}
-    np.testing.assert_allclose(run(unet, tmp_path, inputs)["out_sample"], before["out_sample"], atol=1e-4)
+    np.testing.assert_allclose(
+        run(unet, tmp_path, inputs)["out_sample"], before["out_sample"], atol=1e-4
+    )
 
 
 def test_embeddings_become_int8_rows(tmp_path):
@@ -196,7 +232,7 @@ def test_schemes(name):
     assert scheme.parameters(1.0, 2.0)[1] == 0  # the range always includes zero
 
 
-# --- the whole call --------------------------------------------------------------------------------------------------
+# --- the whole call
 
 
 def test_static_artefact_loads_and_is_close(static, emoji):
@@ -210,7 +246,10 @@ def test_static_artefact_loads_and_is_close(static, emoji):
     assert "int8" in str(pipe.report)
     assert Pipeline.from_pretrained(out, threads=1).report.precision == "int8-static"
     for backend in ("auto", "onnxruntime", "torch"):
-        with pytest.raises(PrecisionError, match=r"emoji was quantized and holds int8-static, not fp16; leave precision out"):
+        with pytest.raises(
+            PrecisionError,
+            match=r"emoji was quantized and holds int8-static, not fp16; leave precision out",
+        ):
             Pipeline.from_pretrained(out, precision="fp16", backend=backend)
 
 
@@ -221,7 +260,9 @@ def test_static_report(static):
     unet = report["networks"]["unet"]
     names = {row["name"] for row in unet["layers"]}
     assert not names & {"conv_in", "conv_out", "time_embedding.linear_1"}
-    assert "up_blocks.0.resnets.0.conv_shortcut@0" in names  # the halves of a skip have a scale each
+    assert (
+        "up_blocks.0.resnets.0.conv_shortcut@0" in names
+    )  # the halves of a skip have a scale each
     assert all(row["sqnr"] is None or row["sqnr"] > 5 for row in unet["layers"])
     assert all(len(row["input_seen_per_step"]) in (1, 3) for row in unet["layers"])
     assert "PSNR" in table(report)
@@ -240,10 +281,21 @@ def integer_kernels(path, tmp_path):
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 3
     ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    kinds = [n.op_type for n in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node]
+    kinds = [
+        n.op_type
+        for n in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node
+    ]
     return {
         k: kinds.count(k)
-        for k in ("QLinearConv", "MatMulIntegerToFloat", "QLinearMatMul", "DynamicQuantizeMatMul", "Conv", "MatMul", "FusedConv")
+        for k in (
+            "QLinearConv",
+            "MatMulIntegerToFloat",
+            "QLinearMatMul",
+            "DynamicQuantizeMatMul",
+            "Conv",
+            "MatMul",
+            "FusedConv",
+        )
     }
 
 
@@ -254,18 +306,26 @@ def test_int8_runs_as_integer_kernels(static, tmp_path):
     assert kernels["QLinearConv"] == sum(row["op"] == "Conv" for row in layers)
     assert kernels["MatMulIntegerToFloat"] == sum(row["op"] == "MatMul" for row in layers)
     patterns = json.loads((EMOJI / "sdlite.json").read_text())["calibration"]["keep_float"]["unet"]
-    kept = [x.name for x in Graph.load(out / "unet/model.int8-static.onnx").layers() if x.op == "Conv"]
-    assert kernels["Conv"] + kernels["FusedConv"] == len(kept) >= 2  # conv_in, conv_out and what the student's manifest names
+    kept = [
+        x.name for x in Graph.load(out / "unet/model.int8-static.onnx").layers() if x.op == "Conv"
+    ]
+    assert (
+        kernels["Conv"] + kernels["FusedConv"] == len(kept) >= 2
+    )  # conv_in, conv_out and what the student's manifest names
     assert all(any(re.search(p, name.split(".weight")[0]) for p in patterns) for name in kept), kept
 
 
 def assert_rows_alone(pipe):
-    """Image i of a batch is that seed's image alone, bit by bit, with and without guidance, whatever came before."""
+    """Image i of a batch is that seed's image alone, bit by bit, with and without guidance,
+    whatever came before.
+    """
     prompts, call = ["dog face", "pizza", ""], {"num_inference_steps": 2}
     for more in ({"guidance_scale": 1.0}, {"guidance_scale": 1.5, "negative_prompt": "blue"}):
         first = np.asarray(pipe(prompts[0], seed=5, **call, **more).images[0])
         batch = [np.asarray(i) for i in pipe(prompts, seed=5, **call, **more).images]
-        alone = [np.asarray(pipe(p, seed=5 + i, **call, **more).images[0]) for i, p in enumerate(prompts)]
+        alone = [
+            np.asarray(pipe(p, seed=5 + i, **call, **more).images[0]) for i, p in enumerate(prompts)
+        ]
         np.testing.assert_array_equal(alone, batch)
         np.testing.assert_array_equal(first, batch[0])
 
@@ -278,15 +338,21 @@ def test_an_image_of_a_static_batch_is_that_seed_alone(static, backend):
 
 def test_dynamic(tmp_path, emoji):
     report = quantize(EMOJI, "int8-dynamic", out=tmp_path / "d", **QUICK)
-    assert all(n["bytes"] <= n["float_bytes"] for n in report["networks"].values()), "what stays float keeps its float16 storage"
+    assert all(n["bytes"] <= n["float_bytes"] for n in report["networks"].values()), (
+        "what stays float keeps its float16 storage"
+    )
     assert report["warnings"] == []
     assert report["engines"][0]["networks"]["vae_decoder"] is None, "no Linear layer: equal"
     for name in ("quantize-report.json", "sdlite.json"):
-        json.loads((tmp_path / "d" / name).read_text(), parse_constant=pytest.fail)  # Infinity is not JSON
+        json.loads(
+            (tmp_path / "d" / name).read_text(), parse_constant=pytest.fail
+        )  # Infinity is not JSON
     assert 0 < report["networks"]["unet"]["float_share"] < 0.9
     assert report["networks"]["vae_decoder"]["float_share"] == 1
     pipe = Pipeline.from_pretrained(tmp_path / "d", precision="int8-dynamic", threads=1)
-    a, b = (np.asarray(p("dog face", seed=1, num_inference_steps=3).images[0]) for p in (emoji, pipe))
+    a, b = (
+        np.asarray(p("dog face", seed=1, num_inference_steps=3).images[0]) for p in (emoji, pipe)
+    )
     assert 20 < psnr(a, b) < 100
     assert_rows_alone(pipe)
     assert any("one by one" in n for n in pipe.report.notes)
@@ -306,33 +372,45 @@ def test_openvino_runs_the_same_file_in_integer(static, emoji):
     pytest.importorskip("openvino", reason="needs the openvino extra")
     out, _ = static
     pipe = Pipeline.from_pretrained(out, precision="int8-static", backend="openvino", threads=1)
-    a, b = (np.asarray(p("red apple", seed=3, num_inference_steps=3).images[0]) for p in (emoji, pipe))
+    a, b = (
+        np.asarray(p("red apple", seed=3, num_inference_steps=3).images[0]) for p in (emoji, pipe)
+    )
     assert 25 < psnr(a, b) < 100
     kinds = [
-        (str(n.get_rt_info()["layerType"].astype(str)), str(n.get_rt_info()["runtimePrecision"].astype(str)))
+        (
+            str(n.get_rt_info()["layerType"].astype(str)),
+            str(n.get_rt_info()["runtimePrecision"].astype(str)),
+        )
         for n in pipe.networks.unet.model.get_runtime_model().get_ops()
         if "layerType" in n.get_rt_info()
     ]
-    assert sum(kind == "Convolution" and precision in ("u8", "i8") for kind, precision in kinds) > 20
+    assert (
+        sum(kind == "Convolution" and precision in ("u8", "i8") for kind, precision in kinds) > 20
+    )
 
 
 def test_running_int8_needs_no_torch_and_no_onnx(static):
     import subprocess
 
     code = (
-        "import sys, sdlite; sdlite.Pipeline.from_pretrained(sys.argv[1], threads=1)('red apple', seed=0, num_inference_steps=1);"
-        "print(sorted({'torch', 'onnx', 'diffusers', 'transformers'} & set(sys.modules)))"
+        "import sys, sdlite; sdlite.Pipeline.from_pretrained(sys.argv[1], threads=1)('red apple',"
+        " seed=0, num_inference_steps=1);print(sorted({'torch', 'onnx', 'diffusers',"
+        " 'transformers'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(static[0])], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(static[0])], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
-# --- the gate --------------------------------------------------------------------------------------------------------
+# --- the gate
 
 
 def _double_scale(monkeypatch):
     right = insert.Scheme.parameters
-    monkeypatch.setattr(insert.Scheme, "parameters", lambda self, low, high: right(self, low / 2, high / 2))
+    monkeypatch.setattr(
+        insert.Scheme, "parameters", lambda self, low, high: right(self, low / 2, high / 2)
+    )
 
 
 def _wrong_zero(monkeypatch):
@@ -363,11 +441,17 @@ def test_gate_fails_on_purpose_and_nothing_is_written(damage, tmp_path, monkeypa
     damage(monkeypatch)
     with pytest.raises(
         QuantizationError,
-        match=r"gate does not hold.*worst network.*max_float=0 allows.*No model was written; its report and images are in .*bad\.failed",
+        match=(
+            r"gate does not hold.*worst network.*max_float=0 allows.*No model was written; its"
+            r" report and images are in .*bad\.failed"
+        ),
     ):
         quantize(EMOJI, "int8-static", out=tmp_path / "bad", **quick(max_float=0))
     assert [p.name for p in tmp_path.iterdir()] == ["bad.failed"]
-    assert sorted(p.name for p in (tmp_path / "bad.failed").iterdir()) == ["quantize-grid.png", "quantize-report.json"]
+    assert sorted(p.name for p in (tmp_path / "bad.failed").iterdir()) == [
+        "quantize-grid.png",
+        "quantize-report.json",
+    ]
     report = json.loads((tmp_path / "bad.failed/quantize-report.json").read_text())
     assert report["holds"] is False
     assert report["search"][-1]["failures"]
@@ -382,26 +466,47 @@ def test_a_later_failure_takes_the_place_of_the_former(tmp_path):
         with pytest.raises(QuantizationError, match=r"keep_float\), try int8-static") as e:
             quantize(EMOJI, "int8-dynamic", out=tmp_path / "q", **quick(psnr_mean=wanted))
         assert not re.search("sample|observer|max_float", str(e.value)), "this mode has none"
-        assert json.loads((failed / "quantize-report.json").read_text())["gate"]["psnr_mean"] == wanted
-    assert sorted(p.name for p in failed.iterdir()) == ["mine.txt", "quantize-grid.png", "quantize-report.json"]
+        assert (
+            json.loads((failed / "quantize-report.json").read_text())["gate"]["psnr_mean"] == wanted
+        )
+    assert sorted(p.name for p in failed.iterdir()) == [
+        "mine.txt",
+        "quantize-grid.png",
+        "quantize-report.json",
+    ]
     assert not (tmp_path / "q").exists()
     with pytest.raises(SdliteError):
         Pipeline.from_pretrained(failed)
     (tmp_path / "r.failed").write_text("a file where the folder should be")
-    with pytest.raises(QuantizationError, match=r"gate does not hold.*report could not be written either"):
+    with pytest.raises(
+        QuantizationError, match=r"gate does not hold.*report could not be written either"
+    ):
         quantize(EMOJI, "int8-dynamic", out=tmp_path / "r", **quick(psnr_mean=90))
 
 
 def test_prompts_that_show_little_are_said_to(tmp_path):
-    one = {"calibration": Calibration(prompts=["pizza"], samples=2, num_inference_steps=1),
-           "gate": Gate(seeds=(0,), num_inference_steps=1, psnr_mean=0, psnr_worst=0, ssim_mean=-1, engines=["onnxruntime"]), "threads": 1}  # fmt: skip
+    one = {
+        "calibration": Calibration(prompts=["pizza"], samples=2, num_inference_steps=1),
+        "gate": Gate(
+            seeds=(0,),
+            num_inference_steps=1,
+            psnr_mean=0,
+            psnr_worst=0,
+            ssim_mean=-1,
+            engines=["onnxruntime"],
+        ),
+        "threads": 1,
+    }
     with pytest.warns(SdliteWarning) as seen:
         report = quantize(EMOJI, "int8-static", out=tmp_path / "one", **one)
     assert [str(w.message) for w in seen if w.category is SdliteWarning] == report["warnings"]
     assert re.search("single prompt .*'pizza'", report["warnings"][0])
     assert re.search("1 of the gate's 1 prompts were calibrated on too", report["warnings"][1])
     assert f"warning: {report['warnings'][0]}" in table(report)
-    assert json.loads((tmp_path / "one/quantize-report.json").read_text())["warnings"] == report["warnings"]
+    assert (
+        json.loads((tmp_path / "one/quantize-report.json").read_text())["warnings"]
+        == report["warnings"]
+    )
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -416,7 +521,10 @@ def test_a_model_that_does_not_get_smaller_is_said_to(static):
     assert static[1]["holds"] is True
     assert reports._growth("int8-dynamic", parts) == []
     larger = {p: {**n, "bytes": n["float_bytes"]} for p, n in parts.items()}
-    assert re.match("int8-dynamic has 18.8 MB of weights, the float model 18.8 MB: ", reports._growth("int8-dynamic", larger)[0])
+    assert re.match(
+        "int8-dynamic has 18.8 MB of weights, the float model 18.8 MB: ",
+        reports._growth("int8-dynamic", larger)[0],
+    )
 
 
 def test_the_grid_names_what_it_shows(static, tmp_path):
@@ -430,10 +538,14 @@ def test_the_grid_names_what_it_shows(static, tmp_path):
         assert image.text["columns"] == " | ".join(report["grid"]["columns"])
     white = np.full((2, 64, 64, 3), 255, np.uint8)
     plain = np.asarray(reports.grid(white, white, ["", ""], [("", 0), ("", 0)]))
-    named = np.asarray(reports.grid(white, white, ["float", "int8"], [("a fox", 0), ("word " * 99, 0)]))
+    named = np.asarray(
+        reports.grid(white, white, ["float", "int8"], [("a fox", 0), ("word " * 99, 0)])
+    )
     assert plain.shape == named.shape
     assert (named[:18] != plain[:18]).any(), "the columns' names"
-    assert all((named != plain)[18:40, x : x + 256].any() for x in (0, 270)), "a prompt over each pair"
+    assert all((named != plain)[18:40, x : x + 256].any() for x in (0, 270)), (
+        "a prompt over each pair"
+    )
     assert (named[:, 270 + 258 :] == 255).all(), "a long prompt is cut"
 
 
@@ -445,7 +557,7 @@ def test_search_puts_the_bad_layer_back_to_float(tmp_path, monkeypatch):
     assert report["networks"]["unet"]["float_share"] > 0.05
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
+# --- errors
 
 
 def test_errors(tmp_path, emoji, plain):
@@ -480,15 +592,24 @@ def test_errors(tmp_path, emoji, plain):
         ({"scheme": ["u8s7"]}, r"scheme=\['u8s7'\] \(list\); accepted: a string"),
         ({"threads": 0}, "threads=0; accepted: a whole number, 1 to"),
         ({"keep_float": {"vae": ["conv"]}}, "accepted: a dict of text_encoder, unet, vae_decoder"),
-        ({"keep_float": {"unet": "conv"}}, r"keep_float\['unet'\]='conv' \(str\); accepted: a list of strings"),
+        (
+            {"keep_float": {"unet": "conv"}},
+            r"keep_float\['unet'\]='conv' \(str\); accepted: a list of strings",
+        ),
         ({"keep_float": {"unet": ["("]}}, "is not a regular expression"),
         ({"calibration": Calibration(samples=1.5)}, "calibration samples=1.5"),
-        ({"calibration": Calibration(prompts="a fox")}, r"calibration prompts='a fox' \(str\); accepted: a list of strings"),
+        (
+            {"calibration": Calibration(prompts="a fox")},
+            r"calibration prompts='a fox' \(str\); accepted: a list of strings",
+        ),
         ({"calibration": Calibration(num_inference_steps=0)}, "calibration num_inference_steps=0"),
         ({"calibration": Calibration(guidance_scale="7")}, "calibration guidance_scale='7'"),
         ({"calibration": Calibration(percentile="99")}, "percentile='99'"),
         ({"calibration": Calibration(observer=None)}, "observer=None"),
-        ({"calibration": Calibration(smooth_alpha=2)}, "smooth_alpha=2; accepted: a finite number, 0 to 1"),
+        (
+            {"calibration": Calibration(smooth_alpha=2)},
+            "smooth_alpha=2; accepted: a finite number, 0 to 1",
+        ),
         ({"calibration": Calibration(size=64)}, "calibration size=64; accepted: two whole numbers"),
         ({"calibration": Calibration(seed=-1)}, "calibration seed=-1"),
         ({"gate": Gate(psnr_mean=float("nan"))}, "psnr_mean=nan; accepted: a finite number"),
@@ -514,10 +635,16 @@ def test_quantised_model_cannot_be_quantised_again(static, tmp_path):
 
 def test_artefacts_own_float_layers_are_kept_unless_the_caller_says(static, tmp_path):
     def last_stage(report):
-        return {r["name"] for r in report["networks"]["vae_decoder"]["layers"] if r["name"].startswith("decoder.up_blocks.3.")}
+        return {
+            r["name"]
+            for r in report["networks"]["vae_decoder"]["layers"]
+            if r["name"].startswith("decoder.up_blocks.3.")
+        }
 
     assert not last_stage(static[1])  # sdlite/models/emoji/sdlite.json asks for it
-    report = quantize(EMOJI, "int8-static", out=tmp_path / "all", keep_float={"vae_decoder": []}, **QUICK)
+    report = quantize(
+        EMOJI, "int8-static", out=tmp_path / "all", keep_float={"vae_decoder": []}, **QUICK
+    )
     assert last_stage(report)
 
 
@@ -531,20 +658,43 @@ keep = sys.argv[2] == "keep"  # a broken observer that keeps what it sees
 if keep:
     from sdlite.quant.observe import Histogram
     kept, right = [], Histogram.add
-    Histogram.add = lambda self, x, *rest, **more: (kept.append(x.copy()), right(self, x, *rest, **more))[1]
+    def add(self, x, *rest, **more):
+        kept.append(x.copy())
+        return right(self, x, *rest, **more)
+    Histogram.add = add
 prompts = read_prompts(sys.argv[3])
-api.quantize(sys.argv[4], "int8-static", out=sys.argv[5], threads=1, calibration=Calibration(prompts=prompts, samples=int(sys.argv[1]), num_inference_steps=2),
-             gate=api.Gate(prompts=prompts[-1:], seeds=(0,), num_inference_steps=1, psnr_mean=0, psnr_worst=0, ssim_mean=-1, engines=["onnxruntime"], max_float=0))
-print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024)  # ru_maxrss would hold the parent's
+api.quantize(
+    sys.argv[4], "int8-static", out=sys.argv[5], threads=1,
+    calibration=Calibration(prompts=prompts, samples=int(sys.argv[1]), num_inference_steps=2),
+    gate=api.Gate(
+        prompts=prompts[-1:], seeds=(0,), num_inference_steps=1, psnr_mean=0, psnr_worst=0,
+        ssim_mean=-1, engines=["onnxruntime"], max_float=0,
+    ),
+)
+# ru_maxrss would hold the parent's
+print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024)
 """
 
 
 def test_peak_memory_does_not_grow_with_samples(tmp_path):
-    """Resident set of whole runs, in processes of their own; the last one keeps its samples, to show that the measure sees it."""
+    """Resident set of whole runs, in processes of their own; the last one keeps its samples, to
+    show that the measure sees it.
+    """
 
     def peak(samples, mode):
-        command = [sys.executable, "-c", _PEAK, str(samples), mode, str(CALIBRATION), str(EMOJI), str(tmp_path / f"{mode}{samples}")]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+        command = [
+            sys.executable,
+            "-c",
+            _PEAK,
+            str(samples),
+            mode,
+            str(CALIBRATION),
+            str(EMOJI),
+            str(tmp_path / f"{mode}{samples}"),
+        ]
+        return float(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+        )
 
     few, many, leaking = peak(2, "stream"), peak(10, "stream"), peak(10, "keep")
     assert many < few + 40, (few, many)
@@ -553,7 +703,11 @@ def test_peak_memory_does_not_grow_with_samples(tmp_path):
 
 def test_disk_full_half_way_loses_nothing(tmp_path, monkeypatch):
     def full(self, path):
-        if "scratch" not in str(path) and path.name == "model.int8-static.onnx" and path.parent.name == "unet":
+        if (
+            "scratch" not in str(path)
+            and path.name == "model.int8-static.onnx"
+            and path.parent.name == "unet"
+        ):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return right(self, path)
 
@@ -566,12 +720,48 @@ def test_disk_full_half_way_loses_nothing(tmp_path, monkeypatch):
 
 def test_command_line(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    command = ["quantize", str(EMOJI), "--precision", "int8-static", "--out", str(tmp_path / "q"), "--prompts", str(tmp_path / "prompts.txt"),
-               "--samples", "2", "--steps", "2", "--psnr-mean", "20", "--psnr-worst", "15", "--ssim-mean", "0.7", "--engine", "onnxruntime",
-               "--threads", "1"]  # fmt: skip
+    command = [
+        "quantize",
+        str(EMOJI),
+        "--precision",
+        "int8-static",
+        "--out",
+        str(tmp_path / "q"),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--samples",
+        "2",
+        "--steps",
+        "2",
+        "--psnr-mean",
+        "20",
+        "--psnr-worst",
+        "15",
+        "--ssim-mean",
+        "0.7",
+        "--engine",
+        "onnxruntime",
+        "--threads",
+        "1",
+    ]
     assert main(command) == 0
     assert "PSNR" in capsys.readouterr().out
-    assert main(["generate", "red apple", "--model", str(tmp_path / "q"), "--steps", "1", "--out", str(tmp_path / "a.png"), "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "red apple",
+                "--model",
+                str(tmp_path / "q"),
+                "--steps",
+                "1",
+                "--out",
+                str(tmp_path / "a.png"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     assert main(command) == 1  # the folder exists
     assert "not an empty folder" in capsys.readouterr().err
 
@@ -579,7 +769,14 @@ def test_command_line(tmp_path, capsys):
 def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path, monkeypatch):
     artifact = Artifact.open(EMOJI)
     pipe, prompts = on_demand(artifact, 1), ["pizza", "red apple"]
-    sessions = {p: Session(Graph.load(EMOJI / artifact.manifest.variants["fp32"][p]["file"]), tmp_path / f"{p}.onnx", 1) for p in PARTS}
+    sessions = {
+        p: Session(
+            Graph.load(EMOJI / artifact.manifest.variants["fp32"][p]["file"]),
+            tmp_path / f"{p}.onnx",
+            1,
+        )
+        for p in PARTS
+    }
     decoded = []
 
     def visit(part, _step, name, values):
@@ -588,16 +785,22 @@ def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path, mo
         if part == "vae_decoder":
             decoded.append(values)
 
-    calibration = Calibration(prompts=prompts, samples=3, seed=5, num_inference_steps=1, guidance_scale=1.0)
+    calibration = Calibration(
+        prompts=prompts, samples=3, seed=5, num_inference_steps=1, guidance_scale=1.0
+    )
     assert len(list(walk(pipe, calibration, sessions, visit, 3))) == 6
     assert all(s._open is None for s in sessions.values())
     for i, pixels in enumerate(decoded):
-        picture = pipe(prompts[i % 2], seed=5 + i, num_inference_steps=1, guidance_scale=1.0).images[0]
+        picture = pipe(
+            prompts[i % 2], seed=5 + i, num_inference_steps=1, guidance_scale=1.0
+        ).images[0]
         assert (to_uint8(pixels)[0] == np.asarray(picture)).all()
     trimmed = []
     monkeypatch.setattr(mapped, "trim", lambda: trimmed.append(1))
     let_go(pipe)
     assert all(getattr(pipe.networks, p)._network is None for p in PARTS)
-    assert len(trimmed) == 3  # each network was open: what onnxruntime freed goes back to the system
+    assert (
+        len(trimmed) == 3
+    )  # each network was open: what onnxruntime freed goes back to the system
     let_go(pipe)
     assert len(trimmed) == 3

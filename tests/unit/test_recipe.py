@@ -64,7 +64,7 @@ def parse(text):
     return Recipe.parse(tomllib.loads(text))
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data
 
 
 def test_folder_with_caption_files(pictures):
@@ -77,7 +77,11 @@ def test_folder_with_caption_files(pictures):
 
 
 def test_folder_with_metadata(pictures):
-    rows = [{"file_name": "0.png", "text": "a"}, {"file_name": "none.png", "text": "b"}, {"file_name": "1.png"}]
+    rows = [
+        {"file_name": "0.png", "text": "a"},
+        {"file_name": "none.png", "text": "b"},
+        {"file_name": "1.png"},
+    ]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = data.read(pictures)
     assert [(i.key, i.caption) for i in found.items] == [("0.png", "a")]
@@ -122,32 +126,55 @@ def test_to_square_crops_the_middle_and_puts_transparency_on_white():
     np.testing.assert_allclose(to_square(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 8), 1)
 
 
-# --- recipes ---------------------------------------------------------------------------------------------------------
+# --- recipes
 
 
 def test_recipe_is_read():
     r = parse(RECIPE)
-    assert [s.name for s in r.stages] == ["0-output", "1-guidance", "2-progressive-2", "2-progressive-1"]
+    assert [s.name for s in r.stages] == [
+        "0-output",
+        "1-guidance",
+        "2-progressive-2",
+        "2-progressive-1",
+    ]
     assert r.stages[0].config.max_images == 8
     assert r.stages[0].config.batch_size == 4
-    assert r.default_sampler("ddim") == {"name": "ddim", "num_inference_steps": 1, "guidance_scale": 1.0}
-    assert parse("[[stage]]\nkind='output'\nimages=1").default_sampler("ddim")["guidance_scale"] == 4.0
+    assert r.default_sampler("ddim") == {
+        "name": "ddim",
+        "num_inference_steps": 1,
+        "guidance_scale": 1.0,
+    }
+    assert (
+        parse("[[stage]]\nkind='output'\nimages=1").default_sampler("ddim")["guidance_scale"] == 4.0
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("", "no .*stage"),
-        ("[[stage]]\nkind='magic'\nimages=1", "'magic' is not known; choose one of output, guidance"),
+        (
+            "[[stage]]\nkind='magic'\nimages=1",
+            "'magic' is not known; choose one of output, guidance",
+        ),
         ("[[stage]]\nkind='output'", "no images"),
         ("[[stage]]\nkind='output'\nimages=1\nguidance_scale=3", "guidance_scale is not known"),
         ("[[stage]]\nkind='progressive'\nimages=1\nsteps=[8,3]", "halve"),
         ("[[stage]]\nkind='output'\nimages=1\ncache_targets=9", "set feature_weight = 0"),
-        ("[student]\npreset='tiny'\n[[stage]]\nkind='output'\nimages=1", "preset='tiny' is not known"),
-        ("[student]\nweights='old'\n[[stage]]\nkind='output'\nimages=1", "weights='old'; choose teacher or random"),
+        (
+            "[student]\npreset='tiny'\n[[stage]]\nkind='output'\nimages=1",
+            "preset='tiny' is not known",
+        ),
+        (
+            "[student]\nweights='old'\n[[stage]]\nkind='output'\nimages=1",
+            "weights='old'; choose teacher or random",
+        ),
         ("[student]\ndepth=2\n[[stage]]\nkind='output'\nimages=1", "depth is not known"),
         ("[preview]\nsize=1\n[[stage]]\nkind='output'\nimages=1", "size is not known"),
-        ("[train]\nlearning_rate=1\n[[stage]]\nkind='output'\nimages=1", "learning_rate is not known"),
+        (
+            "[train]\nlearning_rate=1\n[[stage]]\nkind='output'\nimages=1",
+            "learning_rate is not known",
+        ),
     ],
 )
 def test_recipe_errors(text, words):
@@ -156,15 +183,22 @@ def test_recipe_errors(text, words):
 
 
 def test_sampler_knows_which_stages_put_guidance_into_the_student():
-    """A progressive stage without a guidance stage before it learns the guided teacher: sampling it with guidance again would be twice."""
+    """A progressive stage without a guidance stage before it learns the guided teacher: sampling it
+    with guidance again would be twice.
+    """
     few = "[[stage]]\nkind='progressive'\nsteps=[4, 2]\nimages=1\n"
     assert parse(few).default_sampler("ddim")["guidance_scale"] == 1.0
     assert parse(few + "guidance_scale=1.0").default_sampler("ddim")["guidance_scale"] == 4.0
-    assert parse("[[stage]]\nkind='guidance'\nimages=1").default_sampler("ddim")["guidance_scale"] == 1.0
+    assert (
+        parse("[[stage]]\nkind='guidance'\nimages=1").default_sampler("ddim")["guidance_scale"]
+        == 1.0
+    )
     guided = "[[stage]]\nkind='guidance'\nimages=1\nguidance_scale=3.0\n"
     assert len(parse(guided + few + "guidance_scale=1.0").stages) == 3
     for kind in ("progressive", "adversarial"):
-        with pytest.raises(InputError, match="0-guidance has put guidance into the student already"):
+        with pytest.raises(
+            InputError, match="0-guidance has put guidance into the student already"
+        ):
             parse(guided + f"[[stage]]\nkind='{kind}'\nimages=1\nguidance_scale=3.0")
 
 
@@ -173,8 +207,13 @@ def test_halvings_after_the_first_do_not_guide_again(plain, pictures, tmp_path):
 
     teacher = Teacher(plain)
     source = teacher.source(pictures, tmp_path / "c.safetensors", False)
-    first, second = parse("[[stage]]\nkind='progressive'\nsteps=[4, 2]\nimages=1\nguidance_scale=3.0").stages
-    made = [_task(s, teacher.unet, teacher, source, {}, ["a"], guided) for s, guided in ((first, False), (second, True))]
+    first, second = parse(
+        "[[stage]]\nkind='progressive'\nsteps=[4, 2]\nimages=1\nguidance_scale=3.0"
+    ).stages
+    made = [
+        _task(s, teacher.unet, teacher, source, {}, ["a"], guided)
+        for s, guided in ((first, False), (second, True))
+    ]
     assert [m.guidance_scale for m in made] == [3.0, 1.0]
     assert made[0].teacher is teacher.unet
     assert made[1].teacher is not teacher.unet
@@ -220,7 +259,10 @@ def test_run_stops_resumes_and_makes_a_model(plain, pictures, tmp_path):
     again = run(r, **arguments, resume=True)  # finished stages are not trained again
     assert again["seconds"] < done["seconds"]
     pipe = Pipeline.from_pretrained(out / "2-progressive-1" / "model", backend="torch", threads=1)
-    assert pipe("picture 1", num_inference_steps=1, guidance_scale=1, seed=0).images[0].size == (64, 64)
+    assert pipe("picture 1", num_inference_steps=1, guidance_scale=1, seed=0).images[0].size == (
+        64,
+        64,
+    )
     assert pipe.scheduler_config["timestep_spacing"] == "trailing"
 
 
@@ -236,11 +278,20 @@ def test_statistics_of_a_resumed_run_say_each_step_once(tmp_path):
 def test_prompts_alone_are_enough(plain, tmp_path):
     (tmp_path / "prompts.txt").write_text("red apple\ndog face\n")
     r = parse("[train]\nbatch_size=2\nsample_every=0\n[[stage]]\nkind='output'\nimages=2\n")
-    assert run(r, teacher=plain, data=tmp_path / "prompts.txt", out=tmp_path / "run", export=False, progress=False)["finished"]
+    assert run(
+        r,
+        teacher=plain,
+        data=tmp_path / "prompts.txt",
+        out=tmp_path / "run",
+        export=False,
+        progress=False,
+    )["finished"]
 
 
 def test_command_line(plain, pictures, tmp_path, capsys):
-    (tmp_path / "r.toml").write_text("[train]\nbatch_size=2\nsample_every=0\n[[stage]]\nkind='output'\nimages=2\n")
+    (tmp_path / "r.toml").write_text(
+        "[train]\nbatch_size=2\nsample_every=0\n[[stage]]\nkind='output'\nimages=2\n"
+    )
     command = [
         "distill",
         str(tmp_path / "r.toml"),
@@ -261,7 +312,7 @@ def test_command_line(plain, pictures, tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
 
 
-# --- doctor ----------------------------------------------------------------------------------------------------------
+# --- doctor
 
 
 def levels(found, check):
@@ -270,7 +321,20 @@ def levels(found, check):
 
 def test_doctor_finds_nothing_wrong_with_the_embedded_student(plain, pictures, tmp_path, capsys):
     (tmp_path / "r.toml").write_text("[[stage]]\nkind='output'\nimages=2\n")
-    assert main(["distill", "doctor", str(tmp_path / "r.toml"), "--teacher", str(plain), "--data", str(pictures)]) == 0
+    assert (
+        main(
+            [
+                "distill",
+                "doctor",
+                str(tmp_path / "r.toml"),
+                "--teacher",
+                str(plain),
+                "--data",
+                str(pictures),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "100.0% of the teacher" in out
     assert "gradient norm" in out
@@ -285,13 +349,29 @@ def test_doctor_names_what_is_wrong(plain):
     other = type(teacher.unet)(**{**teacher.unet.config, "cross_attention_dim": 32})
     found = doctor.architecture(other, teacher.unet, teacher.text_encoder, teacher.vae)
     assert any(f.level == "fail" and "cross_attention_dim 32" in f.text for f in found)
-    assert levels(doctor.target({**teacher.scheduler, "prediction_type": "epsilon"}, True), "target")[0] == "fail"
-    assert "warn" in levels(doctor.target({**teacher.scheduler, "timestep_spacing": "leading"}, True), "target")
+    assert (
+        levels(doctor.target({**teacher.scheduler, "prediction_type": "epsilon"}, True), "target")[
+            0
+        ]
+        == "fail"
+    )
+    assert "warn" in levels(
+        doctor.target({**teacher.scheduler, "timestep_spacing": "leading"}, True), "target"
+    )
     assert levels(doctor.preprocessing(torch.randn(8, 4, 8, 8), 8, 0, 0), "preprocessing") == ["ok"]
-    assert levels(doctor.preprocessing(torch.randn(8, 4, 8, 8) * 5.5, 8, 0, 0), "preprocessing") == ["fail"]  # scaling_factor forgotten
-    assert levels(doctor.preprocessing(torch.full((1, 4, 8, 8), torch.nan), 8, 0, 0), "preprocessing") == ["fail"]
-    assert levels(doctor.preprocessing(torch.randn(8, 4, 8, 8), 8, 5, 4), "data") == ["warn", "warn"]
-    assert "warn" in levels(doctor.temperature(torch.zeros(1, 2, 8, 8)), "temperature")  # flat: no gradient
+    assert levels(
+        doctor.preprocessing(torch.randn(8, 4, 8, 8) * 5.5, 8, 0, 0), "preprocessing"
+    ) == ["fail"]  # scaling_factor forgotten
+    assert levels(
+        doctor.preprocessing(torch.full((1, 4, 8, 8), torch.nan), 8, 0, 0), "preprocessing"
+    ) == ["fail"]
+    assert levels(doctor.preprocessing(torch.randn(8, 4, 8, 8), 8, 5, 4), "data") == [
+        "warn",
+        "warn",
+    ]
+    assert "warn" in levels(
+        doctor.temperature(torch.zeros(1, 2, 8, 8)), "temperature"
+    )  # flat: no gradient
     peak = torch.zeros(1, 1, 8, 8)
     peak[..., 3, 3] = 1000
     assert "warn" in levels(doctor.temperature(peak), "temperature")
@@ -304,7 +384,14 @@ def test_doctor_measures_the_pull_of_each_term(plain, pictures, tmp_path):
     source = teacher.source(pictures, tmp_path / "c.safetensors", False)
     student = type(teacher.unet).from_config(teacher.unet.config)
     task = StudentTask(
-        student, teacher.unet, teacher.text_encoder, source, parts={}, preview={}, scheduler=teacher.scheduler, feature_weight=1e4
+        student,
+        teacher.unet,
+        teacher.text_encoder,
+        source,
+        parts={},
+        preview={},
+        scheduler=teacher.scheduler,
+        feature_weight=1e4,
     )
     found, measured = doctor.gradients(task, 4)
     assert set(measured) == {"task", "output", "feature"}
@@ -318,7 +405,9 @@ def small_task(**options):
 
 
 def test_doctor_finds_a_wrong_prediction_type():
-    """A network that is exact for v, under a scheduler that says epsilon: everything runs, and the two halves of the loss contradict."""
+    """A network that is exact for v, under a scheduler that says epsilon: everything runs, and the
+    two halves of the loss contradict.
+    """
     from sdlite.distill import doctor
     from sdlite.distill.tasks import V_ZERO_SNR
     from sdlite.sampling import Schedule
@@ -326,13 +415,20 @@ def test_doctor_finds_a_wrong_prediction_type():
 
     levels_of = {}
     for kind in ("v_prediction", "epsilon"):
-        task = small_task(scheduler={**V_ZERO_SNR, "prediction_type": kind, "rescale_betas_zero_snr": False})
+        task = small_task(
+            scheduler={**V_ZERO_SNR, "prediction_type": kind, "rescale_betas_zero_snr": False}
+        )
         exact = Perfect(Solver(Schedule.from_config(V_ZERO_SNR)), torch.zeros(1, 4, 4, 4))
         exact.solver.alpha_bar, draw = task.forward.alpha_bar, task.source.draw
-        task.source.draw = lambda size, g, draw=draw: {**draw(size, g), "latents": torch.zeros(size, 4, 4, 4) + 1e-3}
+        task.source.draw = lambda size, g, draw=draw: {
+            **draw(size, g),
+            "latents": torch.zeros(size, 4, 4, 4) + 1e-3,
+        }
         levels_of[kind] = levels(doctor.prediction(task, exact, 8), "prediction")
     assert levels_of == {"v_prediction": ["ok"], "epsilon": ["fail"]}
-    assert levels(doctor.prediction(small_task(), small_task().teacher, 8), "prediction") == ["warn"]  # random weights
+    assert levels(doctor.prediction(small_task(), small_task().teacher, 8), "prediction") == [
+        "warn"
+    ]  # random weights
 
 
 def test_doctor_weighs_every_term():

@@ -1,4 +1,6 @@
-"""Runs of recipes: values are checked, a run goes on with its own parts only, a failed start leaves nothing that blocks the next."""
+"""Runs of recipes: values are checked, a run goes on with its own parts only, a failed start leaves
+nothing that blocks the next.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,21 @@ from sdlite.cli import main  # noqa: E402
 from sdlite.distill import recipe, tasks  # noqa: E402
 from sdlite.distill.recipe import Recipe, run  # noqa: E402
 from sdlite.distill.students import StudentSpec  # noqa: E402
-from sdlite.errors import InputError, SdliteError, SdliteWarning, TrainingError, UnknownNameError  # noqa: E402
+from sdlite.errors import (  # noqa: E402
+    InputError,
+    SdliteError,
+    SdliteWarning,
+    TrainingError,
+    UnknownNameError,
+)
 from tests.folders import change  # noqa: E402
 from tests.unit.test_recipe import parse  # noqa: E402
 
 STAGE = "[[stage]]\nkind = 'output'\nimages = 4\n"
-SMALL = f"[train]\nbatch_size = 2\nsample_every = 0\nlog_every = 1\n{STAGE}feature_weight = 0\n[[stage]]\nkind = 'guidance'\nimages = 2\n"
+SMALL = (
+    f"[train]\nbatch_size = 2\nsample_every = 0\nlog_every = 1\n{STAGE}feature_weight ="
+    " 0\n[[stage]]\nkind = 'guidance'\nimages = 2\n"
+)
 SMALL += "[preview]\nprompts = ['a fox']\nnum_inference_steps = 1\n"
 
 
@@ -44,7 +55,7 @@ def pictures(tmp_path):
     return folder
 
 
-# --- values --------------------------------------------------------------------------------------
+# --- values
 
 
 @pytest.mark.parametrize(
@@ -53,7 +64,10 @@ def pictures(tmp_path):
         ("images = 0", r"\[\[stage\]\] 0 \(output\): images=0; accepted: a whole number, 1 to"),
         ("images = -5", "images=-5; accepted: a whole number, 1 to"),
         ("images = 'abc'", r"images='abc' \(str\); accepted: a whole number"),
-        ("images = 4\nbatch_size = 0", r"\[\[stage\]\] 0 \(output\): batch_size=0; accepted: a whole number, 1 to"),
+        (
+            "images = 4\nbatch_size = 0",
+            r"\[\[stage\]\] 0 \(output\): batch_size=0; accepted: a whole number, 1 to",
+        ),
         ("images = 4\nbatch_size = -8", "batch_size=-8"),
         ("images = 4\nlr = nan", "lr=nan; accepted: a finite number"),
         ("images = 4\nlr = inf", "lr=inf; accepted: a finite number"),
@@ -64,12 +78,24 @@ def pictures(tmp_path):
         ("images = 4\ncompile = 'yes'", r"compile='yes' \(str\); accepted: true or false"),
         ("images = 4\nfeature_weight = -1", "feature_weight=-1; accepted: a finite number, 0 to"),
         ("images = 4\nmask = 1", "mask=1; accepted: true or false"),
-        ("images = 4\ntemperature = 4.0", r"temperature=4.0; accepted: two numbers, such as \[4.0, 1.0\]"),
-        ("images = 4\ntemperature = [4.0, 0]", r"temperature\[1\]=0; accepted: a finite number, 0.001 to"),
+        (
+            "images = 4\ntemperature = 4.0",
+            r"temperature=4.0; accepted: two numbers, such as \[4.0, 1.0\]",
+        ),
+        (
+            "images = 4\ntemperature = [4.0, 0]",
+            r"temperature\[1\]=0; accepted: a finite number, 0.001 to",
+        ),
         ("images = 4\ntap_weights = 'mid'", "tap_weights='mid'; accepted: a table of numbers"),
-        ("images = 4\ntap_weights = { mid = 'x' }", r"tap_weights.mid='x' \(str\); accepted: a finite number"),
+        (
+            "images = 4\ntap_weights = { mid = 'x' }",
+            r"tap_weights.mid='x' \(str\); accepted: a finite number",
+        ),
         ("images = 4\ncaption_dropout = 2", "caption_dropout=2; accepted: a finite number, 0 to 1"),
-        ("images = 4\nfeature_weight = 0\ncache_targets = 0", "cache_targets=0; accepted: a whole number, 1 to"),
+        (
+            "images = 4\nfeature_weight = 0\ncache_targets = 0",
+            "cache_targets=0; accepted: a whole number, 1 to",
+        ),
         ("images = 4\nsteps = [2, 1]", "steps is not known"),
     ],
 )
@@ -88,25 +114,70 @@ def test_values_of_an_output_stage(text, words):
         ("student = 'bk-tiny'\n" + STAGE, "student='bk-tiny'; accepted: a table"),
         ("name = 4\n" + STAGE, r"recipe: name=4; accepted: a string"),
         ("[train]\nlr = nan\n" + STAGE, r"\[train\]: lr=nan"),
-        ("[student]\nwidth = -1\n" + STAGE, r"\[student\]: width=-1; accepted: a finite number, 0.01 to 1"),
-        ("[student]\nwidth = 2\n" + STAGE, r"\[student\]: width=2; accepted: a finite number, 0.01 to 1"),
-        ("[student]\none_layer = 1\n" + STAGE, r"\[student\]: one_layer=1; accepted: true or false"),
-        ("[student]\npreset = ['half']\n" + STAGE, r"\[student\]: preset=\['half'\] \(list\); accepted: a string"),
+        (
+            "[student]\nwidth = -1\n" + STAGE,
+            r"\[student\]: width=-1; accepted: a finite number, 0.01 to 1",
+        ),
+        (
+            "[student]\nwidth = 2\n" + STAGE,
+            r"\[student\]: width=2; accepted: a finite number, 0.01 to 1",
+        ),
+        (
+            "[student]\none_layer = 1\n" + STAGE,
+            r"\[student\]: one_layer=1; accepted: true or false",
+        ),
+        (
+            "[student]\npreset = ['half']\n" + STAGE,
+            r"\[student\]: preset=\['half'\] \(list\); accepted: a string",
+        ),
         ("[sampler]\nname = 'evil'\n" + STAGE, r"\[sampler\]: .*'evil'"),
-        ("[sampler]\nnum_inference_steps = 0\n" + STAGE, r"\[sampler\]: num_inference_steps=0; accepted: a whole number, 1 to 1000"),
-        ("[sampler]\nguidance_scale = nan\n" + STAGE, r"\[sampler\]: guidance_scale=nan; accepted: a finite number"),
+        (
+            "[sampler]\nnum_inference_steps = 0\n" + STAGE,
+            r"\[sampler\]: num_inference_steps=0; accepted: a whole number, 1 to 1000",
+        ),
+        (
+            "[sampler]\nguidance_scale = nan\n" + STAGE,
+            r"\[sampler\]: guidance_scale=nan; accepted: a finite number",
+        ),
         ("[sampler]\nsteps = 4\n" + STAGE, r"\[sampler\]: steps is not known"),
-        ("[preview]\nprompts = 'a fox'\n" + STAGE, r"\[preview\]: prompts='a fox' \(str\); accepted: a list of strings"),
+        (
+            "[preview]\nprompts = 'a fox'\n" + STAGE,
+            r"\[preview\]: prompts='a fox' \(str\); accepted: a list of strings",
+        ),
         ("[preview]\nprompts = []\n" + STAGE, r"\[preview\]: prompts is an empty list"),
-        ("[[stage]]\nkind = 'progressive'\nimages = 1\nsteps = []", "steps is an empty list; accepted: a list of whole numbers"),
-        ("[[stage]]\nkind = 'progressive'\nimages = 1\nsteps = 4", r"steps=4; accepted: a list that halves each time"),
-        ("[[stage]]\nkind = 'progressive'\nimages = 1\nsteps = [2, 1.0]", r"steps\[1\]=1.0; accepted: a whole number"),
+        (
+            "[[stage]]\nkind = 'progressive'\nimages = 1\nsteps = []",
+            "steps is an empty list; accepted: a list of whole numbers",
+        ),
+        (
+            "[[stage]]\nkind = 'progressive'\nimages = 1\nsteps = 4",
+            r"steps=4; accepted: a list that halves each time",
+        ),
+        (
+            "[[stage]]\nkind = 'progressive'\nimages = 1\nsteps = [2, 1.0]",
+            r"steps\[1\]=1.0; accepted: a whole number",
+        ),
         ("[[stage]]\nkind = 'progressive'\nimages = 1\nloss_type = 'l2'", "choose one of v, x0"),
-        ("[[stage]]\nkind = 'guidance'\nimages = 1\nguidance_scale = -1", "guidance_scale=-1; accepted: a finite number, 0 to"),
-        ("[[stage]]\nkind = 'consistency'\nimages = 1\ngrid = 0", "grid=0; accepted: a whole number, 1 to 1000"),
-        ("[[stage]]\nkind = 'adversarial'\nimages = 1\nramp = -1", "ramp=-1; accepted: a whole number, 0 to"),
-        ("[[stage]]\nkind = 'text-encoder'\nimages = 1\nlayers = 0", "layers=0; accepted: a whole number, 1 to"),
-        ("[[stage]]\nkind = 'tiny-decoder'\nimages = 1\nwidth = 0", "width=0; accepted: a whole number, 1 to"),
+        (
+            "[[stage]]\nkind = 'guidance'\nimages = 1\nguidance_scale = -1",
+            "guidance_scale=-1; accepted: a finite number, 0 to",
+        ),
+        (
+            "[[stage]]\nkind = 'consistency'\nimages = 1\ngrid = 0",
+            "grid=0; accepted: a whole number, 1 to 1000",
+        ),
+        (
+            "[[stage]]\nkind = 'adversarial'\nimages = 1\nramp = -1",
+            "ramp=-1; accepted: a whole number, 0 to",
+        ),
+        (
+            "[[stage]]\nkind = 'text-encoder'\nimages = 1\nlayers = 0",
+            "layers=0; accepted: a whole number, 1 to",
+        ),
+        (
+            "[[stage]]\nkind = 'tiny-decoder'\nimages = 1\nwidth = 0",
+            "width=0; accepted: a whole number, 1 to",
+        ),
     ],
 )
 def test_values_of_a_recipe(text, words):
@@ -144,13 +215,20 @@ def test_files_that_are_no_recipe(tmp_path):
             Recipe.load(odd)
 
 
-# --- going on ------------------------------------------------------------------------------------
+# --- going on
 
 
 @pytest.fixture
 def begun(plain, pictures, tmp_path):
     """A run that was stopped at its first step, and the arguments to go on with it."""
-    arguments = {"teacher": plain, "data": pictures, "out": tmp_path / "run", "export": False, "progress": False, "resume": True}
+    arguments = {
+        "teacher": plain,
+        "data": pictures,
+        "out": tmp_path / "run",
+        "export": False,
+        "progress": False,
+        "resume": True,
+    }
     assert not run(parse(SMALL), **arguments, max_minutes=0)["finished"]
     return arguments
 
@@ -158,13 +236,28 @@ def begun(plain, pictures, tmp_path):
 def test_a_run_goes_on_with_its_own_recipe_only(begun):
     for old, new, words in (
         ("images = 4", "images = 6", "0-output.max_images was 4, now 6"),
-        ("feature_weight = 0", "feature_weight = 0\nlr = 1e-3", "0-output.lr was 0.0003, now 0.001"),
-        ("'guidance'", "'guidance'\nguidance_scale = 2", "1-guidance.guidance_scale was null, now 2"),
-        ("[preview]", "[student]\nweights = 'random'\n[preview]", 'student.weights was "teacher", now "random"'),
+        (
+            "feature_weight = 0",
+            "feature_weight = 0\nlr = 1e-3",
+            "0-output.lr was 0.0003, now 0.001",
+        ),
+        (
+            "'guidance'",
+            "'guidance'\nguidance_scale = 2",
+            "1-guidance.guidance_scale was null, now 2",
+        ),
+        (
+            "[preview]",
+            "[student]\nweights = 'random'\n[preview]",
+            'student.weights was "teacher", now "random"',
+        ),
     ):
         with pytest.raises(InputError, match=f"was begun with another recipe .{words}"):
             run(parse(SMALL.replace(old, new, 1)), **begun)
-    free = "micro_batch_size = 1\ngradient_checkpointing = true\nlog_every = 2\nkeep_checkpoints = 1\ncheckpoint_minutes = 1\n"
+    free = (
+        "micro_batch_size = 1\ngradient_checkpointing = true\nlog_every = 2\nkeep_checkpoints ="
+        " 1\ncheckpoint_minutes = 1\n"
+    )
     with pytest.raises(InputError, match="already holds a run; pass resume"):
         run(parse(SMALL), **begun | {"resume": False})
     assert run(parse(SMALL.replace("log_every = 1\n", free)), **begun)["finished"]
@@ -174,7 +267,10 @@ def test_a_run_goes_on_with_its_own_data_only(begun, tmp_path):
     pictures = begun["data"]
     assert not run(parse(SMALL), **begun, max_minutes=0)["finished"]
     (pictures / "0.txt").write_text("another caption")
-    with pytest.raises(InputError, match=r"begun with another data .as many samples, with other names, captions or bytes"):
+    with pytest.raises(
+        InputError,
+        match=r"begun with another data .as many samples, with other names, captions or bytes",
+    ):
         run(parse(SMALL), **begun)
     (pictures / "0.txt").unlink()
     with pytest.raises(InputError, match=r"begun with another data .4 samples then, 3 now"):
@@ -191,7 +287,13 @@ def test_a_run_goes_on_with_its_own_teacher_only(part, begun, plain, tmp_path):
         path = other / "scheduler" / "scheduler_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.02}))
     else:
-        change(other, part, lambda tensors: {k: v + 0.001 if i == 0 else v for i, (k, v) in enumerate(tensors.items())})
+        change(
+            other,
+            part,
+            lambda tensors: {
+                k: v + 0.001 if i == 0 else v for i, (k, v) in enumerate(tensors.items())
+            },
+        )
     with pytest.raises(InputError, match=rf"begun with another teacher .other {part}\)"):
         run(parse(SMALL), **begun | {"teacher": other})
 
@@ -201,10 +303,15 @@ def test_runs_of_an_earlier_version_go_on_and_say_what_is_not_known(begun):
 
     r, out = parse(SMALL), begun["out"]
     (out / "run.json").unlink()
-    (out / "recipe.sha256").write_text(hashlib.sha256(repr((r.student, r.stages)).encode()).hexdigest())
+    (out / "recipe.sha256").write_text(
+        hashlib.sha256(repr((r.student, r.stages)).encode()).hexdigest()
+    )
     with pytest.raises(InputError, match="another recipe"):
         run(parse(SMALL.replace("images = 4", "images = 6", 1)), **begun)
-    with pytest.warns(SdliteWarning, match="was begun by an earlier version: whether teacher and data are those .* is not known"):
+    with pytest.warns(
+        SdliteWarning,
+        match="was begun by an earlier version: whether teacher and data are those .* is not known",
+    ):
         assert run(r, **begun)["finished"]
 
 
@@ -216,7 +323,7 @@ def test_a_stage_whose_note_is_damaged_is_finished_again(begun):
     assert done["stages"]["0-output"]["images"] == 4
 
 
-# --- starts that fail ----------------------------------------------------------------------------
+# --- starts that fail
 
 
 def test_a_failed_start_leaves_nothing_that_blocks_the_next(plain, pictures, tmp_path, monkeypatch):
@@ -227,7 +334,10 @@ def test_a_failed_start_leaves_nothing_that_blocks_the_next(plain, pictures, tmp
     wrong = [
         (
             {"teacher": tmp_path / "nothing"},
-            r"teacher .*nothing is no folder; give that of a diffusers .*`hf download ORG/NAME --local-dir DIR",
+            (
+                r"teacher .*nothing is no folder; give that of a diffusers .*`hf download ORG/NAME"
+                r" --local-dir DIR"
+            ),
         ),
         ({"teacher": empty}, "model_index.json"),
         ({"data": tmp_path / "nothing"}, "does not exist"),
@@ -243,18 +353,30 @@ def test_a_failed_start_leaves_nothing_that_blocks_the_next(plain, pictures, tmp
     with pytest.raises(TrainingError, match="there is no checkpoint"):
         run(parse(SMALL), **good)
     monkeypatch.undo()
-    assert run(parse(SMALL.replace("images = 4", "images = 2")), **good)["finished"]  # another recipe
+    assert run(parse(SMALL.replace("images = 4", "images = 2")), **good)[
+        "finished"
+    ]  # another recipe
 
 
 def test_places_that_cannot_be_written_are_seen_first(plain, pictures, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    given = {"teacher": tmp_path / "never opened", "data": pictures, "export": False, "progress": False}
+    given = {
+        "teacher": tmp_path / "never opened",
+        "data": pictures,
+        "export": False,
+        "progress": False,
+    }
     with pytest.raises(InputError, match="is a file; choose a folder"):
         run(parse(SMALL), **given, out=tmp_path / "file")
     with pytest.raises(InputError, match="cannot be written"):
         run(parse(SMALL), **given, out=tmp_path / "file" / "run")
-    monkeypatch.setattr(recipe.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
-    with pytest.raises(InputError, match=r"too little disk for this run: at least \d+ MiB are needed in .*, 1 MiB are free"):
+    monkeypatch.setattr(
+        recipe.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 2**20)
+    )
+    with pytest.raises(
+        InputError,
+        match=r"too little disk for this run: at least \d+ MiB are needed in .*, 1 MiB are free",
+    ):
         run(parse(SMALL), **given | {"teacher": plain}, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -264,7 +386,15 @@ def test_what_was_left_out_is_said_everywhere(plain, pictures, tmp_path, capsys)
     (pictures / "4.png").write_bytes(b"x")
     (pictures / "4.txt").write_bytes(b"caf\xe9")
     with pytest.warns(SdliteWarning, match="2 of 5 samples were left out, more than 1%"):
-        run(parse(SMALL), teacher=plain, data=pictures, out=tmp_path / "run", export=False, progress=False, max_minutes=0)
+        run(
+            parse(SMALL),
+            teacher=plain,
+            data=pictures,
+            out=tmp_path / "run",
+            export=False,
+            progress=False,
+            max_minutes=0,
+        )
     said = json.loads((tmp_path / "run" / "skipped.json").read_text())
     assert list(said) == ["4.png", "3.png"]
     report = (tmp_path / "run" / "report.md").read_text()
@@ -272,13 +402,28 @@ def test_what_was_left_out_is_said_everywhere(plain, pictures, tmp_path, capsys)
     assert "- `3.png`: is no readable PNG" in report
     assert "2 samples left out, listed in" in capsys.readouterr().out
     (tmp_path / "r.toml").write_text(STAGE)
-    assert main(["distill", "doctor", str(tmp_path / "r.toml"), "--teacher", str(plain), "--data", str(pictures)]) == 0
+    assert (
+        main(
+            [
+                "distill",
+                "doctor",
+                str(tmp_path / "r.toml"),
+                "--teacher",
+                str(plain),
+                "--data",
+                str(pictures),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "3 samples, 2 left out" in out
     assert "warn data: left out: 4.png: has no caption: 4.txt is not UTF-8 text" in out
 
 
-@pytest.mark.parametrize("moment", [pytest.param("latents", marks=pytest.mark.slow), "between stages"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("latents", marks=pytest.mark.slow), "between stages"]
+)
 def test_sigterm_says_the_truth_and_the_run_goes_on(moment, plain, pictures, tmp_path):
     (tmp_path / "r.toml").write_text(SMALL)
     command = [
@@ -294,17 +439,21 @@ def test_sigterm_says_the_truth_and_the_run_goes_on(moment, plain, pictures, tmp
     ]
     where = "cache._Pass._step" if moment == "latents" else "recipe._guided"
     code = (
-        "import sys, time; from pathlib import Path; from sdlite.cli import main; from sdlite.distill import cache, recipe\n"
-        f"real = {where}\n"
-        "def slow(*args):\n"
-        f"    Path({str(tmp_path / 'here')!r}).touch(); out = real(*args); time.sleep(60); return out\n"
-        f"{where} = slow\nsys.exit(main({command!r}))"
+        "import sys, time; from pathlib import Path; from sdlite.cli import main; from"
+        f" sdlite.distill import cache, recipe\nreal = {where}\ndef slow(*args):\n   "
+        f" Path({str(tmp_path / 'here')!r}).touch(); out = real(*args); time.sleep(60); return"
+        f" out\n{where} = slow\nsys.exit(main({command!r}))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "here").exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (tmp_path / "here").exists() and process.poll() is None and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
@@ -314,4 +463,8 @@ def test_sigterm_says_the_truth_and_the_run_goes_on(moment, plain, pictures, tmp
     with warnings.catch_warnings():
         warnings.simplefilter("error", SdliteWarning)
         assert main([*command, "--resume"]) == 0
-    assert not [p for p in Path(tmp_path / "run").iterdir() if p.name.startswith(".") or p.suffix == ".parts"]
+    assert not [
+        p
+        for p in Path(tmp_path / "run").iterdir()
+        if p.name.startswith(".") or p.suffix == ".parts"
+    ]

@@ -1,4 +1,6 @@
-"""A model whose scheduler is not ours: every command says what to do, takes a sampler, and what it writes keeps it."""
+"""A model whose scheduler is not ours: every command says what to do, takes a sampler, and what it
+writes keeps it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,17 @@ from sdlite.errors import ArtifactError, InputError, UnknownNameError
 from sdlite.spec import latent_size
 from tests import folders
 
-NEAREST = "scheduler 'KDPM2DiscreteScheduler' is not supported; choose another with sampler= (--sampler); the nearest is 'heun-karras'"
+NEAREST = (
+    "scheduler 'KDPM2DiscreteScheduler' is not supported; choose another with sampler= (--sampler);"
+    " the nearest is 'heun-karras'"
+)
 
 
 @pytest.fixture
 def foreign(copy):
-    """The embedded model as one whose scheduler we do not have, and whose manifest names no sampler."""
+    """The embedded model as one whose scheduler we do not have, and whose manifest names no
+    sampler.
+    """
     path = copy / "scheduler" / "scheduler_config.json"
     path.write_text(path.read_text().replace("DDIMScheduler", "KDPM2DiscreteScheduler"))
     manifest = json.loads((copy / "sdlite.json").read_text())
@@ -46,14 +53,67 @@ def test_every_command_offers_the_nearest_and_takes_a_sampler(foreign, command, 
     (tmp_path / "prompts.txt").write_text("a red apple\n")
     out, prompts = str(tmp_path / "out"), ["--prompts", str(tmp_path / "prompts.txt")]
     arguments = {
-        "generate": ["a red apple", "--model", str(foreign), "--steps", "1", "--seed", "0", "--out", str(tmp_path / "a.png"), "--quiet"],
-        "quantize": [
-            str(foreign), "--precision", "int8-dynamic", "--steps", "1", "--engine", "onnxruntime", "--psnr-mean", "0", "--psnr-worst", "0",
-            "--ssim-mean", "-1", "--gate-prompts", "1", "--threads", "1", "--out", out, "--quiet", *prompts,
+        "generate": [
+            "a red apple",
+            "--model",
+            str(foreign),
+            "--steps",
+            "1",
+            "--seed",
+            "0",
+            "--out",
+            str(tmp_path / "a.png"),
+            "--quiet",
         ],
-        "export": [str(foreign), "--target", "onnx", "--steps", "1", "--threads", "1", "--out", out, *prompts],
-        "bench": [str(foreign), "--precisions", "fp32", "--backends", "onnxruntime", "--steps", "1", "--seconds", "0", "--threads", "1"],
-    }[command]  # fmt: skip
+        "quantize": [
+            str(foreign),
+            "--precision",
+            "int8-dynamic",
+            "--steps",
+            "1",
+            "--engine",
+            "onnxruntime",
+            "--psnr-mean",
+            "0",
+            "--psnr-worst",
+            "0",
+            "--ssim-mean",
+            "-1",
+            "--gate-prompts",
+            "1",
+            "--threads",
+            "1",
+            "--out",
+            out,
+            "--quiet",
+            *prompts,
+        ],
+        "export": [
+            str(foreign),
+            "--target",
+            "onnx",
+            "--steps",
+            "1",
+            "--threads",
+            "1",
+            "--out",
+            out,
+            *prompts,
+        ],
+        "bench": [
+            str(foreign),
+            "--precisions",
+            "fp32",
+            "--backends",
+            "onnxruntime",
+            "--steps",
+            "1",
+            "--seconds",
+            "0",
+            "--threads",
+            "1",
+        ],
+    }[command]
     assert main([command, *arguments]) == 1
     assert NEAREST in capsys.readouterr().err
     assert main([command, *arguments, "--sampler", "heun-karras"]) == 0
@@ -61,7 +121,11 @@ def test_every_command_offers_the_nearest_and_takes_a_sampler(foreign, command, 
         assert Artifact.open(out).sampler_name == "heun-karras"
     if command == "export":
         student = json.loads((tmp_path / "out" / "student.json").read_text())
-        assert student["sampler"] == {"name": "heun-karras", "num_inference_steps": 4, "guidance_scale": 1.0}
+        assert student["sampler"] == {
+            "name": "heun-karras",
+            "num_inference_steps": 4,
+            "guidance_scale": 1.0,
+        }
 
 
 def test_a_wrong_sampler_is_said_before_any_work(foreign, tmp_path):
@@ -78,14 +142,20 @@ def test_a_wrong_sampler_is_said_before_any_work(foreign, tmp_path):
         lambda: bench.jobs(str(foreign), sampler="nope"),
         lambda: Artifact.open(foreign).with_sampler("nope"),
     ):
-        with pytest.raises(UnknownNameError, match="sampler='nope' is not known; choose one of ddim"):
+        with pytest.raises(
+            UnknownNameError, match="sampler='nope' is not known; choose one of ddim"
+        ):
             call()
     assert not (tmp_path / "x").exists()
 
 
 def test_a_chosen_sampler_leaves_the_opened_model_alone(copy):
     opened = Artifact.open(copy)
-    assert opened.with_sampler("lcm").samples_with == {"name": "lcm", "num_inference_steps": 4, "guidance_scale": 1.0}
+    assert opened.with_sampler("lcm").samples_with == {
+        "name": "lcm",
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+    }
     assert opened.sampler_name == "ddim"
     assert opened.with_sampler(None) is opened
 
@@ -134,7 +204,9 @@ def test_a_size_that_says_nothing_is_an_error(side):
 
 
 def test_an_old_config_is_painted_at_diffusers_size(copy):
-    """`tests/parity/test_scheduler_configs.py` compares the rule with diffusers'; here it is what a call takes."""
+    """`tests/parity/test_scheduler_configs.py` compares the rule with diffusers'; here it is what a
+    call takes.
+    """
     path = copy / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_diffusers_version": "0.6.0"}))
     folders.relist(copy)

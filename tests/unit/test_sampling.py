@@ -4,21 +4,51 @@ import numpy as np
 import pytest
 
 from sdlite.errors import InputError, UnknownNameError
-from sdlite.sampling import SAMPLERS, Noise, Schedule, denoise, get_sampler, guide, guided, sampler_of
+from sdlite.sampling import (
+    SAMPLERS,
+    Noise,
+    Schedule,
+    denoise,
+    get_sampler,
+    guide,
+    guided,
+    sampler_of,
+)
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-V = Schedule.from_config({**SD, "prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True})
+V = Schedule.from_config(
+    {
+        **SD,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": True,
+    }
+)
 EPS = Schedule.from_config(SD)
-ROUGH = {"pndm": 0.2, "pndm-rk": 0.2, "lms": 0.1, "lms-karras": 0.1, "ddpm": 0.05, "deis": 0.15, "deis-karras": 0.15, "tcd": 0.15}
+ROUGH = {
+    "pndm": 0.2,
+    "pndm-rk": 0.2,
+    "lms": 0.1,
+    "lms-karras": 0.1,
+    "ddpm": 0.05,
+    "deis": 0.15,
+    "deis-karras": 0.15,
+    "tcd": 0.15,
+}
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 30])
 def test_a_perfect_network_lands_on_the_picture(sampler, steps):
-    """If the network always knows x_0, every solver must end at x_0; PNDM's, LMS's and DEIS's estimates nearly, with enough steps."""
+    """If the network always knows x_0, every solver must end at x_0; PNDM's, LMS's and DEIS's
+    estimates nearly, with enough steps.
+    """
     schedule = EPS if sampler.startswith(("pndm", "lms", "deis", "heun", "tcd")) else V
     if sampler.startswith(("pndm", "lms", "deis", "tcd")) and steps < 30:
-        pytest.skip("ends at the table's smallest sigma or extrapolates the slope: right in the limit of many steps")
+        pytest.skip(
+            "ends at the table's smallest sigma or extrapolates the slope: right in the limit of"
+            " many steps"
+        )
     x0 = np.random.default_rng(1).standard_normal((2, 4, 4, 4)).astype(np.float32)
     solver = get_sampler(sampler, schedule, steps)
     noise = [Noise(0), Noise(1)]
@@ -54,10 +84,23 @@ def test_guidance_up_to_one_is_none_as_in_diffusers():
     x, embeds = np.ones((1, 4, 4, 4), np.float32), np.ones((1, 2, 3), np.float32)
     for g, rows in ((0.0, 1), (0.5, 1), (1.0, 1), (2.0, 2)):
         calls.clear()
-        made = list(denoise(unet, x, embeds, [Noise(0)], get_sampler("ddim", EPS, 2), uncond=0 * embeds, guidance_scale=g))
+        made = list(
+            denoise(
+                unet,
+                x,
+                embeds,
+                [Noise(0)],
+                get_sampler("ddim", EPS, 2),
+                uncond=0 * embeds,
+                guidance_scale=g,
+            )
+        )
         assert calls == [rows] * 2
         if g <= 1:
-            assert (made[-1] == list(denoise(unet, x, embeds, [Noise(0)], get_sampler("ddim", EPS, 2)))[-1]).all()
+            assert (
+                made[-1]
+                == list(denoise(unet, x, embeds, [Noise(0)], get_sampler("ddim", EPS, 2)))[-1]
+            ).all()
 
 
 def test_noise_of_a_batch_is_noise_of_its_seeds():
@@ -74,13 +117,18 @@ def test_zero_terminal_snr_ends_at_zero_signal():
     assert (np.diff(V.alphas_cumprod()) < 0).all()
 
 
-@pytest.mark.parametrize("bad", [{"prediction_type": "flow"}, {"beta_schedule": "sigmoid"}, {"timestep_spacing": "log"}])
+@pytest.mark.parametrize(
+    "bad", [{"prediction_type": "flow"}, {"beta_schedule": "sigmoid"}, {"timestep_spacing": "log"}]
+)
 def test_unknown_schedule_settings_are_refused(bad):
     with pytest.raises(UnknownNameError, match="accepted"):
         Schedule.from_config(bad)
 
 
-@pytest.mark.parametrize("bad", [{"num_train_timesteps": 0}, {"num_train_timesteps": 10.5}, {"trained_betas": [0.1, 0.2]}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"num_train_timesteps": 0}, {"num_train_timesteps": 10.5}, {"trained_betas": [0.1, 0.2]}],
+)
 def test_a_schedule_of_no_or_other_length_is_refused(bad):
     with pytest.raises(InputError, match="num_train_timesteps"):
         Schedule.from_config(bad)
@@ -90,7 +138,10 @@ def test_a_schedule_of_no_or_other_length_is_refused(bad):
     ("config", "text"),
     [
         ({"_class_name": "KDPM2DiscreteScheduler"}, "nearest is 'heun-karras'"),
-        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas=True of EulerDiscreteScheduler"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True},
+            "use_beta_sigmas=True of EulerDiscreteScheduler",
+        ),
         ({"_class_name": "DDIMScheduler", "new_knob": 3}, "new_knob=3 is not a setting"),
     ],
 )
@@ -101,18 +152,32 @@ def test_a_scheduler_that_we_do_not_have_is_never_replaced(config, text):
 
 
 def test_a_setting_that_a_sampler_reads_is_checked_there():
-    schedule = Schedule.from_config({"_class_name": "EulerDiscreteScheduler", **SD, "final_sigmas_type": "tiny"})
+    schedule = Schedule.from_config(
+        {"_class_name": "EulerDiscreteScheduler", **SD, "final_sigmas_type": "tiny"}
+    )
     with pytest.raises(InputError, match="final_sigmas_type='tiny'; accepted: 'zero', 'sigma_min'"):
         get_sampler("euler", schedule, 4)
     assert len(get_sampler("ddim", schedule, 4)) == 4
 
 
 def test_what_the_file_says_of_the_solver_goes_with_any_sampler_that_knows_the_key():
-    """As in diffusers when a pipeline's scheduler is changed: spacing goes with all, `set_alpha_to_one` where there is one."""
-    file = Schedule.from_config({"_class_name": "PNDMScheduler", **SD, "timestep_spacing": "trailing", "set_alpha_to_one": False})
+    """As in diffusers when a pipeline's scheduler is changed: spacing goes with all,
+    `set_alpha_to_one` where there is one.
+    """
+    file = Schedule.from_config(
+        {
+            "_class_name": "PNDMScheduler",
+            **SD,
+            "timestep_spacing": "trailing",
+            "set_alpha_to_one": False,
+        }
+    )
     assert get_sampler("ddim", file, 4).timesteps.tolist() == [999, 749, 499, 249]
     assert get_sampler("ddim", file, 4).final == file.alphas_cumprod()[0]
-    assert get_sampler("ddim", Schedule.from_config({"_class_name": "PNDMScheduler", **SD}), 4).final == 1
+    assert (
+        get_sampler("ddim", Schedule.from_config({"_class_name": "PNDMScheduler", **SD}), 4).final
+        == 1
+    )
 
 
 def test_lcm_takes_at_most_its_training_grid():

@@ -1,4 +1,6 @@
-"""Guidance, progressive, consistency and adversarial distillation: targets that can be checked exactly."""
+"""Guidance, progressive, consistency and adversarial distillation: targets that can be checked
+exactly.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +59,19 @@ class OnePoint(Source):
 def perfect(cls, kind="v_prediction", **kwargs):
     solver = Solver(Schedule.from_config(schedule(kind)))
     network = Perfect(solver, torch.full((1, 4, 4, 4), 0.7))
-    return cls(
-        network, Perfect(solver, network.point), Text(), OnePoint(), parts={}, preview={}, scheduler=schedule(kind), **kwargs
-    ), network
+    return (
+        cls(
+            network,
+            Perfect(solver, network.point),
+            Text(),
+            OnePoint(),
+            parts={},
+            preview={},
+            scheduler=schedule(kind),
+            **kwargs,
+        ),
+        network,
+    )
 
 
 def real(cls, **kwargs):
@@ -99,13 +111,18 @@ def test_one_step_to_the_halved_target_equals_two_steps(kind):
     first = 0 if kind == "v_prediction" else 2
     index = torch.arange(first, 8, 2)
     t, half, end = fine[index], fine[index + 1], fine[index + 2]
-    x, one, two = (torch.randn(len(index), 4, 4, 4, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    x, one, two = (
+        torch.randn(len(index), 4, 4, 4, generator=torch.Generator().manual_seed(k))
+        for k in range(3)
+    )
     z = solver.ddim(one, x, t, half)
     z = solver.ddim(two, z, half, end)
     x0 = solver.halved_target(x, z, t, end)
     again = solver.ddim(solver.target(x0, x, t), x, t, end)
     torch.testing.assert_close(again, z, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(x0[-1], z[-1], rtol=1e-5, atol=1e-5)  # the last step ends at x_0 itself
+    torch.testing.assert_close(
+        x0[-1], z[-1], rtol=1e-5, atol=1e-5
+    )  # the last step ends at x_0 itself
 
 
 @pytest.mark.parametrize("loss_type", ["v", "x0"])
@@ -124,24 +141,33 @@ def test_progressive_loss_is_zero_for_the_exact_network(kind, loss_type):
 def test_guidance_target():
     stage = real(GuidanceTask, guidance_scale=1.0)
     batch = batch_of(stage)
-    assert stage.loss(stage.modules, batch, 0)["loss"] == 0  # the student is a copy, and 1 is no guidance
+    assert (
+        stage.loss(stage.modules, batch, 0)["loss"] == 0
+    )  # the student is a copy, and 1 is no guidance
     stage = real(GuidanceTask, guidance_scale=3.0)
     loss = stage.loss(stage.modules, batch, 0)["loss"]
     x, _ = stage.forward(batch["latents"], batch["noise"], batch["t"])
     with torch.no_grad():
         c = stage.teacher(x, batch["t"], stage.embeds(batch["input_ids"])).sample
-        u = stage.teacher(x, batch["t"], stage.embeds(Source.empty_ids[None]).expand(8, -1, -1)).sample
+        u = stage.teacher(
+            x, batch["t"], stage.embeds(Source.empty_ids[None]).expand(8, -1, -1)
+        ).sample
     torch.testing.assert_close(loss, (2 * (c - u)).pow(2).mean(), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.5, 8.0])
 def test_guidance_scale_is_lcms_w_plus_one(scale):
-    """LCM says c + w (c - u); its pipeline is given guidance_scale = w + 1. Ours is guidance_scale everywhere; below 1 it is none."""
+    """LCM says c + w (c - u); its pipeline is given guidance_scale = w + 1. Ours is guidance_scale
+    everywhere; below 1 it is none.
+    """
     stage = real(GuidanceTask, guidance_scale=scale)
     x, t, w = torch.randn(3, 4, 4, 4), torch.tensor([3, 500, 999]), max(scale, 1) - 1
     embeds = stage.embeds(torch.arange(12).view(3, 4))
     with torch.no_grad():
-        c, u = (stage.teacher(x, t, e).sample for e in (embeds, stage.embeds(Source.empty_ids[None]).expand(3, -1, -1)))
+        c, u = (
+            stage.teacher(x, t, e).sample
+            for e in (embeds, stage.embeds(Source.empty_ids[None]).expand(3, -1, -1))
+        )
     torch.testing.assert_close(stage.teach(x, t, embeds), c + w * (c - u), rtol=1e-4, atol=1e-5)
 
 
@@ -203,16 +229,23 @@ def test_discriminator_learns_to_tell_and_the_generator_term_rises():
 
 @pytest.mark.parametrize(
     "stage",
-    [(GuidanceTask, {"guidance_scale": 2.0}), (ProgressiveTask, {"num_inference_steps": 4}), (ConsistencyTask, {}), (AdversarialTask, {})],
+    [
+        (GuidanceTask, {"guidance_scale": 2.0}),
+        (ProgressiveTask, {"num_inference_steps": 4}),
+        (ConsistencyTask, {}),
+        (AdversarialTask, {}),
+    ],
 )
 def test_every_stage_trains_in_the_loop(stage, tmp_path):
     made = real(stage[0], **stage[1])
-    result = fit(made, TrainConfig(max_images=24, batch_size=8, lr=1e-3, sample_every=0), tmp_path / "run")
+    result = fit(
+        made, TrainConfig(max_images=24, batch_size=8, lr=1e-3, sample_every=0), tmp_path / "run"
+    )
     assert result["finished"]
     assert torch.isfinite(torch.tensor(result["loss"]))
 
 
-# --- the output stage and what may be added to it -------------------------------------------------------------------
+# --- the output stage and what may be added to it
 
 
 def test_teacher_gradients_are_the_mean_over_batches_and_leave_the_teacher():
@@ -221,10 +254,17 @@ def test_teacher_gradients_are_the_mean_over_batches_and_leave_the_teacher():
     unet, text = task().modules["unet"].requires_grad_(False), Text()
     found = teacher_gradients(unet, text, Source(), V_ZERO_SNR, batches=2, size=4)
     assert not any(p.requires_grad for p in unet.parameters())
-    made = TeacherTask(unet.requires_grad_(True), text, Source(), parts={}, preview={}, train_text_encoder=False)
+    made = TeacherTask(
+        unet.requires_grad_(True), text, Source(), parts={}, preview={}, train_text_encoder=False
+    )
     sum(made.loss(made.modules, batch_of(made, 4, k), 0)["loss"] for k in range(2)).backward()
     for k, p in unet.named_parameters():
-        torch.testing.assert_close(found[k], p.grad / 2 if p.grad is not None else torch.zeros_like(p), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            found[k],
+            p.grad / 2 if p.grad is not None else torch.zeros_like(p),
+            rtol=1e-4,
+            atol=1e-6,
+        )
 
 
 def student_task(**kwargs):
@@ -259,7 +299,13 @@ def test_task_loss_alone_does_not_run_the_teacher():
 
 def test_each_term_counts_with_its_weight():
     _, one = student_task(feature_weight=0.5, multi_scale_weight=2.0, channel_weight=3.0)
-    wanted = one["task"] + one["output"] + 0.5 * one["feature"] + 2 * one["multi_scale"] + 3 * one["channel"]
+    wanted = (
+        one["task"]
+        + one["output"]
+        + 0.5 * one["feature"]
+        + 2 * one["multi_scale"]
+        + 3 * one["channel"]
+    )
     torch.testing.assert_close(one["loss"], wanted)
 
 
@@ -289,7 +335,11 @@ def test_a_copy_of_the_student_keeps_features_of_its_own_and_the_teacher_is_left
     _, mine = student(x, t, embeds)
     before = {k: v.clone() for k, v in mine.items()}
     twin(-x, t, embeds)
-    assert all(torch.equal(v, before[k]) for k, v in student.tapped.features.items() if k not in student.projectors)
+    assert all(
+        torch.equal(v, before[k])
+        for k, v in student.tapped.features.items()
+        if k not in student.projectors
+    )
     teacher = made.teacher
     assert any(m._forward_hooks for m in teacher.modules())
     del made
@@ -315,5 +365,7 @@ def test_compiled_distillation_compiles_once():
     for k in range(4):
         batch = batch_of(made, seed=k)
         wanted = plain.loss(plain.modules, batch, 0)["loss"]
-        torch.testing.assert_close(made.loss(made.modules, batch, 0)["loss"], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            made.loss(made.modules, batch, 0)["loss"], wanted, rtol=1e-4, atol=1e-5
+        )
     assert torch._dynamo.utils.counters["frames"]["ok"] <= 4

@@ -8,18 +8,39 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 from diffusers import UNet2DConditionModel  # noqa: E402
 
 from sdlite.distill.grow import grow  # noqa: E402
-from sdlite.distill.students import PRESETS, StudentSpec, block_names, build, parameters, shape, slice_width  # noqa: E402
+from sdlite.distill.students import (  # noqa: E402
+    PRESETS,
+    StudentSpec,
+    block_names,
+    build,
+    parameters,
+    shape,
+    slice_width,
+)
 from sdlite.errors import InputError  # noqa: E402
 
-CROSS, PLAIN, UP_CROSS, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
+CROSS, PLAIN, UP_CROSS, UP = (
+    "CrossAttnDownBlock2D",
+    "DownBlock2D",
+    "CrossAttnUpBlock2D",
+    "UpBlock2D",
+)
 
 
 def small(**changes):
     torch.manual_seed(0)
     config = {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32, 32), "layers_per_block": 2, "norm_num_groups": 4,
-        "down_block_types": (CROSS, CROSS, CROSS), "up_block_types": (UP_CROSS, UP_CROSS, UP_CROSS), "attention_head_dim": 4, "cross_attention_dim": 12,
-    }  # fmt: skip
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32, 32),
+        "layers_per_block": 2,
+        "norm_num_groups": 4,
+        "down_block_types": (CROSS, CROSS, CROSS),
+        "up_block_types": (UP_CROSS, UP_CROSS, UP_CROSS),
+        "attention_head_dim": 4,
+        "cross_attention_dim": 12,
+    }
     return UNet2DConditionModel(**{**config, **changes}).eval()
 
 
@@ -35,7 +56,10 @@ def test_nothing_removed_is_bit_equal():
     assert torch.equal(run(build(teacher, StudentSpec())), run(teacher))
 
 
-@pytest.mark.parametrize(("preset", "want"), [("bk-base", 579_384_964), ("bk-small", 482_346_884), ("bk-tiny", 323_384_964)])
+@pytest.mark.parametrize(
+    ("preset", "want"),
+    [("bk-base", 579_384_964), ("bk-small", 482_346_884), ("bk-tiny", 323_384_964)],
+)
 def test_bk_presets_have_the_published_parameters(preset, want):
     """From SD-1.4's own config, on the meta device: no memory, real shapes."""
     with torch.device("meta"):
@@ -48,13 +72,18 @@ def test_block_removal_copies_first_and_last_up_layer():
     teacher = small()
     student = build(teacher, PRESETS["bk-tiny"])
     a, b = student.state_dict(), teacher.state_dict()
-    assert torch.equal(a["up_blocks.0.resnets.1.conv1.weight"], b["up_blocks.1.resnets.2.conv1.weight"])
-    assert torch.equal(a["down_blocks.1.resnets.0.conv1.weight"], b["down_blocks.1.resnets.0.conv1.weight"])
+    assert torch.equal(
+        a["up_blocks.0.resnets.1.conv1.weight"], b["up_blocks.1.resnets.2.conv1.weight"]
+    )
+    assert torch.equal(
+        a["down_blocks.1.resnets.0.conv1.weight"], b["down_blocks.1.resnets.0.conv1.weight"]
+    )
     assert student.mid_block is None
     assert run(student).isfinite().all()
 
 
-# Nota-NetsPresso/BK-SDM, copy_weight_from_teacher: student name -> teacher name, of SD-1.4's four stages
+# Nota-NetsPresso/BK-SDM, copy_weight_from_teacher: student name -> teacher name, of SD-1.4's four
+# stages
 BK_NAMES = {
     "bk-base": {
         "down_blocks.3.resnets.0.conv1.weight": "down_blocks.3.resnets.0.conv1.weight",
@@ -82,19 +111,28 @@ def test_block_map_is_bk_sdms(preset):
 
 def sd14():
     return UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8,
-        down_block_types=(CROSS, CROSS, CROSS, PLAIN), up_block_types=(UP, UP_CROSS, UP_CROSS, UP_CROSS),
-    )  # fmt: skip
+        sample_size=64,
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        down_block_types=(CROSS, CROSS, CROSS, PLAIN),
+        up_block_types=(UP, UP_CROSS, UP_CROSS, UP_CROSS),
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "want"), [("w0.62", 340_352_604), ("extreme-120m", 123_234_244)])
+@pytest.mark.parametrize(
+    ("preset", "want"), [("w0.62", 340_352_604), ("extreme-120m", 123_234_244)]
+)
 def test_width_presets_from_sd14(preset, want):
     """Real weights (random) of 860M parameters: half a minute and 6 GB."""
     student = build(sd14(), PRESETS[preset])
     assert parameters(student) == want
     with torch.no_grad():
-        assert student(torch.randn(1, 4, 16, 16), 500, torch.randn(1, 77, 768)).sample.isfinite().all()
+        assert (
+            student(torch.randn(1, 4, 16, 16), 500, torch.randn(1, 77, 768)).sample.isfinite().all()
+        )
 
 
 def test_whole_norm_groups_go_where_equal_counts_do_not_divide():
@@ -108,7 +146,10 @@ def test_whole_norm_groups_go_where_equal_counts_do_not_divide():
 
     plan = _Plan(teacher, (40, 80, 80), (8, 8, 8), 8, 0.625)
     for keep, channels in zip(plan.stream, (40, 80, 80), strict=True):
-        assert sorted(torch.bincount(keep // (channels // 8), minlength=8).tolist()) == [0, 0, 0] + [channels // 8] * 5
+        assert (
+            sorted(torch.bincount(keep // (channels // 8), minlength=8).tolist())
+            == [0, 0, 0] + [channels // 8] * 5
+        )
 
 
 def test_half_width_halves_channels_and_heads_and_runs():
@@ -120,7 +161,9 @@ def test_half_width_halves_channels_and_heads_and_runs():
 
 
 def test_slicing_equals_the_teacher_whose_dropped_channels_do_nothing():
-    """Zero what is dropped in one resnet's way: the sliced convolution gives the teacher's kept outputs exactly."""
+    """Zero what is dropped in one resnet's way: the sliced convolution gives the teacher's kept
+    outputs exactly.
+    """
     from sdlite.distill.students import _Plan
 
     teacher = small()
@@ -137,7 +180,11 @@ def test_slicing_equals_the_teacher_whose_dropped_channels_do_nothing():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("attentions.0.transformer_blocks.0.attn1.to_q", (1, 3, 32)), ("attentions.0.proj_in", (1, 32, 4, 4))]
+    ("name", "shape"),
+    [
+        ("attentions.0.transformer_blocks.0.attn1.to_q", (1, 3, 32)),
+        ("attentions.0.proj_in", (1, 32, 4, 4)),
+    ],
 )
 def test_slicing_a_linear_layer_equals_the_teacher_whose_dropped_channels_do_nothing(name, shape):
     from sdlite.distill.students import _Plan
@@ -154,7 +201,9 @@ def test_slicing_a_linear_layer_equals_the_teacher_whose_dropped_channels_do_not
 
 
 def test_slicing_whole_norm_groups_equals_the_teachers_norm_on_what_is_kept():
-    """The statistics of a group do not see other groups: exact whatever the dropped channels hold."""
+    """The statistics of a group do not see other groups: exact whatever the dropped channels
+    hold.
+    """
     from sdlite.distill.students import _Plan
 
     teacher = small(block_out_channels=(40, 80, 80), norm_num_groups=8, attention_head_dim=8)
@@ -177,7 +226,9 @@ def test_kept_channels_are_equal_in_every_norm_group():
 def test_shape_on_the_meta_device_is_that_of_the_student(preset):
     teacher = small()
     one, other = shape(teacher, PRESETS[preset]), build(teacher, PRESETS[preset])
-    assert {k: tuple(v.shape) for k, v in one.state_dict().items()} == {k: tuple(v.shape) for k, v in other.state_dict().items()}
+    assert {k: tuple(v.shape) for k, v in one.state_dict().items()} == {
+        k: tuple(v.shape) for k, v in other.state_dict().items()
+    }
     assert next(one.parameters()).device.type == "meta"
 
 
@@ -204,13 +255,17 @@ def test_grown_network_computes_the_same(one_layer):
     assert parameters(grown) == parameters(large)
     assert (run(grown) - run(student)).abs().max() < 1e-5
     copies = grown.state_dict()["down_blocks.0.resnets.0.conv1.weight"]
-    assert not torch.equal(copies[:, 0::2], copies[:, 1::2])  # unequal halves learn different things
+    assert not torch.equal(
+        copies[:, 0::2], copies[:, 1::2]
+    )  # unequal halves learn different things
 
 
 def test_grown_network_with_a_wrong_split_differs(monkeypatch):
     large = small(block_out_channels=(32, 64, 64), attention_head_dim=8)
     student = build(large, StudentSpec(width=0.5)).eval()
-    monkeypatch.setattr("sdlite.distill.grow._Spread._head", lambda self, name: 1)  # heads torn apart
+    monkeypatch.setattr(
+        "sdlite.distill.grow._Spread._head", lambda self, name: 1
+    )  # heads torn apart
     assert (run(grow(student, dict(large.config)).eval()) - run(student)).abs().max() > 1e-3
 
 
@@ -225,18 +280,29 @@ def test_taylor_keeps_the_channels_that_the_loss_misses_not_the_largest():
     teacher = small()
     gradients = {k: torch.zeros_like(p) for k, p in teacher.named_parameters()}
     wanted = torch.arange(
-        0, 32, 2
-    )  # two of each norm group of eight would be odd ones by size: make them large, and their gradients nothing
+        0,
+        32,
+        2,
+        # two of each norm group of eight would be odd ones by size: make them large, and their
+        # gradients nothing
+    )
     with torch.no_grad():
         for name, w in teacher.named_parameters():
             if (
                 w.ndim >= 2
                 and w.shape[0] == 32
-                and ("conv2" in name or "proj_out" in name or "samplers" in name or "conv_shortcut" in name)
+                and (
+                    "conv2" in name
+                    or "proj_out" in name
+                    or "samplers" in name
+                    or "conv_shortcut" in name
+                )
             ):
                 w[1::2] *= 10
                 gradients[name][wanted] = 1.0
-    small_plan, taylor = (_Plan(teacher, (16, 32, 32), (4, 4, 4), 4, 0.5, g) for g in (None, gradients))
+    small_plan, taylor = (
+        _Plan(teacher, (16, 32, 32), (4, 4, 4), 4, 0.5, g) for g in (None, gradients)
+    )
     assert small_plan.stream[1].tolist() == (wanted + 1).tolist()
     assert taylor.stream[1].tolist() == wanted.tolist()
     student = build(teacher, StudentSpec(width=0.5, score="taylor"), gradients)
@@ -250,7 +316,10 @@ def test_taylor_keeps_the_channels_that_the_loss_misses_not_the_largest():
 
 def test_random_weights_keep_the_shape_alone():
     teacher = small()
-    kept, new = build(teacher, StudentSpec(one_layer=True)), build(teacher, StudentSpec(one_layer=True, weights="random"))
+    kept, new = (
+        build(teacher, StudentSpec(one_layer=True)),
+        build(teacher, StudentSpec(one_layer=True, weights="random")),
+    )
     assert dict(kept.config) == dict(new.config)
     assert not torch.equal(kept.conv_in.weight, new.conv_in.weight)
 
@@ -261,15 +330,23 @@ def test_features_of_bk_tiny_are_compared_before_the_halving_that_it_has_lost():
 
     torch.manual_seed(0)
     teacher = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(8, 16, 16, 16), norm_num_groups=4, cross_attention_dim=8,
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16, 16, 16),
+        norm_num_groups=4,
+        cross_attention_dim=8,
         attention_head_dim=2,
-    )  # fmt: skip
+    )
     for name in ("bk-base", "bk-tiny"):
         student = build(teacher, PRESETS[name])
         mine, theirs = matched_taps(student, teacher)
         channels = tap_channels(student, teacher, mine, theirs)
         assert set(channels) == set(block_taps(student)), name
         assert all(a == b for a, b in channels.values())
-    assert (mine["down2"], theirs["down2"]) == ("down_blocks.2.attentions.0", "down_blocks.2.attentions.1")
+    assert (mine["down2"], theirs["down2"]) == (
+        "down_blocks.2.attentions.0",
+        "down_blocks.2.attentions.1",
+    )
     with pytest.raises(InputError, match=r"down2.*different resolutions"):
         tap_channels(student, teacher, {"down2": "down_blocks.2"}, {"down2": "down_blocks.2"})

@@ -1,4 +1,6 @@
-"""Cached teacher targets: the same losses without the teacher, made anew when anything that determines them changes."""
+"""Cached teacher targets: the same losses without the teacher, made anew when anything that
+determines them changes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ pytest.importorskip("accelerate", reason="needs the distill extra")
 pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from sdlite.distill import targets  # noqa: E402
-from sdlite.distill.stages import AdversarialTask, ConsistencyTask, GuidanceTask, ProgressiveTask  # noqa: E402
+from sdlite.distill.stages import (  # noqa: E402
+    AdversarialTask,
+    ConsistencyTask,
+    GuidanceTask,
+    ProgressiveTask,
+)
 from sdlite.distill.targets import cache_targets  # noqa: E402
 from sdlite.distill.tasks import StudentTask  # noqa: E402
 from sdlite.distill.train import TrainConfig, fit, step_generator  # noqa: E402
@@ -49,7 +56,9 @@ def forbid(*args, **kwargs):
 
 
 @pytest.mark.parametrize(("cls", "options"), STAGES)
-def test_losses_with_the_cache_equal_those_without_and_the_teacher_does_not_run(cls, options, tmp_path):
+def test_losses_with_the_cache_equal_those_without_and_the_teacher_does_not_run(
+    cls, options, tmp_path
+):
     made = changed(real(cls, **options))
     cache_targets(made, 40, tmp_path / "t.safetensors")
     batch = made.batch(16, step_generator(0, 3))
@@ -83,11 +92,16 @@ def test_another_teacher_data_or_option_makes_it_anew(what, tmp_path):
         other.encode.text_encoder.table.weight.data += 0.5
     if what == "data":
         draw = other.source.draw
-        other.source.draw = lambda size, generator: {**draw(size, generator), "latents": torch.ones(size, 4, 4, 4)}
+        other.source.draw = lambda size, generator: {
+            **draw(size, generator),
+            "latents": torch.ones(size, 4, 4, 4),
+        }
     after = cache_targets(other, 24 if what == "size" else 20, path, seed=int(what == "seed"))
     batch = after.draw(8, step_generator(0, 0))
     torch.testing.assert_close(batch["wanted"], other.targets(batch), rtol=1e-4, atol=1e-5)
-    assert len(after) != len(before) or not torch.equal(after.tensors["wanted"], before.tensors["wanted"])
+    assert len(after) != len(before) or not torch.equal(
+        after.tensors["wanted"], before.tensors["wanted"]
+    )
 
 
 def test_a_key_that_forgets_the_options_would_be_noticed(tmp_path, monkeypatch):
@@ -110,7 +124,14 @@ def test_draws_are_one_from_each_noise_level_and_depend_on_the_generator_alone(t
 
 
 def test_interrupted_training_with_the_cache_resumes_bit_for_bit(tmp_path):
-    config = TrainConfig(max_images=48, batch_size=8, lr=1e-3, warmup_images=16, sample_every=0, checkpoint_minutes=60)
+    config = TrainConfig(
+        max_images=48,
+        batch_size=8,
+        lr=1e-3,
+        warmup_images=16,
+        sample_every=0,
+        checkpoint_minutes=60,
+    )
 
     def task():
         made = changed(real(GuidanceTask, guidance_scale=2.0))

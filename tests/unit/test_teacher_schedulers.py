@@ -1,4 +1,6 @@
-"""Teachers of every scheduler class: what they paint is not clipped, what was clipped is seen, and none need be square."""
+"""Teachers of every scheduler class: what they paint is not clipped, what was clipped is seen, and
+none need be square.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,15 @@ def teacher(plain, tmp_path):
 
 
 def test_what_a_teacher_paints_does_not_depend_on_its_schedulers_class(teacher):
-    """No file says clip_sample: DDIM's and DDPM's default is true, and most classes do not know the key."""
-    shared = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    """No file says clip_sample: DDIM's and DDPM's default is true, and most classes do not know the
+    key.
+    """
+    shared = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction",
+    }
     made = {}
     taught = Teacher(teacher({"_class_name": "DDIMScheduler", **shared}))
     for name in DEFAULTS:
@@ -57,16 +66,26 @@ def test_what_a_teacher_paints_does_not_depend_on_its_schedulers_class(teacher):
 
 def test_painted_data_of_another_scheduler_is_made_anew(teacher, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    config = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
-    sources = [Teacher(teacher(c)).source(tmp_path / "prompts.txt", tmp_path / "cache.safetensors", False)
-               for c in (config, config, {**config, "timestep_spacing": "leading"})]  # fmt: skip
+    config = {
+        "_class_name": "DDIMScheduler",
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    }
+    sources = [
+        Teacher(teacher(c)).source(tmp_path / "prompts.txt", tmp_path / "cache.safetensors", False)
+        for c in (config, config, {**config, "timestep_spacing": "leading"})
+    ]
     assert torch.equal(sources[0].latents, sources[1].latents)
     assert not torch.equal(sources[1].latents, sources[2].latents)
 
 
 def test_doctor_fails_clipped_latents():
     clean = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    (found,) = (f for f in doctor.preprocessing(clean.clamp(-1, 1).half(), 64, 0, 0) if f.check == "preprocessing")
+    (found,) = (
+        f
+        for f in doctor.preprocessing(clean.clamp(-1, 1).half(), 64, 0, 0)
+        if f.check == "preprocessing"
+    )
     assert found.level == "fail"
     assert "no latent is beyond 1.00" in found.text
     assert [f.level for f in doctor.preprocessing(clean.half(), 64, 0, 0)] == ["ok", "ok"]
@@ -84,7 +103,12 @@ def test_a_picture_is_cropped_to_the_teachers_shape():
 @pytest.mark.parametrize("data", ["prompts", "pictures"])
 def test_a_teacher_that_is_not_square_teaches(teacher, data, tmp_path):
     folder = teacher(
-        {"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}, sample_size=[8, 16]
+        {
+            "_class_name": "EulerDiscreteScheduler",
+            "prediction_type": "v_prediction",
+            "timestep_spacing": "trailing",
+        },
+        sample_size=[8, 16],
     )
     given = tmp_path / "prompts.txt"
     given.write_text("\n".join(PROMPTS))
@@ -95,13 +119,20 @@ def test_a_teacher_that_is_not_square_teaches(teacher, data, tmp_path):
             Image.fromarray(np.full((40, 50, 3), 40 * i, np.uint8)).save(given / f"{i}.png")
             (given / f"{i}.txt").write_text(prompt)
     recipe = parse(
-        "[preview]\nprompts = ['a fox']\nnum_inference_steps = 1\n[train]\nbatch_size = 2\nsample_every = 1\n[[stage]]\nkind = 'output'\nimages = 2\n"
+        "[preview]\nprompts = ['a fox']\nnum_inference_steps = 1\n[train]\nbatch_size ="
+        " 2\nsample_every = 1\n[[stage]]\nkind = 'output'\nimages = 2\n"
     )
     assert "64x128 px" in plan(recipe, Teacher(folder))
-    done = run(recipe, teacher=folder, data=given, out=tmp_path / "run", export=False, progress=False)
+    done = run(
+        recipe, teacher=folder, data=given, out=tmp_path / "run", export=False, progress=False
+    )
     assert done["finished"]
-    assert Teacher(folder).source(given, tmp_path / "run" / "latents.safetensors", False).latents.shape[2:] == (8, 16)
-    student = json.loads((tmp_path / "run" / "0-output" / "model" / "unet" / "config.json").read_text())
+    assert Teacher(folder).source(
+        given, tmp_path / "run" / "latents.safetensors", False
+    ).latents.shape[2:] == (8, 16)
+    student = json.loads(
+        (tmp_path / "run" / "0-output" / "model" / "unet" / "config.json").read_text()
+    )
     assert student["sample_size"] == [8, 16]
 
 
@@ -114,12 +145,23 @@ def test_an_old_teachers_student_has_diffusers_size(teacher):
 @pytest.mark.parametrize(
     ("config", "want"),
     [
-        ({"_class_name": "HeunDiscreteScheduler"}, {"beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": False}),
-        ({"_class_name": "PNDMScheduler", "rescale_betas_zero_snr": True}, {"beta_start": 0.0001, "rescale_betas_zero_snr": False}),
-        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, {"beta_start": 0.0001, "rescale_betas_zero_snr": True}),
+        (
+            {"_class_name": "HeunDiscreteScheduler"},
+            {"beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": False},
+        ),
+        (
+            {"_class_name": "PNDMScheduler", "rescale_betas_zero_snr": True},
+            {"beta_start": 0.0001, "rescale_betas_zero_snr": False},
+        ),
+        (
+            {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True},
+            {"beta_start": 0.0001, "rescale_betas_zero_snr": True},
+        ),
     ],
 )
-def test_a_student_is_saved_with_the_schedule_that_it_was_trained_on(teacher, config, want, tmp_path):
+def test_a_student_is_saved_with_the_schedule_that_it_was_trained_on(
+    teacher, config, want, tmp_path
+):
     """Its scheduler is DDIM, whose defaults and keys are not those of the teacher's class."""
     taught = Teacher(teacher(config))
     parts = {

@@ -1,4 +1,6 @@
-"""What of TensorRT can be tested without a GPU: jobs, refusals, the engine's use of CUDA on a recorded device."""
+"""What of TensorRT can be tested without a GPU: jobs, refusals, the engine's use of CUDA on a
+recorded device.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,21 @@ pytest.importorskip("onnx", reason="needs the quantize extra")
 
 from sdlite.artifact import Artifact
 from sdlite.backends import tensorrt
-from sdlite.errors import ArtifactError, ExportError, MissingExtraError, PrecisionError, UnknownNameError
+from sdlite.errors import (
+    ArtifactError,
+    ExportError,
+    MissingExtraError,
+    PrecisionError,
+    UnknownNameError,
+)
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.targets import tensorrt as target
 
 
 class Cuda:
-    """A device whose memory is the host's: copies and launches really happen, and are written down."""
+    """A device whose memory is the host's: copies and launches really happen, and are written
+    down.
+    """
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="in", cudaMemcpyDeviceToHost="out")
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
@@ -91,7 +101,10 @@ class Context:
 
     def compute(self):
         n = int(np.prod(self.shapes["latent_sample"]))
-        read, write = (np.ctypeslib.as_array((ctypes.c_float * n).from_address(self.addresses[k])) for k in ("latent_sample", "sample"))
+        read, write = (
+            np.ctypeslib.as_array((ctypes.c_float * n).from_address(self.addresses[k]))
+            for k in ("latent_sample", "sample")
+        )
         write[:] = read * 2
 
     def execute_async_v3(self, stream):
@@ -102,10 +115,14 @@ class Context:
 
 
 def library(cuda, readable=True):
-    held = SimpleNamespace(get_tensor_dtype=lambda name: "f32", create_execution_context=lambda: Context(cuda))
+    held = SimpleNamespace(
+        get_tensor_dtype=lambda name: "f32", create_execution_context=lambda: Context(cuda)
+    )
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: held if readable else None)
     logger = type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None})
-    return SimpleNamespace(Logger=logger, Runtime=lambda log: runtime, nptype=lambda kind: np.float32, __version__="0")
+    return SimpleNamespace(
+        Logger=logger, Runtime=lambda log: runtime, nptype=lambda kind: np.float32, __version__="0"
+    )
 
 
 @pytest.fixture
@@ -120,7 +137,13 @@ def test_plain_then_captured_then_replayed(engine):
     for i in range(4):
         x = np.full((1, 2, 3, 3), i, np.float32)
         np.testing.assert_array_equal(network(latent_sample=x), 2 * x)
-    assert [w for w in cuda.log if w != "malloc"] == ["plain", "capture", "replay", "replay", "replay"]
+    assert [w for w in cuda.log if w != "malloc"] == [
+        "plain",
+        "capture",
+        "replay",
+        "replay",
+        "replay",
+    ]
     assert cuda.log.count("malloc") == 2
 
 
@@ -146,15 +169,20 @@ def test_new_shapes_begin_again_and_buffers_grow_only(engine):
 
 
 def test_one_thread_at_a_time_uses_an_engine(engine, monkeypatch):
-    """Shapes, buffers and the graph are the engine's: without a lock threads read each other's images. On the stand-in for the device, not
-    on TensorRT."""
+    """Shapes, buffers and the graph are the engine's: without a lock threads read each other's
+    images. On the stand-in for the device, not on TensorRT.
+    """
     network, _ = engine
     copy = Cuda.cudaMemcpyAsync
-    monkeypatch.setattr(Cuda, "cudaMemcpyAsync", lambda self, *a: time.sleep(1e-4) or copy(self, *a))  # others get their turn
+    monkeypatch.setattr(
+        Cuda, "cudaMemcpyAsync", lambda self, *a: time.sleep(1e-4) or copy(self, *a)
+    )  # others get their turn
 
     def call(i):
         x = np.full((1 + i % 3, 2, 3, 3), i, np.float32)
-        return network(latent_sample=x).shape == x.shape and (network(latent_sample=x) == 2 * x).all()
+        return (
+            network(latent_sample=x).shape == x.shape and (network(latent_sample=x) == 2 * x).all()
+        )
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(call, range(200)))
@@ -174,7 +202,9 @@ def test_shape_outside_the_engine_and_unreadable_engine(engine, tmp_path):
     with pytest.raises(UnknownNameError, match="not built for latent_sample of shape"):
         network(latent_sample=np.zeros((5, 2, 3, 3), np.float32))
     with pytest.raises(ArtifactError, match="build it here"):
-        tensorrt.Engine(tmp_path / "model.engine", "vae_decoder", library(cuda, readable=False), cuda)
+        tensorrt.Engine(
+            tmp_path / "model.engine", "vae_decoder", library(cuda, readable=False), cuda
+        )
 
 
 def test_cuda_errors_are_raised():
@@ -186,17 +216,31 @@ def test_jobs_name_shapes(tmp_path):
     from tests.conftest import EMOJI
 
     graph = EMOJI / "text_encoder" / "model.onnx"
-    job = target.job_of("text_encoder", graph, tmp_path / "e", Profile("t", "tensorrt", options={"min": 1, "opt": 2, "max": 8}))
+    job = target.job_of(
+        "text_encoder",
+        graph,
+        tmp_path / "e",
+        Profile("t", "tensorrt", options={"min": 1, "opt": 2, "max": 8}),
+    )
     assert job["ranges"] == {"input_ids": [[1, 28], [2, 28], [8, 28]]}
 
 
 def test_options_reach_the_builder(tmp_path):
-    """On the family's own library where it is installed: every option is one that a builder config takes."""
+    """On the family's own library where it is installed: every option is one that a builder config
+    takes.
+    """
     trt = pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra")
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     config = builder.create_builder_config()
-    options = {"workspace_mib": 64, "optimization_level": 2, "strip_weights": True, "compute_capabilities": ["SM89", "SM120"]}
-    target._configure(trt, builder, config, {"ranges": {"x": [[1, 2], [2, 2], [4, 2]]}, "options": options})
+    options = {
+        "workspace_mib": 64,
+        "optimization_level": 2,
+        "strip_weights": True,
+        "compute_capabilities": ["SM89", "SM120"],
+    }
+    target._configure(
+        trt, builder, config, {"ranges": {"x": [[1, 2], [2, 2], [4, 2]]}, "options": options}
+    )
     assert config.get_flag(trt.BuilderFlag.STRIP_PLAN)
     assert config.builder_optimization_level == 2
     assert config.num_compute_capabilities == 2
@@ -209,11 +253,17 @@ def graph_of(tmp_path, op="MatMul", domain=""):
     from onnx import TensorProto, helper, numpy_helper
 
     weight = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
-    node = helper.make_node(op, ["x", "w"] if op == "MatMul" else ["x"], ["y"], name="the_node", domain=domain)
+    node = helper.make_node(
+        op, ["x", "w"] if op == "MatMul" else ["x"], ["y"], name="the_node", domain=domain
+    )
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, (4, 32)) for n in "xy")
-    graph = helper.make_graph([node], "g", [x], [y], [numpy_helper.from_array(weight, "w")] if op == "MatMul" else [])
+    graph = helper.make_graph(
+        [node], "g", [x], [y], [numpy_helper.from_array(weight, "w")] if op == "MatMul" else []
+    )
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("custom", 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), str(tmp_path / "m.onnx"))
+    onnx.save(
+        helper.make_model(graph, opset_imports=opsets, ir_version=9), str(tmp_path / "m.onnx")
+    )
     return tmp_path / "m.onnx"
 
 
@@ -226,17 +276,28 @@ def rtx(**options):
 
 def test_an_unsupported_operator_is_named_with_the_parsers_words(tmp_path):
     module, profile = rtx()
-    with pytest.raises(ExportError, match=r"does not take unet: node the_node \(Mystery\): .*[Pp]lugin") as e:
+    with pytest.raises(
+        ExportError, match=r"does not take unet: node the_node \(Mystery\): .*[Pp]lugin"
+    ) as e:
         module.convert("unet", graph_of(tmp_path, "Mystery", "custom"), tmp_path, profile)
     assert "Traceback" not in str(e.value)
     assert not (tmp_path / "model.engine").exists()
 
 
 def test_the_verdict_lists_every_error():
-    errors = [SimpleNamespace(node_name=lambda: "a", node_operator=lambda: "Det", desc=lambda: "no Det"),
-              SimpleNamespace(node_name=lambda: "", node_operator=lambda: "", desc=lambda: "bad")]  # fmt: skip
-    parser = SimpleNamespace(supports_model_v2=lambda data, path: False, num_errors=2, get_error=lambda i: errors[i])
-    with pytest.raises(ExportError, match=r"lib does not take unet: node a \(Det\): no Det; node \(unnamed\) \(no operator\): bad"):
+    errors = [
+        SimpleNamespace(node_name=lambda: "a", node_operator=lambda: "Det", desc=lambda: "no Det"),
+        SimpleNamespace(node_name=lambda: "", node_operator=lambda: "", desc=lambda: "bad"),
+    ]
+    parser = SimpleNamespace(
+        supports_model_v2=lambda data, path: False, num_errors=2, get_error=lambda i: errors[i]
+    )
+    with pytest.raises(
+        ExportError,
+        match=(
+            r"lib does not take unet: node a \(Det\): no Det; node \(unnamed\) \(no operator\): bad"
+        ),
+    ):
         target.supported(parser, {"graph": __file__, "library": "lib", "part": "unet"})
     parser.supports_model_v2 = lambda data, path: True
     target.supported(parser, {"graph": __file__, "library": "lib", "part": "unet"})
@@ -249,7 +310,9 @@ def test_a_build_that_gives_nothing_carries_the_loggers_words(tmp_path):
 
 
 def test_a_build_that_gives_nothing_on_any_library(tmp_path, monkeypatch):
-    """The same with a stand-in for the library: it is an error without a GPU and without the extra."""
+    """The same with a stand-in for the library: it is an error without a GPU and without the
+    extra.
+    """
 
     class Logger:
         ERROR, INTERNAL_ERROR, WARNING, INFO = "e", "i", "w", "n"
@@ -271,9 +334,14 @@ def test_a_build_that_gives_nothing_on_any_library(tmp_path, monkeypatch):
             self.words.log(Logger.INFO, "all is well")
             self.words.log(Logger.ERROR, "no tactic for node_7")
 
-    parser = SimpleNamespace(supports_model_v2=lambda data, path: True, parse_from_file=lambda path: True)
+    parser = SimpleNamespace(
+        supports_model_v2=lambda data, path: True, parse_from_file=lambda path: True
+    )
     fake = SimpleNamespace(
-        ILogger=Logger, Builder=Builder, OnnxParser=lambda n, log: parser, NetworkDefinitionCreationFlag=SimpleNamespace()
+        ILogger=Logger,
+        Builder=Builder,
+        OnnxParser=lambda n, log: parser,
+        NetworkDefinitionCreationFlag=SimpleNamespace(),
     )
     monkeypatch.setitem(sys.modules, "fake_trt", fake)
     (tmp_path / "m.onnx").write_bytes(b"")
@@ -319,7 +387,9 @@ def test_unsigned_int8_is_refused(tmp_path):
     graph = Graph.load(graph_of(tmp_path))
     for scheme, works in ((insert.CPU, False), (insert.TENSORRT, True)):
         path = tmp_path / f"{scheme.name}.onnx"
-        insert.insert(graph, graph.layers(), {"x": (-1.0, 2.0), "y": (-3.0, 3.0)}, scheme).save(path)
+        insert.insert(graph, graph.layers(), {"x": (-1.0, 2.0), "y": (-3.0, 3.0)}, scheme).save(
+            path
+        )
         if works:
             assert target.prepare("unet", path, profile) == path
         else:
@@ -342,12 +412,19 @@ def test_int8_tables_become_float_with_the_same_numbers(tmp_path):
     assert out != given
     assert not any(w.dtype == np.int8 for w in Graph.load(out).weights.values())
     ids = np.arange(28)[None]
-    want, got = (ort.InferenceSession(str(p), providers=["CPUExecutionProvider"]).run(None, {"input_ids": ids})[0] for p in (given, out))
+    want, got = (
+        ort.InferenceSession(str(p), providers=["CPUExecutionProvider"]).run(
+            None, {"input_ids": ids}
+        )[0]
+        for p in (given, out)
+    )
     np.testing.assert_array_equal(got, want)
 
 
 def test_a_killed_build_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(target.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=-9, stderr=""))
+    monkeypatch.setattr(
+        target.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=-9, stderr="")
+    )
     with pytest.raises(ExportError, match="ended by signal 9; 9 is most often too little memory"):
         target.convert("unet", graph_of(tmp_path), tmp_path, Profile("t", "tensorrt"))
 
@@ -369,7 +446,10 @@ def _listed(folder):
     from sdlite.io import sha256
 
     every = [p for p in folder.rglob("*") if p.is_file()]
-    return {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in every}
+    return {
+        p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size}
+        for p in every
+    }
 
 
 def test_backend_refuses_what_it_cannot_load(tmp_path):
@@ -400,7 +480,9 @@ def test_the_missing_library_is_named(monkeypatch):
 
 
 def test_pipeline_takes_the_precision_of_the_engines(tmp_path):
-    """Without `precision` it is what was exported, bf16 too; the refusal is about the engine, not about the precision."""
+    """Without `precision` it is what was exported, bf16 too; the refusal is about the engine, not
+    about the precision.
+    """
     import shutil
 
     import sdlite.backends
@@ -417,7 +499,11 @@ def test_pipeline_takes_the_precision_of_the_engines(tmp_path):
     with pytest.raises(PrecisionError, match="'onnxruntime' has no bf16"):
         Pipeline.from_pretrained(EMOJI, backend="onnxruntime", precision="bf16")
     with pytest.raises(
-        ArtifactError, match=r"exported for tensorrt \(bf16\), which backend 'onnxruntime' does not open; use backend='tensorrt'"
+        ArtifactError,
+        match=(
+            r"exported for tensorrt \(bf16\), which backend 'onnxruntime' does not open; use"
+            r" backend='tensorrt'"
+        ),
     ):
         Pipeline.from_pretrained(tmp_path, backend="onnxruntime")
     seen = []

@@ -1,4 +1,6 @@
-"""Pipelines that threads share, calls that are stopped or too large, and memory that is given back."""
+"""Pipelines that threads share, calls that are stopped or too large, and memory that is given
+back.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,21 @@ pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 CALL = {"num_inference_steps": 1, "guidance_scale": 1.0, "seed": 0}
 ENGINES = [
     "onnxruntime",
-    pytest.param("openvino", marks=pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason="needs the openvino extra")),
+    pytest.param(
+        "openvino",
+        marks=pytest.mark.skipif(
+            not importlib.util.find_spec("openvino"), reason="needs the openvino extra"
+        ),
+    ),
 ]
 EVERY = [
     *ENGINES,
-    pytest.param("torch", marks=pytest.mark.skipif(not importlib.util.find_spec("diffusers"), reason="needs the torch extra")),
+    pytest.param(
+        "torch",
+        marks=pytest.mark.skipif(
+            not importlib.util.find_spec("diffusers"), reason="needs the torch extra"
+        ),
+    ),
 ]
 
 
@@ -50,18 +62,24 @@ def small(pipe):
     return pixels(pipe("pizza", **CALL))
 
 
-# --- threads ----------------------------------------------------------------------------------------------------------
+# --- threads
 
 
 @pytest.mark.parametrize("backend", EVERY)
 def test_threads_get_what_their_calls_give_alone(backend):
-    case = bench.Case(backend, None, {"backend": backend, "precision": "fp32" if backend == "torch" else "fp16"})
-    (row,) = bench.run(case, EMOJI, 24, distinct=12 if backend == "onnxruntime" else 3, threads=(8,))
+    case = bench.Case(
+        backend, None, {"backend": backend, "precision": "fp32" if backend == "torch" else "fp16"}
+    )
+    (row,) = bench.run(
+        case, EMOJI, 24, distinct=12 if backend == "onnxruntime" else 3, threads=(8,)
+    )
     assert (row["wrong"], row["errors"], row["first_error"]) == (0, 0, None)
 
 
 def test_openvino_compiles_again_to_the_same_bits(monkeypatch):
-    """Shapes that push each other out, by many threads: a call gives one image, whatever was called before it."""
+    """Shapes that push each other out, by many threads: a call gives one image, whatever was called
+    before it.
+    """
     openvino = pytest.importorskip("sdlite.backends.openvino", reason="needs the openvino extra")
     monkeypatch.setattr(openvino, "SHAPES", 1)
     case = bench.Case("openvino", None, {"backend": "openvino", "precision": "fp16"})
@@ -82,7 +100,9 @@ def test_torch_threads_are_each_pipelines_own_and_put_back():
     torch = pytest.importorskip("torch", reason="needs the torch extra")
     before, seen = torch.get_num_threads(), []
     pipe = load("torch")
-    pipe.networks.unet.module.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    pipe.networks.unet.module.register_forward_pre_hook(
+        lambda *_: seen.append(torch.get_num_threads())
+    )
     torch.set_num_threads(3)
     try:
         small(pipe)
@@ -92,19 +112,28 @@ def test_torch_threads_are_each_pipelines_own_and_put_back():
 
 
 def test_prompts_that_push_each_other_out_of_a_fused_unet():
-    """More prompts than are remembered, by many threads: KeyError before, or "dictionary changed size"."""
+    """More prompts than are remembered, by many threads: KeyError before, or "dictionary changed
+    size".
+    """
 
     def slow(inputs):
         time.sleep(0.001)
         return {"prompt": inputs["encoder_hidden_states"] * 2}
 
     unet = fused.Hoisted(
-        lambda i: {"time": i["timestep"] + 1}, slow, lambda i: {"y": i["sample"] + i["prompt"] + i["time"]}, [], "y", keep=2
+        lambda i: {"time": i["timestep"] + 1},
+        slow,
+        lambda i: {"y": i["sample"] + i["prompt"] + i["time"]},
+        [],
+        "y",
+        keep=2,
     )
 
     def call(i):
         x = np.float32(i % 5)
-        return unet(sample=x, timestep=np.float32(i % 3), encoder_hidden_states=np.full((1, 2), x)) - (3 * x + i % 3 + 1)
+        return unet(
+            sample=x, timestep=np.float32(i % 3), encoder_hidden_states=np.full((1, 2), x)
+        ) - (3 * x + i % 3 + 1)
 
     with ThreadPoolExecutor(8) as pool:
         assert not np.any(list(pool.map(call, range(400))))
@@ -121,7 +150,11 @@ def test_inputs_bound_to_a_device_are_the_calls_own():
     embeds = rng.standard_normal((3, 1, 28, 192), np.float32)
 
     def call(run, i):
-        return run(sample=latents[i % 6], timestep=np.array(500, np.float32), encoder_hidden_states=embeds[i % 3])
+        return run(
+            sample=latents[i % 6],
+            timestep=np.array(500, np.float32),
+            encoder_hidden_states=embeds[i % 3],
+        )
 
     wanted = [call(want, i) for i in range(6)]
     with ThreadPoolExecutor(4) as pool:
@@ -173,7 +206,9 @@ def test_asyncio_calls_in_threads(emoji):
     want = [pixels(emoji("pizza", **{**CALL, "seed": i})) for i in range(4)]
 
     async def every():
-        return await asyncio.gather(*(asyncio.to_thread(emoji, "pizza", **{**CALL, "seed": i}) for i in range(4)))
+        return await asyncio.gather(
+            *(asyncio.to_thread(emoji, "pizza", **{**CALL, "seed": i}) for i in range(4))
+        )
 
     for out, image in zip(asyncio.run(every()), want, strict=True):
         np.testing.assert_array_equal(pixels(out), image)
@@ -181,7 +216,12 @@ def test_asyncio_calls_in_threads(emoji):
 
 def python(code):
     """Run a script of its own; what it prints."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -198,13 +238,14 @@ def test_a_process_forked_after_a_call_makes_the_same_image(backend):
         if child == 0:
             os._exit(0 if image() == want else 3)
         print(os.waitpid(child, 0)[1], image() == want)
-    """).split() == ["0", "True"]  # fmt: skip
+    """).split() == ["0", "True"]
 
 
 @pytest.mark.parametrize("backend", ENGINES)
 def test_ctrl_c_is_an_exception_when_pipelines_were_closed(backend):
     """OpenVINO left the thread without a stack for signals: a segmentation fault before."""
-    assert python(f"""
+    assert (
+        python(f"""
         import os, signal, time, sdlite
         for _ in range(2):
             with sdlite.Pipeline.from_pretrained("emoji", backend={backend!r}, threads=1) as pipe:
@@ -214,10 +255,12 @@ def test_ctrl_c_is_an_exception_when_pipelines_were_closed(backend):
             time.sleep(5)
         except KeyboardInterrupt:
             print("interrupted")
-    """) == "interrupted\n"  # fmt: skip
+    """)
+        == "interrupted\n"
+    )
 
 
-# --- cancelling -------------------------------------------------------------------------------------------------------
+# --- cancelling
 
 
 @pytest.fixture(params=ENGINES)
@@ -269,7 +312,11 @@ def test_cancel_is_seen_between_tiles_and_between_rows(emoji):
         return np.zeros((1, 3, *(8 * n for n in inputs["latent_sample"].shape[2:])), np.float32)
 
     networks = sdlite.backends.Networks(
-        emoji.networks.text_encoder, emoji.networks.unet, RowByRow(network), emoji.report, emoji.networks.size_multiple
+        emoji.networks.text_encoder,
+        emoji.networks.unet,
+        RowByRow(network),
+        emoji.report,
+        emoji.networks.size_multiple,
     )
     pipe = sdlite.Pipeline(emoji.artifact, networks)
     with pytest.raises(Cancelled):
@@ -287,14 +334,17 @@ def test_cancel_leaves_later_calls_alone(emoji):
     assert small(emoji).shape == (1, 64, 64, 3)
 
 
-# --- closing, and memory ----------------------------------------------------------------------------------------------
+# --- closing, and memory
 
 
 @pytest.mark.parametrize("backend", EVERY)
 def test_a_closed_pipeline_frees_its_networks_and_says_so(backend):
     with load(backend) as pipe:
         small(pipe)
-        freed = [weakref.ref(getattr(pipe.networks, part)) for part in ("text_encoder", "unet", "vae_decoder")]
+        freed = [
+            weakref.ref(getattr(pipe.networks, part))
+            for part in ("text_encoder", "unet", "vae_decoder")
+        ]
     gc.collect()
     assert [f() for f in freed] == [None] * 3
     z = np.zeros((1, 8, 8, 8), np.float32)
@@ -335,10 +385,13 @@ def test_a_callback_may_close_its_pipeline():
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 @pytest.mark.parametrize("backend", ENGINES)
 def test_what_a_large_call_needed_is_given_back(backend):
-    before, large, after, closed = map(int, python(f"""
+    before, large, after, closed = map(
+        int,
+        python(f"""
         import numpy as np, sdlite
         def rss():
-            return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) >> 10
+            lines = open("/proc/self/status")
+            return int(next(l for l in lines if l.startswith("VmRSS")).split()[1]) >> 10
         pipe = sdlite.Pipeline.from_pretrained("emoji", backend={backend!r}, threads=1)
         call = lambda: pipe("pizza", seed=0, num_inference_steps=1)
         call(), call()
@@ -349,13 +402,14 @@ def test_what_a_large_call_needed_is_given_back(backend):
         print(rss())
         pipe.close()
         print(rss())
-    """).split())  # fmt: skip
+    """).split(),
+    )
     assert large > before + 300  # MiB: 1408 px
     assert after < before + 40
     assert closed < before
 
 
-# --- how large a call may be ------------------------------------------------------------------------------------------
+# --- how large a call may be
 
 
 def test_a_call_that_is_too_large_is_refused_before_any_work(emoji, monkeypatch):
@@ -365,14 +419,24 @@ def test_a_call_that_is_too_large_is_refused_before_any_work(emoji, monkeypatch)
     pipe = sdlite.Pipeline.from_pretrained("emoji", backend="onnxruntime", threads=1)
     for part in ("text_encoder", "unet", "vae_decoder"):
         monkeypatch.setattr(pipe.networks, part, never)
-    for call in ({"height": 2048, "width": 2048}, {"num_images_per_prompt": 1024}, {"max_pixels": 4095}):
+    for call in (
+        {"height": 2048, "width": 2048},
+        {"num_images_per_prompt": 1024},
+        {"max_pixels": 4095},
+    ):
         with pytest.raises(
-            ShapeError, match=r"x \d+ is \d+ pixels in one call; accepted: up to .*pass max_pixels=\d+, with pipe.enable_vae"
+            ShapeError,
+            match=(
+                r"x \d+ is \d+ pixels in one call; accepted: up to .*pass max_pixels=\d+, with"
+                r" pipe.enable_vae"
+            ),
         ):
             pipe("pizza", **call)
     monkeypatch.setitem(pipe.unet_config, "sample_size", 1000)
     pipe.max_pixels = pipe._most()
-    with pytest.raises(ShapeError, match=r"1 x 8000 x 8000 is 64000000 pixels in one call; accepted: up to 8388608"):
+    with pytest.raises(
+        ShapeError, match=r"1 x 8000 x 8000 is 64000000 pixels in one call; accepted: up to 8388608"
+    ):
         pipe("pizza")
     for most in (0, 1.5, "all"):
         with pytest.raises(InputError, match=r"max_pixels=.*at least 1"):
@@ -389,27 +453,40 @@ def test_max_pixels_is_the_calls_the_pipelines_or_the_models(copy):
     assert pipe("pizza", **CALL).images[0].size == (64, 64)
     text = (copy / "sdlite.json").read_text().rstrip()
     (copy / "sdlite.json").write_text(text[:-1] + ', "max_pixels": 5000}')
-    assert Artifact.open(copy).manifest.max_pixels == sdlite.Pipeline.from_pretrained(copy).max_pixels == 5000
+    assert (
+        Artifact.open(copy).manifest.max_pixels
+        == sdlite.Pipeline.from_pretrained(copy).max_pixels
+        == 5000
+    )
     for bad in (0, True, "5000", 1e9):
         with pytest.raises(ArtifactError, match="max_pixels"):
             Manifest.from_dict({"format": "1.0", "max_pixels": bad})
 
 
-# --- decoders that overflow -------------------------------------------------------------------------------------------
+# --- decoders that overflow
 
 
 @pytest.fixture(scope="module")
 def decoders():
-    """A decoder of random weights in float16 and in float32, which overflows in float16 for latents of about 30 and more."""
+    """A decoder of random weights in float16 and in float32, which overflows in float16 for latents
+    of about 30 and more.
+    """
     torch = pytest.importorskip("torch", reason="needs the torch extra")
     AutoencoderKL = pytest.importorskip("diffusers", reason="needs the torch extra").AutoencoderKL
     from sdlite.backends.torch import Module
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=8, norm_num_groups=4,
-    ).eval().requires_grad_(False)  # fmt: skip
+    vae = (
+        AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=8,
+            norm_num_groups=4,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     vae.decoder.conv_in.weight.mul_(3000)
     half = Module("vae_decoder", vae.half(), "cpu", 1)
     import copy
@@ -419,26 +496,37 @@ def decoders():
 
 def test_images_that_overflow_in_float16_are_decoded_in_float32(decoders):
     half, whole = decoders
-    z = np.stack([np.full((8, 4, 4), x, np.float32) for x in (0.01, 40.0)]) * np.random.default_rng(0).standard_normal(
-        (2, 8, 4, 4), np.float32
-    )
-    assert [bool(np.isfinite(half(latent_sample=z[i : i + 1])).all()) for i in (0, 1)] == [True, False]
+    z = np.stack([np.full((8, 4, 4), x, np.float32) for x in (0.01, 40.0)]) * np.random.default_rng(
+        0
+    ).standard_normal((2, 8, 4, 4), np.float32)
+    assert [bool(np.isfinite(half(latent_sample=z[i : i + 1])).all()) for i in (0, 1)] == [
+        True,
+        False,
+    ]
     made = []
     both = Overflowing(half, lambda: made.append(1) or whole)
     for _ in range(2):
         got = both(latent_sample=z)
-        np.testing.assert_array_equal(got[:1], half(latent_sample=z)[:1])  # of its own: no other image decides how it is made
+        np.testing.assert_array_equal(
+            got[:1], half(latent_sample=z)[:1]
+        )  # of its own: no other image decides how it is made
         np.testing.assert_array_equal(got[1:], whole(latent_sample=z[1:]))
     assert made == [1]
 
 
 def test_a_pipeline_says_once_that_its_decoder_overflows(decoders, emoji):
     networks = sdlite.backends.Networks(
-        emoji.networks.text_encoder, emoji.networks.unet, Overflowing(decoders[0], lambda: decoders[1]), emoji.report,
+        emoji.networks.text_encoder,
+        emoji.networks.unet,
+        Overflowing(decoders[0], lambda: decoders[1]),
+        emoji.report,
         emoji.networks.size_multiple,
-    )  # fmt: skip
+    )
     pipe = sdlite.Pipeline(emoji.artifact, networks)
-    call = {**CALL, "callback_on_step_end": lambda pipe, step, t, given: {"latents": given["latents"] * 1000}}
+    call = {
+        **CALL,
+        "callback_on_step_end": lambda pipe, step, t, given: {"latents": given["latents"] * 1000},
+    }
     with pytest.warns(SdliteWarning, match="overflows in float16") as caught:
         out = pipe("pizza", **call)
     assert [w.filename for w in caught] == [__file__]
@@ -450,7 +538,11 @@ def test_a_pipeline_says_once_that_its_decoder_overflows(decoders, emoji):
 
 
 def test_a_decoder_that_is_no_number_in_float32_either_is_an_error(decoders, emoji):
-    nan = Overflowing(decoders[0], lambda: lambda latent_sample: np.full((1, 3, 64, 64), np.nan, np.float32))
-    networks = sdlite.backends.Networks(emoji.networks.text_encoder, emoji.networks.unet, nan, emoji.report, 8)
+    nan = Overflowing(
+        decoders[0], lambda: lambda latent_sample: np.full((1, 3, 64, 64), np.nan, np.float32)
+    )
+    networks = sdlite.backends.Networks(
+        emoji.networks.text_encoder, emoji.networks.unet, nan, emoji.report, 8
+    )
     with pytest.raises(InputError, match="VAE decoder are not finite"), pytest.warns(SdliteWarning):
         sdlite.Pipeline(emoji.artifact, networks).decode(np.full((1, 8, 8, 8), 1000, np.float32))

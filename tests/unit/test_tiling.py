@@ -12,7 +12,9 @@ FAST = {"num_inference_steps": 1, "guidance_scale": 1.0, "seed": 0}
 
 
 def upscale(latents):
-    """A decoder with no context: each latent is one block of pixels, so tiles must not be seen at all."""
+    """A decoder with no context: each latent is one block of pixels, so tiles must not be seen at
+    all.
+    """
     return np.repeat(np.repeat(latents[:, :3], 8, axis=2), 8, axis=3)
 
 
@@ -20,12 +22,19 @@ def upscale(latents):
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
 def test_tiles_of_a_decoder_without_context_are_not_seen(shape, overlap):
     z = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    np.testing.assert_allclose(decode(upscale, z, Tiling(64, overlap), 8), upscale(z), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        decode(upscale, z, Tiling(64, overlap), 8), upscale(z), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_no_call_sees_more_than_a_tile():
     sizes = []
-    decode(lambda z: sizes.append(z.shape[2:]) or upscale(z), np.zeros((1, 4, 40, 24), np.float32), Tiling(64), 8)
+    decode(
+        lambda z: sizes.append(z.shape[2:]) or upscale(z),
+        np.zeros((1, 4, 40, 24), np.float32),
+        Tiling(64),
+        8,
+    )
     assert max(max(s) for s in sizes) <= 8
     assert len(set(sizes)) == 1, "an engine that compiles for a shape would compile again"
 
@@ -48,13 +57,17 @@ def test_grid_is_the_fewest_tiles_of_one_size(length, most, overlap, side, start
 
 @pytest.mark.parametrize("axis", [2, 3])
 def test_a_tile_fades_in_over_the_one_before(axis):
-    """Tiles of 0, then of 1: linear from the first shared line to the last, in both directions (diffusers' blend_h, blend_v)."""
+    """Tiles of 0, then of 1: linear from the first shared line to the last, in both directions
+    (diffusers' blend_h, blend_v).
+    """
     values = iter([0.0, 1.0])
 
     def flat(z):
         return np.full((1, 3, 8 * z.shape[2], 8 * z.shape[3]), next(values), np.float32)
 
-    got = decode(flat, np.zeros((1, 4, 6, 4) if axis == 2 else (1, 4, 4, 6), np.float32), Tiling(32, 0.5), 8)
+    got = decode(
+        flat, np.zeros((1, 4, 6, 4) if axis == 2 else (1, 4, 4, 6), np.float32), Tiling(32, 0.5), 8
+    )
     line = np.moveaxis(got, axis, -1)[0, 0, 0]
     np.testing.assert_allclose(line, [0] * 16 + [i / 16 for i in range(16)] + [1] * 16)
 
@@ -64,9 +77,13 @@ def test_tiled_decode_is_about_as_close_to_the_whole_as_diffusers():
     AutoencoderKL = pytest.importorskip("diffusers", reason="needs the torch extra").AutoencoderKL
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4, sample_size=32, norm_num_groups=4,
-    ).eval()  # fmt: skip
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        sample_size=32,
+        norm_num_groups=4,
+    ).eval()
     z = torch.randn(2, 4, 19, 26)
 
     def network(tile):
@@ -77,7 +94,9 @@ def test_tiled_decode_is_about_as_close_to_the_whole_as_diffusers():
     whole = network(z.numpy())
     vae.enable_tiling()
     ours, theirs = (float(np.sqrt(np.square(x - whole).mean())) for x in (got, network(z.numpy())))
-    assert 1e-3 < ours < 1.15 * theirs, "tiles cannot be seen at all, or are seen more than diffusers' larger ones are"
+    assert 1e-3 < ours < 1.15 * theirs, (
+        "tiles cannot be seen at all, or are seen more than diffusers' larger ones are"
+    )
 
 
 def test_pipeline_tiles_only_larger_pictures_and_says_so(emoji):
@@ -100,7 +119,17 @@ def test_pipeline_tiles_only_larger_pictures_and_says_so(emoji):
 
 @pytest.mark.parametrize(
     ("size", "overlap"),
-    [(60, 0.25), (-8, 0.25), (64, 1.0), (64, -0.1), (64.0, 0.25), ("64", 0.25), (True, 0.25), (64, "0.25"), (64, float("nan"))],
+    [
+        (60, 0.25),
+        (-8, 0.25),
+        (64, 1.0),
+        (64, -0.1),
+        (64.0, 0.25),
+        ("64", 0.25),
+        (True, 0.25),
+        (64, "0.25"),
+        (64, float("nan")),
+    ],
 )
 def test_tile_that_cannot_be_is_refused(emoji, size, overlap):
     with pytest.raises(InputError, match="tile"):

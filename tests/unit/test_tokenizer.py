@@ -23,12 +23,23 @@ from tests.conftest import EMOJI
 WEB = Path(__file__).parents[2] / "export" / "web" / "tokenizer.js"
 START, END = "<|startoftext|>", "<|endoftext|>"
 PROMPTS = [
-    "", " ", "\n\t", "a red fox in snow!", "wow !! x!y", "DON'T we'll 1234 é e\u0301 İ ΑΣ",
-    "🦊🔥👨‍👩‍👧 カワイイ 狐", f"a {END} b{START}",
-    "\u0085a\ufeffb\u00a0c\u200bd", "<Toy> a<Toy>b  <Toy>\u3000c <toy>é<TOY>.",
-    "x<Toy>\u00a0 y", "[PAD] [pad]",
-    "cat concatenate Cat", "apple, " * 40, "! " * 50, "<Toy>" * 40,
-]  # fmt: skip
+    "",
+    " ",
+    "\n\t",
+    "a red fox in snow!",
+    "wow !! x!y",
+    "DON'T we'll 1234 é e\u0301 İ ΑΣ",
+    "🦊🔥👨‍👩‍👧 カワイイ 狐",
+    f"a {END} b{START}",
+    "\u0085a\ufeffb\u00a0c\u200bd",
+    "<Toy> a<Toy>b  <Toy>\u3000c <toy>é<TOY>.",
+    "x<Toy>\u00a0 y",
+    "[PAD] [pad]",
+    "cat concatenate Cat",
+    "apple, " * 40,
+    "! " * 50,
+    "<Toy>" * 40,
+]
 NAMES = {"config": "tokenizer_config", "special": "special_tokens_map", "added": "added_tokens"}
 
 
@@ -153,7 +164,7 @@ def test_ids_are_those_of_transformers(layout, request):
 
 @pytest.mark.parametrize(
     ("style", "pad", "mark"), [("sd1", 49407, 256), ("sd2", 0, 0), ("turbo", 0, 0)]
-)  # fmt: skip
+)
 def test_published_vocabulary(tmp_path, style, pad, mark):
     """Known ids; SD-2's special_tokens_map.json has another pad token than its config."""
     if published_models.merges_file() is None:
@@ -220,7 +231,7 @@ def test_javascript_gives_the_same_ids(layout, tmp_path):
     assert len(dropped["apple, " * 40]) > 10
 
 
-# --- the text encoder ------------------------------------------------------------------------
+# --- the text encoder
 
 
 @pytest.mark.parametrize("given", [None, 10**30, 1e30, 10**9])
@@ -272,12 +283,12 @@ def test_convert_refuses_a_damaged_tokenizer_before_it_writes(plain, tmp_path, n
     assert not (tmp_path / "out").exists()
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- what is refused
 
 
 @pytest.mark.parametrize(
     "prompts", ["a fox", None, 3, [None], [3], [b"a fox"], ["a fox", ["x"]], ["a \udce9 fox"]]
-)  # fmt: skip
+)
 def test_prompts_that_are_no_text(tmp_path, prompts):
     tokenizer = ClipTokenizer.from_pretrained(EMOJI / "tokenizer")
     with pytest.raises(InputError):
@@ -377,7 +388,7 @@ def test_a_vocabulary_of_few_letters_needs_an_unknown_token(tmp_path):
         ClipTokenizer.from_pretrained(folder)
 
 
-# --- students --------------------------------------------------------------------------------
+# --- students
 
 
 def test_latents_cached_with_another_tokenizer_are_made_again(tmp_path):
@@ -416,17 +427,22 @@ def test_a_student_has_the_tokenizer_files_of_its_teacher(tmp_path):
     sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4}
     parts = {
         "unet": diffusers.UNet2DConditionModel(
-            sample_size=8, layers_per_block=1, cross_attention_dim=8, attention_head_dim=2, **sizes,
+            sample_size=8,
+            layers_per_block=1,
+            cross_attention_dim=8,
+            attention_head_dim=2,
+            **sizes,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         ),
         "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
         "vae": diffusers.AutoencoderKL(
-            **sizes, down_block_types=("DownEncoderBlock2D",) * 2,
+            **sizes,
+            down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
         ),
         "tokenizer_folder": teacher,
-    }  # fmt: skip
+    }
     save_pipeline(tmp_path / "student", parts, V_ZERO_SNR)
     saved = {p.name: p.read_bytes() for p in (tmp_path / "student" / "tokenizer").iterdir()}
     assert saved == {p.name: p.read_bytes() for p in teacher.iterdir() if p.name in FILES}

@@ -1,4 +1,6 @@
-"""The training loop on a tiny real UNet: exact resume, refusals, EMA, accumulation, two processes."""
+"""The training loop on a tiny real UNet: exact resume, refusals, EMA, accumulation, two
+processes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder, Forward, TeacherTask, stratified_timesteps  # noqa: E402
+from sdlite.distill.tasks import (  # noqa: E402
+    V_ZERO_SNR,
+    CachedEncoder,
+    Forward,
+    TeacherTask,
+    stratified_timesteps,
+)
 from sdlite.distill.train import TrainConfig, fit  # noqa: E402
 from sdlite.errors import SdliteError, TrainingError  # noqa: E402
 from sdlite.sampling import Schedule  # noqa: E402
@@ -57,9 +65,17 @@ def task():
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2,
-    )  # fmt: skip
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+    )
     return Task(unet, Text(), Source(), parts={}, preview={})
 
 
@@ -72,7 +88,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-CONFIG = TrainConfig(max_images=48, batch_size=8, lr=1e-3, warmup_images=16, sample_every=0, log_every=1, checkpoint_minutes=60)
+CONFIG = TrainConfig(
+    max_images=48,
+    batch_size=8,
+    lr=1e-3,
+    warmup_images=16,
+    sample_every=0,
+    log_every=1,
+    checkpoint_minutes=60,
+)
 
 
 def last(out):
@@ -80,7 +104,9 @@ def last(out):
 
 
 def interrupt_after(t, steps):
-    """Ctrl-C as the user would press it, in the middle of a step: that step is finished, then the loop stops."""
+    """Ctrl-C as the user would press it, in the middle of a step: that step is finished, then the
+    loop stops.
+    """
     real, calls = t.batch, []
 
     def batch(size, generator):
@@ -114,7 +140,9 @@ def test_resume_with_another_seed_is_refused_and_a_broken_resume_differs(tmp_pat
         fit(task(), replace(CONFIG, seed=1), tmp_path / "a", resume=True)
     from sdlite.distill import train
 
-    monkeypatch.setattr(train, "step_generator", lambda seed, step: torch.Generator().manual_seed(seed + step + 1))
+    monkeypatch.setattr(
+        train, "step_generator", lambda seed, step: torch.Generator().manual_seed(seed + step + 1)
+    )
     fit(task(), CONFIG, tmp_path / "a", resume=True)
     monkeypatch.undo()
     fit(task(), CONFIG, tmp_path / "b")
@@ -123,18 +151,33 @@ def test_resume_with_another_seed_is_refused_and_a_broken_resume_differs(tmp_pat
 
 
 def test_killed_run_loses_at_most_one_interval(tmp_path):
-    """SIGKILL while checkpoints are written after every step: the newest whole one is resumed, and the end is the same."""
+    """SIGKILL while checkpoints are written after every step: the newest whole one is resumed, and
+    the end is the same.
+    """
     code = (
-        "from tests.unit.test_train import *; from dataclasses import replace; from pathlib import Path; torch.set_num_threads(1)\n"
-        f"fit(task(), replace(CONFIG, checkpoint_minutes=0, max_images=80_000), Path({str(tmp_path / 'killed')!r}))"
+        "from tests.unit.test_train import *; from dataclasses import replace; from pathlib import"
+        " Path; torch.set_num_threads(1)\nfit(task(), replace(CONFIG, checkpoint_minutes=0,"
+        f" max_images=80_000), Path({str(tmp_path / 'killed')!r}))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.getcwd()}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("killed/checkpoint-0000000[3-9]")) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not list(tmp_path.glob("killed/checkpoint-0000000[3-9]"))
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    reached = max(int(p.name.split("-")[1]) for p in tmp_path.glob("killed/checkpoint-*") if not p.name.endswith(".tmp"))
+    reached = max(
+        int(p.name.split("-")[1])
+        for p in tmp_path.glob("killed/checkpoint-*")
+        if not p.name.endswith(".tmp")
+    )
     from dataclasses import replace
 
     config = replace(CONFIG, max_images=80_000)
@@ -198,8 +241,9 @@ def test_statistics_are_one_json_object_per_line(tmp_path):
 def two_processes(code, out=None, **environment):
     """`code` in two processes on gloo, as Accelerate's launcher starts them.
 
-    gloo itself crashed once in thirty runs of sharded training on a loaded machine (SIGSEGV in one process, no Python frame at fault);
-    where `out`, the folder that `code` writes, is given, such a run is made once more in a new folder. An error of ours is no signal.
+    gloo itself crashed once in thirty runs of sharded training on a loaded machine (SIGSEGV in one
+    process, no Python frame at fault); where `out`, the folder that `code` writes, is given, such a
+    run is made once more in a new folder. An error of ours is no signal.
     """
     codes = _two_processes(code, environment)
     if out is not None and -signal.SIGSEGV in codes:
@@ -213,15 +257,28 @@ def _two_processes(code, environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    start = "from tests.unit.test_train import *; from dataclasses import replace; from pathlib import Path; torch.set_num_threads(1)\n"
+    start = (
+        "from tests.unit.test_train import *; from dataclasses import replace; from pathlib import"
+        " Path; torch.set_num_threads(1)\n"
+    )
     procs = [
         subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-c", start + code],
-            env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                 "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), **environment},
+            env={
+                **os.environ,
+                "RANK": str(r),
+                "LOCAL_RANK": str(r),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "ACCELERATE_USE_CPU": "true",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.getcwd(),
+                **environment,
+            },
         )
         for r in range(2)
-    ]  # fmt: skip
+    ]
     try:
         return [p.wait(timeout=300) for p in procs]
     finally:
@@ -244,26 +301,38 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_two_processes_on_the_same_samples_differ_from_one(tmp_path):
-    """The test of the test: when each process trains on the first half of the batch, the comparison fails."""
+    """The test of the test: when each process trains on the first half of the batch, the comparison
+    fails.
+    """
     fit(task(), CONFIG, tmp_path / "one")
-    wrong = "import sdlite.distill.train as train; split = train._split; train._split = lambda b, i, j: split(b, 0, j - i)\n"
+    wrong = (
+        "import sdlite.distill.train as train; split = train._split; train._split = lambda b, i, j:"
+        " split(b, 0, j - i)\n"
+    )
     two_processes(wrong + f"fit(task(), CONFIG, Path({str(tmp_path / 'two')!r}))")
     with pytest.raises(AssertionError):
         same_networks(tmp_path / "one", tmp_path / "two")
 
 
 def test_processes_stop_and_checkpoint_in_the_same_step(tmp_path):
-    """Ctrl-C reaches one process only, and clocks differ: both must act together, or one waits for ever."""
+    """Ctrl-C reaches one process only, and clocks differ: both must act together, or one waits for
+    ever.
+    """
     two_processes(
-        "t = task()\nif os.environ['RANK'] == '0': interrupt_after(t, 3)\n"
-        f"done = fit(t, replace(CONFIG, checkpoint_minutes=1e9 if os.environ['RANK'] == '0' else 0), Path({str(tmp_path / 'two')!r}))\n"
-        "assert (done['step'], done['finished']) == (3, False), done"
+        "t = task()\nif os.environ['RANK'] == '0': interrupt_after(t, 3)\ndone = fit(t,"
+        " replace(CONFIG, checkpoint_minutes=1e9 if os.environ['RANK'] == '0' else 0),"
+        f" Path({str(tmp_path / 'two')!r}))\nassert (done['step'], done['finished']) == (3, False),"
+        " done"
     )
-    assert sorted(p.name for p in (tmp_path / "two").glob("checkpoint-*"))[-1] == "checkpoint-00000003"
+    assert (
+        sorted(p.name for p in (tmp_path / "two").glob("checkpoint-*"))[-1] == "checkpoint-00000003"
+    )
 
 
 def test_sharded_processes_equal_one_and_are_resumed_by_one(tmp_path):
-    """FSDP2 on gloo, by the launcher's flag: same networks, whole checkpoints, and each process holds a share."""
+    """FSDP2 on gloo, by the launcher's flag: same networks, whole checkpoints, and each process
+    holds a share.
+    """
     pytest.importorskip("torch.distributed.fsdp", reason="needs a torch with fully_shard")
     fit(task(), CONFIG, tmp_path / "one")
     two_processes(
@@ -278,7 +347,10 @@ def test_sharded_processes_equal_one_and_are_resumed_by_one(tmp_path):
     assert fit(task(), CONFIG, tmp_path / "two", resume=True)["step"] == 6
     same_networks(tmp_path / "one", tmp_path / "two")
     two_processes(
-        f"fit(task(), CONFIG, Path({str(tmp_path / 'three')!r}))", out=tmp_path / "three", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2"
+        f"fit(task(), CONFIG, Path({str(tmp_path / 'three')!r}))",
+        out=tmp_path / "three",
+        ACCELERATE_USE_FSDP="true",
+        FSDP_VERSION="2",
     )
     same_networks(tmp_path / "one", tmp_path / "three")
 
@@ -289,7 +361,9 @@ def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(tmp_pa
     calls, states = [], []
     for on in (False, True):
         t, count = task(), []
-        t.modules["unet"].down_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_, c=count: c.append(1))
+        t.modules["unet"].down_blocks[0].resnets[0].conv1.register_forward_hook(
+            lambda *_, c=count: c.append(1)
+        )
         fit(t, replace(CONFIG, gradient_checkpointing=on), tmp_path / str(on))
         calls.append(len(count))
         states.append(last(tmp_path / str(on)))
@@ -310,13 +384,19 @@ def test_bfloat16_keeps_float32_weights_and_comes_near(tmp_path):
     from dataclasses import replace
 
     whole = fit(task(), CONFIG, tmp_path / "whole")
-    half = fit(task(), replace(CONFIG, mixed_precision="bf16", plain_attention=True), tmp_path / "half")
+    half = fit(
+        task(), replace(CONFIG, mixed_precision="bf16", plain_attention=True), tmp_path / "half"
+    )
     assert half["loss"] == pytest.approx(whole["loss"], rel=0.05)
     assert half["loss"] != whole["loss"]
-    assert {t.dtype for k, t in last(tmp_path / "half").items() if k.startswith(("model.", "ema."))} == {torch.float32}
+    assert {
+        t.dtype for k, t in last(tmp_path / "half").items() if k.startswith(("model.", "ema."))
+    } == {torch.float32}
 
 
-@pytest.mark.parametrize(("precision", "words"), [("fp16", "'fp16' needs CUDA"), ("fp8", "choose one of no, bf16, fp16")])
+@pytest.mark.parametrize(
+    ("precision", "words"), [("fp16", "'fp16' needs CUDA"), ("fp8", "choose one of no, bf16, fp16")]
+)
 def test_precisions_that_cannot_be(precision, words, tmp_path):
     if precision == "fp16" and torch.cuda.is_available():
         pytest.skip("fp16 is possible here")
@@ -357,7 +437,10 @@ class Counted(Text):
 
 def test_cached_encoder_equals_the_encoder_and_asks_once():
     text = Counted()
-    encode, ids = CachedEncoder(text, capacity=3), torch.tensor([[1, 2], [3, 4], [1, 2], [5, 6], [7, 8]])
+    encode, ids = (
+        CachedEncoder(text, capacity=3),
+        torch.tensor([[1, 2], [3, 4], [1, 2], [5, 6], [7, 8]]),
+    )
     assert torch.equal(encode(ids), text.table(ids))
     assert text.rows == CachedEncoder.GROUP  # four different captions, filled up to one group
     assert torch.equal(encode(ids[:4].flip(0)), text.table(ids[:4].flip(0)))

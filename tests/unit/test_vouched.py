@@ -1,4 +1,6 @@
-"""What a manifest lists is verified before it is read; what it does not list is not read; what lost its manifest is refused."""
+"""What a manifest lists is verified before it is read; what it does not list is not read; what lost
+its manifest is refused.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ PROMPT = "a red apple on a blue background"
 SCHEDULER = "scheduler/scheduler_config.json"
 # One file changed in a way that is valid, and once gave another image without a word.
 CHANGED = {
-    "tokenizer/vocab.json": lambda t: t.replace('"red</w>"', '"RED</w>"')
-    .replace('"blue</w>"', '"red</w>"')
-    .replace('"RED</w>"', '"blue</w>"'),
+    "tokenizer/vocab.json": (
+        lambda t: t.replace('"red</w>"', '"RED</w>"')
+        .replace('"blue</w>"', '"red</w>"')
+        .replace('"RED</w>"', '"blue</w>"')
+    ),
     "tokenizer/merges.txt": lambda t: t[: len(t) // 2].rsplit("\n", 1)[0],
     SCHEDULER: lambda t: t.replace("0.012", "0.013"),
     "unet/config.json": lambda t: t.replace("{", "{ ", 1),
@@ -41,10 +45,12 @@ def one_line(call, *args, match="", **kwargs):
 
 
 def load(folder, **more):
-    return sdlite.Pipeline.from_pretrained(folder, **{"backend": "onnxruntime", "threads": 1} | more)
+    return sdlite.Pipeline.from_pretrained(
+        folder, **{"backend": "onnxruntime", "threads": 1} | more
+    )
 
 
-# --- listed files -----------------------------------------------------------------------------
+# --- listed files
 
 
 @pytest.mark.parametrize("name", CHANGED)
@@ -66,8 +72,13 @@ def test_a_missing_small_file_is_refused_by_its_name(copy, name):
 def test_a_listed_file_is_a_plain_file_in_the_folder(copy, tmp_path, name, kind):
     path = copy / name
     shutil.move(path, tmp_path / "outside")
-    {"link": lambda: path.symlink_to(tmp_path / "outside"), "fifo": lambda: os.mkfifo(path), "folder": path.mkdir,
-     "dangling": lambda: path.symlink_to("/nowhere/x"), "zero": lambda: path.symlink_to("/dev/zero")}[kind]()  # fmt: skip
+    {
+        "link": lambda: path.symlink_to(tmp_path / "outside"),
+        "fifo": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "dangling": lambda: path.symlink_to("/nowhere/x"),
+        "zero": lambda: path.symlink_to("/dev/zero"),
+    }[kind]()
     one_line(load, copy)
 
 
@@ -82,7 +93,10 @@ def test_files_of_an_older_tokenizer_are_vouched_for_too(copy, change):
     assert name in one_line(load, copy)
 
 
-@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "text_encoder/adapter_config.json", "unet/adapter_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer/tokenizer.json", "text_encoder/adapter_config.json", "unet/adapter_config.json"],
+)
 def test_a_file_that_is_not_listed_is_not_read(copy, name):
     (copy / name).write_text('{"a": 1}')
     said = one_line(load, copy)
@@ -111,14 +125,20 @@ def test_weights_that_are_not_listed_are_not_loaded(copy, name):
 def test_a_listed_tokenizer_is_read_again_only_where_its_list_says_so(copy):
     (copy / "tokenizer/added_tokens.json").write_text("{}")
     manifest = json.loads((copy / "sdlite.json").read_text())
-    manifest["files"]["tokenizer/added_tokens.json"] = {"sha256": hashlib.sha256(b"{}").hexdigest().upper(), "bytes": 2}
+    manifest["files"]["tokenizer/added_tokens.json"] = {
+        "sha256": hashlib.sha256(b"{}").hexdigest().upper(),
+        "bytes": 2,
+    }
     (copy / "sdlite.json").write_text(json.dumps(manifest))
     load(copy)
 
 
 def test_weights_are_hashed_once_for_each_state(copy, monkeypatch):
     files, counted = Artifact.open(copy).files, []
-    monkeypatch.setattr("sdlite.files.sha256", lambda p: counted.append(p) or hashlib.sha256(p.read_bytes()).hexdigest())
+    monkeypatch.setattr(
+        "sdlite.files.sha256",
+        lambda p: counted.append(p) or hashlib.sha256(p.read_bytes()).hexdigest(),
+    )
     name = "unet/diffusion_pytorch_model.safetensors"
     assert files.part("unet").file("diffusion_pytorch_model.safetensors") == files.file(name)
     assert len(counted) == 1
@@ -128,7 +148,7 @@ def test_weights_are_hashed_once_for_each_state(copy, monkeypatch):
     one_line(files.file, name, match="SHA-256")
 
 
-# --- a folder that lost its list ----------------------------------------------------------------
+# --- a folder that lost its list
 
 
 def test_a_model_without_its_manifest_is_no_other_model(copy):
@@ -163,28 +183,79 @@ def test_optimums_graphs_make_no_lost_model(plain, tmp_path):
     assert Artifact.open(folder).listing is None
 
 
-# --- what a manifest, a report and an index may say ------------------------------------------------
+# --- what a manifest, a report and an index may say
 
 UNET = ("variants", "fp16", "unet")
 GRAPH = ("files", "unet/model.onnx")
 BAD = [
-    ((), "extra", 1), (("format",), 1), (("format",), ["1.0"]), (("name",), 5), (("name",), "\x1b[2J"), (("name",), "A" * 10_000),
-    (("student",), [1]), (("student",), None), (("sampler",), None), (("sampler",), "ddim"), (("sampler", "name"), ["ddim"]),
+    ((), "extra", 1),
+    (("format",), 1),
+    (("format",), ["1.0"]),
+    (("name",), 5),
+    (("name",), "\x1b[2J"),
+    (("name",), "A" * 10_000),
+    (("student",), [1]),
+    (("student",), None),
+    (("sampler",), None),
+    (("sampler",), "ddim"),
+    (("sampler", "name"), ["ddim"]),
     *((("sampler", "num_inference_steps"), v) for v in ("4", 0, -4, 1001, 10**9, 4.5, True, None)),
     *((("sampler", "guidance_scale"), v) for v in ("big", -1, [1], None, True, 10**400)),
-    (("variants",), [1]), (("variants",), None), (("variants", "fp16"), ["unet"]), (("variants", "int3"), {}), (UNET, "x"),
-    (("variants", "fp16", "evil"), {}), ((*UNET, "file"), ...), ((*UNET, "weights"), ...), ((*UNET, "storage"), ...), ((*UNET, "arithmetic"), ...),
-    ((*UNET, "file"), 3), ((*UNET, "file"), "model_index.json"), ((*UNET, "file"), "vae_decoder/model.onnx"), ((*UNET, "file"), "unet/other.onnx"),
-    ((*UNET, "weights"), "abc"), ((*UNET, "weights"), [3]), ((*UNET, "weights"), {"a": 1}), ((*UNET, "weights"), ["unet/other"]),
-    ((*UNET, "storage"), 3), ((*UNET, "arithmetic"), None), ((*UNET, "opset"), "18"),
-    (("files",), None), (GRAPH, None), (GRAPH, [1]), *(((*GRAPH, "sha256"), v) for v in (5, None, "", "z" * 64, "a" * 63)),
+    (("variants",), [1]),
+    (("variants",), None),
+    (("variants", "fp16"), ["unet"]),
+    (("variants", "int3"), {}),
+    (UNET, "x"),
+    (("variants", "fp16", "evil"), {}),
+    ((*UNET, "file"), ...),
+    ((*UNET, "weights"), ...),
+    ((*UNET, "storage"), ...),
+    ((*UNET, "arithmetic"), ...),
+    ((*UNET, "file"), 3),
+    ((*UNET, "file"), "model_index.json"),
+    ((*UNET, "file"), "vae_decoder/model.onnx"),
+    ((*UNET, "file"), "unet/other.onnx"),
+    ((*UNET, "weights"), "abc"),
+    ((*UNET, "weights"), [3]),
+    ((*UNET, "weights"), {"a": 1}),
+    ((*UNET, "weights"), ["unet/other"]),
+    ((*UNET, "storage"), 3),
+    ((*UNET, "arithmetic"), None),
+    ((*UNET, "opset"), "18"),
+    (("files",), None),
+    (GRAPH, None),
+    (GRAPH, [1]),
+    *(((*GRAPH, "sha256"), v) for v in (5, None, "", "z" * 64, "a" * 63)),
     *(((*GRAPH, "bytes"), v) for v in ("1", 1.0, -1, None, [1], True, 10**400)),
-    *((("files", p), {"sha256": "a" * 64, "bytes": 1}) for p in
-      ("../x", "/x", "a\0b", "a\nb", ".", "", "a/../../x", "//x", "a\\b", "C:x", "./unet/x", "a//b", "\ud800", "a" * 300, "w.PT", "w.pickle")),
-    (("calibration",), [1]), (("calibration",), {"prompts": "x"}), (("calibration",), {"keep_float": [1]}), (("quality",), "great"),
-    (("quality",), {"engines": []}), *((("size_multiple",), v) for v in (0, -64, "64", None, [64], 64.5, True, 10**400)),
+    *(
+        (("files", p), {"sha256": "a" * 64, "bytes": 1})
+        for p in (
+            "../x",
+            "/x",
+            "a\0b",
+            "a\nb",
+            ".",
+            "",
+            "a/../../x",
+            "//x",
+            "a\\b",
+            "C:x",
+            "./unet/x",
+            "a//b",
+            "\ud800",
+            "a" * 300,
+            "w.PT",
+            "w.pickle",
+        )
+    ),
+    (("calibration",), [1]),
+    (("calibration",), {"prompts": "x"}),
+    (("calibration",), {"keep_float": [1]}),
+    (("quality",), "great"),
+    (("quality",), {"engines": []}),
+    *((("size_multiple",), v) for v in (0, -64, "64", None, [64], 64.5, True, 10**400)),
     *((("max_pixels",), v) for v in (0, "1", 1.5)),
-]  # fmt: skip
+]
 
 
 def put(data, path, value):
@@ -198,7 +269,11 @@ def put(data, path, value):
 
 
 @pytest.mark.parametrize(
-    "case", BAD, ids=lambda c: f"{'.'.join(map(str, c[0])) or c[1]}={c[-1]!r}"[:60].encode("ascii", "replace").decode()
+    "case",
+    BAD,
+    ids=lambda c: f"{'.'.join(map(str, c[0])) or c[1]}={c[-1]!r}"[:60]
+    .encode("ascii", "replace")
+    .decode(),
 )
 def test_a_manifest_says_what_it_may_or_is_refused_with_the_key(case):
     data = json.loads((EMOJI / "sdlite.json").read_text())
@@ -212,17 +287,40 @@ def test_a_manifest_says_what_it_may_or_is_refused_with_the_key(case):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("files",), ...), (("files",), []), (("files", "../x"), {"sha256": "a" * 64, "bytes": 1}), (("companions", "tokenizer/evil.pt"), {"sha256": "a" * 64, "bytes": 1}),
-        (("companions", "a.json"), {"sha256": 1, "bytes": 1}), (("profile",), ...), (("profile", "target"), 3), (("profile", "options"), [1]),
-        (("size",), [64]), (("size",), [0, 64]), (("size",), "64x64"), (("size_multiple",), "8"), (("networks",), [1]),
-        (("networks",), {"unet": {"file": "x"}}), (("networks",), {"evil": {}}), (("parity",), [1]), (("model",), ["x"]),
+        (("files",), ...),
+        (("files",), []),
+        (("files", "../x"), {"sha256": "a" * 64, "bytes": 1}),
+        (("companions", "tokenizer/evil.pt"), {"sha256": "a" * 64, "bytes": 1}),
+        (("companions", "a.json"), {"sha256": 1, "bytes": 1}),
+        (("profile",), ...),
+        (("profile", "target"), 3),
+        (("profile", "options"), [1]),
+        (("size",), [64]),
+        (("size",), [0, 64]),
+        (("size",), "64x64"),
+        (("size_multiple",), "8"),
+        (("networks",), [1]),
+        (("networks",), {"unet": {"file": "x"}}),
+        (("networks",), {"evil": {}}),
+        (("parity",), [1]),
+        (("model",), ["x"]),
     ],
-)  # fmt: skip
+)
 def test_a_report_says_what_it_may_or_is_refused_with_the_key(plain, tmp_path, path, value):
     folder = shutil.copytree(plain, tmp_path / "export")
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    entries = {n: {"sha256": hashlib.sha256((folder / n).read_bytes()).hexdigest(), "bytes": (folder / n).stat().st_size} for n in names}
-    report = {"files": {}, "companions": entries, "profile": {"target": "mnn", "precision": "fp32", "options": {}}}
+    entries = {
+        n: {
+            "sha256": hashlib.sha256((folder / n).read_bytes()).hexdigest(),
+            "bytes": (folder / n).stat().st_size,
+        }
+        for n in names
+    }
+    report = {
+        "files": {},
+        "companions": entries,
+        "profile": {"target": "mnn", "precision": "fp32", "options": {}},
+    }
     (folder / "export-report.json").write_text(json.dumps(report))
     assert Artifact.open(folder).export.target == "mnn"
     put(report, path, value)
@@ -248,7 +346,7 @@ def test_an_index_says_what_it_may(plain, tmp_path, change):
     assert one_line(Artifact.open, folder).isprintable()
 
 
-# --- saving ---------------------------------------------------------------------------------------
+# --- saving
 
 
 def test_saved_is_what_the_manifest_lists(copy, tmp_path):
@@ -260,7 +358,9 @@ def test_saved_is_what_the_manifest_lists(copy, tmp_path):
     os.mkfifo(copy / "pipe")
     pipe = load(copy)
     out = pipe.save_pretrained(tmp_path / "saved")
-    assert {p.relative_to(out) for p in out.rglob("*") if p.is_file()} == {p.relative_to(EMOJI) for p in EMOJI.rglob("*") if p.is_file()}
+    assert {p.relative_to(out) for p in out.rglob("*") if p.is_file()} == {
+        p.relative_to(EMOJI) for p in EMOJI.rglob("*") if p.is_file()
+    }
     assert (out / "sdlite.json").read_bytes() == (EMOJI / "sdlite.json").read_bytes()
     inside = pipe.save_pretrained(copy / "copy")
     assert Artifact.open(inside).verify() == Artifact.open(out).verify()
@@ -276,7 +376,10 @@ def test_saved_is_what_the_manifest_lists(copy, tmp_path):
 def test_saved_of_a_plain_folder_is_what_sdlite_runs(plain, tmp_path):
     pytest.importorskip("torch", reason="needs the torch extra")
     folder = shutil.copytree(plain, tmp_path / "model")
-    folders.configure(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    folders.configure(
+        folder / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+    )
     (folder / "safety_checker").mkdir()
     (folder / "LICENSE").write_text("whose")
     (folder / "README.md").symlink_to("/etc/hostname")
@@ -289,7 +392,10 @@ def test_saved_of_a_plain_folder_is_what_sdlite_runs(plain, tmp_path):
         (folder / name).write_bytes(b"x")
     out = load(folder, backend="torch").save_pretrained(tmp_path / "saved")
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-    assert names == {"LICENSE", *(p.relative_to(plain).as_posix() for p in plain.rglob("*") if p.is_file())}
+    assert names == {
+        "LICENSE",
+        *(p.relative_to(plain).as_posix() for p in plain.rglob("*") if p.is_file()),
+    }
     assert json.loads((out / "model_index.json").read_text())["safety_checker"] == [None, None]
     load(out, backend="torch")
     (folder / "tokenizer/special_tokens_map.json").unlink()

@@ -37,7 +37,9 @@ def page(tmp_path_factory):
     except (MissingExtraError, ExportError) as e:
         pytest.skip(f"onnxruntime-web cannot be had: {e}")
     folder = tmp_path_factory.mktemp("web") / "out"
-    report = export(EMOJI, folder, target="web", prompts=["red apple"], num_inference_steps=2, threads=1)
+    report = export(
+        EMOJI, folder, target="web", prompts=["red apple"], num_inference_steps=2, threads=1
+    )
     assert report["checked_by"] == "the runtime itself"
     assert "ort/ort-wasm-simd-threaded.asyncify.wasm" in report["files"]
     with browser.Browser(folder) as opened:
@@ -47,38 +49,73 @@ def page(tmp_path_factory):
 
 def test_a_click_makes_the_picture_that_python_makes(page):
     _, opened = page
-    opened.evaluate("document.getElementById('prompt').value = 'dog face on a blue background', document.getElementById('seed').value = 7")
+    opened.evaluate(
+        "document.getElementById('prompt').value = 'dog face on a blue background',"
+        " document.getElementById('seed').value = 7"
+    )
     opened.evaluate("document.getElementById('steps').value = 4")
     opened.click("#go")
     opened.wait("document.getElementById('status').textContent.endsWith('on wasm')", 120)
-    script = "(() => { const c = document.getElementById('picture'); return [c.width, c.height, ...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; })()"
+    script = (
+        "(() => { const c = document.getElementById('picture'); return [c.width, c.height,"
+        " ...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; })()"
+    )
     width, height, *pixels = opened.evaluate(script)
     got = np.array(pixels, np.uint8).reshape(height, width, 4)[..., :3]
-    pipe = sdlite.Pipeline.from_pretrained(EMOJI, precision="fp16", backend="onnxruntime", threads=1)
-    want = np.asarray(pipe("dog face on a blue background", seed=7, num_inference_steps=4).images[0])
+    pipe = sdlite.Pipeline.from_pretrained(
+        EMOJI, precision="fp16", backend="onnxruntime", threads=1
+    )
+    want = np.asarray(
+        pipe("dog face on a blue background", seed=7, num_inference_steps=4).images[0]
+    )
     assert psnr(got, want) >= 60
-    other = np.asarray(pipe("dog face on a blue background", seed=8, num_inference_steps=4).images[0])
+    other = np.asarray(
+        pipe("dog face on a blue background", seed=8, num_inference_steps=4).images[0]
+    )
     assert psnr(got, other) < 40
 
 
 def test_weights_of_a_large_network_stay_beside_it(page, tmp_path, monkeypatch):
     monkeypatch.setattr(web, "LARGE", 8 << 20)
-    report = export(EMOJI, tmp_path / "out", target="web", prompts=["red apple"], num_inference_steps=1, threads=1)
+    report = export(
+        EMOJI,
+        tmp_path / "out",
+        target="web",
+        prompts=["red apple"],
+        num_inference_steps=1,
+        threads=1,
+    )
     assert {f for f in report["files"] if f.endswith(".data")} == {"unet/model.onnx.data"}
     assert report["parity"]["networks"]["unet"]["sqnr"] > 60
     assert json.loads((tmp_path / "out" / "sdlite-web.json").read_text())["weights"] == {
-        "text_encoder": None, "unet": "model.onnx.data", "vae_decoder": None
-    }  # fmt: skip
+        "text_encoder": None,
+        "unet": "model.onnx.data",
+        "vae_decoder": None,
+    }
 
 
 def test_tokenizer_and_noise_are_pythons(page):
     folder, opened = page
-    prompts = ["", "Red  apple!", "three o'clock 1234", "café ☕ naïve <|endoftext|>", "a " * 60, "e\u0301t\u00e9 x_y"]
+    prompts = [
+        "",
+        "Red  apple!",
+        "three o'clock 1234",
+        "café ☕ naïve <|endoftext|>",
+        "a " * 60,
+        "e\u0301t\u00e9 x_y",
+    ]
     tokenizer = ClipTokenizer.from_pretrained(folder / "tokenizer")
     opened.evaluate("import('./sdlite.js').then((m) => (globalThis.lib = m, true))")
     for prompt in prompts:
-        script = f"lib.ClipTokenizer.load('sdlite-tokenizer.json').then((t) => Array.from(t.encode({json.dumps(prompt)}).ids, Number))"
-        with pytest.warns(sdlite.tokenizer.TruncationWarning) if len(prompt) > 100 else contextlib.nullcontext():
+        script = (
+            "lib.ClipTokenizer.load('sdlite-tokenizer.json').then((t) =>"
+            f" Array.from(t.encode({json.dumps(prompt)}).ids, Number))"
+        )
+        with (
+            pytest.warns(sdlite.tokenizer.TruncationWarning)
+            if len(prompt) > 100
+            else contextlib.nullcontext()
+        ):
             assert opened.evaluate(script) == tokenizer([prompt])[0].tolist(), prompt
     for seed in (0, 1, 2**32 + 5):
         got = opened.evaluate(f"Array.from(lib.noise('{seed}', 512))")
@@ -87,14 +124,21 @@ def test_tokenizer_and_noise_are_pythons(page):
 
 def test_a_prompt_that_does_not_fit_is_said_on_the_page(page):
     _, opened = page
-    opened.evaluate("document.getElementById('steps').value = 1, document.getElementById('seed').value = 7")
+    opened.evaluate(
+        "document.getElementById('steps').value = 1, document.getElementById('seed').value = 7"
+    )
     for prompt, shown in (("red apple and " * 10 + "zebra", True), ("red apple", False)):
         opened.evaluate(f"document.getElementById('prompt').value = {json.dumps(prompt)}")
         opened.evaluate("document.getElementById('status').textContent = '', true")
         opened.click("#go")
         opened.wait("document.getElementById('status').textContent.endsWith('on wasm')", 120)
         said = opened.evaluate("document.getElementById('warning').textContent")
-        assert said.startswith("the text encoder reads 26 tokens; dropped: ") and said.endswith("zebra") if shown else said == ""
+        assert (
+            said.startswith("the text encoder reads 26 tokens; dropped: ")
+            and said.endswith("zebra")
+            if shown
+            else said == ""
+        )
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
@@ -109,9 +153,11 @@ def test_timesteps_are_pythons(page, spacing):
         assert opened.evaluate(f"lib.timesteps({json.dumps(schedule)}, {n})") == want, n
 
 
-# --- the page's code in Node.js, without a browser -------------------------------------------------------------------
+# --- the page's code in Node.js, without a browser
 
-_ORT = "export const env = { wasm: {} }; export class Tensor {}; export const InferenceSession = {};"
+_ORT = (
+    "export const env = { wasm: {} }; export class Tensor {}; export const InferenceSession = {};"
+)
 _LOOPS = """
 import { readFileSync } from "node:fs";
 import { sampler, noise } from "./sdlite.js";
@@ -132,18 +178,26 @@ _CALLS = """
 import { Pipeline, guided, sampler } from "./sdlite.js";
 const tell = (f) => { try { return f(); } catch (e) { return e.message; } };
 const said = [
-  tell(() => sampler("pndm", {}, 4)), tell(() => guided(NaN)), tell(() => guided(-1)), tell(() => guided(0.5, "blue")),
+  tell(() => sampler("pndm", {}, 4)),
+  tell(() => guided(NaN)), tell(() => guided(-1)), tell(() => guided(0.5, "blue")),
   guided(0, ""), guided(1), guided(1.01, "blue"),
 ];
 const pipe = new Pipeline();
-pipe.settings = { sampler: { name: "ddim", num_inference_steps: 2, guidance_scale: 1 }, latent_shape: [1, 4, 2, 2], scaling_factor: 1,
-  shift_factor: 0, schedule: { num_train_timesteps: 1000, timestep_spacing: "trailing", steps_offset: 1, prediction_type: "epsilon",
-  final_alpha: 1, alphas_cumprod: Array.from({ length: 1000 }, (_, i) => 0.999 - i * 0.0009) } };
+pipe.settings = {
+  sampler: { name: "ddim", num_inference_steps: 2, guidance_scale: 1 },
+  latent_shape: [1, 4, 2, 2], scaling_factor: 1, shift_factor: 0,
+  schedule: {
+    num_train_timesteps: 1000, timestep_spacing: "trailing", steps_offset: 1,
+    prediction_type: "epsilon", final_alpha: 1,
+    alphas_cumprod: Array.from({ length: 1000 }, (_, i) => 0.999 - i * 0.0009),
+  },
+};
 const calls = [];
 pipe.tokenizer = { encode: () => ({ ids: [1n], dropped: "" }) };
 pipe.run = async (part, feeds) => {
   calls.push(part);
-  return part === "unet" ? { data: feeds.sample.data.map((v) => v / 2) } : { data: new Float32Array(48), dims: [1, 3, 4, 4] };
+  if (part === "unet") return { data: feeds.sample.data.map((v) => v / 2) };
+  return { data: new Float32Array(48), dims: [1, 3, 4, 4] };
 };
 for (const guidance_scale of [undefined, 0, 0.5, 1, 2]) {
   calls.length = 0;
@@ -180,7 +234,10 @@ def _with_scheduler(copy, name, config):
     (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     folders.relist(copy)
     opened = Artifact.open(copy)
-    opened.manifest.sampler = {**opened.manifest.sampler, **({} if name is None else {"name": name})}
+    opened.manifest.sampler = {
+        **opened.manifest.sampler,
+        **({} if name is None else {"name": name}),
+    }
     if name is None:
         opened.manifest.sampler.pop("name")
     return opened
@@ -192,13 +249,32 @@ def test_the_pages_samplers_are_pythons(node, copy):
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     cases, want = [], []
     for name, kind, spacing, zero, steps in itertools.product(
-        ("ddim", "lcm", "euler"), ("epsilon", "v_prediction", "sample"), ("trailing", "leading", "linspace"), (False, True), (1, 3, 4, 25)
+        ("ddim", "lcm", "euler"),
+        ("epsilon", "v_prediction", "sample"),
+        ("trailing", "leading", "linspace"),
+        (False, True),
+        (1, 3, 4, 25),
     ):
         if zero and kind == "epsilon":
             continue  # says nothing about x_0 there
-        config = {**betas, "prediction_type": kind, "timestep_spacing": spacing, "rescale_betas_zero_snr": zero, "set_alpha_to_one": False}
-        cases.append({"name": name, "steps": steps, "schedule": web.schedule_of(_with_scheduler(copy, name, config))})
-        solver, draws = get_sampler(name, Schedule.from_config(config), steps), Noise(7).normal((256 * 60,))
+        config = {
+            **betas,
+            "prediction_type": kind,
+            "timestep_spacing": spacing,
+            "rescale_betas_zero_snr": zero,
+            "set_alpha_to_one": False,
+        }
+        cases.append(
+            {
+                "name": name,
+                "steps": steps,
+                "schedule": web.schedule_of(_with_scheduler(copy, name, config)),
+            }
+        )
+        solver, draws = (
+            get_sampler(name, Schedule.from_config(config), steps),
+            Noise(7).normal((256 * 60,)),
+        )
         x, at = draws[:256].reshape(1, 1, 16, 16) * np.float32(solver.init_noise_sigma), [256]
 
         class Drawn:
@@ -208,13 +284,24 @@ def test_the_pages_samplers_are_pythons(node, copy):
 
         for i, t in enumerate(solver.timesteps):
             given = solver.scale_model_input(i, x)
-            x = solver.step(i, (np.sin(given + np.float32(t / 400)) * 0.7).astype(np.float32), x, [Drawn()])
+            x = solver.step(
+                i, (np.sin(given + np.float32(t / 400)) * 0.7).astype(np.float32), x, [Drawn()]
+            )
         want.append((solver.timesteps, x.reshape(-1)))
     for case, made, (times, x) in zip(cases, node(_LOOPS, cases), want, strict=True):
-        what = str({**case, "schedule": {k: v for k, v in case["schedule"].items() if k != "alphas_cumprod"}})
+        what = str(
+            {
+                **case,
+                "schedule": {k: v for k, v in case["schedule"].items() if k != "alphas_cumprod"},
+            }
+        )
         np.testing.assert_allclose(made["times"], times, rtol=1e-6, err_msg=what)
-        exact = 2e-3 if case["name"] == "euler" and case["schedule"]["rescale_betas_zero_snr"] else 2e-4  # float32 at sigma = 4096
-        np.testing.assert_allclose(made["x"], x, atol=exact * max(1.0, float(np.abs(x).max())), err_msg=what)
+        exact = (
+            2e-3 if case["name"] == "euler" and case["schedule"]["rescale_betas_zero_snr"] else 2e-4
+        )  # float32 at sigma = 4096
+        np.testing.assert_allclose(
+            made["x"], x, atol=exact * max(1.0, float(np.abs(x).max())), err_msg=what
+        )
 
 
 def test_the_page_refuses_other_samplers_and_takes_guidance_as_python_does(node):
@@ -236,15 +323,22 @@ def test_the_page_refuses_other_samplers_and_takes_guidance_as_python_does(node)
     ],
 )
 def test_an_export_of_another_sampler_is_refused_before_any_work(copy, name, config):
-    with pytest.raises(InputError, match=r"target web samples with ddim, lcm, euler; .*--sampler ddim"):
+    with pytest.raises(
+        InputError, match=r"target web samples with ddim, lcm, euler; .*--sampler ddim"
+    ):
         web.check(_with_scheduler(copy, name, config))
     web.check(_with_scheduler(copy, "ddim", config))
 
 
 def test_a_broken_sampler_is_seen_by_the_click_and_errors_are_shown(page):
     _, opened = page
-    opened.evaluate("document.getElementById('steps').value = 4, document.getElementById('seed').value = 'x'")
-    opened.evaluate("sdlite.pipes.wasm = {generate: async () => { throw new Error('latents are not finite'); }}, true")
+    opened.evaluate(
+        "document.getElementById('steps').value = 4, document.getElementById('seed').value = 'x'"
+    )
+    opened.evaluate(
+        "sdlite.pipes.wasm = {generate: async () => { throw new Error('latents are not finite');"
+        " }}, true"
+    )
     opened.click("#go")
     opened.wait("document.getElementById('status').textContent === 'latents are not finite'", 10)
     with pytest.raises(ExportError, match="in the browser: Error: no"):
@@ -265,7 +359,9 @@ def test_runtime_from_a_folder_and_by_hash(tmp_path, monkeypatch):
 
 
 def test_the_page_scales_latents_as_the_pipeline_does(copy, tmp_path, monkeypatch):
-    """TAESD's config as its authors publish it may lack the factor, which is 1 then, not Stable Diffusion's 0.18215."""
+    """TAESD's config as its authors publish it may lack the factor, which is 1 then, not Stable
+    Diffusion's 0.18215.
+    """
     path = copy / "vae" / "config.json"
     config = json.loads(path.read_text()) | {"_class_name": "AutoencoderTiny"}
     path.write_text(json.dumps({k: v for k, v in config.items() if k != "scaling_factor"}))
@@ -278,6 +374,13 @@ def test_the_page_scales_latents_as_the_pipeline_does(copy, tmp_path, monkeypatc
 def test_no_browser_means_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(browser, "find", lambda: None)
     monkeypatch.setattr(web, "runtime", lambda settings: dict.fromkeys(web.FILES, b""))
-    report = export(EMOJI, tmp_path / "out", target="web", prompts=["red apple"], num_inference_steps=1, threads=1)
+    report = export(
+        EMOJI,
+        tmp_path / "out",
+        target="web",
+        prompts=["red apple"],
+        num_inference_steps=1,
+        threads=1,
+    )
     assert "no browser here" in report["not_run"]["unet"]
     assert "handed to the converter" in report["checked_by"]

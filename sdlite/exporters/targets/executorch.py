@@ -1,6 +1,8 @@
-"""ExecuTorch (.pte): XNNPACK for ARM and x86 CPUs, or Vulkan for phones' GPUs; fixed shapes, float32.
+"""ExecuTorch (.pte): XNNPACK for ARM and x86 CPUs, or Vulkan for phones' GPUs; fixed shapes,
+float32.
 
-Made from the torch networks, not from ONNX. PyPI's wheel runs XNNPACK; it has no Vulkan backend, so Vulkan programs are exported and not run.
+Made from the torch networks, not from ONNX. PyPI's wheel runs XNNPACK; it has no Vulkan backend, so
+Vulkan programs are exported and not run.
 """
 
 from __future__ import annotations
@@ -30,11 +32,16 @@ DELEGATES = {
 def _delegate(profile: Profile) -> str:
     name = profile.options.get("delegate", "xnnpack")
     if name not in DELEGATES:
-        raise UnknownNameError(f"profile {profile.name}: delegate={name!r} is not known; choose one of {', '.join(DELEGATES)}.")
+        raise UnknownNameError(
+            f"profile {profile.name}: delegate={name!r} is not known; choose one of"
+            f" {', '.join(DELEGATES)}."
+        )
     return str(name)
 
 
-def convert_torch(part: str, network: Any, example: tuple[Any, ...], out: Path, profile: Profile) -> list[Path]:
+def convert_torch(
+    part: str, network: Any, example: tuple[Any, ...], out: Path, profile: Profile
+) -> list[Path]:
     import importlib
 
     import torch
@@ -48,15 +55,23 @@ def convert_torch(part: str, network: Any, example: tuple[Any, ...], out: Path, 
     try:
         lowered = to_edge_transform_and_lower(program, partitioner=[partitioner]).to_executorch()
     except Exception as e:  # its passes raise their own kinds
-        raise ExportError(f"ExecuTorch could not lower {part} ({type(e).__name__}): {str(e).splitlines()[0][:300]}") from e
+        raise ExportError(
+            f"ExecuTorch could not lower {part} ({type(e).__name__}):"
+            f" {str(e).splitlines()[0][:300]}"
+        ) from e
     path = out / "model.pte"
     path.write_bytes(lowered.buffer)
     return [path]
 
 
-def run(part: str, files: list[Path], profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
+def run(
+    part: str, files: list[Path], profile: Profile, threads: int | None
+) -> Callable[..., np.ndarray]:
     if _delegate(profile) == "vulkan":
-        raise NotRunnable("ExecuTorch's wheel has no Vulkan backend; the program needs an Android build of the runtime")
+        raise NotRunnable(
+            "ExecuTorch's wheel has no Vulkan backend; the program needs an Android build of the"
+            " runtime"
+        )
     import torch
     from executorch.runtime import Runtime
 

@@ -1,6 +1,8 @@
-"""ncnn (.param and .bin) by pnnx, for Vulkan phones and ARM CPUs: batch 1, fixed shapes, float32 or float16 weights.
+"""ncnn (.param and .bin) by pnnx, for Vulkan phones and ARM CPUs: batch 1, fixed shapes, float32 or
+float16 weights.
 
-Inputs are in0, in1, ... in the order of `sdlite.spec`, without the batch axis; token ids are int32; the output is out0.
+Inputs are in0, in1, ... in the order of `sdlite.spec`, without the batch axis; token ids are int32;
+the output is out0.
 """
 
 from __future__ import annotations
@@ -39,8 +41,13 @@ def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
         param, weights = model.with_suffix(".ncnn.param"), model.with_suffix(".ncnn.bin")
         if done.returncode or not param.exists() or not weights.exists():
             raise ExportError(f"pnnx refused {part}: {(done.stdout + done.stderr).strip()[-300:]}")
-        layers, data = _embed(param.read_text(), weights.read_bytes(), half=profile.precision == "fp16")
-    if unknown := sorted({line.split()[0] for line in layers.splitlines()[2:]} & {"Gather", "Shape", "Where", "Expand"}):
+        layers, data = _embed(
+            param.read_text(), weights.read_bytes(), half=profile.precision == "fp16"
+        )
+    if unknown := sorted(
+        {line.split()[0] for line in layers.splitlines()[2:]}
+        & {"Gather", "Shape", "Where", "Expand"}
+    ):
         raise ExportError(f"pnnx left {', '.join(unknown)} in {part}, which ncnn does not have.")
     files = [out / "model.param", out / "model.bin"]
     files[0].write_text(layers)
@@ -49,10 +56,12 @@ def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
 
 
 def _embed(param: str, data: bytes, *, half: bool) -> tuple[str, bytes]:
-    """The token table: pnnx leaves ONNX's Gather from constant data, ncnn has Embed, whose weights carry a tag.
+    """The token table: pnnx leaves ONNX's Gather from constant data, ncnn has Embed, whose weights
+    carry a tag.
 
     Raises:
-        ExportError: the table is not the first of the weights, so that its place in the file is not known.
+        ExportError: the table is not the first of the weights, so that its place in the file is not
+            known.
     """
     magic, counts, *lines = param.splitlines()
     at = next((i for i, line in enumerate(lines) if line.split()[0] == "Gather"), None)
@@ -63,14 +72,26 @@ def _embed(param: str, data: bytes, *, half: bool) -> tuple[str, bytes]:
     if lines[at - 1].split()[0] == "MemoryData" and ids == lines[at - 1].split()[4]:
         table, ids = ids, table
     source = lines[at - 1].split()
-    if source[0] != "MemoryData" or source[4] != table or any(line.split()[0] != "Input" for line in lines[: at - 1]):
-        raise ExportError("the token table is not the first of ncnn's weights; pnnx has changed, tell us.")
+    if (
+        source[0] != "MemoryData"
+        or source[4] != table
+        or any(line.split()[0] != "Input" for line in lines[: at - 1])
+    ):
+        raise ExportError(
+            "the token table is not the first of ncnn's weights; pnnx has changed, tell us."
+        )
     width, words = (int(s.split("=")[1]) for s in source[5:7])
-    lines[at - 1 : at + 1] = [f"Embed {name} 1 1 {ids} {result} 0={width} 1={words} 2=0 3={width * words}"]
+    lines[at - 1 : at + 1] = [
+        f"Embed {name} 1 1 {ids} {result} 0={width} 1={words} 2=0 3={width * words}"
+    ]
     layer_count, blob_count = (int(n) for n in counts.split())
     size = 4 * width * words
     weights = np.frombuffer(data[:size], np.float32)
-    head = struct.pack("<I", _HALF) + _padded(weights.astype(np.float16).tobytes()) if half else struct.pack("<I", 0) + weights.tobytes()
+    head = (
+        struct.pack("<I", _HALF) + _padded(weights.astype(np.float16).tobytes())
+        if half
+        else struct.pack("<I", 0) + weights.tobytes()
+    )
     return "\n".join([magic, f"{layer_count - 1} {blob_count - 1}", *lines, ""]), head + data[size:]
 
 
@@ -87,9 +108,14 @@ class _Network:
         self.net.opt.num_threads = threads or 2
         self.net.opt.use_vulkan_compute = vulkan
         for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic"):
-            setattr(self.net.opt, option, False)  # the weights may be float16; the arithmetic that is checked is float32
+            setattr(
+                self.net.opt, option, False
+            )  # the weights may be float16; the arithmetic that is checked is float32
         if self.net.load_param(str(files[0])) or self.net.load_model(str(files[1])):
-            raise ExportError(f"ncnn cannot load {files[0].parent.name}: {files[0].name} names a layer that it does not have.")
+            raise ExportError(
+                f"ncnn cannot load {files[0].parent.name}: {files[0].name} names a layer that it"
+                " does not have."
+            )
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         kept: list[Any] = []  # ncnn.Mat does not keep its array alive
@@ -104,10 +130,14 @@ class _Network:
             return np.array(out)[None]
 
 
-def run(part: str, files: list[Path], profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
+def run(
+    part: str, files: list[Path], profile: Profile, threads: int | None
+) -> Callable[..., np.ndarray]:
     import ncnn
 
     vulkan = bool(profile.options.get("vulkan"))
     if vulkan and not ncnn.get_gpu_count():
-        raise NotRunnable("ncnn finds no Vulkan device here; a software one is in Debian's mesa-vulkan-drivers")
+        raise NotRunnable(
+            "ncnn finds no Vulkan device here; a software one is in Debian's mesa-vulkan-drivers"
+        )
     return _Network(files, part, threads, vulkan)

@@ -1,7 +1,9 @@
-"""ONNX for onnxruntime (CPU, CUDA, mobile): fixed or free shapes; float32, float16 weights with float32 arithmetic, or QDQ int8.
+"""ONNX for onnxruntime (CPU, CUDA, mobile): fixed or free shapes; float32, float16 weights with
+float32 arithmetic, or QDQ int8.
 
-With free shapes the folder opens as a model: `Pipeline.from_pretrained`. With the option `fuse_schedule` the UNet comes as three graphs, see `sdlite.exporters.hoist`. The option `opset` writes the graphs in another
-version of ONNX than the artefact's.
+With free shapes the folder opens as a model: `Pipeline.from_pretrained`. With the option
+`fuse_schedule` the UNet comes as three graphs, see `sdlite.exporters.hoist`. The option `opset`
+writes the graphs in another version of ONNX than the artefact's.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def prepare(part: str, graph: Path, profile: Profile) -> Path:
     if opset is None:
         return graph
     if opset not in OPSETS:
-        raise InputError(f"profile {profile.name}: opset={opset!r}; it can be {OPSETS[0]} to {OPSETS[-1]}.")
+        raise InputError(
+            f"profile {profile.name}: opset={opset!r}; it can be {OPSETS[0]} to {OPSETS[-1]}."
+        )
     proto = onnx.load(str(graph), load_external_data=False)
     if opset_of(proto) == opset:
         return graph
@@ -52,16 +56,24 @@ def prepare(part: str, graph: Path, profile: Profile) -> Path:
         onnx.save_model(_at(proto, opset), str(out))
         onnx.checker.check_model(str(out), full_check=True)
     except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
-        raise ExportError(f"{part} cannot be written in opset {opset}: {' '.join(str(e).split())[:300]}.") from e
+        raise ExportError(
+            f"{part} cannot be written in opset {opset}: {' '.join(str(e).split())[:300]}."
+        ) from e
     return out
 
 
 def _at(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """Newer by ONNX's converter, which cannot turn a Split of 18 back. Older: without what says what 17 does anyway; the checker refuses the rest."""
+    """Newer by ONNX's converter, which cannot turn a Split of 18 back. Older: without what says
+    what 17 does anyway; the checker refuses the rest.
+    """
     if opset > opset_of(proto):
         return onnx.version_converter.convert_version(proto, opset)
     for node in proto.graph.node:
-        kept = [a for a in node.attribute if (node.op_type, a.name, onnx.helper.get_attribute_value(a)) not in _SAID_SINCE_18]
+        kept = [
+            a
+            for a in node.attribute
+            if (node.op_type, a.name, onnx.helper.get_attribute_value(a)) not in _SAID_SINCE_18
+        ]
         if node.op_type == "Split" and len(node.input) == 1:  # equal parts, one for each output
             kept = [a for a in kept if a.name != "num_outputs"]
         del node.attribute[:]
@@ -84,8 +96,13 @@ def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
 def _hoisted(source: Graph, graph: Path, out: Path) -> list[Path]:
     shapes = input_shapes(graph)
     if any(isinstance(d, str) for s in shapes.values() for d in s):
-        raise InputError("fuse_schedule needs fixed shapes; choose a profile with dynamic = false, such as onnx-fixed.")
-    inputs = {t.name: np.zeros([int(d) for d in shapes[t.name]], t.dtype) for t in SPECS["unet"].inputs}
+        raise InputError(
+            "fuse_schedule needs fixed shapes; choose a profile with dynamic = false, such as"
+            " onnx-fixed."
+        )
+    inputs = {
+        t.name: np.zeros([int(d) for d in shapes[t.name]], t.dtype) for t in SPECS["unet"].inputs
+    }
 
     def once(cut: Graph, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with scratch("once") as tmp:
@@ -99,7 +116,9 @@ def _hoisted(source: Graph, graph: Path, out: Path) -> list[Path]:
     return files
 
 
-def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[int, ...]) -> list[Path]:
+def finish(
+    out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[int, ...]
+) -> list[Path]:
     """With free shapes the folder is an artefact too: `Pipeline.from_pretrained` opens it."""
     own, source = artifact.manifest, profile.source(artifact)
     if own is None or source is None or not profile.dynamic or profile.options.get("fuse_schedule"):
@@ -108,15 +127,21 @@ def finish(out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[
     for part in PARTS:
         graph = out / part / "model.onnx"
         entries[part] = {
-            **own.variants[source][part], "file": f"{part}/{graph.name}", "weights": [f"{part}/{f.name}" for f in sorted(graph.parent.glob(f"{graph.name}.*"))],
+            **own.variants[source][part],
+            "file": f"{part}/{graph.name}",
+            "weights": [f"{part}/{f.name}" for f in sorted(graph.parent.glob(f"{graph.name}.*"))],
             "opset": opset_of(onnx.load(str(graph), load_external_data=False)),
             **({"storage": "float16"} if profile.precision == "fp16" else {}),
-        }  # fmt: skip
-    write_manifest(out, dataclasses.replace(own, variants={profile.precision: entries}, files={}, quality=None))
+        }
+    write_manifest(
+        out, dataclasses.replace(own, variants={profile.precision: entries}, files={}, quality=None)
+    )
     return [out / MANIFEST]
 
 
-def run(part: str, files: list[Path], profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
+def run(
+    part: str, files: list[Path], profile: Profile, threads: int | None
+) -> Callable[..., np.ndarray]:
     try:
         from sdlite.backends.ort import Session
     except ModuleNotFoundError as e:

@@ -22,7 +22,9 @@ def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
     return [out / "model.xml", out / "model.bin"]
 
 
-def run(part: str, files: list[Path], profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
+def run(
+    part: str, files: list[Path], profile: Profile, threads: int | None
+) -> Callable[..., np.ndarray]:
     from sdlite.backends.openvino import CompiledNetwork
 
     return CompiledNetwork(str(files[0]), part, "cpu", threads, profile.precision)

@@ -1,8 +1,11 @@
-"""TensorRT engines: strongly typed float32, float16, bfloat16 or explicit-QDQ int8. One process for each build.
+"""TensorRT engines: strongly typed float32, float16, bfloat16 or explicit-QDQ int8. One process for
+each build.
 
-Two members of one family, one builder. `tensorrt-rtx` builds without a GPU, for Ampere to Blackwell. `tensorrt` (10 and 11) builds on the GPU
-that it builds for; no such machine was at hand, so its build and its engines have not been run by us: the gate checks the graph that the
-builder was given. Every build begins with the parser's own verdict (`supports_model_v2`); its failure names the node.
+Two members of one family, one builder. `tensorrt-rtx` builds without a GPU, for Ampere to
+Blackwell. `tensorrt` (10 and 11) builds on the GPU that it builds for; no such machine was at hand,
+so its build and its engines have not been run by us: the gate checks the graph that the builder was
+given. Every build begins with the parser's own verdict (`supports_model_v2`); its failure names the
+node.
 """
 
 from __future__ import annotations
@@ -34,13 +37,21 @@ FREE_SIZE = False  # any batch in the profile's range, one picture size
 LIBRARY = "tensorrt"
 FAILED = "build failed: "  # what stands before the reason in the building process' last line
 OPTIONS = {
-    "min", "opt", "max", "workspace_mib", "optimization_level", "timing_cache",
-    "version_compatible", "hardware_compatible", "strip_weights",
-}  # fmt: skip
+    "min",
+    "opt",
+    "max",
+    "workspace_mib",
+    "optimization_level",
+    "timing_cache",
+    "version_compatible",
+    "hardware_compatible",
+    "strip_weights",
+}
 
 
 def prepare(part: str, graph: Path, profile: Profile) -> Path:
-    """The graph that the builder is given: float16 or bfloat16 arithmetic where the artefact's graph has float32.
+    """The graph that the builder is given: float16 or bfloat16 arithmetic where the artefact's
+    graph has float32.
 
     Raises:
         PrecisionError: an int8 graph with unsigned activations, which TensorRT does not take.
@@ -57,7 +68,9 @@ def prepare(part: str, graph: Path, profile: Profile) -> Path:
 
 
 def judged(part: str, graph: Path, profile: Profile) -> Path:
-    """What the gate runs where no engine runs: the same graph; for bfloat16 float32 arithmetic rounded in the same places."""
+    """What the gate runs where no engine runs: the same graph; for bfloat16 float32 arithmetic
+    rounded in the same places.
+    """
     return _rounded(part, graph) if profile.precision == "bf16" else graph
 
 
@@ -67,16 +80,22 @@ def _rounded(part: str, graph: Path) -> Path:
 
 def _symmetric(part: str, graph: Path) -> None:
     held = Graph.load(graph)
-    zeros = [held.weights[n.input[2]] for n in held.nodes if n.op_type == "QuantizeLinear" and n.input[2] in held.weights]
+    zeros = [
+        held.weights[n.input[2]]
+        for n in held.nodes
+        if n.op_type == "QuantizeLinear" and n.input[2] in held.weights
+    ]
     if any(z.dtype != np.int8 or z.array().any() for z in zeros):
         raise PrecisionError(
-            f"{part} was quantised with unsigned activations; TensorRT takes symmetric int8: sdlite quantize MODEL --precision int8-static "
-            "--scheme s8s8."
+            f"{part} was quantised with unsigned activations; TensorRT takes symmetric int8: sdlite"
+            " quantize MODEL --precision int8-static --scheme s8s8."
         )
 
 
 def _float_tables(graph: Path, out: Path) -> Path:
-    """The graph whose int8 embedding tables hold the same numbers in float32: TensorRT takes int8 constants in front of DequantizeLinear alone."""
+    """The graph whose int8 embedding tables hold the same numbers in float32: TensorRT takes int8
+    constants in front of DequantizeLinear alone.
+    """
     held = Graph.load(graph)
     gathers = [n for n in held.nodes if n.op_type == "Gather" and n.input[0] in held.weights]
     gathers = [n for n in gathers if held.weights[n.input[0]].dtype == np.int8]
@@ -113,11 +132,15 @@ def build(job: dict[str, Any]) -> None:
     log = Log()
     builder = trt.Builder(log)
     if builder is None:
-        raise ExportError(f"{job['library']} makes no builder here: {' '.join(log.words[-3:])[:400]}")
+        raise ExportError(
+            f"{job['library']} makes no builder here: {' '.join(log.words[-3:])[:400]}"
+        )
     # TensorRT 11 knows strongly typed networks only and has no flag for it
     strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     flags = 0 if strong is None else 1 << int(strong)
-    asked = builder.create_network(flags)  # of its own: a parser takes one model, and does not keep its network alive
+    asked = builder.create_network(
+        flags
+    )  # of its own: a parser takes one model, and does not keep its network alive
     supported(trt.OnnxParser(asked, log), job)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
@@ -128,7 +151,9 @@ def build(job: dict[str, Any]) -> None:
     _configure(trt, builder, config, job)
     blob = builder.build_serialized_network(network, config)
     if blob is None:
-        raise ExportError(f"{job['library']} could not build {job['part']}: {' '.join(log.words[-3:])[:400]}")
+        raise ExportError(
+            f"{job['library']} could not build {job['part']}: {' '.join(log.words[-3:])[:400]}"
+        )
     Path(job["engine"]).write_bytes(bytes(blob))
     if job["options"].get("timing_cache"):
         write(job["options"]["timing_cache"], bytes(config.get_timing_cache().serialize()))
@@ -138,7 +163,8 @@ def supported(parser: Any, job: dict[str, Any]) -> None:
     """The parser's verdict on the whole graph, before it is parsed.
 
     Raises:
-        ExportError: a node that the library does not take; the message names it and carries the parser's words.
+        ExportError: a node that the library does not take; the message names it and carries the
+            parser's words.
     """
     if parser.supports_model_v2(Path(job["graph"]).read_bytes(), job["graph"]):
         return
@@ -146,7 +172,10 @@ def supported(parser: Any, job: dict[str, Any]) -> None:
         f"node {e.node_name() or '(unnamed)'} ({e.node_operator() or 'no operator'}): {e.desc()}"
         for e in map(parser.get_error, range(parser.num_errors))
     ]
-    raise ExportError(f"{job['library']} does not take {job['part']}: {'; '.join(words)[:600] or 'the parser gives no reason'}")
+    raise ExportError(
+        f"{job['library']} does not take {job['part']}:"
+        f" {'; '.join(words)[:600] or 'the parser gives no reason'}"
+    )
 
 
 def _configure(trt: Any, builder: Any, config: Any, job: dict[str, Any]) -> None:
@@ -167,7 +196,10 @@ def _configure(trt: Any, builder: Any, config: Any, job: dict[str, Any]) -> None
         config.builder_optimization_level = options["optimization_level"]
     if options.get("timing_cache"):
         path = Path(options["timing_cache"])
-        config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.exists() else b""), ignore_mismatch=False)
+        config.set_timing_cache(
+            config.create_timing_cache(path.read_bytes() if path.exists() else b""),
+            ignore_mismatch=False,
+        )
     if options.get("version_compatible"):
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.get("strip_weights"):
@@ -179,15 +211,23 @@ def _configure(trt: Any, builder: Any, config: Any, job: dict[str, Any]) -> None
 def _capability(trt: Any, name: str) -> Any:
     known = trt.ComputeCapability.__members__
     if name not in known:
-        raise UnknownNameError(f"compute_capabilities names {name!r}; this library knows {', '.join(known)}.")
+        raise UnknownNameError(
+            f"compute_capabilities names {name!r}; this library knows {', '.join(known)}."
+        )
     return known[name]
 
 
-def job_of(part: str, graph: Path, engine: Path, profile: Profile, library: str = LIBRARY) -> dict[str, Any]:
+def job_of(
+    part: str, graph: Path, engine: Path, profile: Profile, library: str = LIBRARY
+) -> dict[str, Any]:
     """What `build` is told."""
     free = {k: s for k, s in input_shapes(graph).items() if any(isinstance(d, str) for d in s)}
     ranges = {
-        k: [[d if isinstance(d, int) else profile.options.get(b, 1) for d in s] for b in ("min", "opt", "max")] for k, s in free.items()
+        k: [
+            [d if isinstance(d, int) else profile.options.get(b, 1) for d in s]
+            for b in ("min", "opt", "max")
+        ]
+        for k, s in free.items()
     }
     return {
         "library": library,
@@ -199,22 +239,32 @@ def job_of(part: str, graph: Path, engine: Path, profile: Profile, library: str 
     }
 
 
-def convert(part: str, graph: Path, out: Path, profile: Profile, library: str = LIBRARY) -> list[Path]:
+def convert(
+    part: str, graph: Path, out: Path, profile: Profile, library: str = LIBRARY
+) -> list[Path]:
     engine = out / "model.engine"
     job = job_of(part, graph, engine, profile, library)
-    done = subprocess.run([sys.executable, "-m", __name__, json.dumps(job)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, json.dumps(job)], capture_output=True, text=True
+    )
     if done.returncode < 0:
         raise ExportError(
-            f"the build of {part} was ended by signal {-done.returncode}; 9 is most often too little memory. Nothing was written."
+            f"the build of {part} was ended by signal {-done.returncode}; 9 is most often too"
+            " little memory. Nothing was written."
         )
     if done.returncode or not engine.exists():
         raise ExportError(
-            (done.stderr.strip().rpartition(FAILED)[2] or f"the build of {part} gave no engine, exit {done.returncode}")[:700]
+            (
+                done.stderr.strip().rpartition(FAILED)[2]
+                or f"the build of {part} gave no engine, exit {done.returncode}"
+            )[:700]
         )
     return [engine]
 
 
-def run(part: str, files: list[Path], profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
+def run(
+    part: str, files: list[Path], profile: Profile, threads: int | None
+) -> Callable[..., np.ndarray]:
     from sdlite.backends.tensorrt import Engine, no_gpu
 
     if why := no_gpu():

@@ -1,6 +1,8 @@
-"""TensorRT for RTX: engines for Ampere to Blackwell, built ahead of time without a GPU. See `tensorrt`.
+"""TensorRT for RTX: engines for Ampere to Blackwell, built ahead of time without a GPU. See
+`tensorrt`.
 
-The engines cannot run without a GPU, and have not been run by us: the gate checks the graph that the builder was given.
+The engines cannot run without a GPU, and have not been run by us: the gate checks the graph that
+the builder was given.
 """
 
 from __future__ import annotations
@@ -26,5 +28,10 @@ def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
     return tensorrt.convert(part, graph, out, profile, LIBRARY)
 
 
-def run(part: str, files: list[Path], profile: Profile, threads: int | None) -> Callable[..., np.ndarray]:
-    raise NotRunnable("a TensorRT-RTX engine needs an NVIDIA GPU of compute capability 8.0 or more, and there is none here")
+def run(
+    part: str, files: list[Path], profile: Profile, threads: int | None
+) -> Callable[..., np.ndarray]:
+    raise NotRunnable(
+        "a TensorRT-RTX engine needs an NVIDIA GPU of compute capability 8.0 or more, and there is"
+        " none here"
+    )
