@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.env import environment
-from sdlite.artifact import PARTS, Artifact
-from sdlite.quant.calibrate import Call, Session, Tape, let_go, on_demand, with_networks
-from sdlite.quant.graph import Graph
-from sdlite.quant.metrics import sqnr
+from sdlite.artifact import Artifact
+from sdlite.instrument import Call, NamedOutputs, Tape, let_go, on_demand, with_networks
+from sdlite.manifest import PARTS
+from sdlite.metrics import sqnr
+from sdlite.onnx_graph import Graph
 
 RESULTS = Path(__file__).parent / "results" / "accumulation.jsonl"
 PROMPT = "a child blowing soap bubbles in a park"
@@ -68,8 +69,8 @@ def layers(
     chosen = [x for x in floats.layers() if x.name in alone]
     names = sorted({x.output for x in chosen} & set(made.producers()))
     with tempfile.TemporaryDirectory() as tmp:
-        want = Session(floats.outputs(names), Path(tmp) / "float.onnx", args.threads)(**inputs)
-        got = Session(made.outputs(names), Path(tmp) / "int8.onnx", args.threads)(**inputs)
+        want = NamedOutputs(floats.outputs(names), Path(tmp) / "float.onnx", args.threads)(**inputs)
+        got = NamedOutputs(made.outputs(names), Path(tmp) / "int8.onnx", args.threads)(**inputs)
     rows = [
         {"layer": x.name, "alone": alone[x.name], "together": ratio(want[x.output], got[x.output])}
         for x in chosen

@@ -96,7 +96,7 @@ def real(folder: Path, out: Path) -> int:
     """Every picture of a folder, centre crop, 256 px, PNG. Returns how many."""
     from PIL import Image
 
-    from sdlite.distill.cache import to_square
+    from sdlite.distill.latent_cache import to_square
 
     out.mkdir(parents=True, exist_ok=True)
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))

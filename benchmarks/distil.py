@@ -223,7 +223,7 @@ class Bench:
     def measure(self, folder: Path, s: Strategy, seed: int) -> dict[str, Any]:
         from benchmarks.quality import fid, generate, kid
         from sdlite.distill.students import parameters
-        from sdlite.quant.metrics import psnr
+        from sdlite.metrics import psnr
 
         pipe, p = self.pipeline(folder), self.protocol
         made = {

@@ -51,7 +51,7 @@ def measure(
 ) -> dict[str, Any]:
     from sdlite.exporters import profile
     from sdlite.exporters.export import export
-    from sdlite.exporters.static import input_shapes
+    from sdlite.exporters.rewrites.fixed_shapes import input_shapes
     from sdlite.exporters.targets import onnx as target
 
     with tempfile.TemporaryDirectory() as tmp:

@@ -53,10 +53,12 @@ def imported(tree: ast.Module, modules: set[str]) -> Iterator[tuple[str, str]]:
             continue
         if isinstance(node, ast.Import):
             yield from ((a.name, "") for a in node.names if a.name in modules)
-        elif isinstance(node, ast.ImportFrom) and node.module in modules:
+        elif isinstance(node, ast.ImportFrom):
             for a in node.names:
-                inner = f"{node.module}.{a.name}"
-                yield (inner, "") if inner in modules else (node.module, a.name)
+                if (inner := f"{node.module}.{a.name}") in modules:
+                    yield inner, ""
+                elif node.module in modules:
+                    yield node.module, a.name
 
 
 def imports(trees: dict[str, ast.Module]) -> Imports:

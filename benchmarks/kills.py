@@ -59,7 +59,7 @@ kind = "progressive"
 steps = [1]
 images = 8
 """
-CONVERT = "import sys; from sdlite.exporters.onnx import convert; convert(sys.argv[1], sys.argv[2])"
+CONVERT = "import sys; from sdlite.converter import convert; convert(sys.argv[1], sys.argv[2])"
 SAVE = """
 import sys, sdlite
 pipe = sdlite.Pipeline.from_pretrained("emoji", threads=1)

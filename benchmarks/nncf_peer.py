@@ -36,8 +36,8 @@ def record(
     """Inputs of each network while `pipe` makes pictures: at most `limit` of each, spread over
     steps and prompts.
     """
-    from sdlite.artifact import PARTS
-    from sdlite.quant.calibrate import with_networks
+    from sdlite.instrument import with_networks
+    from sdlite.manifest import PARTS
 
     seen: dict[str, list[dict[str, np.ndarray]]] = {p: [] for p in PARTS}
 
@@ -109,9 +109,9 @@ def main() -> None:
     args = ap.parse_args()
 
     import sdlite
-    from sdlite.artifact import PARTS
     from sdlite.backends import Networks
     from sdlite.backends.openvino import CompiledNetwork, arithmetic_of
+    from sdlite.manifest import PARTS
     from sdlite.quant import Calibration, Gate, quantize, read_prompts
     from sdlite.quant import gate as gates
 

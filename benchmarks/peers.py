@@ -73,7 +73,7 @@ def model_folder(case: Case, cache: Path) -> Path:
         return resolve(case.model)
     out = cache / f"{plain_folder(case, cache).name}-onnx"
     if not (out / "sdlite.json").exists():
-        from sdlite.exporters.onnx import convert
+        from sdlite.converter import convert
 
         convert(
             plain_folder(case, cache),

@@ -28,8 +28,8 @@ import numpy as np
 from benchmarks.cases import Case
 from benchmarks.env import environment
 from benchmarks.peers import PROMPT, model_folder, quantised
-from sdlite.artifact import PARTS
 from sdlite.backends import RowByRow, rows
+from sdlite.manifest import PARTS
 
 RESULTS = Path(__file__).parent / "results" / "profile.jsonl"
 BACKENDS = {"sdlite-ort": "onnxruntime", "sdlite-openvino": "openvino"}

@@ -27,8 +27,8 @@ import numpy as np
 
 from benchmarks import published_models
 from benchmarks.env import environment
+from sdlite import metrics
 from sdlite.errors import SdliteError
-from sdlite.quant import metrics
 
 RESULTS = Path(__file__).parent / "results" / "published.jsonl"
 PROMPTS = ["a red fox in snow!", "two cats", "a photo of an astronaut riding a horse, 8k"]
@@ -164,7 +164,8 @@ def measure(name: str, scratch: Path) -> dict[str, Any]:
 def diffusers_apart(scratch: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """diffusers' images of two prompts at one seed."""
     folder = scratch / published_models.MODELS[name].dtype / name
-    return tuple(diffusers_images(folder, name, [p])[0] for p in PROMPTS[:2])  # type: ignore[return-value]
+    first, second = (diffusers_images(folder, name, [p])[0] for p in PROMPTS[:2])
+    return first, second
 
 
 def main() -> None:

@@ -36,9 +36,10 @@ def one_by_one(
     onnxruntime; None where it is equal.
     """
     import sdlite
-    from sdlite.artifact import PARTS, Artifact
-    from sdlite.quant.calibrate import let_go, on_demand, with_networks
-    from sdlite.quant.metrics import psnr
+    from sdlite.artifact import Artifact
+    from sdlite.instrument import let_go, on_demand, with_networks
+    from sdlite.manifest import PARTS
+    from sdlite.metrics import psnr
 
     floats = on_demand(Artifact.open(folder), threads)
     height, width = gate["size"] or (None, None)

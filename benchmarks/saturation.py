@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.env import environment
-from sdlite.quant.metrics import sqnr
+from sdlite.metrics import sqnr
 
 RESULTS = Path(__file__).parent / "results" / "saturation.jsonl"
 CHANNELS, SIZE = 32, 16

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.env import environment
+from sdlite.metrics import psnr
 from sdlite.pipeline import Pipeline
-from sdlite.quant.metrics import psnr
 
 RESULTS = Path(__file__).parent / "results" / "seeds.jsonl"
 PROMPTS = ("a house", "a cat", "a red apple on a blue background", "a rocket")

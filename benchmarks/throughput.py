@@ -7,12 +7,12 @@ every step; one run, same losses.
 `plain` is the loop of the article that the project began from, made to run: pictures through the
 VAE's encoder, captions through the text encoder, teacher, student, AdamW; float32, torch's default
 attention. `cached` is `sdlite.distill.train.fit` with latents and text embeddings cached; `bf16`
-adds bfloat16 and plain attention; `targets` adds the teacher's targets (`sdlite.distill.targets`).
-All see the same student, the same draws in the same order and the same loss (task + output), so
-their losses must agree: the row has them, and the run fails when they do not. Variants are
-interleaved `--repeats` times; a figure is batch size / median step, the first steps left out. What
-the caches cost once is a field of its own. One row goes to benchmarks/results/throughput.jsonl.
-"""
+adds bfloat16 and plain attention; `targets` adds the teacher's targets
+(`sdlite.distill.teacher_cache`). All see the same student, the same draws in the same order and the
+same loss (task + output), so their losses must agree: the row has them, and the run fails when they
+do not. Variants are interleaved `--repeats` times; a figure is batch size / median step, the first
+steps left out. What the caches cost once is a field of its own. One row goes to
+benchmarks/results/throughput.jsonl."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Setup:
 
 
 def task_of(setup: Setup) -> Any:
-    from sdlite.distill.tasks import StudentTask
+    from sdlite.distill.tasks.student import StudentTask
 
     return StudentTask(
         setup.student(),
@@ -90,7 +90,7 @@ def plain_loop(
     import torch
     import torch.nn.functional as F
 
-    from sdlite.distill.tasks import Forward
+    from sdlite.distill.tasks.student import Forward
     from sdlite.distill.train import step_generator
     from sdlite.sampling import Schedule
 
@@ -179,7 +179,7 @@ def compare(
     """
     import numpy as np
 
-    from sdlite.distill.targets import cache_targets
+    from sdlite.distill.teacher_cache import cache_targets
 
     begin = time.perf_counter()
     pool = cache_targets(task_of(setup), pool_size, scratch / "targets.safetensors")
@@ -232,7 +232,7 @@ def emoji_setup(teacher: Path, latents: Path) -> Setup:
     from transformers import CLIPTextModel
 
     from sdlite.distill.students import PRESETS, build
-    from sdlite.distill.tasks import V_ZERO_SNR
+    from sdlite.distill.tasks.student import V_ZERO_SNR
     from sdlite.tokenizer import ClipTokenizer
 
     data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(HERE / "emoji" / "tokenizer")

@@ -18,8 +18,8 @@ from sdlite import errors, offline
 from sdlite._version import __version__
 
 if TYPE_CHECKING:
+    from sdlite.converter import convert
     from sdlite.exporters.export import export
-    from sdlite.exporters.onnx import convert
     from sdlite.pipeline import Pipeline
     from sdlite.quant.api import quantize
 
@@ -30,7 +30,7 @@ _LAZY = {
     "Pipeline": ("sdlite.pipeline", None),
     "quantize": ("sdlite.quant.api", "quantize"),
     "export": ("sdlite.exporters.export", "quantize"),
-    "convert": ("sdlite.exporters.onnx", "export"),
+    "convert": ("sdlite.converter", "export"),
 }
 
 offline.switch_off()

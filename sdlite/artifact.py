@@ -19,31 +19,31 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
-import re
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from sdlite import families, schema
-from sdlite.errors import ArtifactError
-from sdlite.files import Files, read_listing
-from sdlite.io import left_behind, plain, printable, read_bytes, sha256, write_json
+from sdlite.errors import ArtifactError, printable
+from sdlite.exported import Export
+from sdlite.files import TOKENIZER_FILES, Files, read_listing
+from sdlite.io import left_behind, plain, read_bytes, write_json
+from sdlite.manifest import (
+    INDEX,
+    MANIFEST,
+    PARTS,
+    PICKLES,
+    REPORT,
+    SAMPLER,
+    STUDENT,
+    TEXT,
+    Manifest,
+)
 from sdlite.sampling import known_sampler, sampler_of
+from sdlite.weights import model_files, stem
 
-if TYPE_CHECKING:
-    from sdlite.exported import Export
-
-MANIFEST = "sdlite.json"
-INDEX = "model_index.json"
-FORMAT = "1.0"
-PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-static")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-PARTS = ("text_encoder", "unet", "vae_decoder")
-REPORT = "export-report.json"
-STUDENT = "student.json"
 GRAPH_BYTES = 64 << 20  # more than a graph has whose weights stand elsewhere
 ADAPTER = "adapter_config.json"
 # Keys of a configuration by which transformers and diffusers load code, kernels or other classes.
@@ -68,164 +68,8 @@ class SamplerDefaults:
     guidance_scale: float
 
 
-@dataclass
-class Manifest:
-    """sdlite.json. `variants`: precision -> part -> {file, weights, storage, arithmetic, opset};
-    `files`: path -> {sha256, bytes}.
-    """
-
-    format: str = FORMAT
-    name: str = ""
-    student: dict[str, Any] = field(default_factory=dict)
-    sampler: dict[str, Any] = field(default_factory=dict)
-    variants: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    calibration: dict[str, Any] | None = None
-    quality: dict[str, Any] | None = None
-    size_multiple: int = 8  # height and width must be multiples of this for the ONNX graphs
-    max_pixels: int | None = (
-        # height x width x images that a call may make when it does not say; None: sdlite's own
-        None
-    )
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any], file: str | Path = MANIFEST) -> Manifest:
-        """Check everything that a manifest says; `file` is what errors call it.
-
-        Raises:
-            ArtifactError: another major version, or what is not accepted, with its key.
-        """
-        version = data.get("format")
-        if not isinstance(version, str) or version.split(".")[0] != FORMAT.split(".")[0]:
-            raise schema.refused(
-                file,
-                "format",
-                version,
-                f"{FORMAT.split('.')[0]}.x, which this sdlite reads; or update sdlite",
-            )
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(data) - known):
-            raise schema.refused(file, "a key", unknown[0], ", ".join(sorted(known)))
-        _MANIFEST(file, "", data)
-        out = cls(**data)
-        for precision, parts in out.variants.items():
-            for part, entry in parts.items():
-                check_row(file, f"variants.{precision}.{part}", part, entry, out.files, (".onnx",))
-        return out
-
-    def to_dict(self) -> dict[str, Any]:
-        """What sdlite.json holds."""
-        out = dataclasses.asdict(self)
-        if self.max_pixels is None:
-            del out["max_pixels"]  # earlier versions do not know it
-        return out
-
-
-def check_row(
-    file: str | Path,
-    key: str,
-    part: str,
-    entry: dict[str, Any],
-    files: Collection[str],
-    endings: tuple[str, ...] = (),
-) -> None:
-    """Whether a network's files are listed, and stand in its own folder with a known ending.
-
-    Raises:
-        ArtifactError: they do not.
-    """
-    if endings and not (entry["file"].startswith(f"{part}/") and entry["file"].endswith(endings)):
-        raise schema.refused(file, f"{key}.file", entry["file"], f"{part}/*{' or '.join(endings)}")
-    if missing := [p for p in (entry["file"], *entry["weights"]) if p not in files]:
-        raise schema.refused(file, key, missing[0], "files that `files` lists")
-
-
-def plain_path(path: str, listing: str | Path = MANIFEST) -> PurePosixPath:
-    """A relative POSIX path that stays inside the folder; `listing` is the file that names it.
-
-    Raises:
-        ArtifactError: it is none.
-    """
-    p = PurePosixPath(path)
-    bad = (
-        p.is_absolute()
-        or ".." in p.parts
-        or str(p) != path
-        or path == "."
-        or len(path) > 1000
-        or any(len(x) > 255 for x in p.parts)
-    )
-    if bad or "\\" in path or ":" in path or schema.unclean(path):
-        raise ArtifactError(
-            f"{listing} names {printable(repr(path), 100)}, which is not a plain path inside the"
-            " model folder; do not use this model."
-        )
-    return p
-
-
-def safe_path(path: str, listing: str | Path = MANIFEST) -> PurePosixPath:
-    """A plain path that is not a pickle. Raises: ArtifactError."""
-    p = plain_path(path, listing)
-    if p.suffix.lower() in PICKLES:
-        raise ArtifactError(
-            f"{listing} names {path!r}, a pickle format that can run code; only safetensors and"
-            " ONNX are loaded."
-        )
-    return p
-
-
-def listed(path: schema.Rule) -> schema.Rule:
-    """Rule of path -> {sha256, bytes}."""
-    sha = schema.rule(
-        "64 hexadecimal digits",
-        lambda v: isinstance(v, str) and re.fullmatch(r"[0-9a-fA-F]{64}", v) is not None,
-    )
-    return schema.table(
-        path, schema.record({"sha256": sha, "bytes": schema.whole()}, ("sha256", "bytes"))
-    )
-
-
-_TEXT, _TEXTS = schema.text(), schema.each(schema.text(10_000))
-SIZE_MULTIPLE = schema.whole(1, 8192)
-SAMPLER = schema.record(
-    {"name": _TEXT, "num_inference_steps": schema.whole(1, 1000), "guidance_scale": schema.number()}
-)
-ROW = schema.record(
-    {
-        "file": _TEXT,
-        "weights": schema.each(_TEXT),
-        "storage": _TEXT,
-        "arithmetic": _TEXT,
-        "opset": schema.whole(1),
-        "scheme": _TEXT,
-        "inputs": schema.each(schema.OBJECT),
-        "output": schema.OBJECT,
-        "batch": schema.whole(1),
-        "cuts": schema.BOOL,
-    },
-    ("file", "weights", "storage", "arithmetic"),
-)
-_MANIFEST = schema.record(
-    {
-        "name": _TEXT,
-        "student": schema.OBJECT,
-        "sampler": SAMPLER,
-        "variants": schema.table(
-            schema.one_of(PRECISIONS), schema.table(schema.one_of(PARTS), ROW)
-        ),
-        "files": listed(lambda file, key, path: safe_path(path, file)),
-        "calibration": schema.optional(
-            schema.record({"prompts": _TEXTS, "keep_float": schema.table(_TEXT, _TEXTS)})
-        ),
-        "quality": schema.optional(
-            schema.record({"engines": schema.table(_TEXT, schema.OBJECT), "failed": _TEXTS})
-        ),
-        "size_multiple": SIZE_MULTIPLE,
-        "max_pixels": schema.optional(schema.whole(1)),
-    }
-)
-_STUDENT = schema.record({"name": _TEXT, "student": schema.OBJECT, "sampler": SAMPLER})
-_COMPONENT = schema.each(schema.optional(_TEXT), 2, 2)  # [library, class], or [null, null]
+_STUDENT = schema.record({"name": TEXT, "student": schema.OBJECT, "sampler": SAMPLER})
+_COMPONENT = schema.each(schema.optional(TEXT), 2, 2)  # [library, class], or [null, null]
 
 
 class Artifact:
@@ -246,9 +90,9 @@ class Artifact:
     def _index(self) -> dict[str, Any]:
         out = self.files.read_json(INDEX)
         for key, value in out.items():
-            _TEXT(self.files.path(INDEX), "a key", key)
+            TEXT(self.files.path(INDEX), "a key", key)
             if isinstance(value, (list, str)):
-                (_COMPONENT if isinstance(value, list) else _TEXT)(
+                (_COMPONENT if isinstance(value, list) else TEXT)(
                     self.files.path(INDEX), key, value
                 )
         return out
@@ -281,8 +125,6 @@ class Artifact:
                 f"{folder} has no model_index.json, so it is not a diffusers pipeline folder; give"
                 " the folder that holds it."
             )
-        from sdlite.exported import Export
-
         path = folder / MANIFEST
         has = os.path.lexists(path)
         out = cls(
@@ -460,10 +302,12 @@ class Artifact:
 
     def _used(self) -> list[str]:
         """Where files stand that are read, or that libraries read, if they are there."""
-        from sdlite.tokenizer_files import FILES
-        from sdlite.weights import stem
 
-        out = [INDEX, "scheduler/scheduler_config.json", *(f"tokenizer/{n}" for n in FILES)]
+        out = [
+            INDEX,
+            "scheduler/scheduler_config.json",
+            *(f"tokenizer/{n}" for n in TOKENIZER_FILES),
+        ]
         for part in ("text_encoder", "unet", "vae"):
             weights = f"{stem(part)}.safetensors"
             out += [
@@ -479,8 +323,6 @@ class Artifact:
             ArtifactError: a file is missing, cut off, changed or no plain file, or the model failed
                 its quality check.
         """
-        from sdlite.weights import model_files
-
         self._refuse_failed()
         for name in self.listing.files if self.listing else model_files(self.files):
             if self.listing or name != INDEX:
@@ -532,17 +374,3 @@ def config(files: Files, name: str = "config.json") -> dict[str, Any]:
         )
     families.check_config(files.name, files.path(name), out)
     return out
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Hash every file below `folder` into `manifest.files` and write sdlite.json beside and
-    rename.
-    """
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    manifest.files = {
-        p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size}
-        for p in paths
-    }
-    data = manifest.to_dict()
-    Manifest.from_dict(json.loads(json.dumps(data)))
-    write_json(folder / MANIFEST, data)

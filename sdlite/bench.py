@@ -16,10 +16,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sdlite import backends, hub
-from sdlite.artifact import PRECISIONS, Artifact
+from sdlite import backends, hub, memory
+from sdlite.artifact import Artifact
 from sdlite.errors import InputError, UnknownNameError
 from sdlite.io import append
+from sdlite.manifest import PRECISIONS
 from sdlite.sampling import known_sampler
 
 PROMPT = "a red apple on a blue background"
@@ -163,24 +164,10 @@ def measure(job: Job) -> dict[str, Any]:
         "first_seconds": first - loaded,
         "samples_seconds": samples,
         "stage_seconds": {k: sorted(s[k] for s in stages)[len(stages) // 2] for k in stages[0]},
-        "peak_mib": peak_mib(),
+        "peak_mib": memory.peak_mib(),
         "bytes": sum(n.bytes for n in pipe.report.networks),
         "arithmetic": {n.part: n.arithmetic for n in pipe.report.networks},
     }
-
-
-def peak_mib(children: bool = False) -> float | None:
-    """Largest resident set of this process, or of the largest process that it waited for, where the
-    system tells.
-    """
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return None
-    peak = resource.getrusage(
-        resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
-    ).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
 def bench(

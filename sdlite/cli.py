@@ -26,8 +26,8 @@ from typing import Any, Never
 
 from sdlite import arguments
 from sdlite._version import __version__
-from sdlite.errors import InputError, MissingExtraError, SdliteError
-from sdlite.io import WORK, check_file, printable, scratch, write
+from sdlite.errors import InputError, MissingExtraError, SdliteError, printable
+from sdlite.io import WORK, check_file, scratch, write
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 ADVISE: dict[str, Any] = {

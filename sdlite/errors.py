@@ -5,6 +5,23 @@ is accepted, what to do next.
 from __future__ import annotations
 
 import importlib.util
+import unicodedata
+
+
+def printable(text: object, most: int = 2000) -> str:
+    """Text for a terminal or a log: control characters, line ends and lone surrogates as
+    escapes.
+    """
+    whole = str(text)
+    shown = whole if len(whole) <= most else f"{whole[:most]}... ({len(whole)} characters)"
+    return "".join(_escaped(c) if unicodedata.category(c) in _UNSAFE else c for c in shown)
+
+
+_UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def _escaped(c: str) -> str:
+    return c.encode("unicode_escape").decode("ascii")
 
 
 class SdliteError(Exception):
@@ -16,8 +33,6 @@ class SdliteError(Exception):
     """
 
     def __str__(self) -> str:
-        from sdlite.io import printable
-
         return printable(super().__str__(), 10_000)
 
 
@@ -79,6 +94,10 @@ class SdliteWarning(UserWarning):
     """What is done as asked, and probably not what is wanted: `warnings.simplefilter("error",
     SdliteWarning)` refuses it.
     """
+
+
+# modules that `sdlite.convert` needs: the extra `export`
+CONVERT_NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript")
 
 
 def need(purpose: str, extra: str, *modules: str) -> None:

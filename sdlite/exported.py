@@ -13,18 +13,19 @@ from typing import Any
 
 from sdlite import schema
 from sdlite.arguments import MOST_PIXELS
-from sdlite.artifact import (
+from sdlite.errors import ArtifactError
+from sdlite.files import read_listing
+from sdlite.manifest import (
     PARTS,
     REPORT,
     ROW,
     SIZE_MULTIPLE,
+    TEXT,
     check_row,
     listed,
     plain_path,
     safe_path,
 )
-from sdlite.errors import ArtifactError
-from sdlite.files import read_listing
 
 OPENED_BY = {  # target -> backends that run what it makes
     "onnx": ("onnxruntime", "openvino"),
@@ -32,9 +33,6 @@ OPENED_BY = {  # target -> backends that run what it makes
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt",),
 }
-
-
-_TEXT = schema.text()
 
 
 def _made(file: str | Path, key: str, path: Any) -> None:
@@ -51,18 +49,18 @@ _REPORT = schema.record(
         "size_multiple": SIZE_MULTIPLE,
         "profile": schema.record(
             {
-                "name": _TEXT,
-                "target": _TEXT,
-                "precision": _TEXT,
+                "name": TEXT,
+                "target": TEXT,
+                "precision": TEXT,
                 "dynamic": schema.BOOL,
                 "batch": schema.whole(),
                 "options": schema.OBJECT,
             },
             ("target", "precision"),
         ),
-        "model": _TEXT,
+        "model": TEXT,
         "tools": schema.OBJECT,
-        "checked_by": _TEXT,
+        "checked_by": TEXT,
         "not_run": schema.OBJECT,
         "parity": schema.OBJECT,
         "failed": schema.each(schema.text(10_000)),

@@ -18,6 +18,11 @@ from typing import Any
 from sdlite.errors import ArtifactError
 from sdlite.io import JSON_BYTES, decoded, json_of, opened, plain, read_bytes, read_json, sha256
 
+# of a tokenizer, in every layout that CLIP's comes in
+VOCAB, MERGES, FAST = "vocab.json", "merges.txt", "tokenizer.json"
+CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+TOKENIZER_FILES = (VOCAB, MERGES, FAST, CONFIG, SPECIAL, ADDED)
+
 
 @dataclass(frozen=True)
 class Files:
@@ -138,11 +143,9 @@ class Files:
         """The JSON and text files of the model into `out`, which is made where it is missing: those
         that are listed, of a plain folder those that are read. Raises: see `copy`.
         """
-        from sdlite.tokenizer_files import FILES
-
         out.mkdir(exist_ok=True)
         own = (
-            ("config.json", "scheduler_config.json", *FILES)
+            ("config.json", "scheduler_config.json", *TOKENIZER_FILES)
             if self.listed is None
             else self._listed()
         )

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdlite.errors import ArtifactError
-from sdlite.io import printable, read_bytes
+from sdlite.errors import ArtifactError, printable
+from sdlite.io import read_bytes
 
 GRAPH_BYTES = 2**31 - 1  # protobuf takes no more
 DOMAINS = ("", "ai.onnx", "com.microsoft")  # the last: 16-bit quantization in onnxruntime

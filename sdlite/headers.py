@@ -12,8 +12,8 @@ import math
 from pathlib import Path
 from typing import Any, Never, NoReturn
 
-from sdlite.errors import ArtifactError
-from sdlite.io import opened, printable
+from sdlite.errors import ArtifactError, printable
+from sdlite.io import opened
 
 HEADER_BYTES = 100_000_000  # safetensors' own bound
 LFS = b"version https://git-lfs"

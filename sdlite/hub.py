@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sdlite import families, schema
-from sdlite.artifact import INDEX, MANIFEST, REPORT, Artifact
+from sdlite.artifact import Artifact
 from sdlite.errors import (
     ArtifactError,
     HubError,
@@ -17,10 +17,11 @@ from sdlite.errors import (
     SdliteError,
     SdliteWarning,
     UnknownNameError,
+    printable,
 )
-from sdlite.files import Files
-from sdlite.io import printable, write
-from sdlite.tokenizer_files import FILES
+from sdlite.files import TOKENIZER_FILES, Files
+from sdlite.io import write
+from sdlite.manifest import INDEX, MANIFEST, REPORT
 from sdlite.weights import model_files, select, stem
 
 EMBEDDED = Path(__file__).parent / "models"
@@ -272,14 +273,8 @@ def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Pa
     if why := families.refusal(at, artifact.index, artifact.config):
         raise ArtifactError(why)
     if artifact.listing is None:
-        texts = [
-            n
-            for n in names
-            if re.fullmatch(
-                rf"scheduler/scheduler_config\.json|tokenizer/({'|'.join(map(re.escape, FILES))})",
-                n,
-            )
-        ]
+        wanted = {"scheduler/scheduler_config.json", *(f"tokenizer/{n}" for n in TOKENIZER_FILES)}
+        texts = [n for n in names if n in wanted]
         weights = _weights(at, names, folder)
         fetched(texts)
         return [*small, *texts, *weights]

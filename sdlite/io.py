@@ -21,14 +21,13 @@ import stat
 import tempfile
 import time
 import tomllib
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Never
 
-from sdlite.errors import ArtifactError, InputError, SdliteError
+from sdlite.errors import ArtifactError, InputError, SdliteError, printable
 
 try:
     import fcntl
@@ -54,22 +53,6 @@ _KINDS = {
     stat.S_ISCHR: "a device",
     stat.S_ISBLK: "a device",
 }
-
-
-def printable(text: object, most: int = 2000) -> str:
-    """Text for a terminal or a log: control characters, line ends and lone surrogates as
-    escapes.
-    """
-    whole = str(text)
-    shown = whole if len(whole) <= most else f"{whole[:most]}... ({len(whole)} characters)"
-    return "".join(_escaped(c) if unicodedata.category(c) in _UNSAFE else c for c in shown)
-
-
-_UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-
-
-def _escaped(c: str) -> str:
-    return c.encode("unicode_escape").decode("ascii")
 
 
 # --- reading

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any, Never
 
 import numpy as np
 
-from sdlite import arguments, backends, families, habits, hub, images, running, tiling
+from sdlite import arguments, backends, families, habits, hub, images, memory, running, tiling
 from sdlite._version import __version__
 from sdlite.artifact import Artifact
-from sdlite.backends import mapped
 from sdlite.errors import Cancelled as Cancelled
 from sdlite.errors import InputError, MissingExtraError, SdliteWarning, ShapeError
 from sdlite.io import writing
@@ -64,7 +63,7 @@ class PipelineOutput:
 
 def _convert(artifact: Artifact) -> Artifact:
     try:
-        from sdlite.exporters.onnx import convert_cached
+        from sdlite.converter import convert_cached
     except ModuleNotFoundError as e:
         raise MissingExtraError(
             f"{artifact.folder} has no ONNX graphs, and making them needs {e.name!r}: pip install"
@@ -328,7 +327,7 @@ class Pipeline(metaclass=_Class):
             networks.close()
             del networks
             gc.collect()
-            mapped.trim()
+            memory.trim()
 
     def __enter__(self) -> Pipeline:
         return self

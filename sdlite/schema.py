@@ -12,8 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdlite.errors import ArtifactError
-from sdlite.io import printable
+from sdlite.errors import ArtifactError, printable
 
 Rule = Callable[[str | Path, str, Any], object]  # (file, key, value); raises ArtifactError
 

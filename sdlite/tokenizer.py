@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 
 from sdlite import tokenizer_files
-from sdlite.errors import ArtifactError, InputError, SdliteWarning
+from sdlite.errors import ArtifactError, InputError, SdliteWarning, printable
 from sdlite.files import Files
-from sdlite.io import printable
 from sdlite.schema import shown
 from sdlite.tokenizer_files import WORDS, TokenizerFiles
 

@@ -17,14 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlite.errors import ArtifactError
-from sdlite.files import Files
-from sdlite.io import printable
+from sdlite.errors import ArtifactError, printable
+from sdlite.files import ADDED, CONFIG, FAST, MERGES, SPECIAL, VOCAB, Files
 from sdlite.schema import shown
-
-VOCAB, MERGES, FAST = "vocab.json", "merges.txt", "tokenizer.json"
-CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-FILES = (VOCAB, MERGES, FAST, CONFIG, SPECIAL, ADDED)
 
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 PATTERNS = (WORDS, r"<\|startoftext\|>|<\|endoftext\|>|" + WORDS)  # the second: transformers 5

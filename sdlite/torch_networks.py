@@ -26,7 +26,8 @@ from sdlite.weights import Stored, cause, dtypes, weight_files, weight_index
 # CLIP, which no pipeline uses.
 HARMLESS = {
     "text_encoder": (
-        r"(.*\.)?position_ids|(text_projection|visual_projection)\.weight|logit_scale|vision_model\..*"
+        r"(.*\.)?position_ids|(text_projection|visual_projection)\.weight"
+        r"|logit_scale|vision_model\..*"
     )
 }
 

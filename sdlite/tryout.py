@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from sdlite import backends
-from sdlite.artifact import PARTS, Artifact
+from sdlite.artifact import Artifact
 from sdlite.errors import ArtifactError
-from sdlite.pipeline import Pipeline
+from sdlite.families import vae_stride
 from sdlite.sampling import Noise
+from sdlite.tokenizer import ClipTokenizer
 
 
 def try_out(folder: Path) -> None:
@@ -20,38 +21,38 @@ def try_out(folder: Path) -> None:
     On the first installed engine that has its graphs, else torch; one network in memory at a time.
 
     Raises:
-        ArtifactError, and what `Pipeline` raises: it does not open, or a network answers NaN,
-        infinity or another shape.
+        ArtifactError, and what the backend raises: it does not open, or a network answers NaN,
+            infinity or another shape.
     """
     artifact = Artifact.open(folder)
+    stride = vae_stride(artifact.config("vae"))
+    multiple = artifact.manifest.size_multiple if artifact.manifest else 1
+    side = max(8 * stride, multiple)
+    files, text, unet = artifact.files, artifact.config("text_encoder"), artifact.config("unet")
+    ids = ClipTokenizer.from_pretrained(files.part("tokenizer"), text)([""])
+    shape = (1, unet["in_channels"], side // stride, side // stride)
+    latents = np.stack([Noise(0).normal(shape[1:])])
+    embeds = _answer(artifact, "text_encoder", input_ids=ids)
+    time = np.array(500, np.float32)
+    _answer(artifact, "unet", sample=latents, timestep=time, encoder_hidden_states=embeds)
+    image = _answer(artifact, "vae_decoder", latent_sample=latents)
+    if image.shape != (1, 3, side, side):
+        raise ArtifactError(
+            f"the decoder of {artifact.name} makes {image.shape} of {side} px: vae/config.json is"
+            " not its own."
+        )
+
+
+def _answer(artifact: Artifact, part: str, **inputs: np.ndarray) -> np.ndarray:
+    """One network's answer, which is then let go."""
     name = next((n for n in backends.installed_with("fp32") if artifact.has_onnx("fp32")), "torch")
     backend = backends.get_backend(name)
-
-    def once(part: str) -> backends.Network:
-        def network(**inputs: np.ndarray) -> np.ndarray:
-            out: np.ndarray = backend.load_part(artifact, part, "fp32", "cpu", None)[0](**inputs)
-            if not np.isfinite(out).all():
-                raise ArtifactError(
-                    f"{part} of {artifact.name} answers NaN or infinity to noise: its weights are"
-                    " damaged."
-                )
-            return out
-
-        return network
-
-    report = backends.Report(artifact.name, name, "cpu", "fp32", "tried out", backend.engine())
-    multiple = artifact.manifest.size_multiple if artifact.manifest else 1
-    pipe = Pipeline(
-        artifact,
-        backends.Networks(
-            **{p: once(p) for p in PARTS}, report=report, size_multiple=multiple, size=None
-        ),
-    )
-    side = max(8 * pipe.stride, multiple)
-    embeds, x = pipe.encode_text(pipe.tokenize([""])), pipe.init_latents([Noise(0)], side, side)
-    pipe.networks.unet(sample=x, timestep=np.array(500, np.float32), encoder_hidden_states=embeds)
-    if (shape := pipe.decode(x).shape) != (1, side, side, 3):
+    network, _ = backend.load_part(artifact, part, "fp32", "cpu", None)
+    stride = vae_stride(artifact.config("vae"))
+    checked = backends.Checked(network, part, stride, backend.engine())
+    out: np.ndarray = checked(**inputs)
+    if not np.isfinite(out).all():
         raise ArtifactError(
-            f"the decoder of {artifact.name} makes {shape} of {side} px: vae/config.json is not its"
-            " own."
+            f"{part} of {artifact.name} answers NaN or infinity to noise: its weights are damaged."
         )
+    return out

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from sdlite import headers, tokenizer_files
-from sdlite.artifact import INDEX, PICKLES
+from sdlite import headers
 from sdlite.errors import ArtifactError
-from sdlite.files import Files
+from sdlite.files import TOKENIZER_FILES, Files
+from sdlite.manifest import INDEX, PICKLES
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what a network may be stored in
 _TERMS = r"(?i)(licen[cs]e|notice|readme)(\.\w+)?"
@@ -168,7 +168,7 @@ def model_files(files: Files) -> list[str]:
         ArtifactError: weights or a configuration are missing, see `select`.
     """
     out = [INDEX, "scheduler/scheduler_config.json"]
-    out += [f"tokenizer/{n}" for n in tokenizer_files.FILES if files.part("tokenizer").has(n)]
+    out += [f"tokenizer/{n}" for n in TOKENIZER_FILES if files.part("tokenizer").has(n)]
     for part in ("text_encoder", "unet", "vae"):
         folder = files.part(part)
         index = f"{stem(part)}.safetensors.index.json"

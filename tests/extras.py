@@ -131,7 +131,7 @@ def quantize() -> str:
 
 
 def convert() -> str:
-    from sdlite.exporters.onnx import convert as made
+    from sdlite.converter import convert as made
 
     made(plain(), "converted")
     command("verify", "converted")

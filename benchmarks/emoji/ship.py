@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from sdlite.exporters.onnx import convert
+from sdlite.converter import convert
 from sdlite.quant import read_prompts
 from sdlite.quant.api import KEEP_FLOAT
 

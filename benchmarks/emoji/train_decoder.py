@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from train_teacher import HERE
 from transformers import CLIPTextModel
 
-from sdlite.distill.stages import Solver, trailing_timesteps
-from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder
+from sdlite.distill.tasks.few_step import Solver, trailing_timesteps
+from sdlite.distill.tasks.student import V_ZERO_SNR, CachedEncoder
 from sdlite.distill.train import Batch, TrainConfig, fit
 from sdlite.images import to_uint8
 from sdlite.sampling import Schedule

@@ -18,7 +18,7 @@ from train_teacher import HERE, PREVIEW
 from transformers import CLIPTextModel
 
 from sdlite.distill.students import PRESETS, build
-from sdlite.distill.tasks import StudentTask
+from sdlite.distill.tasks.student import StudentTask
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.tokenizer import ClipTokenizer
 

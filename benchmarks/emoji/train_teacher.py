@@ -17,7 +17,7 @@ from latents import EmojiLatents, encode_all, fold_normalisation
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdlite.distill.tasks import TeacherTask
+from sdlite.distill.tasks.student import TeacherTask
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.tokenizer import ClipTokenizer
 

@@ -34,8 +34,8 @@ def preload() -> None:
     import sdlite.backends.openvino
     import sdlite.backends.ort
     import sdlite.backends.torch
-    import sdlite.exporters.onnx
-    import sdlite.quant.graph
+    import sdlite.converter
+    import sdlite.onnx_graph
     import sdlite.torch_networks  # noqa: F401
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel  # noqa: F401
     from PIL import PngImagePlugin  # noqa: F401
@@ -102,7 +102,7 @@ def picture(folder: Path, backend: str, precision: str | None = None) -> dict[st
 
 def _read_graphs(folder: Path) -> dict[str, Any]:
     """As `quantize` reads a model's networks: every weight."""
-    from sdlite.quant.graph import Graph
+    from sdlite.onnx_graph import Graph
 
     for part in ("text_encoder", "unet", "vae_decoder"):
         graph = Graph.load(folder / part / "model.onnx")

@@ -220,7 +220,7 @@ def _engine(backend: str) -> Target:
 
 
 def _quantize(folder: Path, raw: bytes) -> None:
-    from sdlite.quant.graph import Graph
+    from sdlite.onnx_graph import Graph
 
     put(folder, GRAPH, raw)
     graph = Graph.load(folder / GRAPH)
@@ -350,13 +350,13 @@ class _Tokens:
 
 def _latents(folder: Path, data: Path) -> None:
     import torch
-    from sdlite.distill import cache
+    from sdlite.distill import latent_cache
     from sdlite.distill.data import read
 
     kept = folder / "latents"
     for path in folder.glob("latents*"):
         path.unlink()
-    cache.CachedLatents.build(
+    latent_cache.CachedLatents.build(
         read(data),
         _Tokens(),
         lambda some, *_: torch.zeros(len(some), 4, 2, 2),

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sdlite import graphs, running
-from sdlite.artifact import PARTS, PRECISIONS, Artifact
+from sdlite.artifact import Artifact
 from sdlite.backends import auto
 from sdlite.backends.checked import Checked
 from sdlite.backends.checked import words_of as words_of
 from sdlite.errors import MissingExtraError, PrecisionError, UnknownNameError
 from sdlite.families import vae_stride
+from sdlite.manifest import PARTS, PRECISIONS
 
 if TYPE_CHECKING:
     from sdlite.exported import Export

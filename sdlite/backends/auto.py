@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sdlite import cpu
-from sdlite.artifact import PARTS, Artifact
+from sdlite.artifact import Artifact
 from sdlite.families import vae_stride
+from sdlite.manifest import PARTS
 
 ENGINES = ("onnxruntime", "openvino")  # that run ONNX graphs, in the order that "auto" asks them
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdlite.errors import ArtifactError, EngineError, SdliteError
-from sdlite.io import printable
+from sdlite.errors import ArtifactError, EngineError, SdliteError, printable
 from sdlite.spec import SPECS
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
-"""A UNet as three graphs on onnxruntime, made by `sdlite.exporters.hoist`: what depends on the
-timestep, on the prompt, and the rest.
+"""A UNet as three graphs on onnxruntime, made by `sdlite.exporters.rewrites.hoist`: what depends on
+the timestep, on the prompt, and the rest.
 
 Over a sampling loop the first is the same for every image, and the second in every step; each is
 computed once.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,20 +67,3 @@ class _Remembered:
                 del self._held[next(iter(self._held))]
             self._held[key] = made
         return made
-
-
-def session(path: str | Path, threads: int | None) -> tuple[Run, list[str]]:
-    """A graph file on onnxruntime's CPU, and the names of its inputs."""
-    from sdlite.backends.ort import Session
-
-    size = sum(f.stat().st_size for f in Path(path).parent.glob(f"{Path(path).name}*"))
-    held = Session(str(path), "cpu", threads, size)
-    return held.every, [i.name for i in held.session.get_inputs()]
-
-
-def load(folder: Path, threads: int | None, output: str) -> Hoisted:
-    """The three graphs of `folder` as one network whose answer is called `output`."""
-    (time, _), (prompt, _), (step, inputs) = (
-        session(folder / f"{name}.onnx", threads) for name in GRAPHS
-    )
-    return Hoisted(time, prompt, step, inputs, output)

@@ -19,18 +19,9 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from sdlite import cpu, running
+from sdlite import cpu, memory, running
 from sdlite.artifact import Artifact
-from sdlite.backends import (
-    Network,
-    NetworkReport,
-    Overflowing,
-    RowByRow,
-    compiled,
-    entry,
-    mapped,
-    words_of,
-)
+from sdlite.backends import Network, NetworkReport, Overflowing, RowByRow, compiled, entry, words_of
 from sdlite.backends.checked import Declared, declared
 from sdlite.errors import ArtifactError, InputError, SdliteError, UnknownNameError
 from sdlite.io import scratch, working
@@ -311,7 +302,7 @@ class CompiledNetwork:
             ) as cache:
                 if cache is not None:
                     options = {**options, "CACHE_DIR": str(cache)}
-                with mapped.released(self.mapped, *([cache] if cache else [])):
+                with memory.released(self.mapped, *([cache] if cache else [])):
                     model = self.core.compile_model(graph, self.name, options)
                     del graph
         except (OSError, SdliteError):
@@ -335,7 +326,7 @@ class CompiledNetwork:
         """The graph that was not used for longest."""
         key, _ = self.requests.popitem(last=False)
         if self.active.pop(key) > ACTIVE // 8:
-            mapped.trim()
+            memory.trim()
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         with self._lock:

@@ -323,7 +323,7 @@ def _decoder(
     """In place: a tiny-decoder stage where decoding is most of the work and the wish is speed.
     Returns why.
     """
-    from sdlite.distill.parts import tiny_vae
+    from sdlite.distill.tasks.other_networks import tiny_vae
 
     with torch.device("meta"):
         tiny = tiny_vae(vae)

@@ -33,8 +33,8 @@ from typing import Any
 from PIL import Image
 
 from sdlite.distill import pixels, shards
-from sdlite.errors import InputError, MissingExtraError
-from sdlite.io import parse_json, printable, regular
+from sdlite.errors import InputError, MissingExtraError, printable
+from sdlite.io import parse_json, regular
 
 PICTURES = ("webp", "png", "jpg", "jpeg")
 CAPTION_KEYS = ("caption", "text", "prompt")

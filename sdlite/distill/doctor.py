@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sdlite.distill.recipe import Recipe, Teacher, packages
 from sdlite.distill.students import build, parameters
-from sdlite.distill.tasks import StudentTask, decode_scaled
+from sdlite.distill.tasks.student import StudentTask, decode_scaled
 from sdlite.distill.train import step_generator
 from sdlite.errors import MissingExtraError
 from sdlite.sampling import Schedule, guided

@@ -15,8 +15,7 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
-from sdlite.errors import InputError
-from sdlite.io import printable
+from sdlite.errors import InputError, printable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 # Pillow warns from here on; its own limit is twice that. With copies, 1.3 GB at most.

@@ -71,15 +71,29 @@ import torch
 from sdlite import families
 from sdlite.arguments import integer, integers, lines, number, one_of, optional, text, truth
 from sdlite.artifact import Artifact
-from sdlite.distill import checkpoints, data, report, stages, tasks
-from sdlite.distill.cache import CachedLatents, items_hash
-from sdlite.distill.parts import TextEncoderTask, TinyDecoderTask, smaller_text_encoder, tiny_vae
+from sdlite.distill import checkpoints, data, report
+from sdlite.distill.latent_cache import CachedLatents, items_hash
 from sdlite.distill.students import PRESETS, StudentSpec, build, parameters, shape
-from sdlite.distill.targets import cache_targets
+from sdlite.distill.tasks import few_step
+from sdlite.distill.tasks import student as tasks
+from sdlite.distill.tasks.other_networks import (
+    TextEncoderTask,
+    TinyDecoderTask,
+    smaller_text_encoder,
+    tiny_vae,
+)
+from sdlite.distill.teacher_cache import cache_targets
 from sdlite.distill.train import TrainConfig, fit
-from sdlite.errors import ArtifactError, InputError, SdliteError, SdliteWarning, need
-from sdlite.exporters import CONVERT_NEEDS
-from sdlite.io import check_writable, printable, read_json, read_toml, sha256, write_json
+from sdlite.errors import (
+    CONVERT_NEEDS,
+    ArtifactError,
+    InputError,
+    SdliteError,
+    SdliteWarning,
+    need,
+    printable,
+)
+from sdlite.io import check_writable, read_json, read_toml, sha256, write_json
 from sdlite.sampling import guided, known_sampler
 from sdlite.spec import latent_size
 from sdlite.tokenizer import ClipTokenizer
@@ -89,10 +103,10 @@ from sdlite.weights import weight_files
 
 KINDS: dict[str, Any] = {
     "output": tasks.StudentTask,
-    "guidance": stages.GuidanceTask,
-    "progressive": stages.ProgressiveTask,
-    "consistency": stages.ConsistencyTask,
-    "adversarial": stages.AdversarialTask,
+    "guidance": few_step.GuidanceTask,
+    "progressive": few_step.ProgressiveTask,
+    "consistency": few_step.ConsistencyTask,
+    "adversarial": few_step.AdversarialTask,
     "text-encoder": TextEncoderTask,
     "tiny-decoder": TinyDecoderTask,
 }
@@ -780,7 +794,7 @@ def _convert(
     sampler: dict[str, Any],
     prompts: list[str],
 ) -> None:
-    from sdlite.exporters.onnx import convert
+    from sdlite.converter import convert
 
     if not artefact.exists():
         made_of = {
@@ -1064,7 +1078,7 @@ def _part_task(
         return TinyDecoderTask(made["unet"], made["text_encoder"], source, **given)
     unet = [s for s in recipe.stages if s.makes == "unet"]
     if unet and (steps := _steps(unet[-1])) is not None:
-        given["timesteps"] = stages.trailing_timesteps(
+        given["timesteps"] = few_step.trailing_timesteps(
             steps, scheduler.get("num_train_timesteps", 1000)
         )[:-1]
     given["parts"] = {**parts, "vae": made["vae"]}

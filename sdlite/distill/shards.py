@@ -20,8 +20,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, cast
 
-from sdlite.errors import InputError
-from sdlite.io import printable, regular
+from sdlite.errors import InputError, printable
+from sdlite.io import regular
 
 TEXTS = ("json", "txt")
 MOST_TEXT = 1 << 20  # bytes of a caption or of what goes with it

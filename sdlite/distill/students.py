@@ -76,7 +76,7 @@ def build(teacher: Any, spec: StudentSpec, gradients: dict[str, Tensor] | None =
     if spec.score == "taylor" and spec.width != 1 and gradients is None:
         raise InputError(
             "score='taylor' needs the teacher's gradients; make them with"
-            " sdlite.distill.tasks.teacher_gradients, or use score='l1'."
+            " sdlite.distill.tasks.student.teacher_gradients, or use score='l1'."
         )
     source = block_names(spec)
     fewer = remove_blocks(teacher, spec)

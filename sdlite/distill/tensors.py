@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdlite.io import printable, replacing
+from sdlite.errors import printable
+from sdlite.io import replacing
 
 _HASH = "sha256"
 

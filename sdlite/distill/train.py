@@ -5,7 +5,7 @@ randomness of step `k` comes from one generator seeded by (seed, k), so an inter
 resumed equals one that was not, bit for bit on one process, and several processes draw the same
 global batch and take their slice of it. Several processes and machines: start it by Accelerate's
 launcher (`accelerate launch --num_processes N -m sdlite.cli distill ...`); with `--use_fsdp`
-weights are sharded (`shard.py`).
+weights are sharded (`fsdp.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdlite.arguments import integer, number, one_of, optional, truth
-from sdlite.distill import checkpoints, shard
+from sdlite.distill import checkpoints, fsdp
 from sdlite.errors import InputError, TrainingError
 from sdlite.io import append
 
@@ -167,7 +167,7 @@ class _State:
             {k: copy.deepcopy(m).cpu() for k, m in self.ema.items()} if sharded else self.ema
         )
         for m in (*self.modules.values(), *self.ema.values()) if sharded else ():
-            shard.shard(m)
+            fsdp.shard(m)
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -182,7 +182,7 @@ class _State:
     def update_ema(self, decay: float) -> None:
         for k, m in self.modules.items():
             mine, theirs = (
-                [shard.local(p.detach()) for p in n.parameters()] for n in (self.ema[k], m)
+                [fsdp.local(p.detach()) for p in n.parameters()] for n in (self.ema[k], m)
             )
             torch._foreach_lerp_(mine, theirs, 1 - decay)
 
@@ -194,14 +194,14 @@ class _State:
         for p, s in self.optimizer.state.items():
             out |= {f"optimizer.{self.names[p]}.{field}": t for field, t in s.items()}
         return {
-            k: shard.whole(t.detach()).contiguous() for k, t in out.items()
+            k: fsdp.whole(t.detach()).contiguous() for k, t in out.items()
         }  # no copies: they would be the peak of memory
 
     def averaged(self) -> dict[str, nn.Module]:
         """The EMA as whole networks; when it is sharded all processes must call it."""
         if self._plain is not self.ema:
             for k, m in self.ema.items():
-                tensors = {n: shard.whole(t) for n, t in m.state_dict().items()}
+                tensors = {n: fsdp.whole(t) for n, t in m.state_dict().items()}
                 self._plain[k].load_state_dict(tensors)
                 self._plain[k].to(next(iter(tensors.values())).device)
         return self._plain
@@ -229,7 +229,7 @@ class _State:
                 for k, m in group.items():
                     head, own = f"{prefix}.{k}.", m.state_dict()
                     found = {n[len(head) :]: f.get_tensor(n) for n in names if n.startswith(head)}
-                    m.load_state_dict({n: shard.like(t, own.get(n)) for n, t in found.items()})
+                    m.load_state_dict({n: fsdp.like(t, own.get(n)) for n, t in found.items()})
             fields: dict[str, dict[str, Tensor]] = {}
             for n in names:
                 if n.startswith("optimizer."):
@@ -237,7 +237,7 @@ class _State:
                     fields.setdefault(parameter, {})[field] = f.get_tensor(n)
         for p, name in self.names.items():
             if name in fields:
-                self.optimizer.state[p] = {k: shard.like(t, p) for k, t in fields[name].items()}
+                self.optimizer.state[p] = {k: fsdp.like(t, p) for k, t in fields[name].items()}
 
 
 class _StopSignal:
@@ -419,7 +419,7 @@ def fit(
             f"batch_size={config.batch_size} does not split over {world} processes into parts of"
             f" {micro}; choose a multiple."
         )
-    sharded = shard.asked(world)
+    sharded = fsdp.asked(world)
     if sharded and not getattr(task, "shardable", True):
         raise TrainingError(
             f"a {type(task).__name__} cannot be sharded; start it without --use_fsdp."

@@ -1,12 +1,1 @@
-"""Students to other formats. `onnx.convert` makes the artefact that the onnxruntime backend
-runs.
-"""
-
-CONVERT_NEEDS = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "onnx",
-    "onnx_ir",
-    "onnxscript",
-)  # modules of `onnx.convert`: the extra `export`
+"""A student for one runtime: `export.export`, profiles, targets and the check of each export."""

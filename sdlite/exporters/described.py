@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdlite.artifact import PARTS
 from sdlite.exporters.parity import Recording
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.snippets import RUNTIMES
+from sdlite.manifest import PARTS
 from sdlite.spec import SPECS, Tensor
 
-STEP = "step.onnx"  # of three graphs, see `sdlite.exporters.hoist`
+STEP = "step.onnx"  # of three graphs, see `sdlite.exporters.rewrites.hoist`
 
 
 def networks(

@@ -18,24 +18,24 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sdlite import arguments, families, hub, images
+from sdlite import arguments, families, hub, images, memory
 from sdlite._version import __version__
-from sdlite.artifact import MANIFEST, PARTS, Artifact
+from sdlite.artifact import Artifact
 from sdlite.backends import RowByRow
-from sdlite.bench import peak_mib
 from sdlite.errors import ExportError, InputError, MissingExtraError, PrecisionError, SdliteError
 from sdlite.exported import REPORT
-from sdlite.exporters import described, readme, room
+from sdlite.exporters import described, readme, resources
 from sdlite.exporters import profile as profiles
 from sdlite.exporters.parity import Recording, measure, pictures, record
 from sdlite.exporters.profile import Profile
-from sdlite.exporters.static import fix, opset_of, size_of
+from sdlite.exporters.rewrites.fixed_shapes import fix, opset_of, size_of
 from sdlite.exporters.targets import NotRunnable
+from sdlite.instrument import let_go, on_demand
 from sdlite.io import read_json, scratch, sha256, write_json, writing
+from sdlite.manifest import MANIFEST, PARTS
+from sdlite.onnx_graph import Graph
 from sdlite.pipeline import Pipeline
 from sdlite.quant import reports
-from sdlite.quant.calibrate import let_go, on_demand
-from sdlite.quant.graph import Graph
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS
 
@@ -73,8 +73,8 @@ def export(
             calibration prompts, or two of ours.
         num_inference_steps: of those pictures, and of the calibration where there is one; default:
             the model's own.
-        fuse_schedule: the UNet as three graphs, see `sdlite.exporters.hoist`; onnx profiles of
-            fixed shapes.
+        fuse_schedule: the UNet as three graphs, see `sdlite.exporters.rewrites.hoist`; onnx
+            profiles of fixed shapes.
         reference: embedded name, folder or hub id of the float model that `model` was quantised
             from: the pictures are compared with its too, and the gate's `reference` holds. Without
             it an int8 export is compared with the quantised model only.
@@ -116,7 +116,7 @@ def export(
     if artifact.manifest is None:
         raise InputError(
             f"{artifact.folder} has no {profile.precision} ONNX graphs; make an artefact of it"
-            " first: sdlite.exporters.onnx.convert."
+            " first: sdlite.converter.convert."
         )
     if artifact.failed:
         raise InputError(
@@ -129,14 +129,14 @@ def export(
     known_sampler(artifact.sampler_name)  # before any work
     if hasattr(module, "check"):
         module.check(artifact)
-    room.check(artifact, profile, source, Path(out))
+    resources.check(artifact, profile, source, Path(out))
     pipe = on_demand(artifact, threads, source)
     own = (artifact.manifest.calibration or {}).get("prompts")
     shown = list(
         prompts or (own[:2] if isinstance(own, list) else ["a red apple", "a house with a garden"])
     )
     size = {"height": profile.height or None, "width": profile.width or None}
-    with room.watched(profile), scratch("export") as aside, writing(out) as tmp:
+    with resources.watched(profile), scratch("export") as aside, writing(out) as tmp:
         recording = record(
             pipe,
             shown,
@@ -224,8 +224,8 @@ def export(
             "calibration": calibration,
             "picture_seconds": clocked,
             "seconds": time.perf_counter() - begin,
-            "peak_mib": peak_mib(),
-            "converter_peak_mib": peak_mib(children=True) or None,
+            "peak_mib": memory.peak_mib(),
+            "converter_peak_mib": memory.peak_mib(children=True) or None,
         }
         if failures:
             report["failed"] = failures
@@ -307,7 +307,7 @@ def _refusals(part: str, profile: Profile) -> Iterator[None]:
     except (SdliteError, OSError, MemoryError):
         raise
     except Exception as e:  # converters raise their own kinds
-        if room.is_memory(e):
+        if memory.is_memory(e):
             raise MemoryError(str(e)) from e
         words = " ".join(str(e).split())[:400]
         raise ExportError(
@@ -403,7 +403,7 @@ def _torch_networks(
     """
     import torch
 
-    from sdlite.exporters.onnx import networks
+    from sdlite.converter import networks
 
     for p, network in networks(artifact.files).items():
         seen = recording.calls[p][0][0]

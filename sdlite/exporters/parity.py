@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from sdlite.artifact import PARTS
 from sdlite.errors import InputError
+from sdlite.instrument import Call, Tape, with_networks
+from sdlite.manifest import PARTS
+from sdlite.metrics import psnr, sqnr
 from sdlite.pipeline import Pipeline
-from sdlite.quant.calibrate import Call, Tape, with_networks
-from sdlite.quant.metrics import psnr, sqnr
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import Any
 
 from sdlite.arguments import MOST_IMAGES, MOST_PIXELS, integer, number, one_of, text, truth
 from sdlite.artifact import Artifact
-from sdlite.errors import InputError, UnknownNameError
-from sdlite.io import printable, read_toml
+from sdlite.errors import InputError, UnknownNameError, printable
+from sdlite.io import read_toml
 
 TARGETS = {  # runtime -> (module, the extras that install it)
     "onnx": ("sdlite.exporters.targets.onnx", "quantize"),

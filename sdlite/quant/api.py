@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from sdlite import arguments, families, hub
-from sdlite.artifact import PARTS, Artifact, Manifest, write_manifest
+from sdlite import arguments, disk, families, hub
+from sdlite.artifact import Artifact
 from sdlite.errors import (
     InputError,
     PrecisionError,
@@ -24,16 +24,17 @@ from sdlite.errors import (
     SdliteWarning,
     UnknownNameError,
 )
-from sdlite.exporters import room
+from sdlite.instrument import Call, NamedOutputs, let_go, on_demand
 from sdlite.io import check_out, remove, scratch, writing
+from sdlite.manifest import PARTS, Manifest, write_manifest
+from sdlite.metrics import sqnr
+from sdlite.onnx_graph import Graph, Layer
 from sdlite.pipeline import Pipeline
 from sdlite.quant import gate as gates
 from sdlite.quant import insert, reports, rewrite
-from sdlite.quant.calibrate import Calibration, Call, Session, let_go, on_demand, walk
+from sdlite.quant.calibrate import Calibration, walk
 from sdlite.quant.dynamic import build_dynamic
 from sdlite.quant.gate import Comparison, Gate
-from sdlite.quant.graph import Graph, Layer
-from sdlite.quant.metrics import sqnr
 from sdlite.quant.observe import ChannelMax, Histogram, choose_range
 from sdlite.sampling import known_sampler
 
@@ -145,8 +146,8 @@ def _room(artifact: Artifact, precision: str, out: Path) -> None:
     Raises:
         InputError: too little disk, with what is needed and what is free.
     """
-    floats = sum(room.sizes(artifact, "fp32").values())
-    if said := room.no_room(
+    floats = sum(disk.sizes(artifact, "fp32").values())
+    if said := disk.lacking(
         precision, floats if precision == "int8-static" else 0, floats // 4, out
     ):
         raise InputError(said)
@@ -192,7 +193,7 @@ def _float_pipeline(
         )
     known_sampler(sampler or artifact.sampler_name)  # before any work
     if artifact.manifest is None:
-        from sdlite.exporters.onnx import convert
+        from sdlite.converter import convert
 
         log.warning(
             "%s has no ONNX graphs: converting it into a temporary folder first", artifact.folder
@@ -377,7 +378,7 @@ def _rewrite(
     """Split and smooth in place, from one look at a few samples."""
     linear: dict[str, set[str]] = {}
     seen: dict[str, dict[str, ChannelMax]] = {}
-    sessions: dict[str, Session] = {}
+    sessions: dict[str, NamedOutputs] = {}
     for p, graph in graphs.items():
         producers, layers = graph.producers(), graph.layers()
         concats = [
@@ -428,7 +429,7 @@ def _rewrite(
     return out
 
 
-class _EchoSession(Session):
+class _EchoSession(NamedOutputs):
     """Also returns these inputs."""
 
     def __init__(self, graph: Graph, path: Path, threads: int | None, echo: Iterable[str]):
@@ -443,7 +444,7 @@ def _histograms(
     work: _Work, graphs: dict[str, Graph], layers: dict[str, list[Layer]]
 ) -> dict[str, dict[str, Histogram]]:
     out: dict[str, dict[str, Histogram]] = {}
-    sessions: dict[str, Session] = {}
+    sessions: dict[str, NamedOutputs] = {}
     for p in PARTS:
         wanted = {layer.input for layer in layers[p]} | {
             layer.output for layer in layers[p] if layer.op == "Conv"
@@ -484,7 +485,7 @@ def _layer_sqnr(
 ) -> dict[str, float]:
     """Each layer alone, on float inputs: dB by "part/module"."""
     sessions = {
-        p: Session(
+        p: NamedOutputs(
             insert.insert(graphs[p], layers[p], ranges[p], scheme, twin=True),
             work.scratch / f"{p}-twin.onnx",
             work.threads,

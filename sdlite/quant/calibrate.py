@@ -4,23 +4,18 @@ statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sdlite import arguments
-from sdlite.artifact import PARTS, Artifact
-from sdlite.backends import Network, Networks, Report, get_backend, mapped
 from sdlite.errors import InputError
+from sdlite.instrument import NamedOutputs, Visit, Watched, with_networks
+from sdlite.manifest import PARTS
 from sdlite.pipeline import Pipeline
-from sdlite.quant.graph import Graph
 from sdlite.quant.observe import OBSERVERS
-from sdlite.spec import SPECS
-
-Visit = Callable[[str, int, str, np.ndarray], None]  # (part, step, tensor, values)
 
 
 @dataclass
@@ -99,130 +94,6 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-class Session:
-    """A graph on onnxruntime's CPU provider that returns all its outputs by name. Opened at its
-    first call, and again after `close`.
-    """
-
-    def __init__(self, graph: Graph, path: Path, threads: int | None = None):
-        graph.save(path)
-        self.path, self.threads = path, threads
-        self._open: tuple[Any, list[str]] | None = None
-
-    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        if self._open is None:
-            import onnxruntime as ort
-
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
-            # hundreds of outputs: the arena would keep the largest of each
-            options.enable_cpu_mem_arena = False
-            if self.threads is not None:
-                options.intra_op_num_threads = self.threads
-            session = ort.InferenceSession(
-                str(self.path), options, providers=["CPUExecutionProvider"]
-            )
-            self._open = session, [o.name for o in session.get_outputs()]
-        session, names = self._open
-        return dict(zip(names, session.run(None, inputs), strict=True))
-
-    def close(self) -> None:
-        if self._open is not None:
-            self._open = None
-            mapped.trim()
-
-
-@dataclass
-class Watched:
-    """A network whose session returns more than its output: the rest goes to `visit`."""
-
-    part: str
-    session: Session
-    visit: Visit
-    step: int = field(default=0)
-
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        out = self.session(**inputs)
-        result = out[SPECS[self.part].output.name]
-        for name in list(out):
-            self.visit(self.part, self.step, name, out.pop(name))
-        self.step += 1
-        return result
-
-
-Call = tuple[dict[str, np.ndarray], np.ndarray]  # what a network was given, and its answer
-
-
-@dataclass
-class Tape:
-    """A network that keeps its calls."""
-
-    network: Any
-    calls: list[Call]
-
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        out: np.ndarray = self.network(**inputs)
-        self.calls.append(({k: v.copy() for k, v in inputs.items()}, out.copy()))
-        return out
-
-
-class OnDemand:
-    """A network on onnxruntime that is opened when it is called and can be let go: a second copy of
-    a UNet in memory is one too many.
-    """
-
-    def __init__(self, artifact: Artifact, part: str, precision: str, threads: int | None):
-        self.arguments = (artifact, part, precision, "cpu", threads)
-        self._network: Network | None = None
-
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        if self._network is None:
-            self._network, _ = get_backend("onnxruntime").load_part(*self.arguments)
-        out: np.ndarray = self._network(**inputs)
-        return out
-
-    def close(self) -> None:
-        if self._network is not None:
-            self._network = None
-            mapped.trim()  # SD-1.4's shape: 1.5 GB that onnxruntime freed and the C library kept
-
-
-def on_demand(artifact: Artifact, threads: int | None, precision: str = "fp32") -> Pipeline:
-    """A pipeline on onnxruntime whose networks are opened when they are called; `let_go` closes
-    them.
-    """
-    assert artifact.manifest is not None
-    report = Report(
-        artifact.name,
-        "onnxruntime",
-        "cpu",
-        precision,
-        "the reference",
-        get_backend("onnxruntime").engine(),
-    )
-    networks = {p: OnDemand(artifact, p, precision, threads) for p in PARTS}
-    return Pipeline(
-        artifact,
-        Networks(
-            **networks, report=report, size_multiple=artifact.manifest.size_multiple, size=None
-        ),
-    )
-
-
-def let_go(pipe: Pipeline) -> None:
-    """Close the networks of an `on_demand` pipeline until they are called again."""
-    for p in PARTS:
-        getattr(pipe.networks, p).close()
-
-
-def with_networks(pipe: Pipeline, networks: dict[str, Any]) -> Pipeline:
-    """The same pipeline with other callables."""
-    return Pipeline(
-        pipe.artifact,
-        Networks(**networks, report=pipe.report, size_multiple=pipe.networks.size_multiple),
-    )
-
-
 class _Later:
     """Stands for the decoder: keeps what it is given (a picture's latents are small) and answers an
     empty picture.
@@ -240,7 +111,7 @@ class _Later:
 def walk(
     pipe: Pipeline,
     calibration: Calibration,
-    sessions: dict[str, Session],
+    sessions: dict[str, NamedOutputs],
     visit: Visit,
     samples: int,
 ) -> Iterator[None]:

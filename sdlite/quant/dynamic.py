@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
+from sdlite.onnx_graph import Graph, Layer, Weight, constant
 from sdlite.quant import rewrite
-from sdlite.quant.graph import Graph, Layer, Weight, constant
 
 LEVELS = 63  # 7 bits: x86 without VNNI saturates the sums of two u8 x s8 products
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from sdlite import arguments
-from sdlite.artifact import PARTS
+from sdlite.instrument import Call, Tape, with_networks
+from sdlite.manifest import PARTS
+from sdlite.metrics import psnr, sqnr, ssim, structure_distance
 from sdlite.pipeline import Pipeline
-from sdlite.quant.calibrate import Call, Tape, with_networks
-from sdlite.quant.metrics import psnr, sqnr, ssim, structure_distance
 from sdlite.spec import latent_size
 
 

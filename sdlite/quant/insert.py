@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from sdlite.quant.graph import Graph, Layer, Weight, constant
+from sdlite.onnx_graph import Graph, Layer, Weight, constant
 
 Range = tuple[float, float]
 

@@ -19,10 +19,10 @@ from sdlite._version import __version__
 from sdlite.artifact import Artifact
 from sdlite.errors import SdliteError
 from sdlite.io import remove, write_json
+from sdlite.metrics import psnr
 from sdlite.pipeline import Pipeline
 from sdlite.quant.calibrate import Calibration
 from sdlite.quant.gate import Comparison, Gate
-from sdlite.quant.metrics import psnr
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from onnx import NodeProto, helper
 
-from sdlite.quant.graph import Graph, Layer, Weight, constant
+from sdlite.onnx_graph import Graph, Layer, Weight, constant
 from sdlite.quant.observe import ChannelMax
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sdlite.errors import InputError, UnknownNameError
-from sdlite.io import printable
+from sdlite.errors import InputError, UnknownNameError, printable
 from sdlite.sampling import exponential, solvers
 from sdlite.sampling.schedule import DEFAULTS, HARMLESS, KEYS, Schedule
 from sdlite.schema import shown

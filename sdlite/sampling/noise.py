@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,8 @@ class Noise:
         if not 0 <= seed < 2**64:
             raise InputError(f"seed={seed} is out of range; use 0 to 2**64 - 1.")
         self._bits = np.random.MT19937()
-        self._bits._legacy_seeding(seed % 2**32)
+        state: Any = np.random.RandomState(seed % 2**32).get_state(legacy=False)
+        self._bits.state = state
 
     def _uniform(self, n: int) -> Array:
         return (self._bits.random_raw(n) & 0xFFFFFF).astype(F32) * F32(2**-24)

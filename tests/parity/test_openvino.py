@@ -160,7 +160,7 @@ def test_half_precision_of_fixed_shapes_is_right_at_narrow_feature_maps(px, monk
 def test_pages_of_weights_are_let_go_and_read_again(tmp_path):
     import mmap
 
-    from sdlite.backends import mapped
+    from sdlite import memory
 
     (tmp_path / "w").write_bytes(b"x" * (1 << 24))
 
@@ -174,9 +174,9 @@ def test_pages_of_weights_are_let_go_and_read_again(tmp_path):
     with open(tmp_path / "w", "rb") as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) as m:
         assert sum(m[:: 1 << 12]) > 0
         assert resident() == 1 << 24
-        assert mapped.release(tmp_path / "other") == 0
+        assert memory.release(tmp_path / "other") == 0
         assert resident() == 1 << 24
-        assert mapped.release(tmp_path) == 1 << 24
+        assert memory.release(tmp_path) == 1 << 24
         assert resident() == 0
         assert m[:] == b"x" * (1 << 24)
 
@@ -191,11 +191,11 @@ def test_pages_are_let_go_while_compiling_only_where_there_are_many(
     import mmap
     import time
 
-    from sdlite.backends import mapped
+    from sdlite import memory
 
     if not Path("/proc/self/smaps").exists():
         pytest.skip("no /proc: not Linux")
-    monkeypatch.setattr(mapped, "_WORTH", worth)
+    monkeypatch.setattr(memory, "_WORTH", worth)
     (tmp_path / "w").write_bytes(b"x" * (1 << 24))
     with open(tmp_path / "w", "rb") as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) as m:
 
@@ -206,7 +206,7 @@ def test_pages_are_let_go_while_compiling_only_where_there_are_many(
                 int(next(line for line in lines[at:] if line.startswith("Rss:")).split()[1]) << 10
             )
 
-        with mapped.released(tmp_path):
+        with memory.released(tmp_path):
             assert sum(m[:: 1 << 12]) > 0
             time.sleep(0.5)
             assert resident() == during

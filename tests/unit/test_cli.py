@@ -297,7 +297,8 @@ def test_weights_that_hold_nan_are_an_error_not_a_black_picture(
     copy, tmp_path, capsys, file, stage
 ):
     """As a merged VAE in float16 does."""
-    from sdlite.artifact import Artifact, write_manifest
+    from sdlite.artifact import Artifact
+    from sdlite.manifest import write_manifest
 
     with open(copy / file, "r+b") as weights:
         weights.seek(-4096, 2)
@@ -504,7 +505,8 @@ HOSTILE = "\x1b[2J\x1b]0;x\x07EVIL\n\rsdlite: ok\u202e\x9b1m"
 @pytest.fixture
 def hostile(copy):
     """A whole model that clears a screen, writes a line of its own and turns the text around."""
-    from sdlite.artifact import Artifact, write_manifest
+    from sdlite.artifact import Artifact
+    from sdlite.manifest import write_manifest
 
     manifest = Artifact.open(copy).manifest
     manifest.student = {**manifest.student, HOSTILE: HOSTILE}

@@ -28,8 +28,8 @@ from sdlite.errors import (
 from sdlite.exporters import profile
 from sdlite.exporters.export import export, table
 from sdlite.io import sha256
+from sdlite.onnx_graph import Graph, constant
 from sdlite.pipeline import Pipeline
-from sdlite.quant.graph import Graph, constant
 from tests.conftest import EMOJI
 from tests.folders import relist
 
@@ -94,7 +94,7 @@ def test_export_runs_on_its_runtime_and_holds_its_gate(target, tmp_path):
 
 
 def test_fixed_shapes_have_numbers_only(tmp_path):
-    from sdlite.exporters.static import input_shapes
+    from sdlite.exporters.rewrites.fixed_shapes import input_shapes
 
     export(
         EMOJI,
@@ -298,9 +298,9 @@ def test_the_gate_of_every_runtime_sees_a_network_that_changed_on_its_way(
 
     pytest.importorskip(EVERY_GATE[target], reason=f"needs {EVERY_GATE[target]}")
     if target == "web":
-        from sdlite.exporters import browser
+        from sdlite.exporters.targets.web import chromium
 
-        if browser.find() is None:
+        if chromium.find() is None:
             pytest.skip("no Chromium on this machine")
     right_graph, right_torch = exporting._graph, exporting._torch_networks
 
@@ -555,7 +555,7 @@ def test_fused_schedule_computes_time_and_prompt_once(tmp_path):
 def test_fused_graphs_are_opened_as_every_network_is(tmp_path, monkeypatch):
     """Threads that spin between calls slow the other sessions down."""
     from sdlite.backends import ort
-    from sdlite.backends.fused import session
+    from sdlite.backends.ort import runner
 
     assert ort.session_options(1).get_session_config_entry("session.force_spinning_stop") == "1"
     opened, right = [], ort.session_options
@@ -564,7 +564,7 @@ def test_fused_graphs_are_opened_as_every_network_is(tmp_path, monkeypatch):
         "session_options",
         lambda threads, size: opened.append((threads, size)) or right(threads, size),
     )
-    session(EMOJI / "vae_decoder/model.onnx", 1)
+    runner(EMOJI / "vae_decoder/model.onnx", 1)
     assert [t for t, _ in opened] == [1]
     assert opened[0][1] > 3e6  # graph and weights
 
@@ -592,7 +592,7 @@ def test_hoisted_asks_again_for_another_prompt_or_step():
 def test_half_arithmetic_leaves_norms_in_float32(tmp_path):
     import onnx
 
-    from sdlite.exporters.half import FLOAT32, to_half
+    from sdlite.exporters.rewrites.float16 import FLOAT32, to_half
 
     export(
         EMOJI,

@@ -14,9 +14,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sdlite.backends.ort import Session
-from sdlite.exporters.bfloat import to_bfloat
-from sdlite.exporters.static import fix
-from sdlite.quant.graph import Graph
+from sdlite.exporters.rewrites.bfloat16 import to_bfloat
+from sdlite.exporters.rewrites.fixed_shapes import fix
+from sdlite.onnx_graph import Graph
 from tests.conftest import EMOJI
 
 

@@ -14,10 +14,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sdlite.errors import ExportError, InputError, PrecisionError
-from sdlite.exporters import profile, sixteen
+from sdlite.exporters import profile
 from sdlite.exporters.export import export
+from sdlite.exporters.rewrites import a16w8
 from sdlite.exporters.targets import qnn
-from sdlite.quant.graph import Graph
+from sdlite.onnx_graph import Graph
 from tests.conftest import EMOJI
 
 
@@ -88,9 +89,9 @@ def test_integer_layers_are_near_and_a_wrong_scale_is_seen(network, tmp_path):
     graph, path = network
     x = np.random.default_rng(1).normal(size=(1, 8, 8, 8)).astype(np.float32)
     ranges, want = ranges_of(graph, path, x, tmp_path)
-    sixteen.insert(graph, graph.layers(), ranges).save(tmp_path / "q.onnx")
+    a16w8.insert(graph, graph.layers(), ranges).save(tmp_path / "q.onnx")
     assert 35 < ratio(want, run(tmp_path / "q.onnx", x)) < 80  # 8-bit weights set it
-    broken = sixteen.insert(
+    broken = a16w8.insert(
         graph, graph.layers(), {**ranges, "c": (ranges["c"][0], ranges["c"][1] / 8)}
     )
     broken.save(tmp_path / "broken.onnx")
@@ -101,7 +102,7 @@ def test_units_have_the_form_that_the_npu_takes(network, tmp_path):
     graph, path = network
     x = np.ones((1, 8, 8, 8), np.float32)
     ranges, _ = ranges_of(graph, path, x, tmp_path)
-    made = sixteen.insert(graph, graph.layers(), ranges)
+    made = a16w8.insert(graph, graph.layers(), ranges)
     made.save(tmp_path / "q.onnx")
     onnx.checker.check_model(str(tmp_path / "q.onnx"))
     producers, consumers = made.producers(), made.consumers()
@@ -117,14 +118,14 @@ def test_units_have_the_form_that_the_npu_takes(network, tmp_path):
 
 
 def test_kept_layers_keep_their_names_through_folding(tmp_path):
-    from sdlite.exporters.static import fix
+    from sdlite.exporters.rewrites.fixed_shapes import fix
 
     original = Graph.load(EMOJI / "unet/model.onnx")
     shapes = {"sample": (1, 8, 8, 8), "timestep": (), "encoder_hidden_states": (1, 28, 192)}
     fixed = Graph.load(fix(original, shapes, tmp_path / "unet.onnx"))
-    every = sixteen.choose(fixed, original, qnn.OPERATORS, [])
+    every = a16w8.choose(fixed, original, qnn.OPERATORS, [])
     assert set(every) == {layer.name for layer in original.layers()}
-    some = sixteen.choose(fixed, original, ["Conv"], [r"^conv_in$", r"^up_blocks\.2\."])
+    some = a16w8.choose(fixed, original, ["Conv"], [r"^conv_in$", r"^up_blocks\.2\."])
     assert {x.op for x in some.values()} == {"Conv"}
     assert "conv_out" in some
     assert not {n for n in some if n == "conv_in" or n.startswith("up_blocks.2.")}
@@ -148,7 +149,7 @@ def test_the_whole_graph_runs_on_the_simulator_or_it_is_an_error(network, tmp_pa
     graph, path = network
     x = np.random.default_rng(1).normal(size=(1, 8, 8, 8)).astype(np.float32)
     ranges, want = ranges_of(graph, path, x, tmp_path)
-    sixteen.insert(graph, graph.layers(), ranges).save(tmp_path / "q.onnx")
+    a16w8.insert(graph, graph.layers(), ranges).save(tmp_path / "q.onnx")
     settings = profile.load("qnn")
     (tmp_path / "out").mkdir()
     files = qnn.convert("vae_decoder", tmp_path / "q.onnx", tmp_path / "out", settings)
@@ -184,12 +185,12 @@ def test_the_student_holds_its_gate_on_the_simulator(tmp_path, name):
 @pytest.mark.slow
 def test_a_broken_scale_fails_the_gate_on_the_simulator(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime_qnn", reason="needs the qnn extra")
-    right = sixteen.parameters
+    right = a16w8.parameters
 
     def wrong(low, high):
         return right(low / 8, high / 8)
 
-    monkeypatch.setattr(sixteen, "parameters", wrong)
+    monkeypatch.setattr(a16w8, "parameters", wrong)
     path = tmp_path / "p.toml"
     path.write_text(
         "target = 'qnn'\nprecision = 'a16w8'\n[gate]\npsnr = 32\nunet = 25\n[options]\nsamples"

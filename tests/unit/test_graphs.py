@@ -20,7 +20,7 @@ from tests.conftest import EMOJI
 onnx = pytest.importorskip("onnx", reason="needs the export extra")
 from onnx import TensorProto, helper  # noqa: E402
 
-from sdlite.quant.graph import Graph  # noqa: E402
+from sdlite.onnx_graph import Graph  # noqa: E402
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

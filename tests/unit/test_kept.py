@@ -164,7 +164,7 @@ def test_processes_that_convert_a_model_at_once_all_open_it(place, tiny):
 
 
 def test_threads_that_convert_a_model_at_once_all_open_it(place, tiny, monkeypatch):
-    from sdlite.exporters import onnx as exporting
+    from sdlite import converter as exporting
 
     monkeypatch.setenv("SDLITE_CACHE", str(place.root / "cache"))
     converted, right = [], exporting.convert
@@ -223,7 +223,7 @@ def test_of_two_exports_into_one_folder_one_wins_and_the_other_says_what_to_do(p
 
 # --- full disks
 
-CONVERT = "import sys; from sdlite.exporters.onnx import convert; convert(sys.argv[1], sys.argv[2])"
+CONVERT = "import sys; from sdlite.converter import convert; convert(sys.argv[1], sys.argv[2])"
 SAVE = "import sys, sdlite; sdlite.Pipeline.from_pretrained('emoji').save_pretrained(sys.argv[1])"
 ON_8_MIB = {
     "quantize-dynamic": [

@@ -17,8 +17,8 @@ from PIL import Image
 torch = pytest.importorskip("torch", reason="needs the distill extra")
 pytest.importorskip("accelerate", reason="needs the distill extra")
 
-from sdlite.distill import cache, data  # noqa: E402
-from sdlite.distill.cache import CachedLatents  # noqa: E402
+from sdlite.distill import data, latent_cache  # noqa: E402
+from sdlite.distill.latent_cache import CachedLatents  # noqa: E402
 from sdlite.errors import InputError, SdliteWarning  # noqa: E402
 from sdlite.tokenizer import ClipTokenizer  # noqa: E402
 from tests.conftest import EMOJI  # noqa: E402
@@ -101,7 +101,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped_and_ends_with_the_same(err
 def test_a_killed_pass_keeps_its_parts(tmp_path):
     folder = pictures(tmp_path / "data")
     code = (
-        "import time; from tests.unit.test_latents import *; cache.PART_SECONDS = 0\n"
+        "import time; from tests.unit.test_latents import *; latent_cache.PART_SECONDS = 0\n"
         "def slow(given, before):\n    time.sleep(0.3); return encode(given, before)\n"
         f"build({str(folder)!r}, Path({str(tmp_path / 'run' / 'latents.safetensors')!r}), slow)"
     )
@@ -143,7 +143,7 @@ def flip(path):
     ],
 )
 def test_damaged_parts_and_caches_are_noticed_and_made_anew(damage, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PART_SECONDS", 0)
+    monkeypatch.setattr(latent_cache, "PART_SECONDS", 0)
     folder, path = pictures(tmp_path / "data"), tmp_path / "run" / "latents.safetensors"
     with pytest.raises(KeyboardInterrupt):
         build(folder, path, Stop(4))

@@ -17,7 +17,7 @@ import pytest
 
 from sdlite import _LAZY, errors
 from sdlite.backends import _BACKENDS
-from sdlite.exporters import CONVERT_NEEDS
+from sdlite.errors import CONVERT_NEEDS
 from sdlite.exporters.profile import TARGETS
 
 ROOT = Path(__file__).parents[2]
@@ -119,14 +119,14 @@ def test_extra_brings_what_a_target_imports_and_asks_for(name):
     wanted |= {"onnxruntime"}  # which judges each
     wanted |= foreign(path) | foreign("sdlite.exporters.export")
     if hasattr(target, "convert_torch"):
-        wanted |= foreign("sdlite.exporters.onnx")
+        wanted |= foreign("sdlite.converter")
     assert wanted <= modules(extras)
 
 
 def test_distill_brings_its_last_step():
     training = foreign("sdlite.distill.recipe") | foreign("sdlite.distill.doctor")
     assert {*CONVERT_NEEDS, "accelerate", "matplotlib"} | training <= modules("distill")
-    assert {*CONVERT_NEEDS} | foreign("sdlite.exporters.onnx") <= modules("export")
+    assert {*CONVERT_NEEDS} | foreign("sdlite.converter") <= modules("export")
 
 
 def test_targets_are_all_but_those_that_need_a_package_index_of_their_own():

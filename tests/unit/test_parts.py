@@ -16,15 +16,15 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from sdlite import Pipeline  # noqa: E402
 from sdlite.artifact import Artifact  # noqa: E402
-from sdlite.distill.parts import (  # noqa: E402
+from sdlite.distill.recipe import Recipe, Teacher, plan, run  # noqa: E402
+from sdlite.distill.students import StudentSpec, build, parameters  # noqa: E402
+from sdlite.distill.tasks.other_networks import (  # noqa: E402
     TextEncoderTask,
     TinyDecoderTask,
     smaller_text_encoder,
     tiny_vae,
 )
-from sdlite.distill.recipe import Recipe, Teacher, plan, run  # noqa: E402
-from sdlite.distill.students import StudentSpec, build, parameters  # noqa: E402
-from sdlite.distill.tasks import decode_scaled  # noqa: E402
+from sdlite.distill.tasks.student import decode_scaled  # noqa: E402
 from sdlite.distill.train import step_generator  # noqa: E402
 from sdlite.errors import ArtifactError, InputError  # noqa: E402
 from sdlite.tokenizer import ClipTokenizer  # noqa: E402
@@ -384,8 +384,8 @@ def test_made_folder_paints_the_same_picture_in_torch_and_diffusers(trained):
 def test_artefact_with_a_tiny_decoder_converts_quantises_and_exports(trained, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the cpu extra")
     pytest.importorskip("onnx", reason="needs the export extra")
+    from sdlite.converter import convert
     from sdlite.exporters.export import export
-    from sdlite.exporters.onnx import convert
     from sdlite.quant import Calibration, Gate, quantize
 
     last, sampler = (

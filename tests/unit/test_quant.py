@@ -17,9 +17,8 @@ import pytest
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
-from sdlite import Pipeline
-from sdlite.artifact import PARTS, Artifact
-from sdlite.backends import mapped
+from sdlite import Pipeline, memory
+from sdlite.artifact import Artifact
 from sdlite.cli import main
 from sdlite.errors import (
     InputError,
@@ -30,11 +29,13 @@ from sdlite.errors import (
     UnknownNameError,
 )
 from sdlite.images import to_uint8
+from sdlite.instrument import NamedOutputs, let_go, on_demand
+from sdlite.manifest import PARTS
+from sdlite.metrics import psnr, ssim, structure_distance
+from sdlite.onnx_graph import Graph
 from sdlite.quant import Calibration, Gate, insert, quantize, reports, rewrite, table
-from sdlite.quant.calibrate import Session, let_go, on_demand, read_prompts, walk
+from sdlite.quant.calibrate import read_prompts, walk
 from sdlite.quant.gate import Comparison
-from sdlite.quant.graph import Graph
-from sdlite.quant.metrics import psnr, ssim, structure_distance
 from sdlite.quant.observe import ChannelMax, Histogram, choose_range, quantization_error
 from tests.conftest import EMOJI
 
@@ -142,7 +143,7 @@ def unet_inputs(seed=0):
 
 
 def run(graph, tmp_path, inputs):
-    return Session(graph, tmp_path / "g.onnx", 1)(**inputs)
+    return NamedOutputs(graph, tmp_path / "g.onnx", 1)(**inputs)
 
 
 @pytest.fixture
@@ -770,7 +771,7 @@ def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path, mo
     artifact = Artifact.open(EMOJI)
     pipe, prompts = on_demand(artifact, 1), ["pizza", "red apple"]
     sessions = {
-        p: Session(
+        p: NamedOutputs(
             Graph.load(EMOJI / artifact.manifest.variants["fp32"][p]["file"]),
             tmp_path / f"{p}.onnx",
             1,
@@ -796,7 +797,7 @@ def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path, mo
         ).images[0]
         assert (to_uint8(pixels)[0] == np.asarray(picture)).all()
     trimmed = []
-    monkeypatch.setattr(mapped, "trim", lambda: trimmed.append(1))
+    monkeypatch.setattr(memory, "trim", lambda: trimmed.append(1))
     let_go(pipe)
     assert all(getattr(pipe.networks, p)._network is None for p in PARTS)
     assert (

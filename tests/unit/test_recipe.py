@@ -16,9 +16,9 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 from sdlite import Pipeline  # noqa: E402
 from sdlite.cli import main  # noqa: E402
 from sdlite.distill import data  # noqa: E402
-from sdlite.distill.cache import to_square  # noqa: E402
+from sdlite.distill.latent_cache import to_square  # noqa: E402
 from sdlite.distill.recipe import Recipe, Teacher, plan, run  # noqa: E402
-from sdlite.distill.tasks import StudentTask  # noqa: E402
+from sdlite.distill.tasks.student import StudentTask  # noqa: E402
 from sdlite.errors import InputError, UnknownNameError  # noqa: E402
 
 RECIPE = """
@@ -409,7 +409,7 @@ def test_doctor_finds_a_wrong_prediction_type():
     two halves of the loss contradict.
     """
     from sdlite.distill import doctor
-    from sdlite.distill.tasks import V_ZERO_SNR
+    from sdlite.distill.tasks.student import V_ZERO_SNR
     from sdlite.sampling import Schedule
     from tests.unit.test_stages import Perfect, Solver
 

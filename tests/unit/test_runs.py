@@ -23,9 +23,10 @@ pytest.importorskip("accelerate", reason="needs the distill extra")
 pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from sdlite.cli import main  # noqa: E402
-from sdlite.distill import recipe, tasks  # noqa: E402
+from sdlite.distill import recipe  # noqa: E402
 from sdlite.distill.recipe import Recipe, run  # noqa: E402
 from sdlite.distill.students import StudentSpec  # noqa: E402
+from sdlite.distill.tasks import student as tasks  # noqa: E402
 from sdlite.errors import (  # noqa: E402
     InputError,
     SdliteError,

@@ -132,8 +132,8 @@ def test_a_wrong_sampler_is_said_before_any_work(foreign, tmp_path):
     pytest.importorskip("onnx", reason="needs the quantize extra")
     pytest.importorskip("torch", reason="needs the export extra")
     pytest.importorskip("onnx_ir", reason="needs the export extra")
+    from sdlite.converter import convert
     from sdlite.exporters.export import export
-    from sdlite.exporters.onnx import convert
 
     for call in (
         lambda: sdlite.quantize(foreign, "int8-dynamic", out=tmp_path / "x", sampler="nope"),

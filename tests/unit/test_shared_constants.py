@@ -12,20 +12,20 @@ pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
 from onnx import helper
 
-from sdlite.exporters import sixteen
-from sdlite.exporters.bfloat import to_bfloat
-from sdlite.exporters.half import to_half
-from sdlite.exporters.hoist import hoist
-from sdlite.exporters.static import fix
+from sdlite.exporters.rewrites import a16w8
+from sdlite.exporters.rewrites.bfloat16 import to_bfloat
+from sdlite.exporters.rewrites.fixed_shapes import fix
+from sdlite.exporters.rewrites.float16 import to_half
+from sdlite.exporters.rewrites.hoist import hoist
 from sdlite.exporters.targets import tensorrt
+from sdlite.instrument import NamedOutputs
+from sdlite.onnx_graph import Graph, constant
 from sdlite.quant import dynamic, insert, rewrite
-from sdlite.quant.calibrate import Session
-from sdlite.quant.graph import Graph, constant
 from sdlite.quant.observe import ChannelMax, Histogram, choose_range
 
 
 def run(graph, tmp_path, inputs):
-    return Session(graph, tmp_path / "g.onnx", 1)(**inputs)
+    return NamedOutputs(graph, tmp_path / "g.onnx", 1)(**inputs)
 
 
 def sqnr(want, got):
@@ -170,7 +170,7 @@ def test_random_text_encoder_is_close_in_int8(tmp_path):
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from sdlite.exporters.onnx import _TextEncoder, trace
+    from sdlite.converter import _TextEncoder, trace
 
     torch.manual_seed(0)
     config = CLIPTextConfig(
@@ -249,8 +249,8 @@ def test_sixteen_bits(stored, tmp_path):
         graph.outputs(sorted({t for x in layers for t in (x.input, x.output)})), tmp_path, X
     )
     ranges = {k: (float(v.min()), float(v.max())) for k, v in values.items()}
-    assert len(sixteen.choose(graph, graph, ("Conv", "MatMul", "Gemm"), ())) == 5
-    assert sqnr(want, run(sixteen.insert(graph, layers, ranges), tmp_path, X)["y"]) > 30
+    assert len(a16w8.choose(graph, graph, ("Conv", "MatMul", "Gemm"), ())) == 5
+    assert sqnr(want, run(a16w8.insert(graph, layers, ranges), tmp_path, X)["y"]) > 30
 
 
 def test_dynamic_layers(tmp_path):

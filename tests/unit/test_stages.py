@@ -11,7 +11,7 @@ pytest.importorskip("accelerate", reason="needs the distill extra")
 pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from sdlite.distill.features import Taps  # noqa: E402
-from sdlite.distill.stages import (  # noqa: E402
+from sdlite.distill.tasks.few_step import (  # noqa: E402
     AdversarialTask,
     ConsistencyTask,
     GuidanceTask,
@@ -19,7 +19,7 @@ from sdlite.distill.stages import (  # noqa: E402
     Solver,
     trailing_timesteps,
 )
-from sdlite.distill.tasks import V_ZERO_SNR, Forward, StudentTask  # noqa: E402
+from sdlite.distill.tasks.student import V_ZERO_SNR, Forward, StudentTask  # noqa: E402
 from sdlite.distill.train import TrainConfig, fit  # noqa: E402
 from sdlite.errors import InputError  # noqa: E402
 from sdlite.sampling import Schedule  # noqa: E402
@@ -249,7 +249,7 @@ def test_every_stage_trains_in_the_loop(stage, tmp_path):
 
 
 def test_teacher_gradients_are_the_mean_over_batches_and_leave_the_teacher():
-    from sdlite.distill.tasks import TeacherTask, teacher_gradients
+    from sdlite.distill.tasks.student import TeacherTask, teacher_gradients
 
     unet, text = task().modules["unet"].requires_grad_(False), Text()
     found = teacher_gradients(unet, text, Source(), V_ZERO_SNR, batches=2, size=4)

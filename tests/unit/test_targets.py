@@ -10,15 +10,15 @@ torch = pytest.importorskip("torch", reason="needs the distill extra")
 pytest.importorskip("accelerate", reason="needs the distill extra")
 pytest.importorskip("diffusers", reason="needs the distill extra")
 
-from sdlite.distill import targets  # noqa: E402
-from sdlite.distill.stages import (  # noqa: E402
+from sdlite.distill import teacher_cache  # noqa: E402
+from sdlite.distill.tasks.few_step import (  # noqa: E402
     AdversarialTask,
     ConsistencyTask,
     GuidanceTask,
     ProgressiveTask,
 )
-from sdlite.distill.targets import cache_targets  # noqa: E402
-from sdlite.distill.tasks import StudentTask  # noqa: E402
+from sdlite.distill.tasks.student import StudentTask  # noqa: E402
+from sdlite.distill.teacher_cache import cache_targets  # noqa: E402
 from sdlite.distill.train import TrainConfig, fit, step_generator  # noqa: E402
 from sdlite.errors import InputError  # noqa: E402
 from tests.unit.test_stages import real  # noqa: E402
@@ -105,7 +105,7 @@ def test_another_teacher_data_or_option_makes_it_anew(what, tmp_path):
 
 
 def test_a_key_that_forgets_the_options_would_be_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, "_stamp", lambda task, drawn: "always the same")
+    monkeypatch.setattr(teacher_cache, "_stamp", lambda task, drawn: "always the same")
     path = tmp_path / "t.safetensors"
     cache_targets(real(GuidanceTask, guidance_scale=2.0), 20, path)
     other = real(GuidanceTask, guidance_scale=5.0)

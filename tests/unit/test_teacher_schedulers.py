@@ -16,9 +16,9 @@ pytest.importorskip("accelerate", reason="needs the distill extra")
 pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from sdlite.distill import doctor  # noqa: E402
-from sdlite.distill.cache import to_size  # noqa: E402
+from sdlite.distill.latent_cache import to_size  # noqa: E402
 from sdlite.distill.recipe import Teacher, plan, run  # noqa: E402
-from sdlite.distill.tasks import save_pipeline  # noqa: E402
+from sdlite.distill.tasks.student import save_pipeline  # noqa: E402
 from sdlite.sampling import Schedule  # noqa: E402
 from sdlite.sampling.schedule import DEFAULTS  # noqa: E402
 from tests.unit.test_recipe import parse  # noqa: E402

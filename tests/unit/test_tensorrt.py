@@ -380,8 +380,8 @@ def test_real_engines_for_chosen_compute_capabilities(tmp_path, precision):
 
 
 def test_unsigned_int8_is_refused(tmp_path):
+    from sdlite.onnx_graph import Graph
     from sdlite.quant import insert
-    from sdlite.quant.graph import Graph
 
     profile = Profile("p", "tensorrt", precision="int8-static")
     graph = Graph.load(graph_of(tmp_path))
@@ -400,9 +400,9 @@ def test_unsigned_int8_is_refused(tmp_path):
 def test_int8_tables_become_float_with_the_same_numbers(tmp_path):
     import onnxruntime as ort
 
-    from sdlite.exporters.static import fix
+    from sdlite.exporters.rewrites.fixed_shapes import fix
+    from sdlite.onnx_graph import Graph
     from sdlite.quant import rewrite
-    from sdlite.quant.graph import Graph
     from tests.conftest import EMOJI
 
     graph = Graph.load(EMOJI / "text_encoder" / "model.onnx")

@@ -23,9 +23,10 @@ import pytest
 import sdlite
 from benchmarks import threads as bench
 from sdlite import running
-from sdlite.artifact import Artifact, Manifest
+from sdlite.artifact import Artifact
 from sdlite.backends import Overflowing, RowByRow, fused
 from sdlite.errors import ArtifactError, Cancelled, InputError, SdliteWarning, ShapeError
+from sdlite.manifest import Manifest
 from tests.conftest import EMOJI
 
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")

@@ -16,8 +16,9 @@ import pytest
 import sdlite
 from benchmarks import published_models
 from sdlite.errors import ArtifactError, InputError
+from sdlite.files import TOKENIZER_FILES
 from sdlite.tokenizer import ClipTokenizer, TokenWarning, TruncationWarning, rules
-from sdlite.tokenizer_files import FILES, PATTERNS
+from sdlite.tokenizer_files import PATTERNS
 from tests.conftest import EMOJI
 
 WEB = Path(__file__).parents[2] / "export" / "web" / "tokenizer.js"
@@ -272,7 +273,7 @@ def test_a_pipeline_without_its_learned_embeddings_does_not_open(plain, tmp_path
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "merges.txt"])
 def test_convert_refuses_a_damaged_tokenizer_before_it_writes(plain, tmp_path, name):
     pytest.importorskip("onnx_ir", reason="needs the export extra")
-    from sdlite.exporters.onnx import convert
+    from sdlite.converter import convert
 
     folder = tmp_path / "model"
     shutil.copytree(plain, folder)
@@ -394,7 +395,7 @@ def test_a_vocabulary_of_few_letters_needs_an_unknown_token(tmp_path):
 def test_latents_cached_with_another_tokenizer_are_made_again(tmp_path):
     torch = pytest.importorskip("torch", reason="needs the distill extra")
     from sdlite.distill import data
-    from sdlite.distill.cache import CachedLatents
+    from sdlite.distill.latent_cache import CachedLatents
 
     (tmp_path / "prompts.txt").write_text("a fox!\n")
     captions, made = data.read(tmp_path / "prompts.txt"), []
@@ -418,7 +419,7 @@ def test_a_student_has_the_tokenizer_files_of_its_teacher(tmp_path):
     torch = pytest.importorskip("torch", reason="needs the distill extra")
     diffusers = pytest.importorskip("diffusers", reason="needs the distill extra")
     transformers = pytest.importorskip("transformers", reason="needs the distill extra")
-    from sdlite.distill.tasks import V_ZERO_SNR, save_pipeline
+    from sdlite.distill.tasks.student import V_ZERO_SNR, save_pipeline
 
     torch.manual_seed(0)
     teacher = write(tmp_path / "tokenizer", **LAYOUTS["both"], other={})
@@ -445,7 +446,7 @@ def test_a_student_has_the_tokenizer_files_of_its_teacher(tmp_path):
     }
     save_pipeline(tmp_path / "student", parts, V_ZERO_SNR)
     saved = {p.name: p.read_bytes() for p in (tmp_path / "student" / "tokenizer").iterdir()}
-    assert saved == {p.name: p.read_bytes() for p in teacher.iterdir() if p.name in FILES}
+    assert saved == {p.name: p.read_bytes() for p in teacher.iterdir() if p.name in TOKENIZER_FILES}
     assert len(saved) == 5
     opened = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     ours = sdlite.Pipeline.from_pretrained(tmp_path / "student", backend="torch")

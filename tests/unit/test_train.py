@@ -22,7 +22,7 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from sdlite.distill.tasks import (  # noqa: E402
+from sdlite.distill.tasks.student import (  # noqa: E402
     V_ZERO_SNR,
     CachedEncoder,
     Forward,

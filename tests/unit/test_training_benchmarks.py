@@ -11,10 +11,10 @@ pytest.importorskip("accelerate", reason="needs the distill extra")
 pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from benchmarks import real_teacher, throughput  # noqa: E402
-from sdlite.distill.cache import CachedLatents  # noqa: E402
+from sdlite.distill.latent_cache import CachedLatents  # noqa: E402
 from sdlite.distill.recipe import Teacher  # noqa: E402
 from sdlite.distill.students import StudentSpec, build  # noqa: E402
-from sdlite.distill.tasks import V_ZERO_SNR  # noqa: E402
+from sdlite.distill.tasks.student import V_ZERO_SNR  # noqa: E402
 from tests.unit.test_parts import small  # noqa: E402, F401
 
 

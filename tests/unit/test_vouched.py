@@ -12,9 +12,10 @@ import shutil
 import pytest
 
 import sdlite
-from sdlite.artifact import Artifact, Manifest
+from sdlite.artifact import Artifact
 from sdlite.cli import main
 from sdlite.errors import SdliteError
+from sdlite.manifest import Manifest
 from tests import folders
 from tests.conftest import EMOJI
 
@@ -169,7 +170,7 @@ def test_signs_of_a_lost_list(plain, tmp_path, sign):
 
 def test_what_sdlite_writes_says_so_in_its_index(plain, tmp_path):
     pytest.importorskip("onnxscript", reason="needs the export extra")
-    from sdlite.exporters.onnx import _copy
+    from sdlite.converter import _copy
 
     out = tmp_path / "out"
     out.mkdir()

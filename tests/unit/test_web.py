@@ -17,9 +17,10 @@ pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 import sdlite
 from sdlite.artifact import Artifact
 from sdlite.errors import ExportError, InputError, MissingExtraError
-from sdlite.exporters import browser, profile
+from sdlite.exporters import profile
 from sdlite.exporters.export import export
 from sdlite.exporters.targets import web
+from sdlite.exporters.targets.web import chromium
 from sdlite.sampling import Noise
 from sdlite.tokenizer import ClipTokenizer
 from tests import folders
@@ -30,7 +31,7 @@ from tests.helpers import psnr
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """(folder, Browser) of an exported page."""
-    if browser.find() is None:
+    if chromium.find() is None:
         pytest.skip("no Chromium on this machine")
     try:
         web.runtime(profile.load("web"))
@@ -42,7 +43,7 @@ def page(tmp_path_factory):
     )
     assert report["checked_by"] == "the runtime itself"
     assert "ort/ort-wasm-simd-threaded.asyncify.wasm" in report["files"]
-    with browser.Browser(folder) as opened:
+    with chromium.Browser(folder) as opened:
         opened.wait("document.body?.dataset.ready === 'yes'")
         yield folder, opened
 
@@ -372,7 +373,7 @@ def test_the_page_scales_latents_as_the_pipeline_does(copy, tmp_path, monkeypatc
 
 
 def test_no_browser_means_not_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(browser, "find", lambda: None)
+    monkeypatch.setattr(chromium, "find", lambda: None)
     monkeypatch.setattr(web, "runtime", lambda settings: dict.fromkeys(web.FILES, b""))
     report = export(
         EMOJI,

@@ -2,8 +2,8 @@
 float32 arithmetic, or QDQ int8.
 
 With free shapes the folder opens as a model: `Pipeline.from_pretrained`. With the option
-`fuse_schedule` the UNet comes as three graphs, see `sdlite.exporters.hoist`. The option `opset`
-writes the graphs in another version of ONNX than the artefact's.
+`fuse_schedule` the UNet comes as three graphs, see `sdlite.exporters.rewrites.hoist`. The option
+`opset` writes the graphs in another version of ONNX than the artefact's.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import numpy as np
 import onnx
 import onnx.version_converter
 
-from sdlite.artifact import MANIFEST, PARTS, Artifact, write_manifest
-from sdlite.backends.fused import load, session
+from sdlite.artifact import Artifact
+from sdlite.backends.ort import hoisted, runner
 from sdlite.errors import ExportError, InputError
-from sdlite.exporters.hoist import hoist
 from sdlite.exporters.profile import Profile
-from sdlite.exporters.static import input_shapes, opset_of
+from sdlite.exporters.rewrites.fixed_shapes import input_shapes, opset_of
+from sdlite.exporters.rewrites.hoist import hoist
 from sdlite.exporters.targets import NotRunnable
 from sdlite.io import scratch
-from sdlite.quant.graph import Graph
+from sdlite.manifest import MANIFEST, PARTS, write_manifest
+from sdlite.onnx_graph import Graph
 from sdlite.spec import SPECS
 
 PACKAGES = ("onnx", "onnxruntime")
@@ -107,7 +108,7 @@ def _hoisted(source: Graph, graph: Path, out: Path) -> list[Path]:
     def once(cut: Graph, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with scratch("once") as tmp:
             cut.save(tmp / "m.onnx")
-            return session(tmp / "m.onnx", None)[0](given)
+            return runner(tmp / "m.onnx", None)[0](given)
 
     files = []
     for name, cut in hoist(source, inputs, once).items():
@@ -147,5 +148,5 @@ def run(
     except ModuleNotFoundError as e:
         raise NotRunnable(f"{e.name} is not installed") from e
     if part == "unet" and profile.options.get("fuse_schedule"):
-        return load(files[0].parent, threads, SPECS["unet"].output.name)
+        return hoisted(files[0].parent, threads, SPECS["unet"].output.name)
     return Session(str(files[0]), "cpu", threads, sum(f.stat().st_size for f in files))

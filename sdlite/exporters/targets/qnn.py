@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from sdlite.artifact import PARTS
 from sdlite.errors import ExportError, InputError
-from sdlite.exporters import sixteen
 from sdlite.exporters.profile import Profile, assets
+from sdlite.exporters.rewrites import a16w8
 from sdlite.io import scratch
+from sdlite.manifest import PARTS
+from sdlite.onnx_graph import Graph
 from sdlite.pipeline import Pipeline
 from sdlite.quant.api import KEEP_FLOAT
 from sdlite.quant.calibrate import read_prompts
-from sdlite.quant.graph import Graph
 from sdlite.spec import SPECS
 
 PACKAGES = ("onnxruntime-qnn", "onnxruntime")
@@ -72,9 +72,7 @@ def quantise(
     ][: options["samples"]]
     loaded = {p: Graph.load(g) for p, g in graphs.items()}
     layers = {
-        p: sixteen.choose(
-            loaded[p], _original(pipe, p), _integer(options, p), _keep(options, own, p)
-        )
+        p: a16w8.choose(loaded[p], _original(pipe, p), _integer(options, p), _keep(options, own, p))
         for p in PARTS
     }
     arguments = {
@@ -83,11 +81,11 @@ def quantise(
         "num_inference_steps": steps,
     }
     with scratch("observe") as aside:
-        ranges = sixteen.observe(loaded, layers, pipe, prompts, aside, threads, **arguments)
+        ranges = a16w8.observe(loaded, layers, pipe, prompts, aside, threads, **arguments)
     out = {}
     for p, graph in graphs.items():
         out[p] = graph.with_name(f"{p}.a16w8.onnx")
-        sixteen.insert(loaded[p], list(layers[p].values()), ranges[p]).save(out[p])
+        a16w8.insert(loaded[p], list(layers[p].values()), ranges[p]).save(out[p])
     return out, {"prompts": len(prompts), "layers": {p: sorted(layers[p]) for p in PARTS}}
 
 

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 
 from sdlite.errors import ExportError, PrecisionError, SdliteError, UnknownNameError
-from sdlite.exporters.bfloat import to_bfloat
-from sdlite.exporters.half import to_half
 from sdlite.exporters.profile import Profile
-from sdlite.exporters.static import input_shapes
+from sdlite.exporters.rewrites.bfloat16 import to_bfloat
+from sdlite.exporters.rewrites.fixed_shapes import input_shapes
+from sdlite.exporters.rewrites.float16 import to_half
 from sdlite.exporters.targets import NotRunnable
 from sdlite.io import write
-from sdlite.quant.graph import Graph
+from sdlite.onnx_graph import Graph
 
 PACKAGES = ("tensorrt",)
 PRECISIONS = ("fp32", "fp16", "bf16", "int8-static")

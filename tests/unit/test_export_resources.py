@@ -11,10 +11,11 @@ import pytest
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
+from sdlite import disk, memory
 from sdlite.artifact import Artifact
 from sdlite.cli import main
 from sdlite.errors import ExportError
-from sdlite.exporters import profile, room
+from sdlite.exporters import profile
 from sdlite.exporters.export import export
 from sdlite.exporters.targets import onnx as target
 from tests.conftest import EMOJI
@@ -49,7 +50,7 @@ def failing_at(monkeypatch, error, part="vae_decoder"):
 
 
 def test_sizes_open_float16_weights_to_float32():
-    sizes = room.sizes(Artifact.open(EMOJI), "fp32")
+    sizes = disk.sizes(Artifact.open(EMOJI), "fp32")
     stored = {
         p: (EMOJI / p / "diffusion_pytorch_model.safetensors").stat().st_size for p in ("unet",)
     }
@@ -58,7 +59,7 @@ def test_sizes_open_float16_weights_to_float32():
 
 
 def test_too_little_disk_is_said_before_anything_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "free_disk", lambda path: 5 << 20)
+    monkeypatch.setattr(disk, "free_disk", lambda path: 5 << 20)
     with pytest.raises(
         ExportError,
         match=(
@@ -71,7 +72,7 @@ def test_too_little_disk_is_said_before_anything_is_made(tmp_path, monkeypatch):
 
 
 def test_too_little_memory_is_said_before_anything_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "free_memory", lambda: 3 << 20)
+    monkeypatch.setattr(memory, "free_memory", lambda: 3 << 20)
     with pytest.raises(
         ExportError,
         match=(
@@ -84,8 +85,8 @@ def test_too_little_memory_is_said_before_anything_is_made(tmp_path, monkeypatch
 
 
 def test_enough_room_and_systems_that_do_not_tell_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "free_memory", lambda: None)
-    monkeypatch.setattr(room, "free_disk", lambda path: GIB)
+    monkeypatch.setattr(memory, "free_memory", lambda: None)
+    monkeypatch.setattr(disk, "free_disk", lambda path: GIB)
     assert run(tmp_path)["parity"]["psnr"]
 
 

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from sdlite.distill.features import Taps
 from sdlite.distill.losses import huber_loss, output_loss
-from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder, Forward, LatentSource, _Denoising, probe
+from sdlite.distill.tasks.student import (
+    V_ZERO_SNR,
+    CachedEncoder,
+    Forward,
+    LatentSource,
+    _Denoising,
+    probe,
+)
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
 from sdlite.sampling import guided

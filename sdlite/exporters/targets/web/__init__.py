@@ -23,10 +23,10 @@ import onnx
 
 from sdlite.artifact import Artifact
 from sdlite.errors import ExportError, InputError, MissingExtraError, UnknownNameError
-from sdlite.exporters import browser
 from sdlite.exporters.profile import Profile, assets
 from sdlite.exporters.targets import NotRunnable
 from sdlite.exporters.targets import onnx as onnx_target
+from sdlite.exporters.targets.web import chromium
 from sdlite.families import vae_config
 from sdlite.io import cache_root, scratch, write
 from sdlite.sampling import Schedule, get_sampler
@@ -181,7 +181,7 @@ class _Networks:
 
     def __init__(self, folder: Path, provider: str):
         large = sum(f.stat().st_size for f in folder.rglob("model.onnx*")) >> 20
-        self.browser = browser.Browser(folder, timeout=300 + 3 * large)
+        self.browser = chromium.Browser(folder, timeout=300 + 3 * large)
         self.browser.wait("document.body?.dataset.ready === 'yes'")
         self.browser.evaluate(
             f"sdlite.Pipeline.load('.', {{provider: '{provider}'}}).then((p) => (sdlite.pipe = p,"
@@ -254,9 +254,9 @@ def run_all(
             f"profile {profile.name}: provider={provider!r} is not known; choose one of"
             f" {', '.join(PROVIDERS)}."
         )
-    if browser.find() is None:
+    if chromium.find() is None:
         raise NotRunnable(
-            f"no browser here; install one of {', '.join(browser.NAMES)}, or name it in"
+            f"no browser here; install one of {', '.join(chromium.NAMES)}, or name it in"
             " SDLITE_CHROMIUM"
         )
     networks = _Networks(folder, provider)

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdlite.distill.losses import multi_scale_loss, output_loss
-from sdlite.distill.tasks import V_ZERO_SNR, CachedEncoder, LatentSource, _Denoising, decode_scaled
+from sdlite.distill.tasks.student import (
+    V_ZERO_SNR,
+    CachedEncoder,
+    LatentSource,
+    _Denoising,
+    decode_scaled,
+)
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
 from sdlite.images import grid, save, to_pil

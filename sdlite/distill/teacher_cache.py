@@ -65,7 +65,7 @@ def cache_targets(
 
     Args:
         task: one with `targets(batch) -> (B, C, h, w)` and `settings()`; see
-            `sdlite.distill.tasks`.
+            `sdlite.distill.tasks.student`.
         size: number of draws, at least 1; a float32 row is three latents: 0.2 MB for SD at 512 px,
             6 KB for the emoji student.
         batch: draws that the teacher sees at once.

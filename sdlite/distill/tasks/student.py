@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from sdlite import tokenizer_files
 from sdlite.distill import losses
 from sdlite.distill.features import Taps, matched_taps
 from sdlite.distill.losses import feature_loss, output_loss
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError
-from sdlite.files import Files
+from sdlite.files import TOKENIZER_FILES, Files
 from sdlite.images import grid, save, to_pil, to_uint8
 from sdlite.sampling import Noise, Schedule, denoise, get_sampler
 from sdlite.spec import latent_size
@@ -568,7 +567,7 @@ def save_pipeline(folder: Path, parts: dict[str, Any], scheduler: dict[str, Any]
     pipe.save_pretrained(folder, safe_serialization=True)
     (folder / "tokenizer").mkdir(exist_ok=True)
     own = Files.of(parts["tokenizer_folder"])
-    for name in (n for n in tokenizer_files.FILES if own.has(n)):
+    for name in (n for n in TOKENIZER_FILES if own.has(n)):
         (folder / "tokenizer" / name).write_bytes(own.read(name))
     index = folder / "model_index.json"
     about = json.loads(index.read_text(encoding="utf-8"))

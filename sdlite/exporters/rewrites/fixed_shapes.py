@@ -8,9 +8,9 @@ from pathlib import Path
 
 import onnx
 
-from sdlite.backends import mapped
+from sdlite import memory
 from sdlite.errors import InputError
-from sdlite.quant.graph import Graph
+from sdlite.onnx_graph import Graph
 
 
 def fix(graph: Graph, shapes: dict[str, tuple[int | str, ...]], out: Path) -> Path:
@@ -51,7 +51,7 @@ def fix(graph: Graph, shapes: dict[str, tuple[int | str, ...]], out: Path) -> Pa
         "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
     )
     ort.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
-    mapped.trim()  # the converter comes next, perhaps in a process of its own
+    memory.trim()  # the converter comes next, perhaps in a process of its own
     for path in files:
         path.unlink()
     return out

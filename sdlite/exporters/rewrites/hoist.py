@@ -14,7 +14,7 @@ import numpy as np
 from onnx import helper
 
 from sdlite.errors import ExportError
-from sdlite.quant.graph import Graph
+from sdlite.onnx_graph import Graph
 
 PARTS = {
     "time": "timestep",

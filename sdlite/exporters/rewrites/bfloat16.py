@@ -13,8 +13,8 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from sdlite.errors import ExportError
-from sdlite.exporters.half import FLOAT32
-from sdlite.quant.graph import Graph
+from sdlite.exporters.rewrites.float16 import FLOAT32
+from sdlite.onnx_graph import Graph
 
 BFLOAT_CONV = 22  # the first opset whose Conv and normalisations take bfloat16
 CONSTANTS = ("Cast", "Constant", "ConstantOfShape", "Range")

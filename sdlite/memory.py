@@ -5,6 +5,7 @@ packed copy, the file keeps the first.
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -84,3 +85,35 @@ def released(*folders: Path) -> Iterator[None]:
         for folder in folders:
             release(folder)
         trim()
+
+
+def free_memory() -> int | None:
+    """Bytes that Linux says a new process can have (MemAvailable); None on other systems."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(
+        (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None
+    )
+
+
+def is_memory(error: Exception) -> bool:
+    """Whether an engine's error is about memory."""
+    return any(
+        w in str(error) for w in ("bad_alloc", "Failed to allocate memory", "not enough memory")
+    )
+
+
+def peak_mib(children: bool = False) -> float | None:
+    """Largest resident set of this process, or of the largest process that it waited for, where the
+    system tells.
+    """
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    peak = resource.getrusage(
+        resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
+    ).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, helper
 
-from sdlite.artifact import PARTS
 from sdlite.backends import RowByRow
+from sdlite.instrument import NamedOutputs, Watched, with_networks
+from sdlite.manifest import PARTS
+from sdlite.onnx_graph import Graph, Layer, constant
 from sdlite.pipeline import Pipeline
-from sdlite.quant.calibrate import Session, Watched, with_networks
-from sdlite.quant.graph import Graph, Layer, constant
 from sdlite.quant.observe import Histogram, choose_range
 
 Range = tuple[float, float]
@@ -93,7 +93,7 @@ def observe(
     return {p: {t: choose_range(h, "min-max") for t, h in seen[p].items()} for p in PARTS}
 
 
-class _Echo(Session):
+class _Echo(NamedOutputs):
     """Also returns its inputs."""
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from sdlite import arguments
 from sdlite._version import __version__
-from sdlite.artifact import Artifact, Manifest, write_manifest
-from sdlite.errors import InputError, need
-from sdlite.exporters import CONVERT_NEEDS
+from sdlite.artifact import Artifact
+from sdlite.errors import CONVERT_NEEDS, InputError, need
 from sdlite.families import listed_index, vae_config, vae_stride
 from sdlite.files import Files
 from sdlite.io import alone, cache_root, read_json, writing
+from sdlite.manifest import Manifest, write_manifest
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS, IOSpec, latent_size
 from sdlite.tokenizer import ClipTokenizer

@@ -1,0 +1,1 @@
+"""Graphs to graphs of another arithmetic or another shape, for the targets that need it."""

@@ -1,0 +1,204 @@
+"""The manifest, `sdlite.json`: what a model folder holds, in which precisions, with the hash of
+every file. Also the names of the files of a folder, and the rules that listings share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sdlite import schema
+from sdlite.errors import ArtifactError, printable
+from sdlite.io import sha256, write_json
+
+MANIFEST = "sdlite.json"
+INDEX = "model_index.json"
+FORMAT = "1.0"
+PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-static")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+PARTS = ("text_encoder", "unet", "vae_decoder")
+REPORT = "export-report.json"
+STUDENT = "student.json"
+
+
+@dataclass
+class Manifest:
+    """sdlite.json. `variants`: precision -> part -> {file, weights, storage, arithmetic, opset};
+    `files`: path -> {sha256, bytes}.
+    """
+
+    format: str = FORMAT
+    name: str = ""
+    student: dict[str, Any] = field(default_factory=dict)
+    sampler: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
+    size_multiple: int = 8  # height and width must be multiples of this for the ONNX graphs
+    # height x width x images that a call may make when it does not say; None: sdlite's own
+    max_pixels: int | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], file: str | Path = MANIFEST) -> Manifest:
+        """Check everything that a manifest says; `file` is what errors call it.
+
+        Raises:
+            ArtifactError: another major version, or what is not accepted, with its key.
+        """
+        version = data.get("format")
+        if not isinstance(version, str) or version.split(".")[0] != FORMAT.split(".")[0]:
+            raise schema.refused(
+                file,
+                "format",
+                version,
+                f"{FORMAT.split('.')[0]}.x, which this sdlite reads; or update sdlite",
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise schema.refused(file, "a key", unknown[0], ", ".join(sorted(known)))
+        _MANIFEST(file, "", data)
+        out = cls(**data)
+        for precision, parts in out.variants.items():
+            for part, entry in parts.items():
+                check_row(file, f"variants.{precision}.{part}", part, entry, out.files, (".onnx",))
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """What sdlite.json holds."""
+        out = dataclasses.asdict(self)
+        if self.max_pixels is None:
+            del out["max_pixels"]  # earlier versions do not know it
+        return out
+
+
+def check_row(
+    file: str | Path,
+    key: str,
+    part: str,
+    entry: dict[str, Any],
+    files: Collection[str],
+    endings: tuple[str, ...] = (),
+) -> None:
+    """Whether a network's files are listed, and stand in its own folder with a known ending.
+
+    Raises:
+        ArtifactError: they do not.
+    """
+    if endings and not (entry["file"].startswith(f"{part}/") and entry["file"].endswith(endings)):
+        raise schema.refused(file, f"{key}.file", entry["file"], f"{part}/*{' or '.join(endings)}")
+    if missing := [p for p in (entry["file"], *entry["weights"]) if p not in files]:
+        raise schema.refused(file, key, missing[0], "files that `files` lists")
+
+
+def plain_path(path: str, listing: str | Path = MANIFEST) -> PurePosixPath:
+    """A relative POSIX path that stays inside the folder; `listing` is the file that names it.
+
+    Raises:
+        ArtifactError: it is none.
+    """
+    p = PurePosixPath(path)
+    bad = (
+        p.is_absolute()
+        or ".." in p.parts
+        or str(p) != path
+        or path == "."
+        or len(path) > 1000
+        or any(len(x) > 255 for x in p.parts)
+    )
+    if bad or "\\" in path or ":" in path or schema.unclean(path):
+        raise ArtifactError(
+            f"{listing} names {printable(repr(path), 100)}, which is not a plain path inside the"
+            " model folder; do not use this model."
+        )
+    return p
+
+
+def safe_path(path: str, listing: str | Path = MANIFEST) -> PurePosixPath:
+    """A plain path that is not a pickle. Raises: ArtifactError."""
+    p = plain_path(path, listing)
+    if p.suffix.lower() in PICKLES:
+        raise ArtifactError(
+            f"{listing} names {path!r}, a pickle format that can run code; only safetensors and"
+            " ONNX are loaded."
+        )
+    return p
+
+
+def listed(path: schema.Rule) -> schema.Rule:
+    """Rule of path -> {sha256, bytes}."""
+    sha = schema.rule(
+        "64 hexadecimal digits",
+        lambda v: isinstance(v, str) and re.fullmatch(r"[0-9a-fA-F]{64}", v) is not None,
+    )
+    return schema.table(
+        path, schema.record({"sha256": sha, "bytes": schema.whole()}, ("sha256", "bytes"))
+    )
+
+
+TEXT, _TEXTS = schema.text(), schema.each(schema.text(10_000))
+
+
+SIZE_MULTIPLE = schema.whole(1, 8192)
+
+
+SAMPLER = schema.record(
+    {"name": TEXT, "num_inference_steps": schema.whole(1, 1000), "guidance_scale": schema.number()}
+)
+
+
+ROW = schema.record(
+    {
+        "file": TEXT,
+        "weights": schema.each(TEXT),
+        "storage": TEXT,
+        "arithmetic": TEXT,
+        "opset": schema.whole(1),
+        "scheme": TEXT,
+        "inputs": schema.each(schema.OBJECT),
+        "output": schema.OBJECT,
+        "batch": schema.whole(1),
+        "cuts": schema.BOOL,
+    },
+    ("file", "weights", "storage", "arithmetic"),
+)
+
+
+_MANIFEST = schema.record(
+    {
+        "name": TEXT,
+        "student": schema.OBJECT,
+        "sampler": SAMPLER,
+        "variants": schema.table(
+            schema.one_of(PRECISIONS), schema.table(schema.one_of(PARTS), ROW)
+        ),
+        "files": listed(lambda file, key, path: safe_path(path, file)),
+        "calibration": schema.optional(
+            schema.record({"prompts": _TEXTS, "keep_float": schema.table(TEXT, _TEXTS)})
+        ),
+        "quality": schema.optional(
+            schema.record({"engines": schema.table(TEXT, schema.OBJECT), "failed": _TEXTS})
+        ),
+        "size_multiple": SIZE_MULTIPLE,
+        "max_pixels": schema.optional(schema.whole(1)),
+    }
+)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Hash every file below `folder` into `manifest.files` and write sdlite.json beside and
+    rename.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    manifest.files = {
+        p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size}
+        for p in paths
+    }
+    data = manifest.to_dict()
+    Manifest.from_dict(json.loads(json.dumps(data)))
+    write_json(folder / MANIFEST, data)
