@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmarks.env import environment
 
+EMOJI = Path(__file__).parents[1] / "sdlite" / "models" / "emoji"
 RESULTS = Path(__file__).parent / "results" / "soak.jsonl"
 CALLS = {"onnxruntime": 1.0, "openvino": 1.0, "torch": 0.1}  # share of the calls
 HELD = {"openvino": 50}  # calls that keep the size of the one before
@@ -70,6 +71,34 @@ def large(pipe: Any, side: int = 1024) -> dict[str, Any]:
     held = rss()
     small()
     return {"side_px": side, "before": before, "held": held, "peak": rss(peak=True), "after": rss()}
+
+
+def compilations(count: int = 240) -> dict[int, int]:
+    """MiB after so many compilations of the UNet on OpenVINO of which one graph is kept: what a
+    soak of many shapes gains or loses is the graphs that are kept, not what compiling leaves.
+    """
+    import numpy as np
+
+    from sdlite.artifact import Artifact
+    from sdlite.backends.openvino import CompiledNetwork
+
+    artifact = Artifact.open(EMOJI)
+    config, text = artifact.config("unet"), artifact.config("text_encoder")
+    shape = (1, text["max_position_embeddings"], config["cross_attention_dim"])
+    graph = str(EMOJI / "unet" / "model.onnx")
+    weights = [EMOJI / "unet" / "diffusion_pytorch_model.safetensors"]
+    unet = CompiledNetwork(graph, "unet", "cpu", 1, "fp32", weights=weights, keep=1)
+    seen = {}
+    for i in range(1, count + 1):
+        side = (8, 12, 16)[i % 3]  # never the size of the call before: each call compiles
+        unet(
+            sample=np.zeros((1, config["in_channels"], side, side), np.float32),
+            timestep=np.array(5, np.float32),
+            encoder_hidden_states=np.zeros(shape, np.float32),
+        )
+        if i % 20 == 0:
+            seen[i] = rss()
+    return seen
 
 
 def soak(backend: str, count: int) -> dict[str, Any]:
@@ -117,20 +146,22 @@ def main() -> None:
     for backend, share in CALLS.items():
         if args.only not in (None, backend):
             continue
-        code = (
-            f"import json; from benchmarks.soak import soak; print(json.dumps(soak({backend!r},"
-            f" {round(args.calls * share)})))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        row = {**json.loads(done.stdout.splitlines()[-1]), **environment()}
+        row = measured(f"soak({backend!r}, {round(args.calls * share)})")
+        if backend == "openvino":
+            row["compilations"] = measured("compilations()")
+        row |= environment()
         with open(RESULTS, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         print(json.dumps(row)[:600], flush=True)
+
+
+def measured(call: str) -> dict[str, Any]:
+    """The answer of a function of this module in a process of its own."""
+    code = f"import json; from benchmarks import soak; print(json.dumps(soak.{call}))"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    out: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return out
 
 
 if __name__ == "__main__":
