@@ -84,6 +84,6 @@ def _compilations(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "",
         "OpenVINO keeps the compiled graphs of the last eight shapes of each network, and its"
-        f" memory is mostly theirs. When one is kept, {20 * len(levels)} compilations of the UNet leave it"
-        f" at {min(levels)} to {max(levels)} MiB.",
+        f" memory is mostly theirs. When one is kept, {20 * len(levels)} compilations of the UNet"
+        f" leave it at {min(levels)} to {max(levels)} MiB.",
     ]
