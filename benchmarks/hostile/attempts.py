@@ -41,7 +41,7 @@ def preload() -> None:
     from PIL import PngImagePlugin  # noqa: F401
     from transformers import CLIPTextModel  # noqa: F401
 
-    cli._parser()
+    cli.parser()
 
 
 def attempts(case: Case) -> list[str]:

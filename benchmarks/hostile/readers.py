@@ -73,9 +73,9 @@ def _slim(*files: str) -> Callable[[Path], list[bytes]]:
 
 def _picture(folder: Path) -> None:
     """From the folder to an image, with no engine; and what `sdlite info` shows."""
-    from sdlite.cli import _describe
+    from sdlite.cli.info import describe
 
-    json.dumps(_describe(Artifact.open(folder)), allow_nan=False)
+    json.dumps(describe(Artifact.open(folder)), allow_nan=False)
     pipe = sdlite.Pipeline.from_pretrained(folder, backend="stub")
     pipe(["a red apple", "\U0001f9c0 K\xe4se"], seed=1)
 

@@ -260,4 +260,4 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         main(
             ["distill", "a.toml", "--teacher", "t", "--data", "d", "--out", "o", "--device", "gpu"]
         )
-    assert "advise" in capsys.readouterr().err
+    assert "--device" in capsys.readouterr().err

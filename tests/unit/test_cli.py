@@ -13,8 +13,9 @@ import time
 import pytest
 from PIL import Image
 
-from sdlite import cli, io
-from sdlite.cli import _parser, main
+from sdlite import hub, io
+from sdlite.cli import COMMANDS, main, parser
+from sdlite.cli.terminal import terminable
 from sdlite.errors import SdliteError
 
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
@@ -239,24 +240,77 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
 
 
 def test_help_shows_every_option_with_its_text_and_no_empty_default(capsys):
-    for command in (
-        "generate",
-        "quantize",
-        "export",
-        "distill",
-        "bench",
-        "info",
-        "verify",
-        "models",
-    ):
+    for command in (["--help"], *([*words, "--help"] for words, _ in commands(parser()))):
         with pytest.raises(SystemExit):
-            main([command, "--help"])
+            main(command)
         text = capsys.readouterr().out
         assert "default: None" not in text
         assert "default: False" not in text
-        assert "examples:\n  sdlite " + command in text
-    parsers = next(a.choices for a in _parser()._actions if isinstance(a.choices, dict))
-    assert [(c, a.dest) for c, p in parsers.items() for a in p._actions if not a.help] == []
+        assert text.count("default: the model's own") == 0  # a heading says it
+        assert " ".join(["examples:\n  sdlite", *command[:-1]]) in text
+    every = [
+        (words, action)
+        for words, p in commands(parser())
+        for action in p._actions
+        if not isinstance(action.choices, dict)
+    ]
+    assert len(every) > 100
+    assert [(words, a.dest) for words, a in every if not a.help] == []
+
+
+def commands(p, words=()):
+    """(words, parser) of every command, subcommands included."""
+    for action in p._actions:
+        if isinstance(action.choices, dict):
+            for name, inner in action.choices.items():
+                yield [*words, name], inner
+                yield from commands(inner, [*words, name])
+
+
+def test_help_lists_what_the_registries_hold(capsys):
+    from sdlite import backends
+    from sdlite.distill.advise import DEVICES, WISHES
+    from sdlite.manifest import PRECISIONS
+    from sdlite.quant.insert import SCHEMES
+    from sdlite.quant.observe import OBSERVERS
+    from sdlite.sampling import SAMPLERS
+
+    listed = {
+        "generate": (SAMPLERS, PRECISIONS, backends._BACKENDS),
+        "bench": (SAMPLERS, PRECISIONS, backends._BACKENDS),
+        "quantize": (SAMPLERS, SCHEMES, OBSERVERS),
+        "distill advise": (DEVICES, WISHES),
+    }
+    for command, registries in listed.items():
+        with pytest.raises(SystemExit):
+            main([*command.split(), "--help"])
+        text = re.sub(r"(?<=-)\s+", "", capsys.readouterr().out)
+        assert [n for names in registries for n in names if n not in text] == []
+
+
+def test_every_command_is_in_a_file_of_its_name():
+    for command in COMMANDS:
+        module = importlib.import_module(f"sdlite.cli.{command.name}")
+        assert getattr(module, command.name.upper()) is command
+
+
+def test_distill_without_a_subcommand_is_run(tmp_path, capsys):
+    recipe = str(tmp_path / "none.toml")
+    said = []
+    for words in (["distill", recipe], ["distill", "run", recipe]):
+        assert main([*words, "--teacher", "t", "--data", "d", "--dry-run"]) == 1
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]
+    assert recipe in said[0]
+
+
+def test_the_help_of_all_commands_loads_no_backends_and_samplers():
+    code = (
+        "import sys, sdlite.cli\ntry: sdlite.cli.main(['--help'])\n"
+        "except SystemExit: print({'sdlite.sampling', 'sdlite.backends'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_what_is_probably_not_wanted_is_said(tmp_path, capsys):
@@ -445,10 +499,9 @@ def test_bench_row_that_fails_says_why(capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 def test_termination_that_a_library_turns_into_its_own_error_is_one_still():
     """OpenVINO, while it is imported: ImportError("initialization failed")."""
-    from sdlite.cli import _terminable
 
     def importing(terminated):
-        with _terminable():
+        with terminable():
             try:
                 if terminated:
                     signal.getsignal(signal.SIGTERM)(
@@ -622,10 +675,10 @@ def test_wrong_usage_moves_no_cursor(capsys):
     ],
 )
 def test_every_error_of_the_system_is_one_line(error, words, monkeypatch, capsys):
-    def fail(_: object) -> None:
+    def fail() -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_models", fail)
+    monkeypatch.setattr(hub, "embedded_models", fail)
     assert main(["models"]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"sdlite: {words}")
@@ -740,7 +793,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
     """As SIGHUP is under nohup."""
     before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGHUP, signal.SIGTERM)}
     try:
-        with cli._terminable():
+        with terminable():
             for s in before:
                 os.kill(os.getpid(), s)
     finally:

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import report
 from sdlite import cli
+from sdlite.cli import distill
 from tests.conftest import EMOJI
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,10 +59,15 @@ def spans(document: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", text)
 
 
-def options(command: str) -> set[str]:
-    """Option names of a command of sdlite."""
-    parsers = next(a.choices for a in cli._parser()._actions if isinstance(a.choices, dict))
-    return {o for a in parsers[command]._actions for o in a.option_strings}
+def options(words: list[str]) -> set[str]:
+    """Option names of a command of sdlite; a command alone has those of its subcommands too."""
+    parser, out, words = cli.parser(), set(), list(words)
+    while choices := [a.choices for a in parser._actions if isinstance(a.choices, dict)]:
+        if not words or words[0] not in choices[0]:
+            break
+        parser = choices[0][words.pop(0)]
+        out |= {o for a in parser._actions for o in a.option_strings}
+    return out
 
 
 def shell(text: str) -> list[list[str]]:
@@ -74,7 +80,7 @@ def shell(text: str) -> list[list[str]]:
 def run_shell(text: str) -> None:
     for command, *arguments in shell(text):
         if Path(command).name == "sdlite":
-            args = cli._parser().parse_args(arguments)
+            args = cli.read(arguments)
             if args.command in RUN or arguments == LISTED:
                 assert (
                     cli.main(
@@ -147,7 +153,8 @@ def test_commands_in_the_text_exist(document):
         words = span.split()
         given = {w.split("=")[0] for w in words if w.startswith("--")}
         if words[0] == "sdlite" and len(words) > 1:
-            assert given <= options(words[1]), span
+            assert words[1] in [c.name for c in cli.COMMANDS], span
+            assert given <= options(words[1:]), span
         elif words[:2] == ["python", "-m"]:
             module = ROOT / words[2].replace(".", "/")
             file = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
@@ -176,10 +183,13 @@ def test_names_in_the_text_exist(document, emoji):
         assert set(given.split(",")) <= set(extras), given
 
 
-@pytest.mark.parametrize("command", cli.EXAMPLES)
+@pytest.mark.parametrize("command", [*cli.COMMANDS, *distill.SUBCOMMANDS], ids=lambda c: c.name)
 def test_examples_of_the_help_are_read_by_the_parser(command):
-    for name, *arguments in shell(cli.EXAMPLES[command]):
-        assert (name, cli._parser().parse_args(arguments).command) == ("sdlite", command)
+    found = shell(command.examples)
+    assert found
+    for name, *arguments in found:
+        assert name == "sdlite"
+        assert callable(cli.read(arguments).run)
 
 
 def test_models_md_is_generated_from_the_committed_results():

@@ -1,0 +1,162 @@
+"""`sdlite generate`: images from a prompt."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdlite import arguments
+from sdlite.cli import command, terminal
+from sdlite.errors import InputError
+from sdlite.io import check_file
+
+if TYPE_CHECKING:
+    from sdlite.pipeline import PipelineOutput
+
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+EXAMPLES = """
+    sdlite generate "a red apple on a blue background" --seed 1 --out apple.png
+    sdlite generate "a fox" --num 9 --grid --out foxes.png
+    sdlite generate "a fox" --model my-model --backend openvino --steps 20 --out fox.jpg"""
+
+
+def _options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "prompt", metavar="PROMPT", help="what is painted; English for the embedded model"
+    )
+    formats = ", ".join(FORMATS)
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"image file: {formats}")
+    command.whole(p, "--num", "number of images", 1, arguments.MOST_IMAGES, default=1)
+    p.add_argument(
+        "--grid", action="store_true", help="one file with all images instead of numbered files"
+    )
+    text = "image i uses seed + i; default: drawn, and written into the file"
+    command.whole(p, "--seed", text, 0, arguments.SEEDS)
+    p.add_argument("--quiet", action="store_true", help="no progress bar, no report")
+    _model_options(p)
+    _sampling_options(p)
+
+
+def _model_options(p: argparse.ArgumentParser) -> None:
+    from sdlite import backends
+    from sdlite.manifest import PRECISIONS
+
+    group = p.add_argument_group("model and backend")
+    group.add_argument("--model", default="emoji", help=command.MODEL)
+    command.add_revision(group)
+    precisions = command.one_of(PRECISIONS)
+    group.add_argument("--precision", help=f"{precisions}; default: the first that the model holds")
+    names = command.one_of(["auto", *backends._BACKENDS])
+    group.add_argument("--backend", default="auto", help=names)
+    group.add_argument("--device", default="cpu", help="cpu or cuda; gpu or npu with openvino")
+    group.add_argument(
+        "--arithmetic",
+        help="what openvino computes float layers in: float32, bfloat16 or float16; default: by"
+        " precision and CPU",
+    )
+    command.add_threads(group)
+
+
+def _sampling_options(p: argparse.ArgumentParser) -> None:
+    group = command.sampling(p, "sampling and size")
+    command.add_guidance(group)
+    group.add_argument(
+        "--negative-prompt",
+        metavar="PROMPT",
+        help="what guidance leads away from; needs a guidance above 1",
+    )
+    command.add_size(group)
+    group.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="height x width x images that may be made at once",
+    )
+    group.add_argument(
+        "--vae-tiling",
+        action="store_true",
+        help="decode large images in tiles: less memory, slightly different pixels",
+    )
+    text = "decode in tiles of at most PX pixels"
+    most = arguments.MOST_PIXELS
+    command.whole(group, "--vae-tile-size", text, high=most, metavar="PX")
+
+
+def _run(args: argparse.Namespace) -> None:
+    from sdlite.pipeline import Pipeline
+
+    paths = _paths(args.out, args.num, args.grid)
+    pipe = Pipeline.from_pretrained(
+        args.model,
+        precision=args.precision,
+        backend=args.backend,
+        device=args.device,
+        revision=args.revision,
+        threads=args.threads,
+        arithmetic=args.arithmetic,
+    )
+    if args.vae_tiling or args.vae_tile_size is not None:
+        pipe.enable_vae_tiling(args.vae_tile_size)
+    out = pipe(
+        args.prompt,
+        negative_prompt=args.negative_prompt,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        seed=args.seed,
+        num_images_per_prompt=args.num,
+        height=args.height,
+        width=args.width,
+        sampler=args.sampler,
+        progress=not args.quiet,
+        max_pixels=args.max_pixels,
+    )
+    _save(out, paths, args.wrote)
+    if not args.quiet:
+        terminal.say(*str(out.report).split("\n"))
+    terminal.say(_wrote(out, paths))
+
+
+def _paths(out: Path, count: int, as_grid: bool) -> list[Path]:
+    """The files that will be written.
+
+    Raises:
+        InputError: an ending or a folder that cannot be written to.
+    """
+    if out.suffix.lower() not in FORMATS:
+        raise InputError(
+            f"--out {out}: the ending {out.suffix!r} is not one of {', '.join(FORMATS)}."
+        )
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first.")
+    paths = [out]
+    if count > 1 and not as_grid:
+        digits = len(str(count - 1))
+        paths = [out.with_name(f"{out.stem}-{i:0{digits}d}{out.suffix}") for i in range(count)]
+    for path in paths:
+        check_file(path)
+    return paths
+
+
+def _save(out: PipelineOutput, paths: list[Path], wrote: list[Path]) -> None:
+    """One file an image, or one file for all; `wrote` grows by each that is whole."""
+    from sdlite import images
+
+    if len(paths) < len(out.images):
+        seeds = ",".join(map(str, out.seeds))
+        images.save(images.grid(out.images), paths[0], {**out.metadata[0], "seed": seeds})
+        return
+    for path, image in zip(paths, out.images, strict=True):
+        images.save(image, path)
+        wrote.append(path)
+
+
+def _wrote(out: PipelineOutput, paths: list[Path]) -> str:
+    count = len(out.images)
+    seeds = str(out.seeds[0]) if count == 1 else f"{out.seeds[0]} to {out.seeds[-1]}"
+    files = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
+    made = "1 image" if count == 1 else f"{count} images"
+    return f"wrote {files} ({made}, seed {seeds}, {out.timings['total']:.2f} s)"
+
+
+GENERATE = command.Command("generate", "Make images from a prompt.", EXAMPLES, _options, _run)
