@@ -110,7 +110,7 @@ def main() -> None:
 
     import sdlite
     from sdlite.backends import Networks
-    from sdlite.backends.openvino import CompiledNetwork, arithmetic_of
+    from sdlite.backends.openvino_network import CompiledNetwork, arithmetic_of
     from sdlite.manifest import PARTS
     from sdlite.quant import Calibration, Gate, quantize, read_prompts
     from sdlite.quant import gate as gates

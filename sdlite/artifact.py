@@ -1,18 +1,13 @@
-"""The artefact: a diffusers folder with ONNX graphs beside the weights and `sdlite.json`, the
-manifest that ties them together.
+"""A model folder: diffusers' layout with ONNX graphs beside the weights, and the manifest that ties
+them together.
 
-    model_index.json  tokenizer/  scheduler/  text_encoder/  unet/  vae/      diffusers' own layout,
-                      safetensors
-    <part>/model.onnx                                                         graphs, for
-                                                                              text_encoder, unet,
-                                                                              vae_decoder
-    sdlite.json                                                               format, student,
-                                                                              variants, sampler,
-                                                                              file hashes
+    model_index.json tokenizer/ scheduler/ text_encoder/ unet/ vae/   diffusers' layout, safetensors
+    <part>/model.onnx      a graph of text_encoder, unet and vae_decoder each
+    sdlite.json            format, student, variants, sampler, hashes of all files
 
-A folder without a manifest is a plain diffusers pipeline and is accepted for the `torch` backend.
-Readers refuse unknown major versions, paths that leave the folder, missing or changed files, and
-pickles. Writers write beside and rename.
+A folder without a manifest is a plain diffusers pipeline, which the `torch` backend runs. Readers
+refuse unknown major versions, paths that leave the folder, missing or changed files, and pickles.
+Writers write beside the folder and rename.
 """
 
 from __future__ import annotations
@@ -20,7 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +34,10 @@ from sdlite.manifest import (
     SAMPLER,
     STUDENT,
     TEXT,
+    CalibrationRow,
     Manifest,
+    NetworkRow,
+    SamplerRow,
 )
 from sdlite.sampling import known_sampler, sampler_of
 from sdlite.weights import model_files, stem
@@ -77,14 +75,8 @@ class Artifact:
 
     def __init__(self, folder: Path, manifest: Manifest | None, export: Export | None = None):
         self.folder, self.manifest, self.export = folder, manifest, export
-        listed, listing = (
-            (manifest.files, MANIFEST)
-            if manifest
-            else (export.files, REPORT)
-            if export
-            else (None, "")
-        )
-        self.files = Files(folder, listed, listing)
+        listed = self.listing.files if self.listing else None
+        self.files = Files(folder, listed, MANIFEST if manifest else REPORT if export else "")
         self.index = self._index()
 
     def _index(self) -> dict[str, Any]:
@@ -170,19 +162,34 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        given = (
-            self.manifest.name
-            if self.manifest
-            else self.export.report.get("model")
-            if self.export
-            else None
-        )
+        """What the manifest or the report calls the model, else the folder's name."""
+        given = self.manifest.name if self.manifest else self._report.get("model")
         return printable(given or self.folder.name)
 
     @property
-    def sampler(self) -> dict[str, Any]:
+    def _report(self) -> Mapping[str, Any]:
+        """An export's report; {} for any other folder."""
+        return self.export.report if self.export else {}
+
+    def required_manifest(self) -> Manifest:
+        """The manifest.
+
+        Raises:
+            ArtifactError: a plain diffusers folder or an export, which have none.
+        """
+        if self.manifest is None:
+            raise ArtifactError(
+                f"{self.folder} has no {MANIFEST}; make a model with one by sdlite.convert."
+            )
+        return self.manifest
+
+    @property
+    def sampler(self) -> SamplerRow:
         """Name, steps and guidance that the model is made for; {} for a plain diffusers folder."""
-        return self.manifest.sampler if self.manifest else dict(self._student().get("sampler", {}))
+        if self.manifest:
+            return self.manifest.sampler
+        own: SamplerRow = self._student().get("sampler", {})
+        return own
 
     @property
     def sampler_name(self) -> str:
@@ -191,7 +198,7 @@ class Artifact:
         Raises:
             UnknownNameError, InputError: a scheduler that we do not have.
         """
-        return str(self.sampler.get("name") or sampler_of(self.config("scheduler")))
+        return self.sampler.get("name") or sampler_of(self.config("scheduler"))
 
     @property
     def sampler_defaults(self) -> SamplerDefaults:
@@ -200,34 +207,36 @@ class Artifact:
         return SamplerDefaults(own.get("num_inference_steps", 50), own.get("guidance_scale", 7.5))
 
     @property
-    def samples_with(self) -> dict[str, Any]:
-        """What a call samples with when it does not say: {name, num_inference_steps,
-        guidance_scale}.
+    def samples_with(self) -> SamplerRow:
+        """What a call samples with when it does not say.
 
         Raises:
             UnknownNameError, InputError: a scheduler that we do not have.
         """
-        return {"name": self.sampler_name, **dataclasses.asdict(self.sampler_defaults)}
+        own = self.sampler_defaults
+        return {
+            "name": self.sampler_name,
+            "num_inference_steps": own.num_inference_steps,
+            "guidance_scale": own.guidance_scale,
+        }
 
     def with_sampler(self, name: str | None) -> Artifact:
         """The same model, opened, with another sampler of its own: what is made of it keeps that
         one.
 
         Raises:
-            UnknownNameError: no such sampler.
+            UnknownNameError: no such sampler. ArtifactError: the folder has no manifest.
         """
         if name is None:
             return self
         known_sampler(name)
-        assert self.manifest is not None
+        own = self.required_manifest()
         out = copy.copy(self)
-        out.manifest = dataclasses.replace(
-            self.manifest, sampler={**self.manifest.sampler, "name": name}
-        )
+        out.manifest = dataclasses.replace(own, sampler={**own.sampler, "name": name})
         return out
 
     @property
-    def student(self) -> dict[str, Any]:
+    def student(self) -> dict[str, object]:
         """How the model was made and how large it is; {} for a plain diffusers folder."""
         return self.manifest.student if self.manifest else dict(self._student().get("student", {}))
 
@@ -240,22 +249,80 @@ class Artifact:
         return out
 
     @property
-    def listing(self) -> Manifest | Export | None:
-        """What names the folder's networks and their files' hashes."""
-        return self.manifest or self.export
+    def calibration(self) -> CalibrationRow:
+        """The manifest's own prompts and layers in float; {} where it has none."""
+        return (self.manifest.calibration if self.manifest else None) or {}
 
     @property
     def failed(self) -> list[str]:
         """What of its quality check does not hold: the model was kept to be looked at. [] for every
         other.
         """
-        said: Any = (
-            self.manifest.quality if self.manifest else self.export.report if self.export else None
+        said = self.manifest.quality if self.manifest else self._report
+        return [str(x) for x in said.get("failed", ())] if said else []
+
+    def checked_on(self, backend: str) -> bool:
+        """Whether the model's quality check ran on a backend."""
+        quality = (self.manifest.quality if self.manifest else None) or {}
+        return backend in quality.get("engines", {})
+
+    # --- what it holds
+
+    @property
+    def listing(self) -> Manifest | Export | None:
+        """What names the folder's networks and their files' hashes."""
+        return self.manifest or self.export
+
+    @property
+    def precisions(self) -> list[str]:
+        """Of the listed networks, best first; [] for a plain diffusers folder."""
+        return list(self.listing.variants) if self.listing else []
+
+    @property
+    def precision(self) -> str:
+        """The one that is run when nobody says: the export's, the first that is held, or fp32."""
+        return self.export.precision if self.export else next(iter(self.precisions), "fp32")
+
+    def holds(self, precision: str) -> bool:
+        """Whether all three networks are listed in a precision."""
+        return self.listing is not None and set(PARTS) <= set(
+            self.listing.variants.get(precision, {})
         )
-        return [str(x) for x in said.get("failed", ())] if isinstance(said, dict) else []
 
     def has_onnx(self, precision: str) -> bool:
-        return bool(self.manifest and set(PARTS) <= set(self.manifest.variants.get(precision, {})))
+        """Whether a model that sdlite converted holds ONNX graphs of a precision."""
+        return self.manifest is not None and self.holds(precision)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it holds float weights that torch runs."""
+        return self.manifest is None or any((self.folder / "unet").glob("*.safetensors"))
+
+    def network(self, precision: str, part: str) -> NetworkRow:
+        """What the listing says of a network. The precision must be one that `holds`."""
+        if self.listing is None:
+            raise ArtifactError(f"{self.folder} has no {MANIFEST} that lists its networks.")
+        return self.listing.variants[precision][part]
+
+    def network_files(self, precision: str, part: str) -> list[str]:
+        """Paths of a network's graph and of the weights that it reads."""
+        row = self.network(precision, part)
+        return [row["file"], *row["weights"]]
+
+    def hashes(self, files: Iterable[str]) -> list[str]:
+        """SHA-256 of listed files."""
+        return [self.listing.files[f]["sha256"] for f in files] if self.listing else []
+
+    def bytes_of(self, files: Iterable[str]) -> int:
+        """Bytes of listed files together; a file that is named twice counts once."""
+        listed = self.listing.files if self.listing else {}
+        return sum(int(listed[f]["bytes"]) for f in dict.fromkeys(files))
+
+    def bytes_held(self, precision: str) -> int:
+        """Bytes of the files of a precision's three networks."""
+        if self.listing is None:
+            return 0
+        return self.bytes_of(f for p in PARTS for f in self.network_files(precision, p))
 
     def config(self, part: str) -> dict[str, Any]:
         """The configuration of a network or the scheduler.
@@ -273,10 +340,9 @@ class Artifact:
         Raises:
             ArtifactError: see `verify`.
         """
-        assert self.manifest is not None
-        row = self.manifest.variants[precision][part]
-        self.verify([row["file"], *row["weights"]])
-        return self.files.path(row["file"])
+        files = self.network_files(precision, part)
+        self.verify(files)
+        return self.files.path(files[0])
 
     def verify(self, paths: Iterable[str] | None = None) -> list[str]:
         """Check size and SHA-256 of `paths` (default: every file of the manifest, or of an export's

@@ -70,7 +70,7 @@ def jobs(
                 f"precision={p!r} is not known; choose one of {', '.join(PRECISIONS)}."
             )
     for b in backend_names or ():
-        backends.get_backend(b)  # says which name is wrong or which extra is missing
+        backends.ready(b)  # says which name is wrong or which extra is missing
     out: list[Job] = []
     for p in precisions or held:
         able = backends.installed_with(p) if artifact.has_onnx(p) else []

@@ -13,9 +13,9 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -30,7 +30,7 @@ from sdlite.errors import CONVERT_NEEDS, InputError, need
 from sdlite.families import listed_index, vae_config, vae_stride
 from sdlite.files import Files
 from sdlite.io import alone, cache_root, read_json, writing
-from sdlite.manifest import Manifest, write_manifest
+from sdlite.manifest import Manifest, NetworkRow, SamplerRow, write_manifest
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS, IOSpec, latent_size
 from sdlite.tokenizer import ClipTokenizer
@@ -323,7 +323,7 @@ def convert(
     *,
     name: str = "",
     student: dict[str, Any] | None = None,
-    sampler: dict[str, Any] | None = None,
+    sampler: Mapping[str, object] | None = None,
     calibration_prompts: Sequence[str] | None = None,
     keep_float: dict[str, Sequence[str]] | None = None,
 ) -> Path:
@@ -357,11 +357,13 @@ def convert(
         Path(arguments.path("out", out)),
     )
     if sampler and "name" in sampler:
-        known_sampler(sampler["name"])
+        known_sampler(arguments.text("sampler name", sampler["name"]))
     ClipTokenizer.from_pretrained(source.files.part("tokenizer"), source.config("text_encoder"))
     with writing(out) as tmp:
         _copy(source, tmp)
-        manifest = Manifest(name=name or source.folder.name, sampler=sampler or {})
+        manifest = Manifest(
+            name=name or source.folder.name, sampler=cast(SamplerRow, sampler or {})
+        )
         manifest.student = {**_write_graphs(tmp, manifest), **(student or {})}
         if calibration_prompts:
             manifest.calibration = {"prompts": list(calibration_prompts)}
@@ -411,9 +413,8 @@ def _write_graphs(root: Path, manifest: Manifest) -> dict[str, int]:
     examples = _examples(parts, multiple)
     entries = {p: _write_part(root, p, SPECS[p], parts[p], *examples[p]) for p in parts}
     # float16 storage is exact in float32: one set of files is both variants.
-    manifest.variants = dict.fromkeys(
-        ("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",), entries
-    )
+    held = ("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",)
+    manifest.variants = dict.fromkeys(held, entries)
     counts = {f"{p}_parameters": sum(q.numel() for q in w.parameters()) for p, w in parts.items()}
     counts["vae_parameters"] = counts.pop("vae_decoder_parameters")
     return counts
@@ -482,7 +483,7 @@ def _write_part(
     wrapped: nn.Module,
     inputs: tuple[Tensor, ...],
     shapes: dict[str, Any],
-) -> dict[str, Any]:
+) -> NetworkRow:
     weights = weight_files(root / spec.source)
     [dtype] = dtypes(weight_index(weights))
     model = ir.to_proto(trace(part, wrapped, inputs, shapes))

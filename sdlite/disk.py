@@ -25,14 +25,11 @@ def _existing(path: Path) -> Path:
 
 def sizes(artifact: Artifact, source: str) -> dict[str, int]:
     """Bytes of each network while it is converted: float16 weights are opened to float32."""
-    assert artifact.manifest is not None
     out = {}
     for p in PARTS:
-        entry = artifact.manifest.variants[source][p]
-        stored = sum(
-            (artifact.folder / f).stat().st_size for f in (entry["file"], *entry.get("weights", ()))
-        )
-        out[p] = stored * (2 if entry.get("storage") == "float16" else 1)
+        files = artifact.network_files(source, p)
+        stored = sum((artifact.folder / f).stat().st_size for f in files)
+        out[p] = stored * (2 if artifact.network(source, p)["storage"] == "float16" else 1)
     return out
 
 

@@ -21,6 +21,8 @@ from sdlite.manifest import (
     ROW,
     SIZE_MULTIPLE,
     TEXT,
+    FileRow,
+    Variants,
     check_row,
     listed,
     plain_path,
@@ -35,7 +37,7 @@ OPENED_BY = {  # target -> backends that run what it makes
 }
 
 
-def _made(file: str | Path, key: str, path: Any) -> None:
+def _made(file: str | Path, key: str, path: str) -> None:
     """A path of what a converter made: OpenVINO's and ncnn's networks end in .bin."""
     (plain_path if path.endswith(".bin") else safe_path)(path, file)
 
@@ -78,8 +80,8 @@ class Export:
     """
 
     report: dict[str, Any]
-    variants: dict[str, dict[str, dict[str, Any]]]
-    files: dict[str, dict[str, Any]]
+    variants: Variants
+    files: dict[str, FileRow]
     size: tuple[int, int] | None
     size_multiple: int
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from sdlite import memory
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, Networks, Report, get_backend
+from sdlite.backends import Network, Networks, Report, ready
 from sdlite.manifest import PARTS
 from sdlite.onnx_graph import Graph
 from sdlite.pipeline import Pipeline
@@ -100,7 +100,7 @@ class OnDemand:
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         if self._network is None:
-            self._network, _ = get_backend("onnxruntime").load_part(*self.arguments)
+            self._network, _ = ready("onnxruntime").load_part(*self.arguments)
         out: np.ndarray = self._network(**inputs)
         return out
 
@@ -114,21 +114,18 @@ def on_demand(artifact: Artifact, threads: int | None, precision: str = "fp32") 
     """A pipeline on onnxruntime whose networks are opened when they are called; `let_go` closes
     them.
     """
-    assert artifact.manifest is not None
+    own = artifact.required_manifest()
     report = Report(
         artifact.name,
         "onnxruntime",
         "cpu",
         precision,
         "the reference",
-        get_backend("onnxruntime").engine(),
+        ready("onnxruntime").engine(),
     )
     networks = {p: OnDemand(artifact, p, precision, threads) for p in PARTS}
     return Pipeline(
-        artifact,
-        Networks(
-            **networks, report=report, size_multiple=artifact.manifest.size_multiple, size=None
-        ),
+        artifact, Networks(**networks, report=report, size_multiple=own.size_multiple, size=None)
     )
 
 

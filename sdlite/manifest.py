@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from sdlite import schema
 from sdlite.errors import ArtifactError, printable
@@ -26,22 +26,85 @@ REPORT = "export-report.json"
 STUDENT = "student.json"
 
 
+class FileRow(TypedDict):
+    """What a listing says of one file."""
+
+    sha256: str
+    bytes: int
+
+
+class NetworkRow(TypedDict, total=False):
+    """What a listing says of one network: its files, and how its weights are kept and computed."""
+
+    file: Required[str]
+    weights: Required[list[str]]  # files that `file` reads
+    storage: Required[str]
+    arithmetic: Required[str]
+    opset: int
+    scheme: str
+    inputs: list[dict[str, object]]
+    output: dict[str, object]
+    batch: int  # where it is fixed
+    cuts: bool  # the UNet is three graphs (`sdlite.backends.fused`)
+
+
+class SamplerRow(TypedDict, total=False):
+    """How a model samples when a call does not say."""
+
+    name: str
+    num_inference_steps: int
+    guidance_scale: float
+
+
+class CalibrationRow(TypedDict, total=False):
+    """Prompts that quantizing measures ranges on, and the layers that it leaves in float; of a
+    quantized model, how its ranges were measured.
+    """
+
+    prompts: list[str]
+    keep_float: dict[str, list[str]]
+    prompts_sha256: str
+    num_prompts: int
+    samples: int
+    seed: int
+    num_inference_steps: int
+    observer: str
+
+
+class QualityRow(TypedDict, total=False):
+    """The quality check of a quantized model: what it was compared with, the result on each
+    backend, and what failed.
+    """
+
+    against: str
+    engines: dict[str, dict[str, object]]
+    failed: list[str]
+
+
+Variants = dict[str, dict[str, NetworkRow]]  # precision -> part -> its row
+
+
 @dataclass
 class Manifest:
-    """sdlite.json. `variants`: precision -> part -> {file, weights, storage, arithmetic, opset};
-    `files`: path -> {sha256, bytes}.
+    """What sdlite.json holds.
+
+    Attributes:
+        student: how the model was made and how large it is.
+        files: path -> size and hash of every file of the model.
+        size_multiple: height and width must be multiples of this for the ONNX graphs, in pixels.
+        max_pixels: height x width x images that a call may make when it does not say; None is
+            sdlite's own limit.
     """
 
     format: str = FORMAT
     name: str = ""
-    student: dict[str, Any] = field(default_factory=dict)
-    sampler: dict[str, Any] = field(default_factory=dict)
-    variants: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    calibration: dict[str, Any] | None = None
-    quality: dict[str, Any] | None = None
-    size_multiple: int = 8  # height and width must be multiples of this for the ONNX graphs
-    # height x width x images that a call may make when it does not say; None: sdlite's own
+    student: dict[str, object] = field(default_factory=dict)
+    sampler: SamplerRow = field(default_factory=SamplerRow)
+    variants: Variants = field(default_factory=dict)
+    files: dict[str, FileRow] = field(default_factory=dict)
+    calibration: CalibrationRow | None = None
+    quality: QualityRow | None = None
+    size_multiple: int = 8
     max_pixels: int | None = None
 
     @classmethod
@@ -69,7 +132,7 @@ class Manifest:
                 check_row(file, f"variants.{precision}.{part}", part, entry, out.files, (".onnx",))
         return out
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """What sdlite.json holds."""
         out = dataclasses.asdict(self)
         if self.max_pixels is None:
@@ -81,7 +144,7 @@ def check_row(
     file: str | Path,
     key: str,
     part: str,
-    entry: dict[str, Any],
+    entry: NetworkRow,
     files: Collection[str],
     endings: tuple[str, ...] = (),
 ) -> None:
@@ -142,16 +205,10 @@ def listed(path: schema.Rule) -> schema.Rule:
 
 
 TEXT, _TEXTS = schema.text(), schema.each(schema.text(10_000))
-
-
 SIZE_MULTIPLE = schema.whole(1, 8192)
-
-
 SAMPLER = schema.record(
     {"name": TEXT, "num_inference_steps": schema.whole(1, 1000), "guidance_scale": schema.number()}
 )
-
-
 ROW = schema.record(
     {
         "file": TEXT,
@@ -167,8 +224,6 @@ ROW = schema.record(
     },
     ("file", "weights", "storage", "arithmetic"),
 )
-
-
 _MANIFEST = schema.record(
     {
         "name": TEXT,

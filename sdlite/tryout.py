@@ -46,7 +46,7 @@ def try_out(folder: Path) -> None:
 def _answer(artifact: Artifact, part: str, **inputs: np.ndarray) -> np.ndarray:
     """One network's answer, which is then let go."""
     name = next((n for n in backends.installed_with("fp32") if artifact.has_onnx("fp32")), "torch")
-    backend = backends.get_backend(name)
+    backend = backends.ready(name)
     network, _ = backend.load_part(artifact, part, "fp32", "cpu", None)
     stride = vae_stride(artifact.config("vae"))
     checked = backends.Checked(network, part, stride, backend.engine())

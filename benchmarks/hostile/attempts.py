@@ -31,9 +31,9 @@ _SLOW = {"torch": 60.0}  # seconds; the others have `isolate.SECONDS`
 def preload() -> None:
     """Import what the attempts need, so that a fork has it."""
     os.environ.update(SDLITE_OPENVINO_CACHE="0", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    import sdlite.backends.openvino
+    import sdlite.backends.openvino_network
     import sdlite.backends.ort
-    import sdlite.backends.torch
+    import sdlite.backends.torch_module
     import sdlite.converter
     import sdlite.onnx_graph
     import sdlite.torch_networks  # noqa: F401

@@ -4,28 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, NetworkReport, entry
+from sdlite.backends import Backend, Network, NetworkReport, entry, names
 
-PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-static")
-DEVICES = ("cpu",)
 WIDTH, ROWS, STRIDE = 192, 3000, 8  # of the embedded model; rows: more than its embeddings
-
-
-def register() -> None:
-    """Pipelines can be loaded with backend="stub"."""
-    from sdlite import backends, exported
-
-    backends._BACKENDS["stub"] = ("benchmarks.hostile.stub", "numpy", "stub")
-    for target, names in exported.OPENED_BY.items():
-        exported.OPENED_BY[target] = (*names, "stub")
-
-
-def engine() -> str:
-    return "none"
-
-
-def notes(precision: str, device: str) -> list[str]:
-    return []
 
 
 def _text_encoder(input_ids: np.ndarray) -> np.ndarray:
@@ -46,9 +27,34 @@ def _vae_decoder(latent_sample: np.ndarray) -> np.ndarray:
 _NETWORKS = {"text_encoder": _text_encoder, "unet": _unet, "vae_decoder": _vae_decoder}
 
 
-def load_part(
-    artifact: Artifact, part: str, precision: str, device: str, threads: int | None
-) -> tuple[Network, NetworkReport]:
-    row, size = entry(artifact, part, precision)
-    about = NetworkReport(part, row["file"], size, row["storage"], row["arithmetic"], 0.0)
-    return _NETWORKS[part], about
+class Stub(Backend):
+    name = "stub"
+    package = "numpy"
+    precisions = ("fp32", "fp16", "int8-dynamic", "int8-static")
+
+    def engine(self) -> str:
+        return "none"
+
+    def load_part(
+        self,
+        artifact: Artifact,
+        part: str,
+        precision: str,
+        device: str,
+        threads: int | None,
+        arithmetic: str | None = None,
+    ) -> tuple[Network, NetworkReport]:
+        row, size = entry(artifact, part, precision)
+        about = NetworkReport(part, row["file"], size, row["storage"], row["arithmetic"])
+        return _NETWORKS[part], about
+
+
+def register() -> None:
+    """Pipelines can be loaded with backend="stub"."""
+    from sdlite import backends, exported
+
+    if "stub" in names():
+        return
+    backends.register(Stub())
+    for target, opened_by in exported.OPENED_BY.items():
+        exported.OPENED_BY[target] = (*opened_by, "stub")

@@ -1,6 +1,6 @@
-"""`backend="auto"`: the fastest installed engine, by what was measured, and why.
+"""`backend="auto"`: the fastest installed backend by what was measured, and why.
 
-Float models run on onnxruntime: in float32 the two engines are within 5% of each other (BK-Tiny's
+Float models run on onnxruntime: in float32 it and OpenVINO are within 5% of each other (BK-Tiny's
 shape at 512 px 15.4 and 14.6 s, the embedded student 16 and 17 ms, with AMX), and OpenVINO compiles
 for seconds first. Its bfloat16 is 4 times faster with AMX, but gives other images (51 dB), so it is
 taken only when `arithmetic` asks for it. int8 goes by RULES: for a model of the embedded student's
@@ -14,15 +14,17 @@ from dataclasses import dataclass
 
 from sdlite import cpu
 from sdlite.artifact import Artifact
+from sdlite.backends import registry
+from sdlite.backends.base import Backend
+from sdlite.backends.held import lacking
+from sdlite.errors import MissingExtraError
+from sdlite.exported import Export
 from sdlite.families import vae_stride
-from sdlite.manifest import PARTS
-
-ENGINES = ("onnxruntime", "openvino")  # that run ONNX graphs, in the order that "auto" asks them
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`engine` makes images faster than onnxruntime where all of it holds.
+    """`engine`, a backend, makes images faster than onnxruntime where all of this holds.
 
     Attributes:
         feature: of the processor, by Linux' name.
@@ -46,7 +48,7 @@ class Rule:
         return (
             precision == self.precision
             and self.feature in cpu.features()
-            and megabytes(artifact, precision) >= self.least_mb
+            and artifact.bytes_held(precision) / 1e6 >= self.least_mb
             and side(artifact) >= self.least_px
         )
 
@@ -92,16 +94,6 @@ RULES = (
 )
 
 
-def megabytes(artifact: Artifact, precision: str) -> float:
-    """Of the files of a precision's three networks."""
-    listing = artifact.listing
-    if listing is None:
-        return 0.0
-    parts = listing.variants[precision]
-    files = {f for p in PARTS for f in (parts[p]["file"], *parts[p]["weights"])}
-    return sum(int(listing.files[f]["bytes"]) for f in files) / 1e6
-
-
 def side(artifact: Artifact) -> int:
     """The shorter side of the model's own image, in pixels."""
     sample = artifact.config("unet").get("sample_size") or 64
@@ -109,13 +101,78 @@ def side(artifact: Artifact) -> int:
     return int(latent) * vae_stride(artifact.config("vae"))
 
 
-def checked(artifact: Artifact, engine: str) -> bool:
-    """Whether the int8 model's quality check ran on `engine`."""
-    quality = (artifact.manifest.quality if artifact.manifest else None) or {}
-    return engine in quality.get("engines", {})
-
-
 def rule(artifact: Artifact, precision: str) -> Rule | None:
-    """The first that holds, of an engine whose images were checked when the model was quantized."""
+    """The first rule that holds, of a backend whose images were checked when the model was
+    quantized.
+    """
     able = (r for r in RULES if r.holds(artifact, precision))
-    return next((r for r in able if checked(artifact, r.engine)), None)
+    return next((r for r in able if artifact.checked_on(r.engine)), None)
+
+
+def choose(artifact: Artifact, precision: str, arithmetic: str | None = None) -> tuple[str, str]:
+    """The backend that "auto" takes, and the reason that the report gives: the fastest installed
+    one that runs the graphs, else one that runs the weights.
+
+    Raises:
+        MissingExtraError: no backend that could run it is installed. PrecisionError: nothing here
+            could run this precision.
+        ArtifactError: an export that no backend opens.
+    """
+    if artifact.export:
+        return _opener(artifact, artifact.export)
+    if not artifact.has_onnx(precision):
+        if (other := _of_weights(artifact, precision)) is None:
+            raise lacking(artifact, precision)
+        plain = "a plain diffusers folder"
+        why = f"{artifact.name} holds no {precision} ONNX graphs" if artifact.manifest else plain
+        return other.name, f"auto: {why}, and {other.name} runs its weights"
+    if arithmetic is not None and (told := _told(arithmetic)):
+        return told.name, f"auto: arithmetic={arithmetic!r} is {told.name}'s to choose"
+    if able := registry.installed_with(precision):
+        return _fastest(artifact, precision, able)
+    if other := _of_weights(artifact, precision):
+        every = [b.name for b in registry.ordered() if b.graphs]
+        return other.name, f"auto: neither {' nor '.join(every)} is installed"
+    missing = [b.install for b in registry.ordered() if b.graphs and precision in b.precisions]
+    raise MissingExtraError(
+        f"no engine for {precision} is installed: pip install {' or '.join(missing)}."
+    )
+
+
+def _fastest(artifact: Artifact, precision: str, able: list[str]) -> tuple[str, str]:
+    """Of these installed backends, and why."""
+    if found := rule(artifact, precision):
+        if found.engine in able:
+            return found.engine, f"auto: {found}"
+        install = registry.get_backend(found.engine).install
+        return able[0], (
+            f"auto: installed; {found.engine} would be faster ({found}): pip install {install}"
+        )
+    first = next(b.name for b in registry.ordered() if b.graphs)
+    other = "" if able[0] == first else f"; {first} is not installed"
+    return able[0], f"auto: the fastest installed engine for {precision} here{other}"
+
+
+def _of_weights(artifact: Artifact, precision: str) -> Backend | None:
+    """An installed backend that runs the model's float weights in this precision."""
+    able = (b for b in registry.ordered() if not b.graphs and b.runs(artifact, precision))
+    return next((b for b in able if registry.installed(b.name)), None)
+
+
+def _told(arithmetic: str) -> Backend | None:
+    """The backend that can be told to compute in `arithmetic`, else one that can be told at all."""
+    able = [b for b in registry.ordered() if b.arithmetic]
+    return next((b for b in able if arithmetic in b.arithmetic), able[0] if able else None)
+
+
+def _opener(artifact: Artifact, export: Export) -> tuple[str, str]:
+    """The installed backend that opens an export, and why."""
+    if not export.backends:
+        raise export.refusal(artifact.folder, "auto")
+    name = next((n for n in export.backends if registry.installed(n)), None)
+    if name is None:
+        install = registry.get_backend(export.backends[0]).install
+        raise MissingExtraError(
+            f"{artifact.folder} was exported for {export.target}: pip install {install}."
+        )
+    return name, f"auto: exported for {export.target}"

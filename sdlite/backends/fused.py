@@ -8,8 +8,7 @@ computed once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
 
 import numpy as np
 
@@ -30,20 +29,16 @@ class Hoisted:
         self.direct = [n for n in ("timestep", "encoder_hidden_states") if n in step_inputs]
         self._time, self._prompt = _Remembered(time, TIMES), _Remembered(prompt, keep)
 
-    def __call__(
-        self, *, sample: np.ndarray, timestep: np.ndarray, encoder_hidden_states: np.ndarray
-    ) -> np.ndarray:
-        given = {"timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
-        inputs = {
-            "sample": sample,
-            **{n: given[n] for n in self.direct},
-            **self._time(float(timestep), {"timestep": timestep}),
-            **self._prompt(
-                (encoder_hidden_states.shape, encoder_hidden_states.tobytes()),
-                {"encoder_hidden_states": encoder_hidden_states},
-            ),
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        """sample (B, C, h, w), timestep () and encoder_hidden_states (B, L, D) -> (B, C, h, w)."""
+        time, text = inputs["timestep"], inputs["encoder_hidden_states"]
+        given = {
+            "sample": inputs["sample"],
+            **{n: inputs[n] for n in self.direct},
+            **self._time(float(time), {"timestep": time}),
+            **self._prompt((text.shape, text.tobytes()), {"encoder_hidden_states": text}),
         }
-        return self.step(inputs)[self.output]
+        return self.step(given)[self.output]
 
 
 class _Remembered:
@@ -53,10 +48,10 @@ class _Remembered:
 
     def __init__(self, run: Run, keep: int):
         self.run, self.keep = run, keep
-        self._held: dict[Any, dict[str, np.ndarray]] = {}
+        self._held: dict[Hashable, dict[str, np.ndarray]] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, key: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, key: Hashable, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with self._lock:
             found = self._held.get(key)
         if found is not None:

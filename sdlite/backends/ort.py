@@ -1,8 +1,4 @@
-"""onnxruntime: the artefact's ONNX graphs on the CPU execution provider, or on CUDA with inputs
-    bound to the device.
-
-CUDA was written against onnxruntime's IOBinding API and has not been run on a GPU by us.
-"""
+"""ONNX graphs as networks on onnxruntime: sessions on the CPU, or on CUDA with bound inputs."""
 
 from __future__ import annotations
 
@@ -15,39 +11,19 @@ import onnxruntime as ort
 
 from sdlite import running
 from sdlite.artifact import Artifact
-from sdlite.backends import (
-    ROW_BY_ROW,
-    Network,
-    NetworkReport,
-    Overflowing,
-    RowByRow,
-    entry,
-    fused,
-    words_of,
-)
-from sdlite.backends.checked import declared
+from sdlite.backends import fused
+from sdlite.backends.checked import declared, words_of
+from sdlite.backends.held import entry
+from sdlite.backends.network import Network
 from sdlite.errors import ArtifactError, UnknownNameError
+from sdlite.manifest import NetworkRow
 from sdlite.spec import SPECS
 
 import numpy as np  # isort: skip
 
-PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-static")
-DEVICES = ("cpu", "cuda")
 LARGE = 32 << 20  # bytes of a network
 _SHRINK = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-def engine() -> str:
-    return f"onnxruntime {ort.__version__}"
-
-
-def notes(precision: str, device: str) -> list[str]:
-    if precision == "fp16" and device == "cpu":
-        return ["fp16 on the CPU is storage: weights are float16 on disk, arithmetic is float32"]
-    if precision == "int8-dynamic":
-        return [ROW_BY_ROW]
-    return []
 
 
 def session_options(threads: int | None, size: int = 0) -> ort.SessionOptions:
@@ -175,17 +151,19 @@ def hoisted(folder: Path, threads: int | None, output: str) -> fused.Hoisted:
     return fused.Hoisted(time, prompt, step, inputs, output)
 
 
-def _network(
+def open_network(
     artifact: Artifact, part: str, precision: str, device: str, threads: int | None
-) -> tuple[Any, dict[str, Any], int]:
-    """The network, its row of the listing, and the bytes of its files."""
+) -> tuple[Network, NetworkRow, int]:
+    """A network, its row of the listing, and the bytes of its files.
+
+    Raises:
+        PrecisionError, ArtifactError, UnknownNameError: see `Backend.load_part`.
+    """
     row, size = entry(artifact, part, precision)
     path = artifact.folder / row["file"]
     if row.get("cuts"):
-        if lost := {f"{part}/{name}.onnx" for name in fused.GRAPHS} - {
-            row["file"],
-            *row["weights"],
-        }:
+        files = {row["file"], *row["weights"]}
+        if lost := {f"{part}/{name}.onnx" for name in fused.GRAPHS} - files:
             raise ArtifactError(
                 f"{path.parent} has three graphs, and its report does not list {min(lost)}; export"
                 " the model again."
@@ -195,21 +173,3 @@ def _network(
     ends = (network.session.get_inputs(), network.session.get_outputs())
     declared(path, part, *([(t.name, t.type, t.shape) for t in end] for end in ends))
     return network, row, size
-
-
-def load_part(
-    artifact: Artifact, part: str, precision: str, device: str, threads: int | None
-) -> tuple[Network, NetworkReport]:
-    network, row, size = _network(artifact, part, precision, device, threads)
-    if (
-        part == "vae_decoder"
-        and precision == "fp16"
-        and device == "cuda"
-        and artifact.has_onnx("fp32")
-    ):
-        network = Overflowing(network, lambda: _network(artifact, part, "fp32", device, threads)[0])
-    # int8-dynamic has one activation scale for a whole tensor: an image must not set that of
-    # another
-    if row.get("batch") or precision == "int8-dynamic":
-        network = RowByRow(network)
-    return network, NetworkReport(part, row["file"], size, row["storage"], row["arithmetic"], 0.0)

@@ -17,26 +17,11 @@ import numpy as np
 
 from sdlite import running
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, NetworkReport, RowByRow
+from sdlite.backends.base import Backend
+from sdlite.backends.network import Network, RowByRow
+from sdlite.backends.report import NetworkReport
 from sdlite.errors import ArtifactError, MissingExtraError, PrecisionError, UnknownNameError
 from sdlite.spec import SPECS
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8-static")
-DEVICES = ("cuda",)
-
-
-def engine() -> str:
-    try:
-        import tensorrt
-    except ModuleNotFoundError as e:
-        raise MissingExtraError(
-            "backend 'tensorrt' needs 'tensorrt': pip install 'sdlite[tensorrt]'."
-        ) from e
-    return f"tensorrt {tensorrt.__version__}"
-
-
-def notes(precision: str, device: str) -> list[str]:
-    return []
 
 
 def _cudart() -> Any:
@@ -211,31 +196,49 @@ class Engine:
             self.stream = None
 
 
-def load_part(
-    artifact: Artifact, part: str, precision: str, device: str, threads: int | None
-) -> tuple[Network, NetworkReport]:
-    """From a folder that `sdlite export --target tensorrt` wrote.
+class TensorRT(Backend):
+    name = "tensorrt"
+    package = "tensorrt"
+    precisions = ("fp32", "fp16", "bf16", "int8-static")
+    extra = "tensorrt"
+    devices = ("cuda",)
+    order = 3
+    graphs = False
 
-    Raises:
-        ArtifactError: the folder holds no engines, or one was changed. PrecisionError: they have
-            another precision.
-        UnknownNameError: no CUDA device.
-    """
-    name = f"{part}/model.engine"
-    if artifact.export is None or not artifact.files.has(name):
-        raise ArtifactError(
-            f"{artifact.folder} holds no TensorRT engine of {part}; make them on this GPU: sdlite"
-            " export MODEL --target tensorrt."
-        )
-    if (held := artifact.export.precision) != precision:
-        raise PrecisionError(
-            f"the engines in {artifact.folder} are {held}, not {precision}; pass precision={held!r}"
-            " or export again."
-        )
-    path = artifact.files.file(name)
-    if why := no_gpu():
-        raise UnknownNameError(f"device='cuda': {why}; use backend='onnxruntime' on the CPU.")
-    network = Engine(path, part)
-    fixed = next(iter(network.engine.get_tensor_shape(SPECS[part].inputs[0].name))) == 1
-    row = NetworkReport(part, name, path.stat().st_size, precision, precision, 0.0)
-    return (RowByRow(network) if fixed else network), row
+    def engine(self) -> str:
+        import tensorrt
+
+        return f"tensorrt {tensorrt.__version__}"
+
+    def runs(self, artifact: Artifact, precision: str) -> bool:
+        """Engines are for one GPU, so that only a folder exported for it is run."""
+        return artifact.export is not None and precision == artifact.export.precision
+
+    def load_part(
+        self,
+        artifact: Artifact,
+        part: str,
+        precision: str,
+        device: str,
+        threads: int | None,
+        arithmetic: str | None = None,
+    ) -> tuple[Network, NetworkReport]:
+        """From a folder that `sdlite export --target tensorrt` wrote."""
+        name = f"{part}/model.engine"
+        if artifact.export is None or not artifact.files.has(name):
+            raise ArtifactError(
+                f"{artifact.folder} holds no TensorRT engine of {part}; make them on this GPU:"
+                " sdlite export MODEL --target tensorrt."
+            )
+        if (held := artifact.export.precision) != precision:
+            raise PrecisionError(
+                f"the engines in {artifact.folder} are {held}, not {precision}; pass"
+                f" precision={held!r} or export again."
+            )
+        path = artifact.files.file(name)
+        if why := no_gpu():
+            raise UnknownNameError(f"device='cuda': {why}; use backend='onnxruntime' on the CPU.")
+        network = Engine(path, part)
+        fixed = next(iter(network.engine.get_tensor_shape(SPECS[part].inputs[0].name))) == 1
+        row = NetworkReport(part, name, path.stat().st_size, precision, precision)
+        return (RowByRow(network) if fixed else network), row

@@ -4,160 +4,55 @@ safetensors only.
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import numpy as np
-import torch
-
-from sdlite import running
 from sdlite.artifact import Artifact
-from sdlite.backends import ROW_BY_ROW, Network, NetworkReport, Overflowing, RowByRow
-from sdlite.errors import MissingExtraError, UnknownNameError
-from sdlite.files import Files
-from sdlite.spec import SPECS
-from sdlite.torch_networks import open_network
-from sdlite.weights import dtypes, weight_files, weight_index
+from sdlite.backends.base import Backend
+from sdlite.backends.held import lacking
+from sdlite.backends.network import ROW_BY_ROW, Network
+from sdlite.backends.report import NetworkReport
+from sdlite.families import vae_stride
 
-PRECISIONS = ("fp32", "fp16", "int8-dynamic")
-DEVICES = ("cpu", "cuda")
-# transformers and diffusers patch torch while they load: two threads at once see each other's
-# patches
-_LOADING = threading.Lock()
+STORAGE = "fp16 on the CPU is storage: weights are rounded to float16, arithmetic is float32"
+LINEAR = "int8-dynamic: Linear layers by torchao, made while loading; convolutions stay float32"
 
 
-def engine() -> str:
-    return f"torch {torch.__version__}"
+class Torch(Backend):
+    name = "torch"
+    package = "torch"
+    precisions = ("fp32", "fp16", "int8-dynamic")
+    extra = "torch"
+    devices = ("cpu", "cuda")
+    order = 2
+    graphs = False
 
+    def engine(self) -> str:
+        import torch
 
-def notes(precision: str, device: str) -> list[str]:
-    if precision == "fp16" and device == "cpu":
-        return ["fp16 on the CPU is storage: weights are rounded to float16, arithmetic is float32"]
-    if precision == "int8-dynamic":
-        out = [
-            "int8-dynamic: Linear layers by torchao, made while loading; convolutions stay float32"
-        ]
-        return out + ([ROW_BY_ROW] if device == "cpu" else [])
-    return []
+        return f"torch {torch.__version__}"
 
+    def runs(self, artifact: Artifact, precision: str) -> bool:
+        return precision in self.precisions and artifact.has_weights
 
-def _quantise_linear(module: torch.nn.Module) -> int:
-    """In place: every Linear to int8 weights and int8 activations scaled per token at run time.
-    Returns how many.
-    """
-    try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-        from torchao.utils import should_reduce_range
-    except ImportError as e:
-        raise MissingExtraError(
-            "int8-dynamic on the torch backend needs torchao: pip install 'sdlite[torchao]'."
-        ) from e
-    count = sum(isinstance(m, torch.nn.Linear) for m in module.modules())
-    if count:
-        narrow = should_reduce_range(torch.device("cpu"))  # no VNNI: 8-bit products would overflow
-        quantize_(
-            module,
-            Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, reduce_range=narrow),
-        )
-    return count
+    def size_multiple(self, artifact: Artifact) -> int:
+        return vae_stride(artifact.config("vae"))
 
+    def notes(self, precision: str, device: str, arithmetic: str | None = None) -> list[str]:
+        if precision == "fp16" and device == "cpu":
+            return [STORAGE]
+        if precision != "int8-dynamic":
+            return []
+        return [LINEAR, ROW_BY_ROW] if device == "cpu" else [LINEAR]
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """torch's threads, which are the calling thread's own setting and start as what was set last in
-    another; put back afterwards.
-    """
-    before = torch.get_num_threads()
-    if before == count:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    def load_part(
+        self,
+        artifact: Artifact,
+        part: str,
+        precision: str,
+        device: str,
+        threads: int | None,
+        arithmetic: str | None = None,
+    ) -> tuple[Network, NetworkReport]:
+        from sdlite.backends.torch_module import open_part
 
-
-class Module:
-    """One network as a function of named numpy arrays."""
-
-    def __init__(self, part: str, module: torch.nn.Module, device: str, threads: int | None):
-        self.part, self.module, self.device = part, module, torch.device(device)
-        self.threads = torch.get_num_threads() if threads is None else threads
-        self.dtype = next(module.parameters()).dtype
-
-    @torch.inference_mode()
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        running.check()
-        with _threads(self.threads):
-            return self._run(inputs)
-
-    def _run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        t = {
-            k: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for k, v in inputs.items()
-        }
-        t = {
-            k: v.to(self.dtype) if v.is_floating_point() and k != "timestep" else v
-            for k, v in t.items()
-        }
-        m: Any = self.module
-        if self.part == "text_encoder":
-            out = m(t["input_ids"])[0]
-        elif self.part == "unet":
-            out = m(t["sample"], t["timestep"], t["encoder_hidden_states"], return_dict=False)[0]
-        else:
-            out = m.decode(t["latent_sample"], return_dict=False)[0]
-        result: np.ndarray = out.float().cpu().numpy()
-        return result
-
-
-def load_part(
-    artifact: Artifact, part: str, precision: str, device: str, threads: int | None
-) -> tuple[Network, NetworkReport]:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UnknownNameError(
-            f"device='cuda': torch {torch.__version__} finds no CUDA device; use device='cpu' or"
-            " install a CUDA build."
-        )
-    source = SPECS[part].source
-    folder = artifact.files.part(source)
-    weights = weight_files(folder)
-    with _LOADING:
-        module, linear = _opened(folder, part, precision, device)
-    arithmetic = str(next(module.parameters()).dtype).removeprefix("torch.")
-    if linear is not None:
-        arithmetic = f"int8 Linear ({linear} layers), rest float32"
-    size = sum(w.stat().st_size for w in weights)
-    file = f"{source}/{weights[0].name}" + (
-        f" and {len(weights) - 1} more" if len(weights) > 1 else ""
-    )
-    storage = " and ".join(dtypes(weight_index(weights)))
-    network: Network = Module(part, module.to(device), device, threads)
-    if part == "vae_decoder" and arithmetic == "float16":
-        network = Overflowing(
-            network, lambda: Module(part, copy.deepcopy(module).float(), device, threads)
-        )
-    if (
-        precision == "int8-dynamic" and device == "cpu"
-    ):  # float's last bits differ with the batch, and an int8 step is large
-        network = RowByRow(network)
-    return network, NetworkReport(part, file, size, storage, arithmetic, 0.0)
-
-
-def _opened(
-    folder: Files, part: str, precision: str, device: str
-) -> tuple[torch.nn.Module, int | None]:
-    """The module in the precision's arithmetic on this device, and how many of its layers became
-    int8.
-    """
-    module = open_network(folder).eval().requires_grad_(False)
-    if part == "vae_decoder":
-        module.encoder = None
-    if precision == "fp16":
-        module = module.half()
-    if device == "cpu":
-        module = module.float()  # after rounding
-    return module, _quantise_linear(module) if precision == "int8-dynamic" else None
+        if not artifact.has_weights:
+            raise lacking(artifact, precision)
+        return open_part(artifact, part, precision, device, threads)

@@ -700,7 +700,7 @@ def _run(
         "text_encoder": taught.text_encoder,
         "vae": taught.vae,
     }
-    last, sampler = None, recipe.default_sampler("ddim", taught.artifact.sampler)
+    last, sampler = None, recipe.default_sampler("ddim", dict(taught.artifact.sampler))
     about, folders = (
         report.about_run(recipe, taught, made["unet"], source, where),
         [out / s.name for s in recipe.stages],

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.parity
 
 CALL = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 0}
 NATIVE = pytest.mark.skipif(
-    "__import__('sdlite.backends.openvino').backends.openvino.half() != 'bfloat16'",
+    "__import__('sdlite.backends.openvino_network').backends.openvino_network.half() != 'bfloat16'",
     reason="CPU without bfloat16",
 )
 
@@ -70,9 +70,9 @@ def test_large_networks_compute_rows_one_by_one(monkeypatch):
 
 
 def test_compiled_shapes_are_few_and_the_last_ones(monkeypatch):
-    from sdlite.backends import openvino
+    from sdlite.backends import openvino, openvino_network
 
-    monkeypatch.setattr(openvino, "SHAPES", 2)
+    monkeypatch.setattr(openvino_network, "SHAPES", 2)
     pipe = load(precision="fp32")
     first = pixels(pipe("pizza", **CALL))
     for count in (2, 3):
@@ -140,7 +140,7 @@ def unet_error(network, exact, px):
 @NATIVE
 @pytest.mark.parametrize("px", [8, 12, 16])  # deepest feature map: 2, 3 and 4 pixels
 def test_half_precision_of_fixed_shapes_is_right_at_narrow_feature_maps(px, monkeypatch):
-    from sdlite.backends import openvino
+    from sdlite.backends import openvino_network as openvino
 
     def load(arithmetic):
         return openvino.CompiledNetwork(
@@ -214,11 +214,13 @@ def test_pages_are_let_go_while_compiling_only_where_there_are_many(
 
 
 def test_fp16_without_half_instructions_is_said_to_be_storage(monkeypatch):
-    from sdlite.backends import openvino
+    from sdlite.backends import openvino_network as openvino
 
     monkeypatch.setattr(openvino, "half", lambda: "float32")
     assert openvino.arithmetic_of("fp16", "cpu") == "float32"
-    assert any("storage" in n for n in openvino.notes("fp16", "cpu"))
+    from sdlite.backends import get_backend
+
+    assert any("storage" in n for n in get_backend("openvino").notes("fp16", "cpu"))
 
 
 def test_arithmetic_that_a_backend_has_not_is_refused():
@@ -229,7 +231,7 @@ def test_arithmetic_that_a_backend_has_not_is_refused():
 
 
 def test_graph_that_cannot_be_read_fails_while_loading(tmp_path):
-    from sdlite.backends.openvino import CompiledNetwork
+    from sdlite.backends.openvino_network import CompiledNetwork
 
     (tmp_path / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(ArtifactError, match="sdlite verify"):

@@ -4,10 +4,11 @@ hints that lead on.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
 from sdlite import Pipeline, backends, cpu
 from sdlite.artifact import Artifact
-from sdlite.backends import auto
+from sdlite.backends import auto, registry
 from sdlite.cli import main
 from sdlite.errors import MissingExtraError, PrecisionError
 from tests import folders
@@ -31,7 +32,7 @@ def machine(monkeypatch):
     """machine(installed, features): what is installed, and what the processor has."""
 
     def of(installed=EVERY, features=()):
-        monkeypatch.setattr(backends, "installed", lambda name: name in installed)
+        monkeypatch.setattr(registry, "installed", lambda name: name in installed)
         monkeypatch.setattr(cpu, "features", lambda: frozenset(features))
 
     return of
@@ -164,7 +165,7 @@ def test_nothing_that_could_run_it(machine, tmp_path):
 
 def test_auto_does_not_take_another_arithmetic_unasked(monkeypatch):
     pytest.importorskip("openvino", reason="needs the openvino extra")
-    monkeypatch.setattr(backends, "installed", lambda name: name == "openvino")
+    monkeypatch.setattr(registry, "installed", lambda name: name == "openvino")
     pipe = Pipeline.from_pretrained(EMOJI, precision="fp16", threads=1)
     assert {n.arithmetic for n in pipe.report.networks} == {"float32"}
     assert "arithmetic='bfloat16' is faster" in pipe.report.reason
@@ -179,11 +180,16 @@ def test_arithmetic_picks_the_engine_that_has_it():
     assert "arithmetic='bfloat16'" in pipe.report.reason
 
 
-def test_precisions_without_importing_the_engines():
-    if importlib.util.find_spec("openvino"):
-        assert backends.get_backend("openvino").PRECISIONS == backends._OPENVINO_HAS
-    if importlib.util.find_spec("torch"):
-        assert backends.get_backend("torch").PRECISIONS == backends._TORCH_HAS
+def test_data_of_backends_is_read_without_their_engines():
+    code = """if True:
+        import sys
+        from sdlite import backends
+        for name in backends.names():
+            b = backends.get_backend(name)
+            assert b.name == name and b.precisions and b.devices and b.install
+        assert not {"onnxruntime", "openvino", "torch", "tensorrt"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- hints

@@ -18,7 +18,7 @@ pytest.importorskip("openvino", reason="needs the openvino extra")
 
 from sdlite import Pipeline, io
 from sdlite.backends import compiled, words_of
-from sdlite.backends.openvino import CompiledNetwork
+from sdlite.backends.openvino_network import CompiledNetwork
 from sdlite.errors import ArtifactError, InputError
 from tests.conftest import EMOJI
 

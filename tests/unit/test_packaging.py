@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sdlite import _LAZY, errors
-from sdlite.backends import _BACKENDS
+from sdlite import _LAZY, backends, errors
 from sdlite.errors import CONVERT_NEEDS
 from sdlite.exporters.profile import TARGETS
 
@@ -46,7 +45,10 @@ def asked(lines):
 
 def modules(extras):
     """Top-level modules that `pip install 'sdlite[extras]'` asks for by name."""
-    lines = [*PROJECT["dependencies"], *(line for e in extras.split(",") for line in EXTRAS[e])]
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for e in extras.split(",") if e for line in EXTRAS[e]),
+    ]
     return {MODULES.get(p, p.replace("-", "_")) for p, _ in asked(lines)}
 
 
@@ -105,10 +107,15 @@ def test_extra_brings_what_a_public_function_imports(name):
     assert foreign(module) <= modules(extra)
 
 
-@pytest.mark.parametrize("name", _BACKENDS)
+ENGINES = {"onnxruntime": "ort", "openvino": "openvino_network", "torch": "torch_module"}
+
+
+@pytest.mark.parametrize("name", backends.names())
 def test_extra_brings_what_a_backend_imports(name):
-    module, package, extra = _BACKENDS[name]
-    assert foreign(module) | {package} <= modules(extra)
+    backend = backends.get_backend(name)
+    module = f"sdlite.backends.{ENGINES.get(name, name)}"
+    assert foreign(type(backend).__module__) <= modules("")
+    assert foreign(module) | {backend.package} <= modules(backend.extra)
 
 
 @pytest.mark.parametrize("name", TARGETS)

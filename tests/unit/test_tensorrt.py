@@ -456,7 +456,7 @@ def test_backend_refuses_what_it_cannot_load(tmp_path):
     from tests.conftest import EMOJI
 
     with pytest.raises(ArtifactError, match="sdlite export MODEL --target tensorrt"):
-        tensorrt.load_part(Artifact.open(EMOJI), "unet", "fp16", "cuda", None)
+        tensorrt.TensorRT().load_part(Artifact.open(EMOJI), "unet", "fp16", "cuda", None)
     _configs(tmp_path)
     (tmp_path / "unet" / "model.engine").write_bytes(b"x")
     report = {
@@ -465,9 +465,9 @@ def test_backend_refuses_what_it_cannot_load(tmp_path):
     }
     (tmp_path / "export-report.json").write_text(json.dumps(report))
     with pytest.raises(PrecisionError, match="are fp16, not fp32"):
-        tensorrt.load_part(Artifact.open(tmp_path), "unet", "fp32", "cuda", None)
+        tensorrt.TensorRT().load_part(Artifact.open(tmp_path), "unet", "fp32", "cuda", None)
     with pytest.raises(ArtifactError, match=r"model\.engine has SHA-256"):
-        tensorrt.load_part(Artifact.open(tmp_path), "unet", "fp16", "cuda", None)
+        tensorrt.TensorRT().load_part(Artifact.open(tmp_path), "unet", "fp16", "cuda", None)
 
 
 def test_the_missing_library_is_named(monkeypatch):
@@ -485,7 +485,6 @@ def test_pipeline_takes_the_precision_of_the_engines(tmp_path):
     """
     import shutil
 
-    import sdlite.backends
     from sdlite import Pipeline
     from tests.conftest import EMOJI
 
@@ -507,15 +506,9 @@ def test_pipeline_takes_the_precision_of_the_engines(tmp_path):
     ):
         Pipeline.from_pretrained(tmp_path, backend="onnxruntime")
     seen = []
-    module = SimpleNamespace(
-        PRECISIONS=tensorrt.PRECISIONS,
-        DEVICES=("cuda",),
-        engine=lambda: "t",
-        notes=lambda *a: [],
-        load_part=lambda *a: seen.append(a) or 1 / 0,
-    )
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sdlite.backends, "get_backend", lambda name: module)
+        m.setattr(tensorrt.TensorRT, "engine", lambda self: "t")
+        m.setattr(tensorrt.TensorRT, "load_part", lambda self, *a: seen.append(a) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             Pipeline.from_pretrained(tmp_path, backend="tensorrt", device="cuda")
     assert seen[0][2] == "bf16"

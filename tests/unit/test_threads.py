@@ -81,7 +81,9 @@ def test_openvino_compiles_again_to_the_same_bits(monkeypatch):
     """Shapes that push each other out, by many threads: a call gives one image, whatever was called
     before it.
     """
-    openvino = pytest.importorskip("sdlite.backends.openvino", reason="needs the openvino extra")
+    pytest.importorskip("openvino", reason="needs the openvino extra")
+    from sdlite.backends import openvino_network as openvino
+
     monkeypatch.setattr(openvino, "SHAPES", 1)
     case = bench.Case("openvino", None, {"backend": "openvino", "precision": "fp16"})
     (row,) = bench.run(case, EMOJI, 6, distinct=2, threads=(3,))
@@ -474,7 +476,7 @@ def decoders():
     """
     torch = pytest.importorskip("torch", reason="needs the torch extra")
     AutoencoderKL = pytest.importorskip("diffusers", reason="needs the torch extra").AutoencoderKL
-    from sdlite.backends.torch import Module
+    from sdlite.backends.torch_module import Module
 
     torch.manual_seed(0)
     vae = (

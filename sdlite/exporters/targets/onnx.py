@@ -24,7 +24,7 @@ from sdlite.exporters.rewrites.fixed_shapes import input_shapes, opset_of
 from sdlite.exporters.rewrites.hoist import hoist
 from sdlite.exporters.targets import NotRunnable
 from sdlite.io import scratch
-from sdlite.manifest import MANIFEST, PARTS, write_manifest
+from sdlite.manifest import MANIFEST, PARTS, NetworkRow, write_manifest
 from sdlite.onnx_graph import Graph
 from sdlite.spec import SPECS
 
@@ -124,7 +124,7 @@ def finish(
     own, source = artifact.manifest, profile.source(artifact)
     if own is None or source is None or not profile.dynamic or profile.options.get("fuse_schedule"):
         return []
-    entries = {}
+    entries: dict[str, NetworkRow] = {}
     for part in PARTS:
         graph = out / part / "model.onnx"
         entries[part] = {
@@ -132,8 +132,9 @@ def finish(
             "file": f"{part}/{graph.name}",
             "weights": [f"{part}/{f.name}" for f in sorted(graph.parent.glob(f"{graph.name}.*"))],
             "opset": opset_of(onnx.load(str(graph), load_external_data=False)),
-            **({"storage": "float16"} if profile.precision == "fp16" else {}),
         }
+        if profile.precision == "fp16":
+            entries[part]["storage"] = "float16"
     write_manifest(
         out, dataclasses.replace(own, variants={profile.precision: entries}, files={}, quality=None)
     )

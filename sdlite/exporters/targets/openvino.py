@@ -25,6 +25,6 @@ def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
 def run(
     part: str, files: list[Path], profile: Profile, threads: int | None
 ) -> Callable[..., np.ndarray]:
-    from sdlite.backends.openvino import CompiledNetwork
+    from sdlite.backends.openvino_network import CompiledNetwork
 
     return CompiledNetwork(str(files[0]), part, "cpu", threads, profile.precision)

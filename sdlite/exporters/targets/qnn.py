@@ -64,7 +64,7 @@ def quantise(
     options = _options(profile)
     if profile.precision != "a16w8":
         return graphs, None
-    own = (pipe.artifact.manifest.calibration or {}) if pipe.artifact.manifest else {}
+    own: dict[str, Any] = dict(pipe.artifact.calibration)
     prompts = [
         p
         for p in own.get("prompts") or read_prompts(assets() / "calibration" / "sd.txt")

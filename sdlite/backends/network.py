@@ -1,0 +1,95 @@
+"""A network as a function of named arrays, and networks made of networks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from sdlite import running
+
+ROW_BY_ROW = (
+    "the rows of a batch run one by one, so that an image of a batch is its seed's image alone, bit"
+    " by bit"
+)
+OVERFLOWS = (
+    "the VAE decoder overflows in float16 (NaN or infinity, well known of Stable Diffusion's):"
+    " images for which it does are decoded in float32; precision='fp32' decodes all of them so"
+)
+
+
+class Network(Protocol):
+    """Maps the named arrays of its `IOSpec` to one array, float32."""
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """A network that holds what its engine does not free by itself."""
+
+    def close(self) -> None: ...
+
+
+def close(network: object) -> None:
+    """Free what a network holds, if it is `Closable`."""
+    if isinstance(network, Closable):
+        network.close()
+
+
+def rows(inputs: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """Split inputs (B, ...) into B inputs (1, ...); scalars go with each."""
+    count = max(v.shape[0] for v in inputs.values() if v.ndim)
+    for i in range(count):
+        yield {k: np.ascontiguousarray(v[i : i + 1]) if v.ndim else v for k, v in inputs.items()}
+
+
+class RowByRow:
+    """Calls a network of batch 1 once for each row; guidance is then two calls."""
+
+    def __init__(self, network: Network):
+        self.network = network
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        out = []
+        for row in rows(inputs):
+            running.check()
+            out.append(self.network(**row))
+        return np.concatenate(out)
+
+    def close(self) -> None:
+        close(self.network)
+
+
+class Overflowing:
+    """A decoder in float16 that decodes an image again in float32 where the result is not finite.
+    Which of the two an image gets depends on that image alone.
+
+    Args:
+        half: the decoder in float16.
+        whole: makes the decoder in float32, the first time that it is needed.
+    """
+
+    def __init__(self, half: Network, whole: Callable[[], Network]):
+        self.half, self.whole = half, whole
+        self._float32: Network | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        """latent_sample (B, C, h, w) -> (B, 3, H, W)."""
+        out = self.half(**inputs)
+        bad = ~np.isfinite(out).reshape(len(out), -1).all(axis=1)
+        if not bad.any():
+            return out
+        with self._lock:
+            self._float32 = self._float32 or self.whole()
+        running.say(OVERFLOWS)
+        out = np.array(out)
+        out[bad] = self._float32(latent_sample=np.ascontiguousarray(inputs["latent_sample"][bad]))
+        return out
+
+    def close(self) -> None:
+        close(self.half)
+        close(self._float32)

@@ -1,0 +1,151 @@
+"""Networks of a diffusers folder as torch modules that take and give numpy arrays."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdlite import running
+from sdlite.artifact import Artifact
+from sdlite.backends.network import Network, Overflowing, RowByRow
+from sdlite.backends.report import NetworkReport
+from sdlite.errors import MissingExtraError, UnknownNameError
+from sdlite.files import Files
+from sdlite.spec import SPECS
+from sdlite.torch_networks import open_network
+from sdlite.weights import dtypes, weight_files, weight_index
+
+# transformers and diffusers patch torch while they load: two threads at once see each other's
+# patches
+_LOADING = threading.Lock()
+
+
+def _quantize_linear(module: torch.nn.Module) -> int:
+    """In place: every Linear to int8 weights and int8 activations scaled per token at run time.
+    Returns how many.
+    """
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+        from torchao.utils import should_reduce_range
+    except ImportError as e:
+        raise MissingExtraError(
+            "int8-dynamic on the torch backend needs torchao: pip install 'sdlite[torchao]'."
+        ) from e
+    count = sum(isinstance(m, torch.nn.Linear) for m in module.modules())
+    if count:
+        narrow = should_reduce_range(torch.device("cpu"))  # no VNNI: 8-bit products would overflow
+        quantize_(
+            module,
+            Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, reduce_range=narrow),
+        )
+    return count
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch's threads, which are the calling thread's own setting and start as what was set last in
+    another; put back afterwards.
+    """
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Module:
+    """One network as a function of named numpy arrays."""
+
+    def __init__(self, part: str, module: torch.nn.Module, device: str, threads: int | None):
+        self.part, self.module, self.device = part, module, torch.device(device)
+        self.threads = torch.get_num_threads() if threads is None else threads
+        self.dtype = next(module.parameters()).dtype
+
+    @torch.inference_mode()
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        running.check()
+        with _threads(self.threads):
+            return self._run(inputs)
+
+    def _run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        t = {
+            k: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for k, v in inputs.items()
+        }
+        t = {
+            k: v.to(self.dtype) if v.is_floating_point() and k != "timestep" else v
+            for k, v in t.items()
+        }
+        m: Any = self.module
+        if self.part == "text_encoder":
+            out = m(t["input_ids"])[0]
+        elif self.part == "unet":
+            out = m(t["sample"], t["timestep"], t["encoder_hidden_states"], return_dict=False)[0]
+        else:
+            out = m.decode(t["latent_sample"], return_dict=False)[0]
+        result: np.ndarray = out.float().cpu().numpy()
+        return result
+
+
+def open_part(
+    artifact: Artifact, part: str, precision: str, device: str, threads: int | None
+) -> tuple[Network, NetworkReport]:
+    """A network and what the report says of it.
+
+    Raises:
+        UnknownNameError: no CUDA device. ArtifactError: the weights are missing or damaged.
+            MissingExtraError: int8-dynamic without torchao.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnknownNameError(
+            f"device='cuda': torch {torch.__version__} finds no CUDA device; use device='cpu' or"
+            " install a CUDA build."
+        )
+    source = SPECS[part].source
+    folder = artifact.files.part(source)
+    weights = weight_files(folder)
+    with _LOADING:
+        module, linear = _opened(folder, part, precision, device)
+    arithmetic = str(next(module.parameters()).dtype).removeprefix("torch.")
+    if linear is not None:
+        arithmetic = f"int8 Linear ({linear} layers), rest float32"
+    size = sum(w.stat().st_size for w in weights)
+    file = f"{source}/{weights[0].name}" + (
+        f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+    )
+    storage = " and ".join(dtypes(weight_index(weights)))
+    network: Network = Module(part, module.to(device), device, threads)
+    if part == "vae_decoder" and arithmetic == "float16":
+        network = Overflowing(
+            network, lambda: Module(part, copy.deepcopy(module).float(), device, threads)
+        )
+    if (
+        precision == "int8-dynamic" and device == "cpu"
+    ):  # float's last bits differ with the batch, and an int8 step is large
+        network = RowByRow(network)
+    return network, NetworkReport(part, file, size, storage, arithmetic)
+
+
+def _opened(
+    folder: Files, part: str, precision: str, device: str
+) -> tuple[torch.nn.Module, int | None]:
+    """The module in the precision's arithmetic on this device, and how many of its layers became
+    int8.
+    """
+    module = open_network(folder).eval().requires_grad_(False)
+    if part == "vae_decoder":
+        module.encoder = None
+    if precision == "fp16":
+        module = module.half()
+    if device == "cpu":
+        module = module.float()  # after rounding
+    return module, _quantize_linear(module) if precision == "int8-dynamic" else None
