@@ -236,7 +236,7 @@ class Artifact:
         return out
 
     @property
-    def student(self) -> dict[str, object]:
+    def student(self) -> dict[str, Any]:
         """How the model was made and how large it is; {} for a plain diffusers folder."""
         return self.manifest.student if self.manifest else dict(self._student().get("student", {}))
 

@@ -98,7 +98,7 @@ class Manifest:
 
     format: str = FORMAT
     name: str = ""
-    student: dict[str, object] = field(default_factory=dict)
+    student: dict[str, Any] = field(default_factory=dict)
     sampler: SamplerRow = field(default_factory=SamplerRow)
     variants: Variants = field(default_factory=dict)
     files: dict[str, FileRow] = field(default_factory=dict)

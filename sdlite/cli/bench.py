@@ -30,7 +30,7 @@ def _options(p: argparse.ArgumentParser) -> None:
         "--backends",
         nargs="+",
         metavar="B",
-        help=f"{', '.join(backends._BACKENDS)}; default: the installed ones that have the"
+        help=f"{', '.join(backends.names())}; default: the installed ones that have the"
         " precision, torch only for plain folders",
     )
     command.add_threads(p)

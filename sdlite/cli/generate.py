@@ -47,13 +47,15 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     command.add_revision(group)
     precisions = command.one_of(PRECISIONS)
     group.add_argument("--precision", help=f"{precisions}; default: the first that the model holds")
-    names = command.one_of(["auto", *backends._BACKENDS])
+    names = command.one_of(["auto", *backends.names()])
     group.add_argument("--backend", default="auto", help=names)
-    group.add_argument("--device", default="cpu", help="cpu or cuda; gpu or npu with openvino")
+    every = [backends.get_backend(name) for name in backends.names()]
+    by_backend = "; ".join(f"{b.name}: {', '.join(b.devices)}" for b in every)
+    group.add_argument("--device", default="cpu", help=by_backend)
+    told = "; ".join(f"{b.name}: {', '.join(b.arithmetic)}" for b in every if b.arithmetic)
     group.add_argument(
         "--arithmetic",
-        help="what openvino computes float layers in: float32, bfloat16 or float16; default: by"
-        " precision and CPU",
+        help=f"what float layers are computed in ({told}); default: by precision and CPU",
     )
     command.add_threads(group)
 

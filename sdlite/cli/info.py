@@ -64,18 +64,14 @@ def describe(artifact: Artifact) -> Description:
         return {**out, "files": {}}
     total = sum(f["bytes"] for f in m.files.values())
     variants = {
-        precision: {part: {**e, "bytes": _bytes(m.files, e)} for part, e in parts.items()}
+        precision: {
+            part: {**row, "bytes": artifact.bytes_of([row["file"], *row["weights"]])}
+            for part, row in parts.items()
+        }
         for precision, parts in m.variants.items()
     }
     more: Description = {**out, "variants": variants, "quality": m.quality}
     return {**more, "calibration": m.calibration, "total_bytes": total}
-
-
-def _bytes(files: Mapping[str, Mapping[str, int]], entry: Mapping[str, object]) -> int:
-    """Bytes of a network's graph and weights."""
-    weights = entry["weights"]
-    assert isinstance(weights, list)
-    return sum(int(files[f]["bytes"]) for f in (entry["file"], *weights))
 
 
 def _sampler(artifact: Artifact) -> Mapping[str, object]:

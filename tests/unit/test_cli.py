@@ -276,8 +276,8 @@ def test_help_lists_what_the_registries_hold(capsys):
     from sdlite.sampling import SAMPLERS
 
     listed = {
-        "generate": (SAMPLERS, PRECISIONS, backends._BACKENDS),
-        "bench": (SAMPLERS, PRECISIONS, backends._BACKENDS),
+        "generate": (SAMPLERS, PRECISIONS, backends.names()),
+        "bench": (SAMPLERS, PRECISIONS, backends.names()),
         "quantize": (SAMPLERS, SCHEMES, OBSERVERS),
         "distill advise": (DEVICES, WISHES),
     }
