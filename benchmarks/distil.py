@@ -132,13 +132,9 @@ class Bench:
         self.text_encoder = CLIPTextModel.from_pretrained(args.teacher / "text_encoder").eval()
         self.load = UNet2DConditionModel.from_pretrained
         self.teacher = self.load(args.teacher / "unet").eval()
-        tokenizer = ClipTokenizer.from_pretrained(HERE / "emoji" / "tokenizer")
+        tokenizer = ClipTokenizer.from_pretrained(emoji.TOKENIZER)
         self.source = EmojiLatents(self.vae, tokenizer, emoji.load(), args.latents)
-        self.parts = {
-            "vae": self.vae,
-            "tokenizer": tokenizer,
-            "tokenizer_folder": HERE / "emoji" / "tokenizer",
-        }
+        self.parts = {"vae": self.vae, "tokenizer": tokenizer, "tokenizer_folder": emoji.TOKENIZER}
         self.preview = {"prompts": PREVIEW}
         self.protocol = Protocol(args.prompts, args.heldout)
         self.paired: dict[int, np.ndarray] = {}

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import Case
+from sdlite import hub
 from sdlite.io import sha256
 
-TEACHER = (  # of the embedded student: benchmarks/emoji/teacher with the student's other parts
-    "emoji-teacher"
-)
+TEACHER = "emoji-teacher"  # of the embedded student: its UNet, with the student's other parts
 HERE = Path(__file__).parent
 PROMPT = "red apple on a blue background"
 Call = Callable[
@@ -32,28 +31,40 @@ Call = Callable[
 # --- what is on disk
 
 
-def prepare(case: Case, cache: Path) -> Path:
-    """The folder or file that the case's engine opens, made once into `cache`."""
+def prepare(case: Case, cache: Path, teacher: Path | None = None) -> Path:
+    """The folder or file that the case's engine opens, made once into `cache`.
+
+    Args:
+        teacher: the UNet of the embedded student's teacher; default: the released asset.
+    """
+
+    def plain() -> Path:
+        return plain_folder(case, cache, teacher)
+
+    def model() -> Path:
+        return model_folder(case, cache, teacher)
+
     if case.engine == "openvino-genai":
-        return genai_folder(model_folder(case, cache), case, cache)
+        return genai_folder(model(), case, cache)
     if case.engine == "stable-diffusion.cpp":
-        return gguf(case, plain_folder(case, cache), cache)
+        return gguf(case, plain(), cache)
     if case.engine.startswith("sdlite"):
-        return quantised(case, model_folder(case, cache), cache)
-    return model_folder(case, cache) if case.engine == "optimum-ort" else plain_folder(case, cache)
+        return quantised(case, model(), cache)
+    return model() if case.engine == "optimum-ort" else plain()
 
 
-def plain_folder(case: Case, cache: Path) -> Path:
+def plain_folder(case: Case, cache: Path, teacher: Path | None = None) -> Path:
     """diffusers' own layout; random-weight shapes and the embedded student's teacher are written
     once.
     """
     if case.model == TEACHER:
-        weights = HERE / "emoji" / "teacher" / "diffusion_pytorch_model.safetensors"
+        unet = teacher or hub.asset(TEACHER)
+        weights = unet / "diffusion_pytorch_model.safetensors"
         out = cache / f"{TEACHER}-{sha256(weights)[:8]}"
         if not out.exists():
             from benchmarks.emoji.assemble_teacher import assemble
 
-            assemble(out.with_suffix(".part")).rename(out)
+            assemble(out.with_suffix(".part"), unet).rename(out)
         return out
     if not case.model.startswith("shape:"):
         return model_folder(case, cache)
@@ -65,20 +76,19 @@ def plain_folder(case: Case, cache: Path) -> Path:
     return out
 
 
-def model_folder(case: Case, cache: Path) -> Path:
+def model_folder(case: Case, cache: Path, teacher: Path | None = None) -> Path:
     """The case's artefact; random-weight shapes are written and converted once into `cache`."""
     if case.model != TEACHER and not case.model.startswith("shape:"):
         from sdlite.hub import resolve
 
         return resolve(case.model)
-    out = cache / f"{plain_folder(case, cache).name}-onnx"
+    plain = plain_folder(case, cache, teacher)
+    out = cache / f"{plain.name}-onnx"
     if not (out / "sdlite.json").exists():
         from sdlite.converter import convert
 
         convert(
-            plain_folder(case, cache),
-            out,
-            sampler={"name": "ddim", "num_inference_steps": 4, "guidance_scale": 1.0},
+            plain, out, sampler={"name": "ddim", "num_inference_steps": 4, "guidance_scale": 1.0}
         )
     return out
 

@@ -1,7 +1,7 @@
 """Quality of emoji models: identity, background colour, KID, FID, held-out composition,
 memorisation; 3 seeds.
 
-    python -m benchmarks.quality emoji benchmarks/emoji/teacher --label student --label teacher
+    python -m benchmarks.quality emoji runs/teacher/model --label student --label teacher
 
 One protocol for every model: `--prompts` captions drawn once (one per concept, without skin tones),
 each on one of ten backgrounds, the model's own steps and guidance unless given. Features:

@@ -143,7 +143,9 @@ def _reason(stderr: str) -> str:
     return re.sub(r"/(?:[^\s/'\"]+/)+", "", text)[:300]
 
 
-def made(cases: Sequence[Case], cache: Path) -> dict[Case, dict[str, Any]]:
+def made(
+    cases: Sequence[Case], cache: Path, teacher: Path | None = None
+) -> dict[Case, dict[str, Any]]:
     """What each case opens: {"path", "plain"}, or {"error"}; made in processes of their own,
     once.
     """
@@ -152,7 +154,7 @@ def made(cases: Sequence[Case], cache: Path) -> dict[Case, dict[str, Any]]:
     for c in cases:
         key = (c.model, c.precision, c.engine)
         if key not in known:
-            known[key] = child(c, cache=str(cache))
+            known[key] = child(c, cache=str(cache), teacher=teacher and str(teacher))
             if "error" in known[key]:
                 print(f"{c.key}: cannot be made: {known[key]['error']}", flush=True)
         out[c] = known[key]
@@ -191,10 +193,13 @@ def line(case: Case, row: dict[str, Any]) -> str:
 
 
 def run_suite(
-    name: str, rounds: int, cache: Path, out: Path, about: dict[str, Any], only: str = ""
+    name: str,
+    cases: Sequence[Case],
+    jobs: dict[Case, dict[str, Any]],
+    rounds: int,
+    out: Path,
+    about: dict[str, Any],
 ) -> None:
-    cases = [c for c in SUITES[name] if only in c.key]
-    jobs = made(cases, cache)
     with tempfile.TemporaryDirectory() as tmp:
         for r in range(rounds):
             for case in cases:
@@ -224,9 +229,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """In the child: make what a case opens (`cache`), or measure it."""
     case = Case(**job["case"])
     if "cache" in job:
+        cache, teacher = Path(job["cache"]), job["teacher"] and Path(job["teacher"])
         return {
-            "path": str(prepare(case, Path(job["cache"]))),
-            "plain": str(plain_folder(case, Path(job["cache"]))),
+            "path": str(prepare(case, cache, teacher)),
+            "plain": str(plain_folder(case, cache, teacher)),
         }
     return worker(case, Path(job["path"]), Path(job["plain"]), Path(job["picture"]))
 
@@ -247,6 +253,12 @@ def main() -> None:
         default=Path(tempfile.gettempdir()) / "sdlite-bench",
         help="where random-weight models are kept",
     )
+    ap.add_argument(
+        "--teacher",
+        type=Path,
+        help="UNet folder of the embedded student's teacher, for the suite `teacher`; default: the"
+        " released asset emoji-teacher",
+    )
     ap.add_argument("--out", type=Path, default=RESULTS)
     ap.add_argument("--worker", help=argparse.SUPPRESS)
     args = ap.parse_args()
@@ -262,10 +274,10 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {**environment(), "command": "python -m benchmarks.run " + " ".join(sys.argv[1:])}
     for name in args.suites:
-        if args.prepare:
-            made([c for c in SUITES[name] if args.only in c.key], args.cache)
-        else:
-            run_suite(name, args.rounds, args.cache, args.out, about, args.only)
+        cases = [c for c in SUITES[name] if args.only in c.key]
+        jobs = made(cases, args.cache, args.teacher)
+        if not args.prepare:
+            run_suite(name, cases, jobs, args.rounds, args.out, about)
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def emoji_setup(teacher: Path, latents: Path) -> Setup:
     from sdlite.distill.tasks.student import V_ZERO_SNR
     from sdlite.tokenizer import ClipTokenizer
 
-    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(HERE / "emoji" / "tokenizer")
+    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(emoji.TOKENIZER)
     vae = AutoencoderKL.from_pretrained(teacher / "vae").eval().requires_grad_(False)
     master = UNet2DConditionModel.from_pretrained(teacher / "unet").eval().requires_grad_(False)
 

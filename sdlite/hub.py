@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from sdlite import families, schema
+from sdlite import downloads, families, schema
 from sdlite.artifact import Artifact
 from sdlite.errors import (
     ArtifactError,
@@ -70,6 +70,19 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
         )
     _check_id(name, revision)
     return _fetch(name, revision)
+
+
+def asset(name: str) -> Path:
+    """Folder of released weights that are not part of the package, such as "emoji-teacher".
+
+    `$SDLITE_ASSETS/NAME` where that variable is set; else the cache, into which missing files are
+    fetched once. Every file is checked by its SHA-256, on every call.
+
+    Raises:
+        UnknownNameError: there is no such asset; the message lists them. HubError: it cannot be
+            fetched, or a file is not the released one; run again, and what was fetched is kept.
+    """
+    return downloads.asset(name)
 
 
 def _check_id(repo: str, revision: str | None) -> None:

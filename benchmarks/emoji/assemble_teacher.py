@@ -1,7 +1,9 @@
-"""The teacher as a diffusers folder: its UNet from `benchmarks/emoji/teacher`, all other parts from
-the embedded student.
+"""The teacher as a diffusers folder: its UNet, and all other parts from the embedded student.
 
-python benchmarks/emoji/assemble_teacher.py --out runs/teacher/model
+    python benchmarks/emoji/assemble_teacher.py --out runs/teacher/model [--teacher FOLDER]
+
+The UNet is not in the repository: it is the folder that `--teacher` names (config.json and
+safetensors), or the released asset `emoji-teacher` (`sdlite.hub.asset`).
 """
 
 from __future__ import annotations
@@ -11,12 +13,22 @@ import json
 import shutil
 from pathlib import Path
 
-HERE = Path(__file__).parent
-STUDENT = HERE.parents[1] / "sdlite" / "models" / "emoji"
+from sdlite import hub
+from sdlite.errors import SdliteError
+
+STUDENT = Path(__file__).parents[2] / "sdlite" / "models" / "emoji"
 
 
-def assemble(out: Path) -> Path:
-    """Write the folder; `out` must not exist."""
+def assemble(out: Path, teacher: Path | None = None) -> Path:
+    """Write the folder; `out` must not exist.
+
+    Args:
+        teacher: the UNet's folder; default: the released asset.
+
+    Raises:
+        HubError: the asset is neither here nor published; the message says what to do.
+    """
+    unet = teacher or hub.asset("emoji-teacher")
     out.mkdir(parents=True)
     index = json.loads((STUDENT / "model_index.json").read_text())
     (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
@@ -24,7 +36,7 @@ def assemble(out: Path) -> Path:
         shutil.copytree(
             STUDENT / part, out / part, ignore=shutil.ignore_patterns("*.onnx", "*.data")
         )
-    shutil.copytree(HERE / "teacher", out / "unet")
+    shutil.copytree(unet, out / "unet")
     return out
 
 
@@ -33,8 +45,12 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     ap.add_argument("--out", type=Path, required=True, help="new folder")
+    ap.add_argument("--teacher", type=Path, help="folder of the UNet; default: the released asset")
     args = ap.parse_args()
-    print(assemble(args.out))
+    try:
+        print(assemble(args.out, args.teacher))
+    except SdliteError as e:
+        raise SystemExit(str(e)) from e
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from torch import Tensor
 from sdlite.distill.data import read_shards
 
 SHARD = Path(__file__).parent / "emoji-000000.tar.gz"
+STUDENT = Path(__file__).parents[2] / "sdlite" / "models" / "emoji"
+TOKENIZER = STUDENT / "tokenizer"
 COLOURS = {  # background name -> sRGB
     "white": (255, 255, 255),
     "black": (20, 20, 20),

@@ -24,7 +24,6 @@ from features import LiteFeatures
 from latents import EmojiLatents
 from PIL import Image
 from torch import Tensor, nn
-from train_teacher import HERE
 from transformers import CLIPTextModel
 
 from sdlite.distill.tasks.few_step import Solver, trailing_timesteps
@@ -187,7 +186,7 @@ def main() -> None:
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(HERE / "tokenizer")
+    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(emoji.TOKENIZER)
     source = EmojiLatents(
         AutoencoderKL.from_pretrained(args.model / "vae").eval(), tokenizer, data, args.latents
     )

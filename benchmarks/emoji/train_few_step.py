@@ -18,7 +18,7 @@ import emoji
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from latents import EmojiLatents
-from train_teacher import HERE, PREVIEW
+from train_teacher import PREVIEW
 from transformers import CLIPTextModel
 
 from sdlite.distill.recipe import KINDS
@@ -64,7 +64,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(HERE / "tokenizer")
+    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(emoji.TOKENIZER)
     vae = AutoencoderKL.from_pretrained(args.student / "vae").eval().requires_grad_(False)
     text_encoder = CLIPTextModel.from_pretrained(args.student / "text_encoder").eval()
     student = UNet2DConditionModel.from_pretrained(args.student / "unet")
@@ -80,7 +80,7 @@ def main() -> None:
         teacher,
         text_encoder,
         EmojiLatents(vae, tokenizer, data, args.latents),
-        parts={"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"},
+        parts={"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": emoji.TOKENIZER},
         preview={"prompts": PREVIEW, "num_inference_steps": steps, "guidance_scale": 1.0},
         **options,
     )

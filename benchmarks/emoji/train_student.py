@@ -14,7 +14,7 @@ import emoji
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from latents import EmojiLatents
-from train_teacher import HERE, PREVIEW
+from train_teacher import PREVIEW
 from transformers import CLIPTextModel
 
 from sdlite.distill.students import PRESETS, build
@@ -70,7 +70,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(HERE / "tokenizer")
+    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(emoji.TOKENIZER)
     vae = AutoencoderKL.from_pretrained(args.teacher / "vae").eval().requires_grad_(False)
     teacher = UNet2DConditionModel.from_pretrained(args.teacher / "unet").eval()
     text_encoder = CLIPTextModel.from_pretrained(args.teacher / "text_encoder").eval()
@@ -79,7 +79,7 @@ def main() -> None:
         if args.init
         else build(teacher, PRESETS["half"])
     )
-    parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"}
+    parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": emoji.TOKENIZER}
     source = EmojiLatents(vae, tokenizer, data, args.latents)
     task = StudentTask(
         student,

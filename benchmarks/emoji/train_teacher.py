@@ -21,7 +21,6 @@ from sdlite.distill.tasks.student import TeacherTask
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.tokenizer import ClipTokenizer
 
-HERE = Path(__file__).parent
 PREVIEW = [
     "red apple",
     "grinning face",
@@ -141,7 +140,7 @@ def main() -> None:
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(HERE / "tokenizer")
+    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(emoji.TOKENIZER)
     cache = args.out / "latents.safetensors"
     vae = normalised_vae(args.vae, args.out / "vae", data, cache)
     source = EmojiLatents(vae, tokenizer, data, cache)
@@ -151,7 +150,7 @@ def main() -> None:
         if args.text_encoder
         else build_text_encoder(tokenizer)
     )
-    parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": HERE / "tokenizer"}
+    parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": emoji.TOKENIZER}
     task = TeacherTask(
         unet,
         text_encoder,

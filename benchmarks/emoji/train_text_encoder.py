@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from latents import EmojiLatents
 from PIL import Image
 from torch import Tensor, nn
-from train_teacher import HERE, PREVIEW, build_text_encoder, normalised_vae
+from train_teacher import PREVIEW, build_text_encoder, normalised_vae
 from transformers import CLIPTextModel
 
 from sdlite.distill.train import Batch, TrainConfig, fit
@@ -107,7 +107,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
-    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(HERE / "tokenizer")
+    data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(emoji.TOKENIZER)
     cache = args.out / "latents.safetensors"
     vae = normalised_vae(args.vae, args.out / "vae", data, cache)
     source = EmojiLatents(vae, tokenizer, data, cache)

@@ -1,6 +1,6 @@
 """Train the emoji tokenizer: CLIP's rules and file format, about 3,000 byte-pair tokens.
 
-python benchmarks/emoji/train_tokenizer.py --out benchmarks/emoji/tokenizer
+python benchmarks/emoji/train_tokenizer.py --out runs/tokenizer
 """
 
 from __future__ import annotations
