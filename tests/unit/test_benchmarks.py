@@ -306,13 +306,13 @@ def test_a_case_that_cannot_be_made_is_a_row(tmp_path, monkeypatch):
     from benchmarks import run
 
     cases = [Case("shape:mini", "openvino-genai", 2, 64, precision="int8", repeats=1)]
-    monkeypatch.setitem(run.SUITES, "broken", cases)
     monkeypatch.setattr(
         run,
         "child",
         lambda case, **job: {"error": "ModuleNotFoundError: No module named 'openvino_genai'"},
     )
-    run.run_suite("broken", 2, tmp_path, tmp_path / "rows.jsonl", {"commit": "x"})
+    jobs = run.made(cases, tmp_path)
+    run.run_suite("broken", cases, jobs, 2, tmp_path / "rows.jsonl", {"commit": "x"})
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(r["round"], r["error"][:19]) for r in rows] == [
         (0, "ModuleNotFoundError"),
