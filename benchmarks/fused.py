@@ -49,10 +49,9 @@ def picture(
 def measure(
     folder: Path, steps: int, guidance: float, pictures: int, threads: int, size_px: int | None
 ) -> dict[str, Any]:
-    from sdlite.exporters import profile
+    from sdlite.exporters import profile, targets
     from sdlite.exporters.export import export
     from sdlite.exporters.rewrites.fixed_shapes import input_shapes
-    from sdlite.exporters.targets import onnx as target
 
     with tempfile.TemporaryDirectory() as tmp:
         unets, size = {}, {}
@@ -62,7 +61,7 @@ def measure(
             report = export(folder, out, target=target_of, num_inference_steps=1, threads=threads)
             files = [out / f for f in report["files"] if f.startswith("unet/")]
             size[name] = sum(f.stat().st_size for f in files)
-            unets[name] = target.run("unet", files, profile.load(name), threads)
+            unets[name] = targets.of(profile.load(name)).run("unet", files, threads)
         shapes = input_shapes(Path(tmp) / "onnx-fixed" / "unet" / "model.onnx")
         rng = np.random.default_rng(0)
         draw = lambda name: rng.standard_normal([int(d) for d in shapes[name]]).astype(np.float32)  # noqa: E731

@@ -4,52 +4,72 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from sdlite.exporters.parity import Recording
-from sdlite.exporters.profile import Profile
-from sdlite.exporters.snippets import RUNTIMES
+from sdlite.exporters.targets.base import Runtime, Target
 from sdlite.manifest import PARTS
 from sdlite.spec import SPECS, Tensor
 
 STEP = "step.onnx"  # of three graphs, see `sdlite.exporters.rewrites.hoist`
 
 
+class TensorRow(TypedDict):
+    """A tensor as the runtime has it. A free side of its shape is a name."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+    range: str
+
+
+class NetworkRow(TypedDict):
+    """A network. `batch`: rows of a call, if fixed. `cuts`: it comes as three graphs."""
+
+    file: str
+    weights: list[str]
+    storage: str
+    arithmetic: str
+    inputs: list[TensorRow]
+    output: TensorRow
+    batch: NotRequired[int]
+    cuts: NotRequired[bool]
+
+
 def networks(
     folder: Path,
     made: Mapping[str, Sequence[Path]],
     recording: Recording,
-    profile: Profile,
-    source: Mapping[str, Mapping[str, Any]],
-    free_size: bool,
-) -> dict[str, dict[str, Any]]:
-    """part -> {file, weights, storage, arithmetic, inputs, output}, and `batch` of a fixed one.
+    target: Target[object],
+    source: Mapping[str, Mapping[str, object]],
+) -> dict[str, NetworkRow]:
+    """part -> what the report says of it.
 
     Args:
         made: the files of each part, in `folder`.
         recording: of the calls whose shapes the networks have.
         source: the rows of the manifest's variant that the networks were made of.
-        free_size: whether a dynamic profile's networks take any image size.
     """
-    words = _free(recording, free_size) if profile.dynamic else {}
-    out = {}
+    profile = target.profile
+    words = _free(recording, target.free_size) if profile.dynamic else {}
+    out: dict[str, NetworkRow] = {}
     for part in PARTS:
         names = [f.relative_to(folder).as_posix() for f in made[part]]
         main = next((n for n in names if n == f"{part}/{STEP}"), names[0])
         given, answer = recording.calls[part][0]
-        inputs = SPECS[part].inputs
+        tensors = _Tensors(target.runtime(), words)
         out[part] = {
             "file": main,
             "weights": [n for n in names if n != main],
-            "storage": _storage(profile, str(source[part]["storage"])),
-            "arithmetic": source[part]["arithmetic"],
+            "storage": _storage(target, str(source[part]["storage"])),
+            "arithmetic": str(source[part]["arithmetic"]),
             "inputs": [
-                _input(t, given[t.name].shape, words, profile, i) for i, t in enumerate(inputs)
+                tensors.input(t, given[t.name].shape, i) for i, t in enumerate(SPECS[part].inputs)
             ],
-            "output": _tensor(SPECS[part].output, answer.shape, words, profile, "out0"),
+            "output": tensors.row(SPECS[part].output, answer.shape, "out0"),
         }
         if not profile.dynamic:
-            out[part]["batch"] = profile.batch or 1
+            out[part]["batch"] = profile.rows
         if main.endswith(STEP):
             out[part]["cuts"] = True
     return out
@@ -62,31 +82,33 @@ def _free(recording: Recording, free_size: bool) -> dict[str, str]:
     return {"B": "batch", **(sides if free_size else {})}
 
 
-def _storage(profile: Profile, source: str) -> str:
+def _storage(target: Target[object], source: str) -> str:
     """The weights' dtype. With fixed shapes casts are folded, so that float16 becomes float32."""
-    if profile.precision == "fp16":
+    if target.profile.precision == "fp16":
         return "float16"
-    return source if profile.dynamic or profile.precision == "int8-static" else "float32"
+    kept = target.profile.dynamic or target.profile.precision == "int8-static"
+    return source if kept else "float32"
 
 
-def _input(
-    tensor: Tensor, seen: tuple[int, ...], words: Mapping[str, str], profile: Profile, place: int
-) -> dict[str, Any]:
-    out = _tensor(tensor, seen, words, profile, f"in{place}")
-    if RUNTIMES[profile.target].narrow_ids and tensor.dtype == "int64":
-        out["dtype"] = "int32"
-    return out
+class _Tensors:
+    """Tensors as a runtime has them. `words`: see `_free`."""
 
+    def __init__(self, runtime: Runtime, words: Mapping[str, str]):
+        self.runtime, self.words = runtime, words
 
-def _tensor(
-    tensor: Tensor, seen: tuple[int, ...], words: Mapping[str, str], profile: Profile, ncnn: str
-) -> dict[str, Any]:
-    """A tensor as the runtime has it. `words`: see `_free`. `ncnn`: its name there."""
-    sides = {"B": 1} | {k: int(n) for k, n in zip(tensor.shape, seen, strict=True) if k != "B"}
-    shape = [words.get(letter, sides[letter]) for letter in tensor.shape]
-    name = tensor.name
-    if RUNTIMES[profile.target].names == "ncnn":  # no batch axis
-        name, shape = ncnn, shape[1:] or [1]
-    elif profile.target == "coreml":
-        shape = shape or [1]
-    return {"name": name, "dtype": tensor.dtype, "shape": shape, "range": tensor.range}
+    def input(self, tensor: Tensor, seen: tuple[int, ...], place: int) -> TensorRow:
+        out = self.row(tensor, seen, f"in{place}")
+        if self.runtime.narrow_ids and tensor.dtype == "int64":
+            out["dtype"] = "int32"
+        return out
+
+    def row(self, tensor: Tensor, seen: tuple[int, ...], place: str) -> TensorRow:
+        """`place`: its name where the runtime has no names."""
+        sides = {k: int(n) for k, n in zip(tensor.shape, seen, strict=True)} | {"B": 1}
+        shape = [self.words.get(letter, sides[letter]) for letter in tensor.shape]
+        name = tensor.name
+        if not self.runtime.batch_axis:
+            name, shape = place, shape[1:] or [1]
+        elif not self.runtime.scalars:
+            shape = shape or [1]
+        return {"name": name, "dtype": tensor.dtype, "shape": shape, "range": tensor.range}

@@ -1,33 +1,24 @@
-"""A target profile is data: which runtime, which precision, which shapes, and what must hold.
-Built-in ones are in `export/profiles/`.
+"""A profile says what an export makes: which runtime, which precision, which shapes, and what must
+hold. The built-in ones are in `export/profiles/`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from sdlite.arguments import MOST_IMAGES, MOST_PIXELS, integer, number, one_of, text, truth
+from sdlite.arguments import MOST_IMAGES, MOST_PIXELS
 from sdlite.artifact import Artifact
 from sdlite.errors import InputError, UnknownNameError, printable
+from sdlite.exporters import targets
 from sdlite.io import read_toml
+from sdlite.settings import At, read, settings
 
-TARGETS = {  # runtime -> (module, the extras that install it)
-    "onnx": ("sdlite.exporters.targets.onnx", "quantize"),
-    "openvino": ("sdlite.exporters.targets.openvino", "quantize,openvino"),
-    "web": ("sdlite.exporters.targets.web", "quantize"),
-    "ncnn": ("sdlite.exporters.targets.ncnn", "ncnn"),
-    "executorch": ("sdlite.exporters.targets.executorch", "executorch"),
-    "coreml": ("sdlite.exporters.targets.coreml", "coreml"),
-    "mnn": ("sdlite.exporters.targets.mnn", "mnn"),
-    "tensorrt": ("sdlite.exporters.targets.tensorrt", "tensorrt"),
-    "tensorrt-rtx": ("sdlite.exporters.targets.tensorrt_rtx", "tensorrt-rtx"),
-    "qnn": ("sdlite.exporters.targets.qnn", "qnn"),
-}
-# precision -> the artefact's graphs that it can be made from, the best first
+# precision -> the precisions of a model's graphs that it can be made from, the best first
 SOURCES = {
     "fp32": ("fp32",),
     "fp16": ("fp16", "fp32"),
@@ -35,96 +26,109 @@ SOURCES = {
     "int8-static": ("int8-static",),
     "a16w8": ("fp32",),
 }
-PRECISIONS = tuple(SOURCES)
-GATES = ("psnr", "reference", "text_encoder", "unet", "vae_decoder")
+Precision = Literal["fp32", "fp16", "bf16", "int8-static", "a16w8"]
+Decibel = float | None
+Side = Annotated[int, At(0, MOST_PIXELS)]
 
 
+@settings
+@dataclass(frozen=True)
+class Gate:
+    """What the quality check of an export must reach, in dB; None: not asked for.
+
+    Attributes:
+        psnr: PSNR of the images to the model's.
+        reference: PSNR to the images of the float model that `export(reference=)` names.
+        text_encoder, unet, vae_decoder: SQNR of the network's outputs.
+    """
+
+    psnr: Decibel = None
+    reference: Decibel = None
+    text_encoder: Decibel = None
+    unet: Decibel = None
+    vae_decoder: Decibel = None
+
+    def wanted(self) -> dict[str, float]:
+        """What is asked for, by name."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+@settings
 @dataclass(frozen=True)
 class Profile:
     """What an export makes.
 
     Attributes:
-        target: runtime, a key of `TARGETS`.
-        precision: "fp32", "fp16", "bf16", "int8-static" (takes the graphs of a quantised artefact)
-            or "a16w8" (16 bits of activation, 8 of weight; calibrated during the export).
+        target: the runtime, see `sdlite.exporters.targets`.
+        precision: "fp32", "fp16", "bf16", "int8-static" (takes the graphs of a quantized model) or
+            "a16w8" (16 bits of activation, 8 of weight; calibrated during the export).
         batch: rows of a network call, or 0 for any. Phones: 1, with guidance as two calls.
-        height, width: pixels, or 0: the student's own when `dynamic` is false, any when it is true.
+        height, width: pixels. 0: the model's own size when `dynamic` is false, any when it is true.
         dynamic: keep free shapes; only some runtimes can.
         memory_mib: most MiB that the files of the networks may have together, which a device holds
             in memory besides activations; 0: no ceiling.
-        gate: {"psnr": dB of the final picture, "reference": the same against the float model that
-            `export(reference=)` names, "text_encoder" | "unet" | "vae_decoder": SQNR in dB}.
-        options: what the target's module takes besides.
+        gate: the quality check.
+        options: what the target takes besides, see its `options_type`.
+        about: one sentence for `sdlite export --list`.
     """
 
     name: str
     target: str
-    precision: str = "fp32"
-    batch: int = 1
-    height: int = 0
-    width: int = 0
+    precision: Precision = "fp32"
+    batch: Annotated[int, At(0, MOST_IMAGES)] = 1
+    height: Side = 0
+    width: Side = 0
     dynamic: bool = False
-    memory_mib: int = 0
-    gate: dict[str, float] = field(default_factory=lambda: {"psnr": 40.0})
-    options: dict[str, Any] = field(default_factory=dict)
+    memory_mib: Annotated[int, At(0)] = 0
+    gate: Gate = field(default_factory=lambda: Gate(psnr=40.0))
+    options: dict[str, object] = field(default_factory=dict)
     about: str = ""
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Precisions of the artefact's graphs that the export can start from, the best first."""
+        """Precisions of the model's graphs that the export can start from, the best first."""
         return SOURCES[self.precision]
 
+    @property
+    def rows(self) -> int:
+        """Rows of a call of a network with a fixed batch."""
+        return self.batch or 1
+
+    @property
+    def size(self) -> dict[str, int | None]:
+        """`height` and `width` as a pipeline's call takes them."""
+        return {"height": self.height or None, "width": self.width or None}
+
     def source(self, artifact: Artifact) -> str | None:
-        """The best of `sources` that the artefact holds."""
+        """The best of `sources` that the model holds."""
         return next((s for s in self.sources if artifact.has_onnx(s)), None)
 
+    def to_dict(self) -> dict[str, object]:
+        """What the report of an export says of it."""
+        return {**dataclasses.asdict(self), "gate": self.gate.wanted()}
+
     @classmethod
-    def parse(cls, raw: dict[str, Any], name: str) -> Profile:
-        """Check what a TOML file says.
+    def parse(cls, raw: Mapping[str, object], name: str) -> Profile:
+        """Check what a TOML file says. The options are read by the target, see `targets.of`.
 
         Raises:
-            InputError, UnknownNameError: an unknown name, or a value of another type or range.
+            InputError: an unknown key, or a value of another type or range.
+            UnknownNameError: an unknown target.
+            MissingExtraError: pydantic is not installed.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(raw) - known):
-            raise InputError(
-                f"profile {name}: {', '.join(unknown)} not known; known:"
-                f" {', '.join(sorted(known))}."
+        label = f"profile {printable(name, 80)}"
+        out = read(cls, {"name": name, **raw}, label)
+        if out.target not in targets.names():
+            raise UnknownNameError(
+                f"{label}: target={out.target!r} is not known; choose one of"
+                f" {', '.join(targets.names())}."
             )
-        for key, value in {"target": "", **raw}.items():
-            _check(f"profile {name}: {key}", key, value)
-        return cls(**{"name": name, **raw})
-
-
-def _check(label: str, key: str, value: Any) -> None:
-    """One key of a profile: its type and its range."""
-    match key:
-        case "target" | "precision":
-            one_of(label, value, tuple(TARGETS) if key == "target" else PRECISIONS)
-        case "batch":
-            integer(label, value, 0, MOST_IMAGES)
-        case "height" | "width":
-            integer(label, value, 0, MOST_PIXELS)
-        case "memory_mib":
-            integer(label, value, 0)
-        case "dynamic":
-            truth(label, value)
-        case "name" | "about":
-            text(label, value)
-        case "gate" | "options":
-            if not isinstance(value, dict):
-                raise InputError(
-                    f"{label}={printable(repr(value), 80)} is no table; accepted: name = value."
-                )
-            if key == "gate" and (unknown := sorted(set(value) - set(GATES))):
-                raise InputError(f"{label} names {', '.join(unknown)}; known: {', '.join(GATES)}.")
-            for part, least in value.items() if key == "gate" else ():
-                number(f"{label}, {part}", least)
+        return out
 
 
 def assets() -> Path:
-    """The `export/` folder: profiles, calibration prompts, pages. In the installed package, or
-    beside it in a checkout.
+    """The `export/` folder: profiles, calibration prompts, pages. It stands in the installed
+    package, or beside it in a checkout.
     """
     for place in (Path(__file__).parent / "assets", Path(__file__).parents[2] / "export"):
         if (place / "profiles").is_dir():
@@ -143,7 +147,7 @@ def builtin() -> dict[str, Profile]:
 
 
 def load(target: str | Path) -> Profile:
-    """A built-in name, or the path of a TOML file.
+    """A built-in profile by name, or the path of a TOML file.
 
     Raises:
         UnknownNameError: neither. InputError: a file that is not TOML or says something unknown.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from sdlite.exporters.described import NetworkRow
 from sdlite.exporters.parity import Recording
-from sdlite.exporters.profile import Profile
-from sdlite.exporters.snippets import IMAGE, ONE, RUNTIMES, Runtime
+from sdlite.exporters.snippets import IMAGE, ONE
+from sdlite.exporters.targets.base import Runtime, Target
 from sdlite.pipeline import Pipeline
 
 FILE = "README.md"
 _DPM = "DPMSolverMultistepScheduler"
-_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+CLASSES: dict[str, tuple[str, dict[str, object]]] = {
     # our sampler -> diffusers' class, and what it is told besides the file
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -50,9 +50,9 @@ _NO_ZERO_SNR = (  # do not know `rescale_betas_zero_snr`
 
 def write(
     folder: Path,
-    about: Mapping[str, Mapping[str, Any]],
+    about: Mapping[str, NetworkRow],
     pipe: Pipeline,
-    profile: Profile,
+    target: Target[object],
     recording: Recording,
 ) -> None:
     """Write README.md into an export.
@@ -62,7 +62,7 @@ def write(
         pipe: the model that was exported.
         recording: of its calls; the first prompt is the code's.
     """
-    told = RUNTIMES["onnx, fused" if profile.options.get("fuse_schedule") else profile.target]
+    told, profile = target.runtime(), target.profile
     numbers = _numbers(pipe, recording)
     lines = [
         f"# {pipe.artifact.name} for {told.title}",
@@ -78,13 +78,13 @@ def write(
         "",
         *_table(about),
         *_around(pipe, recording, numbers, about),
-        *(_served() if profile.target == "web" else _code(told, numbers, profile)),
-        *_apart(pipe, profile, numbers["CLASS"]),
+        *([told.usage.strip("\n")] if told.usage else _code(told, numbers)),
+        *([] if told.usage else _apart(pipe, numbers["CLASS"])),
     ]
     (folder / FILE).write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
-def _table(about: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _table(about: Mapping[str, NetworkRow]) -> list[str]:
     lines = ["## Networks", "", "| network | files | | name | dtype | shape | values |"]
     lines.append("|---|---|---|---|---|---|---|")
     for part, row in about.items():
@@ -103,7 +103,7 @@ def _numbers(pipe: Pipeline, recording: Recording) -> dict[str, str]:
     """Placeholder -> Python code."""
     vae, name = pipe.vae_config, pipe.default_sampler
     given = recording.calls["unet"][0][0]
-    cls, told = _CLASSES[name.removesuffix("-karras")]
+    cls, told = CLASSES[name.removesuffix("-karras")]
     told = dict(told)
     if name.endswith("-karras"):
         told["use_karras_sigmas"] = True
@@ -140,7 +140,7 @@ def _around(
     pipe: Pipeline,
     recording: Recording,
     numbers: Mapping[str, str],
-    about: Mapping[str, Mapping[str, Any]],
+    about: Mapping[str, NetworkRow],
 ) -> list[str]:
     """What goes in and out of the networks, in words."""
     height, width = recording.images.shape[1:3]
@@ -181,12 +181,8 @@ def _filled(code: str, numbers: Mapping[str, str]) -> str:
     return code.strip("\n")
 
 
-def _code(told: Runtime, numbers: Mapping[str, str], profile: Profile) -> list[str]:
+def _code(told: Runtime, numbers: Mapping[str, str]) -> list[str]:
     """Two snippets: one network on numpy arrays, and an image."""
-    chip = {
-        k: str(profile.options.get(o, d))
-        for k, o, d in (("HTP", "htp_arch", 75), ("SOC", "soc_model", 57))
-    }
     return [
         "## Run one network",
         "",
@@ -194,7 +190,7 @@ def _code(told: Runtime, numbers: Mapping[str, str], profile: Profile) -> list[s
         "",
         *([told.note, ""] if told.note else []),
         "```python",
-        _filled(told.code, chip),
+        told.code.strip("\n"),
         "",
         "",
         _filled(ONE, numbers),
@@ -213,13 +209,9 @@ def _code(told: Runtime, numbers: Mapping[str, str], profile: Profile) -> list[s
     ]
 
 
-def _apart(pipe: Pipeline, profile: Profile, cls: str) -> list[str]:
+def _apart(pipe: Pipeline, cls: str) -> list[str]:
     """Said where the code's image is not sdlite's."""
-    if (
-        profile.target == "web"
-        or not pipe.schedule.rescale_betas_zero_snr
-        or cls not in _NO_ZERO_SNR
-    ):
+    if not pipe.schedule.rescale_betas_zero_snr or cls not in _NO_ZERO_SNR:
         return []
     return [
         "",
@@ -229,33 +221,4 @@ def _apart(pipe: Pipeline, profile: Profile, cls: str) -> list[str]:
             " for one"
         ),
         "that is the same.",
-    ]
-
-
-def _served() -> list[str]:
-    return [
-        "## Serve it",
-        "",
-        "Any static server will do; opened as a file the page does not run. Here:",
-        "",
-        "```bash",
-        "python3 -m http.server 8000",
-        "```",
-        "",
-        (
-            "and open http://localhost:8000. With the headers `Cross-Origin-Opener-Policy:"
-            " same-origin` and"
-        ),
-        (
-            "`Cross-Origin-Embedder-Policy: require-corp` wasm has more than one thread. In a page"
-            " of your own:"
-        ),
-        "",
-        "```js",
-        'import { Pipeline } from "./sdlite.js";',
-        "",
-        'const pipe = await Pipeline.load(".");',
-        'const made = await pipe.generate({ prompt: "a red apple", seed: 0 });',
-        "// made.pixels: RGBA, made.width, made.height",
-        "```",
     ]

@@ -7,6 +7,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import zipfile
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -14,8 +17,10 @@ import pytest
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
+from sdlite import exported
 from sdlite.artifact import Artifact
 from sdlite.backends import RowByRow
+from sdlite.backends.ort import Session
 from sdlite.cli import main
 from sdlite.errors import (
     ArtifactError,
@@ -25,11 +30,13 @@ from sdlite.errors import (
     SdliteWarning,
     UnknownNameError,
 )
-from sdlite.exporters import profile
+from sdlite.exporters import profile, targets
 from sdlite.exporters.export import export, table
+from sdlite.exporters.targets.base import Runtime, Target
 from sdlite.io import sha256
 from sdlite.onnx_graph import Graph, constant
 from sdlite.pipeline import Pipeline
+from sdlite.settings import At, settings
 from tests.conftest import EMOJI
 from tests.folders import relist
 
@@ -67,7 +74,7 @@ def test_export_runs_on_its_runtime_and_holds_its_gate(target, tmp_path):
         EMOJI, tmp_path / "out", target=target, prompts=PROMPTS, num_inference_steps=3, threads=1
     )
     assert report["checked_by"] == "the runtime itself"
-    assert min(report["parity"]["psnr"]) >= profile.load(target).gate["psnr"]
+    assert min(report["parity"]["psnr"]) >= profile.load(target).gate.psnr
     assert report["parity"]["networks"]["unet"]["calls"] == 6
     on_disk = json.loads((tmp_path / "out/export-report.json").read_text())
     assert on_disk["files"].keys() == report["files"].keys()
@@ -160,8 +167,6 @@ def test_opset_of_the_profile(opset, tmp_path):
 def test_opsets_that_cannot_be_written(tmp_path):
     from onnx import TensorProto, helper, save
 
-    from sdlite.exporters.targets import onnx as target
-
     x, y = (
         helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
         for n, s in (("x", (2, 3)), ("y", (2, 1)))
@@ -174,23 +179,23 @@ def test_opsets_that_cannot_be_written(tmp_path):
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9),
         str(tmp_path / "m.onnx"),
     )
-    for opset, error, words in (
-        (16, InputError, "opset=16; it can be 17 to 23"),
-        (17, ExportError, "cannot be written in opset 17"),
-    ):
-        with pytest.raises(error, match=words):
-            target.prepare(
-                "unet", tmp_path / "m.onnx", profile.Profile("p", "onnx", options={"opset": opset})
-            )
+    for opset, words in ((16, "at least 17"), (24, "at most 23")):
+        with pytest.raises(InputError, match=f"options: opset={opset}; accepted: {words}"):
+            targets.of(profile.Profile("p", "onnx", options={"opset": opset}))
+    seventeen = targets.of(profile.Profile("p", "onnx", options={"opset": 17}))
+    with pytest.raises(ExportError, match="cannot be written in opset 17"):
+        seventeen.prepare("unet", tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize("name", sorted(profile.TARGETS))
+@pytest.mark.parametrize("name", sorted(targets.names()))
 def test_options_that_a_target_does_not_know(name, tmp_path):
     precision = "fp16" if name == "qnn" else "fp32"
     (tmp_path / "p.toml").write_text(
         f"target = '{name}'\nprecision = '{precision}'\n[options]\nsped = 1\n"
     )
-    with pytest.raises(InputError, match="options sped not known; target"):
+    with pytest.raises(
+        InputError, match=r"options: sped is not known; (known: |target .* has no options)"
+    ):
         export(EMOJI, tmp_path / "x", target=tmp_path / "p.toml")
 
 
@@ -198,17 +203,17 @@ def test_compute_capabilities_are_for_tensorrt_rtx_alone(tmp_path):
     (tmp_path / "p.toml").write_text(
         "target = 'tensorrt'\n[options]\ncompute_capabilities = ['SM89']\n"
     )
-    with pytest.raises(InputError, match="compute_capabilities not known; target tensorrt knows"):
+    with pytest.raises(InputError, match="compute_capabilities is not known; known: min, opt, max"):
         export(EMOJI, tmp_path / "x", target=tmp_path / "p.toml")
 
 
 def test_a_broken_graph_fails_the_gate_and_nothing_is_written(tmp_path, monkeypatch):
-    from sdlite.exporters.targets import onnx as target
+    from sdlite.exporters.targets.onnx import Onnx as target
 
     right = target.convert
 
-    def wrong(part, graph, out, settings):
-        files = right(part, graph, out, settings)
+    def wrong(self, part, graph, out):
+        files = right(self, part, graph, out)
         if part == "unet":
             broken = Graph.load(files[0])
             name = next(
@@ -259,7 +264,7 @@ def _keeps_the_candidate(place, target, backend):
             keep_failed=True,
         )
     kept = place / "out.failed" / "model"
-    with pytest.warns(SdliteWarning, match="failed its quality check: picture PSNR .*unet SQNR"):
+    with pytest.warns(SdliteWarning, match="failed its quality check: image PSNR .*unet SQNR"):
         pipe = Pipeline.from_pretrained(kept, backend=backend, threads=1)
     assert pipe("a fox", seed=1, num_inference_steps=1, height=64, width=64).images
     with pytest.raises(ArtifactError, match="failed its quality check"):
@@ -294,7 +299,7 @@ def test_the_gate_of_every_runtime_sees_a_network_that_changed_on_its_way(
     """What the converter is given has one layer a tenth too large; the rest of the way is the real
     one.
     """
-    import sdlite.exporters.export as exporting
+    from sdlite.exporters import handed
 
     pytest.importorskip(EVERY_GATE[target], reason=f"needs {EVERY_GATE[target]}")
     if target == "web":
@@ -302,7 +307,7 @@ def test_the_gate_of_every_runtime_sees_a_network_that_changed_on_its_way(
 
         if chromium.find() is None:
             pytest.skip("no Chromium on this machine")
-    right_graph, right_torch = exporting._graph, exporting._torch_networks
+    right_graph, right_torch = handed.shaped_graph, handed.torch_networks
 
     def wrong_graph(artifact, part, *rest):
         path = right_graph(artifact, part, *rest)
@@ -316,17 +321,17 @@ def test_the_gate_of_every_runtime_sees_a_network_that_changed_on_its_way(
         return path
 
     def wrong_torch(*given):
-        for part, network, example in right_torch(*given):
+        for part, network in right_torch(*given):
             if part == "unet":
-                network.module.conv_out.weight.mul_(1.1)
-            yield part, network, example
+                network.module.module.conv_out.weight.mul_(1.1)
+            yield part, network
 
     if target.startswith(
         ("coreml", "executorch")
     ):  # made from the torch network; the ONNX graph stays right
-        monkeypatch.setattr(exporting, "_torch_networks", wrong_torch)
+        monkeypatch.setattr(handed, "torch_networks", wrong_torch)
     else:
-        monkeypatch.setattr(exporting, "_graph", wrong_graph)
+        monkeypatch.setattr(handed, "shaped_graph", wrong_graph)
     with pytest.raises(
         ExportError,
         match=rf"gate of {target} does not hold.*worst network unet.*No model was written",
@@ -418,6 +423,64 @@ def test_float16_of_a_model_that_holds_float32_only(target, wide, tmp_path):
         export(wide, tmp_path / "x", target="onnx-int8")
 
 
+@settings
+@dataclass(frozen=True)
+class Level:
+    """Options of the target below."""
+
+    level: Annotated[int, At(1, 9)] = 6
+
+
+class Zipped(Target[Level]):
+    """A target that somebody else wrote: graphs in a zip file, run by onnxruntime."""
+
+    name = "zipped"
+    options_type = Level
+
+    def runtime(self):
+        return Runtime("zip", usage="Unzip it.")
+
+    def convert(self, part, graph, out):
+        with zipfile.ZipFile(out / "model.zip", "w", zipfile.ZIP_DEFLATED) as z:
+            for f in graph.parent.glob(f"{graph.name}*"):
+                z.write(f, f.name)
+        return [out / "model.zip"]
+
+    def run(self, part, files, threads):
+        folder = files[0].with_suffix("")
+        with zipfile.ZipFile(files[0]) as z:
+            z.extractall(folder)
+        network = Session(str(folder / f"{part}.onnx"), "cpu", threads)
+        shutil.rmtree(folder)
+        return network
+
+
+def test_a_target_from_outside_is_one_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "_CLASSES", dict(targets._CLASSES))
+    path = tmp_path / "p.toml"
+    path.write_text("target = 'zipped'\n[options]\nlevel = 3\n")
+    with pytest.raises(UnknownNameError, match=r"target='zipped' is not known; choose one of onnx"):
+        profile.load(path)
+    targets.register(Zipped)
+    with pytest.raises(InputError, match="target name 'zipped' is taken"):
+        targets.register(Zipped)
+    given = {"prompts": PROMPTS[:1], "num_inference_steps": 1, "threads": 1}
+    report = export(EMOJI, tmp_path / "out", target=path, **given)
+    assert report["checked_by"] == "the runtime itself"
+    assert report["parity"]["psnr"][0] >= 60
+    assert "unet/model.zip" in report["files"]
+    assert "Unzip it." in (tmp_path / "out" / "README.md").read_text()
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    path.write_text("target = 'zipped'\n[options]\nlevel = 10\n")
+    with pytest.raises(InputError, match="profile p, options: level=10; accepted: at most 9"):
+        export(EMOJI, tmp_path / "x", target=path, **given)
+
+
+def test_every_target_says_which_backends_open_it():
+    opened = {n: targets.get(n).opened_by for n in targets.names()}
+    assert {n: b for n, b in opened.items() if b} == exported.OPENED_BY
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -446,8 +509,8 @@ def test_errors(tmp_path, plain):
     with pytest.raises(InputError, match="does not exist"):
         export(EMOJI, tmp_path / "x", target=tmp_path / "none.toml")
     bad = (
-        ("target = 'onnx'\nspeed = 1", "speed not known"),
-        ("target = 'onnx'\n[gate]\nvae = 1", "gate names vae"),
+        ("target = 'onnx'\nspeed = 1", "speed is not known"),
+        ("target = 'onnx'\n[gate]\nvae = 1", "gate.vae is not known"),
         ("x = [", "not TOML"),
     )
     for text, words in bad:
@@ -639,7 +702,7 @@ def test_half_arithmetic_leaves_norms_in_float32(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (b"precision = 'fp32'", "target=''"),
+        (b"precision = 'fp32'", "profile p: target is missing"),
         (b"target = ['onnx']", "target=.*a string"),
         (b"target = 'onnx'\nbatch = '1'", "batch='1'"),
         (b"target = 'onnx'\nbatch = -1", "batch=-1"),
@@ -647,10 +710,10 @@ def test_half_arithmetic_leaves_norms_in_float32(tmp_path):
         (b"target = 'onnx'\nwidth = 64.5", "width=64.5"),
         (b"target = 'onnx'\ndynamic = 1", "dynamic=1"),
         (b"target = 'onnx'\nabout = 3", "about=3"),
-        (b"target = 'onnx'\ngate = 40", "gate=40 is no table"),
-        (b"target = 'onnx'\noptions = [1]", "options=.*is no table"),
-        (b"target = 'onnx'\n[gate]\npsnr = nan", "gate, psnr=nan"),
-        (b"target = 'onnx'\n[gate]\npsnr = '40'", "gate, psnr='40'"),
+        (b"target = 'onnx'\ngate = 40", "gate=40; accepted: a table"),
+        (b"target = 'onnx'\noptions = [1]", "options=.*accepted: a table"),
+        (b"target = 'onnx'\n[gate]\npsnr = nan", "gate.psnr=nan; accepted: a finite number"),
+        (b"target = 'onnx'\n[gate]\npsnr = '40'", "gate.psnr='40'; accepted: a finite number"),
         (b"about = '\xff'", "not UTF-8"),
         (b"a = " + b"[" * 5000, "not TOML"),
     ],

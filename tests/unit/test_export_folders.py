@@ -166,21 +166,22 @@ def test_a_readme_says_what_the_networks_take(target, folders):
 
 
 def test_readmes_of_what_does_not_run_here_are_python_too():
-    from sdlite.exporters.profile import TARGETS as every
-    from sdlite.exporters.snippets import RUNTIMES
+    from sdlite.exporters import profile, targets
 
-    assert {*RUNTIMES} == {*every, "onnx, fused"}
-    for told in RUNTIMES.values():
+    for each in profile.builtin().values():
+        told = targets.of(each).runtime()
+        assert told.title
+        assert told.code or told.usage
         compile(told.code, told.title, "exec")
 
 
 def test_each_sampler_has_a_class_of_diffusers():
     diffusers = pytest.importorskip("diffusers", reason="needs the torch extra")
-    from sdlite.exporters.readme import _CLASSES
+    from sdlite.exporters.readme import CLASSES
     from sdlite.sampling import SAMPLERS
 
-    assert {n.removesuffix("-karras") for n in SAMPLERS} <= {*_CLASSES}
-    assert all(hasattr(diffusers, name) for name, _ in _CLASSES.values())
+    assert {n.removesuffix("-karras") for n in SAMPLERS} <= {*CLASSES}
+    assert all(hasattr(diffusers, name) for name, _ in CLASSES.values())
 
 
 # --- opening

@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sdlite.errors import ExportError, InputError, PrecisionError
-from sdlite.exporters import profile
+from sdlite.exporters import profile, targets
 from sdlite.exporters.export import export
 from sdlite.exporters.rewrites import a16w8
 from sdlite.exporters.targets import qnn
@@ -134,14 +134,20 @@ def test_kept_layers_keep_their_names_through_folding(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"integer": {"vae": ["Conv"]}}, "integer names vae"),
-        ({"integer": {"unet": ["Relu"]}}, "integer names Relu"),
-        ({"samples": 0}, "samples=0; at least 1"),
+        (
+            {"integer": {"vae": ["Conv"]}},
+            "integer.vae.*accepted: 'text_encoder', 'unet' or 'vae_decoder'",
+        ),
+        (
+            {"integer": {"unet": ["Relu"]}},
+            "integer.unet.0='Relu'; accepted: 'Conv', 'MatMul' or 'Gemm'",
+        ),
+        ({"samples": 0}, "samples=0; accepted: at least 1"),
     ],
 )
 def test_options_that_are_not_known(options, words):
     with pytest.raises(InputError, match=words):
-        qnn._options(profile.Profile("q", "qnn", options=options))
+        targets.of(profile.Profile("q", "qnn", precision="fp16", options=options))
 
 
 def test_the_whole_graph_runs_on_the_simulator_or_it_is_an_error(network, tmp_path):
@@ -150,11 +156,11 @@ def test_the_whole_graph_runs_on_the_simulator_or_it_is_an_error(network, tmp_pa
     x = np.random.default_rng(1).normal(size=(1, 8, 8, 8)).astype(np.float32)
     ranges, want = ranges_of(graph, path, x, tmp_path)
     a16w8.insert(graph, graph.layers(), ranges).save(tmp_path / "q.onnx")
-    settings = profile.load("qnn")
+    target = targets.of(profile.load("qnn"))
     (tmp_path / "out").mkdir()
-    files = qnn.convert("vae_decoder", tmp_path / "q.onnx", tmp_path / "out", settings)
+    files = target.convert("vae_decoder", tmp_path / "q.onnx", tmp_path / "out")
     assert [n.op_type for n in onnx.load(str(files[0])).graph.node] == ["EPContext"]
-    session = qnn._session(files[0], qnn._options(settings), threads=1)
+    session = target.session(files[0], threads=1)
     assert ratio(want, session.run(None, {"x": x})[0]) > 35
 
 

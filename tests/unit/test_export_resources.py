@@ -15,9 +15,9 @@ from sdlite import disk, memory
 from sdlite.artifact import Artifact
 from sdlite.cli import main
 from sdlite.errors import ExportError
-from sdlite.exporters import profile
+from sdlite.exporters import profile, targets
 from sdlite.exporters.export import export
-from sdlite.exporters.targets import onnx as target
+from sdlite.exporters.targets.onnx import Onnx as target
 from tests.conftest import EMOJI
 
 GIB = 1 << 30
@@ -38,7 +38,7 @@ def failing_at(monkeypatch, error, part="vae_decoder"):
     """The converter writes a file for every network and raises at `part`."""
     seen = []
 
-    def convert(name, graph, out, settings):
+    def convert(self, name, graph, out):
         (out / "half").write_bytes(b"half")
         seen.append(out)
         if name == part:
@@ -120,7 +120,7 @@ def test_memory_that_ends_in_onnxruntime_is_told(tmp_path, monkeypatch):
     def record(*_args, **_settings):
         raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
 
-    monkeypatch.setattr("sdlite.exporters.export.record", record)
+    monkeypatch.setattr("sdlite.exporters.parity.record", record)
     with pytest.raises(ExportError, match="the memory ran out during the export of onnx-fixed"):
         run(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -188,11 +188,11 @@ def test_an_unsupported_operator_is_an_error_of_every_converter(tmp_path, name, 
     from sdlite.exporters import export as exporting
 
     settings = profile.load(name)
-    module = exporting._module(settings)
+    target = targets.of(settings)
     (tmp_path / "out").mkdir()
     with (
         pytest.raises(ExportError, match=r"vae_decoder|Mystery") as e,
         exporting._refusals("vae_decoder", settings),
     ):
-        module.convert("vae_decoder", mystery(tmp_path), tmp_path / "out", settings)
+        target.convert("vae_decoder", mystery(tmp_path), tmp_path / "out")
     assert "Traceback" not in str(e.value)

@@ -17,7 +17,9 @@ import pytest
 
 from sdlite import _LAZY, backends, errors
 from sdlite.errors import CONVERT_NEEDS
-from sdlite.exporters.profile import TARGETS
+from sdlite.exporters import targets
+from sdlite.exporters.profile import Profile
+from sdlite.exporters.targets import base
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -118,16 +120,31 @@ def test_extra_brings_what_a_backend_imports(name):
     assert foreign(module) | {backend.package} <= modules(backend.extra)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", targets.names())
 def test_extra_brings_what_a_target_imports_and_asks_for(name):
-    path, extras = TARGETS[name]
-    target = importlib.import_module(path)
-    wanted = {MODULES.get(p.lower(), p.replace("-", "_")) for p in target.PACKAGES}
+    target = targets.get(name)
+    wanted = {MODULES.get(p.lower(), p.replace("-", "_")) for p in target.packages}
     wanted |= {"onnxruntime"}  # which judges each
-    wanted |= foreign(path) | foreign("sdlite.exporters.export")
-    if hasattr(target, "convert_torch"):
+    wanted |= foreign(target.__module__) | foreign("sdlite.exporters.export") | {"pydantic"}
+    if target.from_torch:
         wanted |= foreign("sdlite.converter")
-    assert wanted <= modules(extras)
+    assert wanted <= modules(target.extra)
+
+
+@pytest.mark.parametrize("name", targets.names())
+def test_an_export_names_an_extra_that_brings_what_is_missing(name, monkeypatch):
+    """One package after the other, as the error of the missing one says it."""
+    target = targets.get(name)
+    made_for = target(Profile("p", name, precision=target.precisions[0]))
+    every = {p.lower().replace("_", "-") for p in (*target.packages, "onnx", "onnxruntime")}
+    for package in sorted(every):
+        monkeypatch.setattr(
+            base, "version", lambda p, gone=package: None if p.lower() == gone else "1"
+        )
+        with pytest.raises(errors.MissingExtraError, match=f"(?i){package}") as refused:
+            made_for.need_packages()
+        extras = re.search(r"sdlite\[(.*)\]", str(refused.value))[1].split(",")
+        assert package in {p for p, _ in asked(x for e in extras for x in EXTRAS[e])}
 
 
 def test_distill_brings_its_last_step():
@@ -138,7 +155,7 @@ def test_distill_brings_its_last_step():
 
 def test_targets_are_all_but_those_that_need_a_package_index_of_their_own():
     (line,) = EXTRAS["targets"]
-    every = {e for _, extras in TARGETS.values() for e in extras.split(",")}
+    every = {e for n in targets.names() for e in targets.get(n).extra.split(",")}
     assert set(line[len("sdlite[") : -1].split(",")) == every - {"tensorrt"}
 
 

@@ -289,7 +289,7 @@ def test_tables_of_two_readers(tmp_path):
     assert np.array_equal(graph.weights["table"].array(), table)
     assert sqnr(want, run(graph, tmp_path, inputs)["y"]) > 35
     graph.save(tmp_path / "tables.onnx")
-    floats = tensorrt._float_tables(tmp_path / "tables.onnx", tmp_path / "floats.onnx")
+    floats = tensorrt.float_tables(tmp_path / "tables.onnx", tmp_path / "floats.onnx")
     assert not any(w.dtype == np.int8 for w in Graph.load(floats).weights.values())
     assert sqnr(want, run(Graph.load(floats), tmp_path, inputs)["y"]) > 35
 

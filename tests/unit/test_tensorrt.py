@@ -25,6 +25,7 @@ from sdlite.errors import (
     PrecisionError,
     UnknownNameError,
 )
+from sdlite.exporters import targets
 from sdlite.exporters.profile import Profile
 from sdlite.exporters.targets import tensorrt as target
 
@@ -216,12 +217,8 @@ def test_jobs_name_shapes(tmp_path):
     from tests.conftest import EMOJI
 
     graph = EMOJI / "text_encoder" / "model.onnx"
-    job = target.job_of(
-        "text_encoder",
-        graph,
-        tmp_path / "e",
-        Profile("t", "tensorrt", options={"min": 1, "opt": 2, "max": 8}),
-    )
+    made_for = targets.of(Profile("t", "tensorrt", options={"min": 1, "opt": 2, "max": 8}))
+    job = made_for.job("text_encoder", graph, tmp_path / "e")
     assert job["ranges"] == {"input_ids": [[1, 28], [2, 28], [8, 28]]}
 
 
@@ -238,7 +235,7 @@ def test_options_reach_the_builder(tmp_path):
         "strip_weights": True,
         "compute_capabilities": ["SM89", "SM120"],
     }
-    target._configure(
+    target.configure(
         trt, builder, config, {"ranges": {"x": [[1, 2], [2, 2], [4, 2]]}, "options": options}
     )
     assert config.get_flag(trt.BuilderFlag.STRIP_PLAN)
@@ -267,19 +264,17 @@ def graph_of(tmp_path, op="MatMul", domain=""):
     return tmp_path / "m.onnx"
 
 
-def rtx(**options):
+def rtx(precision="fp32", **options):
     pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra")
-    from sdlite.exporters.targets import tensorrt_rtx
-
-    return tensorrt_rtx, Profile("p", "tensorrt-rtx", options=options)
+    return targets.of(Profile("p", "tensorrt-rtx", precision, options=options))
 
 
 def test_an_unsupported_operator_is_named_with_the_parsers_words(tmp_path):
-    module, profile = rtx()
+    made_for = rtx()
     with pytest.raises(
         ExportError, match=r"does not take unet: node the_node \(Mystery\): .*[Pp]lugin"
     ) as e:
-        module.convert("unet", graph_of(tmp_path, "Mystery", "custom"), tmp_path, profile)
+        made_for.convert("unet", graph_of(tmp_path, "Mystery", "custom"), tmp_path)
     assert "Traceback" not in str(e.value)
     assert not (tmp_path / "model.engine").exists()
 
@@ -304,9 +299,9 @@ def test_the_verdict_lists_every_error():
 
 
 def test_a_build_that_gives_nothing_carries_the_loggers_words(tmp_path):
-    module, profile = rtx(compute_capabilities=["SM75"])
+    made_for = rtx(compute_capabilities=["SM75"])
     with pytest.raises(ExportError, match=r"could not build unet: .*Turing"):
-        module.convert("unet", graph_of(tmp_path), tmp_path, profile)
+        made_for.convert("unet", graph_of(tmp_path), tmp_path)
 
 
 def test_a_build_that_gives_nothing_on_any_library(tmp_path, monkeypatch):
@@ -359,31 +354,28 @@ def test_a_build_that_gives_nothing_on_any_library(tmp_path, monkeypatch):
 
 
 def test_unknown_compute_capability_is_named(tmp_path):
-    module, profile = rtx(compute_capabilities=["SM90"])
+    made_for = rtx(compute_capabilities=["SM90"])
     with pytest.raises(ExportError, match=r"names 'SM90'; this library knows .*SM89"):
-        module.convert("unet", graph_of(tmp_path), tmp_path, profile)
+        made_for.convert("unet", graph_of(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_real_engines_for_chosen_compute_capabilities(tmp_path, precision):
-    module, profile = rtx(compute_capabilities=["SM89", "SM120"])
-    import dataclasses
-
-    profile = dataclasses.replace(profile, precision=precision)
-    given = module.prepare("unet", graph_of(tmp_path), profile)
-    files = module.convert("unet", given, tmp_path, profile)
+    made_for = rtx(precision, compute_capabilities=["SM89", "SM120"])
+    given = made_for.prepare("unet", graph_of(tmp_path))
+    files = made_for.convert("unet", given, tmp_path)
     assert files[0].stat().st_size > 1000
     if precision == "bf16":
-        assert module.judged("unet", given, profile) != given
+        assert made_for.judged("unet", given) != given
     else:
-        assert module.judged("unet", given, profile) == given
+        assert made_for.judged("unet", given) == given
 
 
 def test_unsigned_int8_is_refused(tmp_path):
     from sdlite.onnx_graph import Graph
     from sdlite.quant import insert
 
-    profile = Profile("p", "tensorrt", precision="int8-static")
+    made_for = targets.of(Profile("p", "tensorrt", precision="int8-static"))
     graph = Graph.load(graph_of(tmp_path))
     for scheme, works in ((insert.CPU, False), (insert.TENSORRT, True)):
         path = tmp_path / f"{scheme.name}.onnx"
@@ -391,10 +383,10 @@ def test_unsigned_int8_is_refused(tmp_path):
             path
         )
         if works:
-            assert target.prepare("unet", path, profile) == path
+            assert made_for.prepare("unet", path) == path
         else:
             with pytest.raises(PrecisionError, match="--scheme s8s8"):
-                target.prepare("unet", path, profile)
+                made_for.prepare("unet", path)
 
 
 def test_int8_tables_become_float_with_the_same_numbers(tmp_path):
@@ -408,7 +400,8 @@ def test_int8_tables_become_float_with_the_same_numbers(tmp_path):
     graph = Graph.load(EMOJI / "text_encoder" / "model.onnx")
     assert rewrite.integer_embeddings(graph)
     given = fix(graph, {"input_ids": (1, 28)}, tmp_path / "text_encoder.onnx")
-    out = target.prepare("text_encoder", given, Profile("p", "tensorrt", precision="int8-static"))
+    made_for = targets.of(Profile("p", "tensorrt", precision="int8-static"))
+    out = made_for.prepare("text_encoder", given)
     assert out != given
     assert not any(w.dtype == np.int8 for w in Graph.load(out).weights.values())
     ids = np.arange(28)[None]
@@ -426,7 +419,7 @@ def test_a_killed_build_says_so(tmp_path, monkeypatch):
         target.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=-9, stderr="")
     )
     with pytest.raises(ExportError, match="ended by signal 9; 9 is most often too little memory"):
-        target.convert("unet", graph_of(tmp_path), tmp_path, Profile("t", "tensorrt"))
+        targets.of(Profile("t", "tensorrt")).convert("unet", graph_of(tmp_path), tmp_path)
 
 
 def _configs(folder):

@@ -17,8 +17,8 @@ pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 import sdlite
 from sdlite.artifact import Artifact
 from sdlite.errors import ExportError, InputError, MissingExtraError
-from sdlite.exporters import profile
-from sdlite.exporters.export import export
+from sdlite.exporters import profile, targets
+from sdlite.exporters.export import export, table
 from sdlite.exporters.targets import web
 from sdlite.exporters.targets.web import chromium
 from sdlite.sampling import Noise
@@ -34,7 +34,7 @@ def page(tmp_path_factory):
     if chromium.find() is None:
         pytest.skip("no Chromium on this machine")
     try:
-        web.runtime(profile.load("web"))
+        web.onnxruntime_web()
     except (MissingExtraError, ExportError) as e:
         pytest.skip(f"onnxruntime-web cannot be had: {e}")
     folder = tmp_path_factory.mktemp("web") / "out"
@@ -42,6 +42,8 @@ def page(tmp_path_factory):
         EMOJI, folder, target="web", prompts=["red apple"], num_inference_steps=2, threads=1
     )
     assert report["checked_by"] == "the runtime itself"
+    assert min(report["parity"]["own"]) >= 60
+    assert "from prompts  PSNR" in table(report)
     assert "ort/ort-wasm-simd-threaded.asyncify.wasm" in report["files"]
     with chromium.Browser(folder) as opened:
         opened.wait("document.body?.dataset.ready === 'yes'")
@@ -74,6 +76,29 @@ def test_a_click_makes_the_picture_that_python_makes(page):
         pipe("dog face on a blue background", seed=8, num_inference_steps=4).images[0]
     )
     assert psnr(got, other) < 40
+
+
+@pytest.mark.parametrize("wrong", ["padding", "noise"])
+def test_the_check_starts_from_the_prompt(page, tmp_path, monkeypatch, wrong):
+    """A page with right networks and another tokenizer or sampler is not kept."""
+    if wrong == "padding":
+        right = ClipTokenizer.to_json
+        monkeypatch.setattr(ClipTokenizer, "to_json", lambda self: {**right(self), "pad": 0})
+    else:
+        schedule = web.schedule_of
+        monkeypatch.setattr(
+            web, "schedule_of", lambda model: {**schedule(model), "timestep_spacing": "leading"}
+        )
+    given = {"prompts": ["red apple"], "num_inference_steps": 2, "threads": 1}
+    with pytest.raises(ExportError, match=r"PSNR of the target's own images \d") as refused:
+        export(EMOJI, tmp_path / "out", target="web", **given)
+    assert "image PSNR" not in str(refused.value)
+
+
+def test_a_batch_is_refused_before_any_work():
+    target = targets.of(profile.Profile("p", "web", batch=2))
+    with pytest.raises(InputError, match="one image at a time: set batch = 1"):
+        target.check(Artifact.open(EMOJI))
 
 
 def test_weights_of_a_large_network_stay_beside_it(page, tmp_path, monkeypatch):
@@ -327,8 +352,8 @@ def test_an_export_of_another_sampler_is_refused_before_any_work(copy, name, con
     with pytest.raises(
         InputError, match=r"target web samples with ddim, lcm, euler; .*--sampler ddim"
     ):
-        web.check(_with_scheduler(copy, name, config))
-    web.check(_with_scheduler(copy, "ddim", config))
+        targets.of(profile.load("web")).check(_with_scheduler(copy, name, config))
+    targets.of(profile.load("web")).check(_with_scheduler(copy, "ddim", config))
 
 
 def test_a_broken_sampler_is_seen_by_the_click_and_errors_are_shown(page):
@@ -347,16 +372,15 @@ def test_a_broken_sampler_is_seen_by_the_click_and_errors_are_shown(page):
 
 
 def test_runtime_from_a_folder_and_by_hash(tmp_path, monkeypatch):
-    lacking = profile.Profile("w", "web", options={"onnxruntime_web": str(tmp_path)})
     with pytest.raises(ExportError, match=r"lacks ort\.webgpu"):
-        web.runtime(lacking)
+        web.onnxruntime_web(str(tmp_path))
     for name in web.FILES:
         (tmp_path / name).write_bytes(b"x")
-    assert web.runtime(lacking) == dict.fromkeys(web.FILES, b"x")
+    assert web.onnxruntime_web(str(tmp_path)) == dict.fromkeys(web.FILES, b"x")
     monkeypatch.setenv("SDLITE_CACHE", str(tmp_path))
     monkeypatch.setattr(web.shutil, "which", lambda name: None)
     with pytest.raises(MissingExtraError, match="install npm"):
-        web.runtime(profile.Profile("w", "web"))
+        web.onnxruntime_web()
 
 
 def test_the_page_scales_latents_as_the_pipeline_does(copy, tmp_path, monkeypatch):
@@ -367,14 +391,14 @@ def test_the_page_scales_latents_as_the_pipeline_does(copy, tmp_path, monkeypatc
     config = json.loads(path.read_text()) | {"_class_name": "AutoencoderTiny"}
     path.write_text(json.dumps({k: v for k, v in config.items() if k != "scaling_factor"}))
     folders.relist(copy)
-    monkeypatch.setattr(web, "runtime", lambda _: {})
-    web.finish(tmp_path, Artifact.open(copy), profile.load("web"), (1, 8, 8, 8))
+    monkeypatch.setattr(web, "onnxruntime_web", lambda given: {})
+    targets.of(profile.load("web")).finish(tmp_path, Artifact.open(copy), (1, 8, 8, 8))
     assert json.loads((tmp_path / "sdlite-web.json").read_text())["scaling_factor"] == 1.0
 
 
 def test_no_browser_means_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(chromium, "find", lambda: None)
-    monkeypatch.setattr(web, "runtime", lambda settings: dict.fromkeys(web.FILES, b""))
+    monkeypatch.setattr(web, "onnxruntime_web", lambda given: dict.fromkeys(web.FILES, b""))
     report = export(
         EMOJI,
         tmp_path / "out",

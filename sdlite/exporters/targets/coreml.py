@@ -7,21 +7,130 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sdlite.backends import Network
 from sdlite.errors import ExportError, UnknownNameError
-from sdlite.exporters.profile import Profile
-from sdlite.exporters.targets import NotRunnable
+from sdlite.exporters.targets.base import NotRunnable, Runtime, Target
+from sdlite.settings import settings
 from sdlite.spec import SPECS
 
-PACKAGES = ("coremltools", "torch", "diffusers", "transformers", "onnx-ir")
-PRECISIONS = ("fp32", "fp16")
-DYNAMIC = False
-OPTIONS = {"minimum_deployment_target"}  # a name of coremltools.target
+if TYPE_CHECKING:
+    import torch
+
+CODE = """
+import coremltools as ct
+import numpy as np
+
+OUTPUT = {"text_encoder": "last_hidden_state", "unet": "out_sample", "vae_decoder": "sample"}
+
+
+def load(part):
+    model = ct.models.MLModel(f"{part}/model.mlpackage")  # runs on a Mac
+
+    def network(**inputs):
+        given = {k: np.atleast_1d(v) for k, v in inputs.items()}
+        if "input_ids" in given:
+            given["input_ids"] = given["input_ids"].astype(np.int32)
+        return model.predict(given)[OUTPUT[part]]
+
+    return network
+"""
+_KINDS = {"int64": np.int32, "float32": np.float32}
+
+
+@settings
+@dataclass(frozen=True)
+class Options:
+    """`minimum_deployment_target`: the oldest system that runs it, a name of coremltools.target."""
+
+    minimum_deployment_target: str = "iOS17"
+
+
+class CoreML(Target[Options]):
+    """Apple's runtime."""
+
+    name = "coreml"
+    extra = "coreml"
+    packages = ("coremltools", "torch", "diffusers", "transformers", "onnx-ir")
+    precisions = ("fp32", "fp16")
+    from_torch = True
+    options_type = Options
+
+    def runtime(self) -> Runtime:
+        """coremltools on a Mac."""
+        return Runtime(
+            "Core ML",
+            "coremltools",
+            CODE,
+            note="Written from coremltools' documentation, not run by us.",
+            narrow_ids=True,
+            scalars=False,
+        )
+
+    def convert_torch(
+        self, part: str, network: torch.nn.Module, example: tuple[torch.Tensor, ...], out: Path
+    ) -> list[Path]:
+        """A torch network to an .mlpackage.
+
+        Raises:
+            ExportError: coremltools cannot convert it.
+            UnknownNameError: it does not know the deployment target.
+        """
+        import torch
+
+        logging.getLogger("coremltools").setLevel(logging.ERROR)
+        import coremltools as ct
+
+        _teach()
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(network.eval(), example, strict=False)
+            program = program.run_decompositions({})
+        spec = SPECS[part]
+        inputs = [
+            ct.TensorType(name=t.name, shape=tuple(x.shape) or (1,), dtype=_KINDS[t.dtype])
+            for t, x in zip(spec.inputs, example, strict=True)
+        ]
+        half = self.profile.precision == "fp16"
+        deployed = self._deployed(ct)
+        try:
+            model = ct.convert(
+                program,
+                inputs=inputs,
+                outputs=[ct.TensorType(name=spec.output.name, dtype=np.float32)],
+                compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
+                minimum_deployment_target=deployed,
+                skip_model_load=True,
+            )
+        except Exception as e:  # coremltools raises bare ValueErrors and its own
+            raise ExportError(
+                f"coremltools could not convert {part} ({type(e).__name__}):"
+                f" {(str(e).splitlines() or [''])[0][:300]}"
+            ) from e
+        folder = out / "model.mlpackage"
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save(str(folder))
+        return sorted(f for f in folder.rglob("*") if f.is_file())
+
+    def _deployed(self, ct: ModuleType) -> object:
+        wanted = self.options.minimum_deployment_target
+        if (found := getattr(ct.target, wanted, None)) is None:
+            raise UnknownNameError(
+                f"profile {self.profile.name}: minimum_deployment_target={wanted!r} is not known;"
+                f" choose one of {', '.join(t.name for t in ct.target)}."
+            )
+        return found
+
+    def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
+        """Not here."""
+        raise NotRunnable("Core ML runs on Apple's systems only")
 
 
 def _teach() -> None:
@@ -38,56 +147,3 @@ def _teach() -> None:
     for name, same in (("alias", ops.noop), ("where.scalarother", ops.where)):
         if known.get_func(name) is None:
             known.set_func_by_name(same, name)
-
-
-def convert_torch(
-    part: str, network: Any, example: tuple[Any, ...], out: Path, profile: Profile
-) -> list[Path]:
-    import torch
-
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
-    import coremltools as ct
-
-    _teach()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(network.eval(), example, strict=False).run_decompositions({})
-    spec = SPECS[part]
-    kinds = {"int64": np.int32, "float32": np.float32}
-    inputs = [
-        ct.TensorType(name=t.name, shape=tuple(x.shape) or (1,), dtype=kinds[t.dtype])
-        for t, x in zip(spec.inputs, example, strict=True)
-    ]
-    precision = ct.precision.FLOAT16 if profile.precision == "fp16" else ct.precision.FLOAT32
-    target = getattr(
-        ct.target, wanted := profile.options.get("minimum_deployment_target", "iOS17"), None
-    )
-    if target is None:
-        raise UnknownNameError(
-            f"profile {profile.name}: minimum_deployment_target={wanted!r} is not known; choose one"
-            f" of {', '.join(t.name for t in ct.target)}."
-        )
-    try:
-        model = ct.convert(
-            program,
-            inputs=inputs,
-            outputs=[ct.TensorType(name=spec.output.name, dtype=np.float32)],
-            compute_precision=precision,
-            minimum_deployment_target=target,
-            skip_model_load=True,
-        )
-    except Exception as e:  # coremltools raises bare ValueErrors and its own
-        raise ExportError(
-            f"coremltools could not convert {part} ({type(e).__name__}):"
-            f" {(str(e).splitlines() or [''])[0][:300]}"
-        ) from e
-    folder = out / "model.mlpackage"
-    shutil.rmtree(folder, ignore_errors=True)
-    model.save(str(folder))
-    return sorted(f for f in folder.rglob("*") if f.is_file())
-
-
-def run(
-    part: str, files: list[Path], profile: Profile, threads: int | None
-) -> Callable[..., np.ndarray]:
-    raise NotRunnable("Core ML runs on Apple's systems only")

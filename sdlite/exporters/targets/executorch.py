@@ -7,82 +7,111 @@ Vulkan programs are exported and not run.
 
 from __future__ import annotations
 
+import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from sdlite.errors import ExportError, UnknownNameError
-from sdlite.exporters.profile import Profile
-from sdlite.exporters.targets import NotRunnable
+from sdlite.backends import Network
+from sdlite.errors import ExportError
+from sdlite.exporters.targets.base import NotRunnable, Runtime, Target
+from sdlite.settings import settings
 from sdlite.spec import SPECS
 
-PACKAGES = ("executorch", "torch", "diffusers", "transformers", "onnx-ir")
-PRECISIONS = ("fp32",)
-DYNAMIC = False
-OPTIONS = {"delegate"}
-DELEGATES = {
+if TYPE_CHECKING:
+    import torch
+
+CODE = """
+import numpy as np
+import torch
+from executorch.runtime import Runtime
+
+
+def load(part):
+    method = Runtime.get().load_program(f"{part}/model.pte").load_method("forward")
+
+    def network(**inputs):  # by place, in the order of the table
+        return method.execute([torch.from_numpy(x) for x in inputs.values()])[0].numpy().copy()
+
+    return network
+"""
+PARTITIONERS = {  # delegate -> (module, class)
     "xnnpack": ("executorch.backends.xnnpack.partition.xnnpack_partitioner", "XnnpackPartitioner"),
     "vulkan": ("executorch.backends.vulkan.partitioner.vulkan_partitioner", "VulkanPartitioner"),
 }
 
 
-def _delegate(profile: Profile) -> str:
-    name = profile.options.get("delegate", "xnnpack")
-    if name not in DELEGATES:
-        raise UnknownNameError(
-            f"profile {profile.name}: delegate={name!r} is not known; choose one of"
-            f" {', '.join(DELEGATES)}."
-        )
-    return str(name)
+@settings
+@dataclass(frozen=True)
+class Options:
+    """`delegate`: what runs the networks on the device."""
+
+    delegate: Literal["xnnpack", "vulkan"] = "xnnpack"
 
 
-def convert_torch(
-    part: str, network: Any, example: tuple[Any, ...], out: Path, profile: Profile
-) -> list[Path]:
-    import importlib
+class ExecuTorch(Target[Options]):
+    """PyTorch's runtime for phones and boards."""
 
-    import torch
-    from executorch.exir import to_edge_transform_and_lower
+    name = "executorch"
+    extra = "executorch"
+    packages = ("executorch", "torch", "diffusers", "transformers", "onnx-ir")
+    from_torch = True
+    options_type = Options
 
-    module, name = DELEGATES[_delegate(profile)]
-    partitioner = getattr(importlib.import_module(module), name)()
-    logging.getLogger("executorch").setLevel(logging.ERROR)
-    with torch.no_grad():
-        program = torch.export.export(network.eval(), example, strict=False)
-    try:
-        lowered = to_edge_transform_and_lower(program, partitioner=[partitioner]).to_executorch()
-    except Exception as e:  # its passes raise their own kinds
-        raise ExportError(
-            f"ExecuTorch could not lower {part} ({type(e).__name__}):"
-            f" {str(e).splitlines()[0][:300]}"
-        ) from e
-    path = out / "model.pte"
-    path.write_bytes(lowered.buffer)
-    return [path]
+    def runtime(self) -> Runtime:
+        """ExecuTorch's Python package."""
+        return Runtime("ExecuTorch", "executorch", CODE)
 
+    def convert_torch(
+        self, part: str, network: torch.nn.Module, example: tuple[torch.Tensor, ...], out: Path
+    ) -> list[Path]:
+        """A torch network to a program.
 
-def run(
-    part: str, files: list[Path], profile: Profile, threads: int | None
-) -> Callable[..., np.ndarray]:
-    if _delegate(profile) == "vulkan":
-        raise NotRunnable(
-            "ExecuTorch's wheel has no Vulkan backend; the program needs an Android build of the"
-            " runtime"
-        )
-    import torch
-    from executorch.runtime import Runtime
+        Raises:
+            ExportError: ExecuTorch cannot lower it.
+        """
+        import torch
+        from executorch.exir import to_edge_transform_and_lower
 
-    method = Runtime.get().load_program(str(files[0])).load_method("forward")
-    if method is None:
-        raise ExportError(f"ExecuTorch cannot load {files[0]}.")
-    inputs = SPECS[part].inputs
+        module, name = PARTITIONERS[self.options.delegate]
+        partitioner = getattr(importlib.import_module(module), name)()
+        logging.getLogger("executorch").setLevel(logging.ERROR)
+        with torch.no_grad():
+            program = torch.export.export(network.eval(), example, strict=False)
+        try:
+            lowered = to_edge_transform_and_lower(program, partitioner=[partitioner])
+            made = lowered.to_executorch()
+        except Exception as e:  # its passes raise their own kinds
+            raise ExportError(
+                f"ExecuTorch could not lower {part} ({type(e).__name__}):"
+                f" {str(e).splitlines()[0][:300]}"
+            ) from e
+        path = out / "model.pte"
+        path.write_bytes(made.buffer)
+        return [path]
 
-    def network(**given: np.ndarray) -> np.ndarray:
-        row = [torch.from_numpy(np.array(given[t.name], t.dtype)) for t in inputs]
-        out: np.ndarray = method.execute(row)[0].numpy().copy()
-        return out
+    def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
+        """The program on this machine's CPU."""
+        if self.options.delegate == "vulkan":
+            raise NotRunnable(
+                "ExecuTorch's wheel has no Vulkan backend; the program needs an Android build of"
+                " the runtime"
+            )
+        import torch
+        from executorch.runtime import Runtime as Loader
 
-    return network
+        method = Loader.get().load_program(str(files[0])).load_method("forward")
+        if method is None:
+            raise ExportError(f"ExecuTorch cannot load {files[0]}.")
+        inputs = SPECS[part].inputs
+
+        def network(**given: np.ndarray) -> np.ndarray:
+            row = [torch.from_numpy(np.array(given[t.name], t.dtype)) for t in inputs]
+            out: np.ndarray = method.execute(row)[0].numpy().copy()
+            return out
+
+        return network

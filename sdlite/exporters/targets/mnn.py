@@ -6,50 +6,86 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from sdlite.backends import Network
 from sdlite.errors import ExportError
-from sdlite.exporters.profile import Profile
+from sdlite.exporters.targets.base import NoOptions, Runtime, Target
 from sdlite.io import scratch
 from sdlite.spec import SPECS
 
-PACKAGES = ("MNN",)
-PRECISIONS = ("fp32", "fp16")
-DYNAMIC = False
+CODE = """
+import MNN
+import MNN.numpy as mnp
+import numpy as np
+
+INPUTS = {
+    "text_encoder": ["input_ids"],
+    "unet": ["sample", "timestep", "encoder_hidden_states"],
+    "vae_decoder": ["latent_sample"],
+}
+OUTPUT = {"text_encoder": "last_hidden_state", "unet": "out_sample", "vae_decoder": "sample"}
+runtime = MNN.nn.create_runtime_manager(({"backend": "CPU", "precision": "high", "numThread": 2},))
+
+
+def load(part):
+    module = MNN.nn.load_module_from_file(
+        f"{part}/model.mnn", INPUTS[part], [OUTPUT[part]], runtime_manager=runtime
+    )
+
+    def network(**inputs):
+        given = []
+        for name in INPUTS[part]:
+            if name == "input_ids":
+                given.append(mnp.array(inputs[name].tolist(), dtype=mnp.int32))
+            else:
+                given.append(mnp.array(np.array(inputs[name], np.float32)))
+        return np.array(module.forward(given)[0].read())
+
+    return network
+"""
 # The library behind `mnnconvert`. That command itself installs a logging SDK by pip when it is
 # missing, and sends what was converted to its maker.
 CONVERTER = "import sys, _tools; _tools.mnnconvert(sys.argv)"
 
 
-def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
-    target = (out / "model.mnn").absolute()
-    files = [
-        "-f",
-        "ONNX",
-        "--modelFile",
-        str(graph.absolute()),
-        "--MNNModel",
-        str(target),
-        "--bizCode",
-        "sdlite",
-    ]
-    command = [sys.executable, "-c", CONVERTER, *files]
-    with scratch(
-        "mnn"
-    ) as own:  # it keeps weights in a file of the working folder: two at once mix them up
-        done = subprocess.run(
-            [*command, *(["--fp16"] if profile.precision == "fp16" else [])],
-            capture_output=True,
-            text=True,
-            cwd=own,
-        )
-    if done.returncode or not target.exists():
-        words = (done.stdout + done.stderr).strip().splitlines()[-3:]
-        raise ExportError(f"MNN's converter refused {part}: {' '.join(words)[:300]}")
-    return [out / target.name]
+class MNN(Target[NoOptions]):
+    """Alibaba's runtime for phones."""
+
+    name = "mnn"
+    extra = "mnn"
+    packages = ("MNN",)
+    precisions = ("fp32", "fp16")
+
+    def runtime(self) -> Runtime:
+        """MNN's Python package."""
+        return Runtime("MNN", "MNN", CODE, narrow_ids=True)
+
+    def convert(self, part: str, graph: Path, out: Path) -> list[Path]:
+        """ONNX to .mnn.
+
+        Raises:
+            ExportError: the converter refuses it.
+        """
+        made = (out / "model.mnn").absolute()
+        files = ["--modelFile", str(graph.absolute()), "--MNNModel", str(made)]
+        command = [sys.executable, "-c", CONVERTER, "-f", "ONNX", *files, "--bizCode", "sdlite"]
+        if self.profile.precision == "fp16":
+            command.append("--fp16")
+        # It keeps weights in a file of the working folder: two conversions in one mix them up.
+        with scratch("mnn") as own:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=own)
+        if done.returncode or not made.exists():
+            words = (done.stdout + done.stderr).strip().splitlines()[-3:]
+            raise ExportError(f"MNN's converter refused {part}: {' '.join(words)[:300]}")
+        return [out / made.name]
+
+    def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
+        """The network on this machine's CPU."""
+        return _Network(files[0], part, threads)
 
 
 class _Network:
@@ -77,9 +113,3 @@ class _Network:
             )
         out = self.module.forward(given)
         return np.array((out[0] if isinstance(out, (list, tuple)) else out).read())
-
-
-def run(
-    part: str, files: list[Path], profile: Profile, threads: int | None
-) -> Callable[..., np.ndarray]:
-    return _Network(files[0], part, threads)

@@ -9,50 +9,116 @@ from __future__ import annotations
 
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 
+from sdlite.backends import Network
 from sdlite.errors import ExportError
-from sdlite.exporters.profile import Profile
-from sdlite.exporters.targets import NotRunnable
+from sdlite.exporters.targets.base import NotRunnable, Runtime, Target
 from sdlite.io import scratch
+from sdlite.settings import settings
 from sdlite.spec import SPECS
 
-PACKAGES = ("ncnn", "pnnx")
-PRECISIONS = ("fp32", "fp16")
-DYNAMIC = False
-OPTIONS = {"vulkan"}
+CODE = """
+import ncnn
+import numpy as np
 
+ORDER = {
+    "text_encoder": ["input_ids"],
+    "unet": ["sample", "timestep", "encoder_hidden_states"],
+    "vae_decoder": ["latent_sample"],
+}
+
+
+def load(part):
+    net = ncnn.Net()
+    # float32 arithmetic; a phone is faster without these three lines
+    net.opt.use_fp16_packed = False
+    net.opt.use_fp16_storage = False
+    net.opt.use_fp16_arithmetic = False
+    net.load_param(f"{part}/model.param")
+    net.load_model(f"{part}/model.bin")
+
+    def network(**inputs):
+        kept = []  # ncnn.Mat does not keep its array alive
+        with net.create_extractor() as run:
+            for i, name in enumerate(ORDER[part]):
+                x = inputs[name]
+                x = x.astype(np.int32 if name == "input_ids" else np.float32)
+                kept.append(np.ascontiguousarray(x[0] if x.ndim else x.reshape(1)))
+                run.input(f"in{i}", ncnn.Mat(kept[-1]))
+            return np.array(run.extract("out0")[1])[None]
+
+    return network
+"""
 _HALF = 0x01306B47  # ncnn's tag of float16 weights; 0 is plain float32
+_LACKING = {"Gather", "Shape", "Where", "Expand"}  # what pnnx may leave and ncnn does not have
 
 
-def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
-    import pnnx
+@settings
+@dataclass(frozen=True)
+class Options:
+    """`vulkan`: check the export on a Vulkan device."""
 
-    with scratch("pnnx") as tmp:  # pnnx writes nine files beside its input
-        model = tmp / "model.onnx"
-        onnx.save_model(onnx.load(str(graph)), str(model), save_as_external_data=False)
-        command = [pnnx.EXEC_PATH, model.name, f"fp16={int(profile.precision == 'fp16')}"]
-        done = subprocess.run(command, cwd=tmp, capture_output=True, text=True)
-        param, weights = model.with_suffix(".ncnn.param"), model.with_suffix(".ncnn.bin")
-        if done.returncode or not param.exists() or not weights.exists():
-            raise ExportError(f"pnnx refused {part}: {(done.stdout + done.stderr).strip()[-300:]}")
-        layers, data = _embed(
-            param.read_text(), weights.read_bytes(), half=profile.precision == "fp16"
-        )
-    if unknown := sorted(
-        {line.split()[0] for line in layers.splitlines()[2:]}
-        & {"Gather", "Shape", "Where", "Expand"}
-    ):
-        raise ExportError(f"pnnx left {', '.join(unknown)} in {part}, which ncnn does not have.")
-    files = [out / "model.param", out / "model.bin"]
-    files[0].write_text(layers)
-    files[1].write_bytes(data)
-    return files
+    vulkan: bool = False
+
+
+class Ncnn(Target[Options]):
+    """Tencent's runtime for phones and boards."""
+
+    name = "ncnn"
+    extra = "ncnn"
+    packages = ("ncnn", "pnnx")
+    precisions = ("fp32", "fp16")
+    options_type = Options
+
+    def runtime(self) -> Runtime:
+        """ncnn's Python package."""
+        return Runtime("ncnn", "ncnn", CODE, batch_axis=False, narrow_ids=True)
+
+    def convert(self, part: str, graph: Path, out: Path) -> list[Path]:
+        """ONNX to .param and .bin.
+
+        Raises:
+            ExportError: pnnx refuses it, or leaves a layer that ncnn does not have.
+        """
+        import pnnx
+
+        half = self.profile.precision == "fp16"
+        with scratch("pnnx") as tmp:  # pnnx writes nine files beside its input
+            model = tmp / "model.onnx"
+            onnx.save_model(onnx.load(str(graph)), str(model), save_as_external_data=False)
+            command = [pnnx.EXEC_PATH, model.name, f"fp16={int(half)}"]
+            done = subprocess.run(command, cwd=tmp, capture_output=True, text=True)
+            param, weights = model.with_suffix(".ncnn.param"), model.with_suffix(".ncnn.bin")
+            if done.returncode or not param.exists() or not weights.exists():
+                words = (done.stdout + done.stderr).strip()[-300:]
+                raise ExportError(f"pnnx refused {part}: {words}")
+            layers, data = _embed(param.read_text(), weights.read_bytes(), half=half)
+        if unknown := sorted({line.split()[0] for line in layers.splitlines()[2:]} & _LACKING):
+            raise ExportError(
+                f"pnnx left {', '.join(unknown)} in {part}, which ncnn does not have."
+            )
+        files = [out / "model.param", out / "model.bin"]
+        files[0].write_text(layers)
+        files[1].write_bytes(data)
+        return files
+
+    def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
+        """The network on this machine's CPU or Vulkan device, in float32 arithmetic."""
+        import ncnn
+
+        vulkan = self.options.vulkan
+        if vulkan and not ncnn.get_gpu_count():
+            raise NotRunnable(
+                "ncnn finds no Vulkan device here; a software one is in Debian's"
+                " mesa-vulkan-drivers"
+            )
+        return _Network(files, part, threads, vulkan)
 
 
 def _embed(param: str, data: bytes, *, half: bool) -> tuple[str, bytes]:
@@ -100,7 +166,7 @@ def _padded(raw: bytes) -> bytes:
 
 
 class _Network:
-    def __init__(self, files: list[Path], part: str, threads: int | None, vulkan: bool):
+    def __init__(self, files: Sequence[Path], part: str, threads: int | None, vulkan: bool):
         import ncnn
 
         self.ncnn, self.spec = ncnn, SPECS[part]
@@ -108,9 +174,8 @@ class _Network:
         self.net.opt.num_threads = threads or 2
         self.net.opt.use_vulkan_compute = vulkan
         for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic"):
-            setattr(
-                self.net.opt, option, False
-            )  # the weights may be float16; the arithmetic that is checked is float32
+            # the weights may be float16; the arithmetic that is checked is float32
+            setattr(self.net.opt, option, False)
         if self.net.load_param(str(files[0])) or self.net.load_model(str(files[1])):
             raise ExportError(
                 f"ncnn cannot load {files[0].parent.name}: {files[0].name} names a layer that it"
@@ -118,7 +183,7 @@ class _Network:
             )
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        kept: list[Any] = []  # ncnn.Mat does not keep its array alive
+        kept: list[np.ndarray] = []  # ncnn.Mat does not keep its array alive
         with self.net.create_extractor() as run:
             for i, t in enumerate(self.spec.inputs):
                 x = np.asarray(inputs[t.name], np.int32 if t.dtype == "int64" else np.float32)
@@ -128,16 +193,3 @@ class _Network:
             if failed:
                 raise ExportError(f"ncnn could not run {self.spec.part} (code {failed}).")
             return np.array(out)[None]
-
-
-def run(
-    part: str, files: list[Path], profile: Profile, threads: int | None
-) -> Callable[..., np.ndarray]:
-    import ncnn
-
-    vulkan = bool(profile.options.get("vulkan"))
-    if vulkan and not ncnn.get_gpu_count():
-        raise NotRunnable(
-            "ncnn finds no Vulkan device here; a software one is in Debian's mesa-vulkan-drivers"
-        )
-    return _Network(files, part, threads, vulkan)

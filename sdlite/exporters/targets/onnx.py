@@ -3,64 +3,165 @@ float32 arithmetic, or QDQ int8.
 
 With free shapes the folder opens as a model: `Pipeline.from_pretrained`. With the option
 `fuse_schedule` the UNet comes as three graphs, see `sdlite.exporters.rewrites.hoist`. The option
-`opset` writes the graphs in another version of ONNX than the artefact's.
+`opset` writes the graphs in another version of ONNX than the model's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import onnx
 import onnx.version_converter
 
 from sdlite.artifact import Artifact
+from sdlite.backends import Network
 from sdlite.backends.ort import hoisted, runner
 from sdlite.errors import ExportError, InputError
-from sdlite.exporters.profile import Profile
 from sdlite.exporters.rewrites.fixed_shapes import input_shapes, opset_of
 from sdlite.exporters.rewrites.hoist import hoist
-from sdlite.exporters.targets import NotRunnable
+from sdlite.exporters.targets.base import NotRunnable, Runtime, Target
 from sdlite.io import scratch
 from sdlite.manifest import MANIFEST, PARTS, NetworkRow, write_manifest
 from sdlite.onnx_graph import Graph
+from sdlite.settings import At, settings
 from sdlite.spec import SPECS
 
-PACKAGES = ("onnx", "onnxruntime")
-PRECISIONS = ("fp32", "fp16", "int8-static")
-DYNAMIC = True
-OPTIONS = {"fuse_schedule", "opset"}
-OPSETS = range(17, 24)
+CODE = """
+import numpy as np
+import onnxruntime as ort
+
+
+def load(part):
+    session = ort.InferenceSession(f"{part}/model.onnx", providers=["CPUExecutionProvider"])
+    return lambda **inputs: session.run(None, inputs)[0]
+"""
+FUSED = """
+import numpy as np
+import onnxruntime as ort
+
+
+def load(part):
+    if part != "unet":
+        session = ort.InferenceSession(f"{part}/model.onnx", providers=["CPUExecutionProvider"])
+        return lambda **inputs: session.run(None, inputs)[0]
+    # time.onnx depends on the timestep alone, prompt.onnx on the prompt: once for each will do
+    graphs = {
+        name: ort.InferenceSession(f"unet/{name}.onnx", providers=["CPUExecutionProvider"])
+        for name in ("time", "prompt", "step")
+    }
+    wanted = {i.name for i in graphs["step"].get_inputs()}
+
+    def unet(**inputs):
+        for name, given in (("time", "timestep"), ("prompt", "encoder_hidden_states")):
+            made = graphs[name].run(None, {given: inputs[given]})
+            inputs |= dict(zip([o.name for o in graphs[name].get_outputs()], made))
+        return graphs["step"].run(None, {k: v for k, v in inputs.items() if k in wanted})[0]
+
+    return unet
+"""
 _SAID_SINCE_18 = [("Resize", "antialias", 0), ("Resize", "keep_aspect_ratio_policy", b"stretch")]
 
 
-def prepare(part: str, graph: Path, profile: Profile) -> Path:
-    """The graph in the profile's opset.
+@settings
+@dataclass(frozen=True)
+class Options:
+    """`fuse_schedule`: the UNet as three graphs. `opset`: of the graphs; None: the model's."""
 
-    Raises:
-        InputError: not one of OPSETS. ExportError: the network needs what that opset does not have.
-    """
-    opset = profile.options.get("opset")
-    if opset is None:
-        return graph
-    if opset not in OPSETS:
-        raise InputError(
-            f"profile {profile.name}: opset={opset!r}; it can be {OPSETS[0]} to {OPSETS[-1]}."
+    fuse_schedule: bool = False
+    opset: Annotated[int, At(17, 23)] | None = None
+
+
+class Onnx(Target[Options]):
+    """onnxruntime, anywhere."""
+
+    name = "onnx"
+    packages = ("onnx", "onnxruntime")
+    precisions = ("fp32", "fp16", "int8-static")
+    dynamic = True
+    opened_by = ("onnxruntime", "openvino")
+    options_type = Options
+
+    def runtime(self) -> Runtime:
+        """onnxruntime's Python package."""
+        if not self.options.fuse_schedule:
+            return Runtime("onnxruntime", "onnxruntime", CODE)
+        return Runtime(
+            "onnxruntime, the UNet in three graphs",
+            "onnxruntime",
+            FUSED,
+            note="`unet/time.onnx`, `unet/prompt.onnx` and `unet/step.onnx` share the UNet's work.",
         )
-    proto = onnx.load(str(graph), load_external_data=False)
-    if opset_of(proto) == opset:
-        return graph
-    out = graph.with_name(f"{part}.{opset}.onnx")
-    try:
-        onnx.save_model(_at(proto, opset), str(out))
-        onnx.checker.check_model(str(out), full_check=True)
-    except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
-        raise ExportError(
-            f"{part} cannot be written in opset {opset}: {' '.join(str(e).split())[:300]}."
-        ) from e
-    return out
+
+    def prepare(self, part: str, graph: Path) -> Path:
+        """The graph in the profile's opset.
+
+        Raises:
+            ExportError: the network needs what that opset does not have.
+        """
+        opset = self.options.opset
+        if opset is None:
+            return graph
+        proto = onnx.load(str(graph), load_external_data=False)
+        if opset_of(proto) == opset:
+            return graph
+        out = graph.with_name(f"{part}.{opset}.onnx")
+        try:
+            onnx.save_model(_at(proto, opset), str(out))
+            onnx.checker.check_model(str(out), full_check=True)
+        except (
+            RuntimeError,
+            onnx.checker.ValidationError,
+            onnx.shape_inference.InferenceError,
+        ) as e:
+            raise ExportError(
+                f"{part} cannot be written in opset {opset}: {' '.join(str(e).split())[:300]}."
+            ) from e
+        return out
+
+    def convert(self, part: str, graph: Path, out: Path) -> list[Path]:
+        """The graph with its weights, or the UNet's three graphs."""
+        if part == "unet" and self.options.fuse_schedule:
+            return _hoisted(_stored(graph, self.profile.precision), graph, out)
+        return write_graph(graph, out, self.profile.precision)
+
+    def finish(self, out: Path, artifact: Artifact, latent_shape: tuple[int, ...]) -> list[Path]:
+        """With free shapes the folder is a model too: `Pipeline.from_pretrained` opens it."""
+        own, source = artifact.manifest, self.profile.source(artifact)
+        fixed = not self.profile.dynamic or self.options.fuse_schedule
+        if own is None or source is None or fixed:
+            return []
+        precision = self.profile.precision
+        entries: dict[str, NetworkRow] = {}
+        for part in PARTS:
+            graph = out / part / "model.onnx"
+            beside = sorted(graph.parent.glob(f"{graph.name}.*"))
+            entries[part] = {
+                **own.variants[source][part],
+                "file": f"{part}/{graph.name}",
+                "weights": [f"{part}/{f.name}" for f in beside],
+                "opset": opset_of(onnx.load(str(graph), load_external_data=False)),
+            }
+            if precision == "fp16":
+                entries[part]["storage"] = "float16"
+        changed = dataclasses.replace(own, variants={precision: entries}, files={}, quality=None)
+        write_manifest(out, changed)
+        return [out / MANIFEST]
+
+    def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
+        """The network on this machine's CPU."""
+        try:
+            from sdlite.backends.ort import Session
+        except ModuleNotFoundError as e:
+            raise NotRunnable(f"{e.name} is not installed") from e
+        if part == "unet" and self.options.fuse_schedule:
+            cut = hoisted(files[0].parent, threads, SPECS["unet"].output.name)
+            return lambda **inputs: cut(**inputs)
+        return Session(str(files[0]), "cpu", threads, sum(f.stat().st_size for f in files))
 
 
 def _at(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
@@ -83,13 +184,16 @@ def _at(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     return proto
 
 
-def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
-    source = Graph.load(graph)
-    if profile.precision == "fp16":
-        source.store_as_half()
-    if part == "unet" and profile.options.get("fuse_schedule"):
-        return _hoisted(source, graph, out)
-    files = source.save(out / "model.onnx")
+def _stored(graph: Path, precision: str) -> Graph:
+    out = Graph.load(graph)
+    if precision == "fp16":
+        out.store_as_half()
+    return out
+
+
+def write_graph(graph: Path, out: Path, precision: str) -> list[Path]:
+    """`out`/model.onnx and its weights, which are float16 for "fp16"."""
+    files = _stored(graph, precision).save(out / "model.onnx")
     onnx.checker.check_model(str(files[0]))
     return files
 
@@ -115,39 +219,3 @@ def _hoisted(source: Graph, graph: Path, out: Path) -> list[Path]:
         files += cut.save(out / f"{name}.onnx")
         onnx.checker.check_model(str(out / f"{name}.onnx"))
     return files
-
-
-def finish(
-    out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[int, ...]
-) -> list[Path]:
-    """With free shapes the folder is an artefact too: `Pipeline.from_pretrained` opens it."""
-    own, source = artifact.manifest, profile.source(artifact)
-    if own is None or source is None or not profile.dynamic or profile.options.get("fuse_schedule"):
-        return []
-    entries: dict[str, NetworkRow] = {}
-    for part in PARTS:
-        graph = out / part / "model.onnx"
-        entries[part] = {
-            **own.variants[source][part],
-            "file": f"{part}/{graph.name}",
-            "weights": [f"{part}/{f.name}" for f in sorted(graph.parent.glob(f"{graph.name}.*"))],
-            "opset": opset_of(onnx.load(str(graph), load_external_data=False)),
-        }
-        if profile.precision == "fp16":
-            entries[part]["storage"] = "float16"
-    write_manifest(
-        out, dataclasses.replace(own, variants={profile.precision: entries}, files={}, quality=None)
-    )
-    return [out / MANIFEST]
-
-
-def run(
-    part: str, files: list[Path], profile: Profile, threads: int | None
-) -> Callable[..., np.ndarray]:
-    try:
-        from sdlite.backends.ort import Session
-    except ModuleNotFoundError as e:
-        raise NotRunnable(f"{e.name} is not installed") from e
-    if part == "unet" and profile.options.get("fuse_schedule"):
-        return hoisted(files[0].parent, threads, SPECS["unet"].output.name)
-    return Session(str(files[0]), "cpu", threads, sum(f.stat().st_size for f in files))

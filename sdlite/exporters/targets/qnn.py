@@ -9,166 +9,197 @@ take is an error, not a slow device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
-from sdlite.errors import ExportError, InputError
-from sdlite.exporters.profile import Profile, assets
+from sdlite.artifact import Artifact
+from sdlite.backends import Network
+from sdlite.errors import ExportError
+from sdlite.exporters.profile import assets
 from sdlite.exporters.rewrites import a16w8
+from sdlite.exporters.targets.base import Facts, Graphs, Runtime, Target
 from sdlite.io import scratch
 from sdlite.manifest import PARTS
-from sdlite.onnx_graph import Graph
+from sdlite.onnx_graph import Graph, Layer
 from sdlite.pipeline import Pipeline
 from sdlite.quant.api import KEEP_FLOAT
 from sdlite.quant.calibrate import read_prompts
+from sdlite.settings import At, settings
 from sdlite.spec import SPECS
 
-PACKAGES = ("onnxruntime-qnn", "onnxruntime")
-PRECISIONS = ("fp16", "a16w8")
-DYNAMIC = False
+if TYPE_CHECKING:
+    import onnxruntime
+
+CODE = """
+import numpy as np
+import onnxruntime as ort
+import onnxruntime_qnn as qnn
+
+PROVIDER = "QNNExecutionProvider"
+ort.register_execution_provider_library(PROVIDER, qnn.get_library_path())
+
+
+def load(part):
+    options = ort.SessionOptions()
+    device = next(d for d in ort.get_ep_devices() if d.ep_name == PROVIDER)
+    settings = {"backend_path": qnn.get_qnn_htp_path(), "htp_arch": "@HTP@", "soc_model": "@SOC@"}
+    options.add_provider_for_devices([device], settings)
+    session = ort.InferenceSession(f"{part}/model.onnx", options)
+    return lambda **inputs: session.run(None, inputs)[0]
+"""
 PROVIDER = "QNNExecutionProvider"
 OPERATORS = ("Conv", "MatMul", "Gemm")
-# htp_arch, soc_model: Qualcomm's numbers (75, 57: Snapdragon 8 Gen 3; 73, 43: 8 Gen 2; 79, 69: 8
-# Elite); samples: calibration pictures; integer: part -> operators that become integer (default:
-# all); keep_float: part -> regular expressions of modules that stay float, besides the artefact's
-OPTIONS = {"htp_arch", "soc_model", "samples", "integer", "keep_float"}
+Part = Literal["text_encoder", "unet", "vae_decoder"]
 
 
-def _options(profile: Profile) -> dict[str, Any]:
-    """Raises InputError for what is not accepted."""
-    integer = profile.options.get("integer", {})
-    if wrong := sorted({*integer} - {*PARTS}) or sorted(
-        {o for v in integer.values() for o in v} - {*OPERATORS}
-    ):
-        raise InputError(
-            f"profile {profile.name}: integer names {', '.join(wrong)}; it maps {', '.join(PARTS)}"
-            f" to some of {', '.join(OPERATORS)}."
-        )
-    if (samples := profile.options.get("samples", 8)) < 1:
-        raise InputError(f"profile {profile.name}: samples={samples}; at least 1.")
-    return {"htp_arch": "75", "soc_model": "57", "samples": 8, **profile.options}
+@settings
+@dataclass(frozen=True)
+class Options:
+    """The chip, and what becomes integer.
 
-
-def quantise(
-    graphs: dict[str, Path],
-    pipe: Pipeline,
-    profile: Profile,
-    shown: list[str],
-    steps: int | None,
-    threads: int | None,
-) -> tuple[dict[str, Path], dict[str, Any] | None]:
-    """a16w8: integer graphs, calibrated on prompts that the gate does not show."""
-    options = _options(profile)
-    if profile.precision != "a16w8":
-        return graphs, None
-    own: dict[str, Any] = dict(pipe.artifact.calibration)
-    prompts = [
-        p
-        for p in own.get("prompts") or read_prompts(assets() / "calibration" / "sd.txt")
-        if p not in shown
-    ][: options["samples"]]
-    loaded = {p: Graph.load(g) for p, g in graphs.items()}
-    layers = {
-        p: a16w8.choose(loaded[p], _original(pipe, p), _integer(options, p), _keep(options, own, p))
-        for p in PARTS
-    }
-    arguments = {
-        "height": profile.height or None,
-        "width": profile.width or None,
-        "num_inference_steps": steps,
-    }
-    with scratch("observe") as aside:
-        ranges = a16w8.observe(loaded, layers, pipe, prompts, aside, threads, **arguments)
-    out = {}
-    for p, graph in graphs.items():
-        out[p] = graph.with_name(f"{p}.a16w8.onnx")
-        a16w8.insert(loaded[p], list(layers[p].values()), ranges[p]).save(out[p])
-    return out, {"prompts": len(prompts), "layers": {p: sorted(layers[p]) for p in PARTS}}
-
-
-def _original(pipe: Pipeline, part: str) -> Graph:
-    return Graph.load(pipe.artifact.graph("fp32", part))
-
-
-def _integer(options: dict[str, Any], part: str) -> list[str]:
-    return list(options.get("integer", {}).get(part, OPERATORS))
-
-
-def _keep(options: dict[str, Any], own: dict[str, Any], part: str) -> list[str]:
-    """The artefact's list (or sdlite's) and the profile's."""
-    return [
-        *own.get("keep_float", KEEP_FLOAT).get(part, KEEP_FLOAT[part]),
-        *options.get("keep_float", {}).get(part, ()),
-    ]
-
-
-def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
-    files = [out / "model.onnx", out / "model_qnn.bin"]
-    options = _options(profile)
-    try:
-        _session(graph, options, context=files[0])
-    except Exception as e:  # onnxruntime's errors have no common type
-        words = " ".join(str(e).split())[:400]
-        raise ExportError(
-            f"QNN refuses {part} for htp_arch {options['htp_arch']}: {words}. Its log names the"
-            " nodes."
-        ) from e
-    if missing := [f.name for f in files if not f.is_file()]:
-        raise ExportError(
-            f"QNN made no {', '.join(missing)} of {part}; the graph did not become one context."
-        )
-    return files
-
-
-def _session(
-    graph: Path, options: dict[str, Any], context: Path | None = None, threads: int | None = None
-) -> Any:
-    """A session whose nodes all run on the HTP, or an error. With `context` it also writes the
-    context binary.
+    Attributes:
+        htp_arch, soc_model: Qualcomm's numbers. "75", "57": Snapdragon 8 Gen 3; "73", "43": 8 Gen
+            2; "79", "69": 8 Elite.
+        samples: calibration images.
+        integer: part -> operators that become integer; default: all.
+        keep_float: part -> regular expressions of modules that stay float, besides the model's.
     """
-    import onnxruntime as ort
-    import onnxruntime_qnn as qnn
 
-    if not _devices(ort):
-        ort.register_execution_provider_library(PROVIDER, qnn.get_library_path())
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
-    if threads is not None:
-        settings.intra_op_num_threads = threads
-    settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    if context is not None:
-        settings.add_session_config_entry("ep.context_enable", "1")
-        settings.add_session_config_entry("ep.context_file_path", str(context))
-        settings.add_session_config_entry("ep.context_embed_mode", "0")
-    settings.add_provider_for_devices(
-        _devices(ort)[:1],
-        {
-            "backend_path": qnn.get_qnn_htp_path(),
-            "htp_arch": options["htp_arch"],
-            "soc_model": options["soc_model"],
-        },
-    )
-    return ort.InferenceSession(str(graph), settings)
+    htp_arch: str = "75"
+    soc_model: str = "57"
+    samples: Annotated[int, At(1)] = 8
+    integer: dict[Part, tuple[Literal["Conv", "MatMul", "Gemm"], ...]] = field(default_factory=dict)
+    keep_float: dict[Part, tuple[str, ...]] = field(default_factory=dict)
 
 
-def _devices(ort: Any) -> list[Any]:
-    return [d for d in ort.get_ep_devices() if d.ep_name == PROVIDER]
+class QNN(Target[Options]):
+    """Qualcomm's NPU."""
+
+    name = "qnn"
+    extra = "qnn"
+    packages = ("onnxruntime-qnn", "onnxruntime")
+    precisions = ("fp16", "a16w8")
+    options_type = Options
+
+    def runtime(self) -> Runtime:
+        """onnxruntime with its QNN plugin."""
+        code = CODE.replace("@HTP@", self.options.htp_arch)
+        code = code.replace("@SOC@", self.options.soc_model)
+        title = "Qualcomm's NPU, by onnxruntime-qnn"
+        return Runtime(title, "onnxruntime onnxruntime-qnn", code)
+
+    def quantize(
+        self,
+        graphs: Graphs,
+        pipe: Pipeline,
+        shown: Sequence[str],
+        steps: int | None,
+        threads: int | None,
+    ) -> tuple[Graphs, Facts | None]:
+        """a16w8: integer graphs, calibrated on prompts that the quality check does not show."""
+        if self.profile.precision != "a16w8":
+            return graphs, None
+        prompts = [p for p in _prompts(pipe.artifact) if p not in shown][: self.options.samples]
+        loaded = {p: Graph.load(g) for p, g in graphs.items()}
+        layers = {p: self._chosen(pipe.artifact, p, loaded[p]) for p in PARTS}
+        with scratch("observe") as aside:
+            ranges = a16w8.observe(
+                loaded,
+                layers,
+                pipe,
+                prompts,
+                aside,
+                threads,
+                num_inference_steps=steps,
+                **self.profile.size,
+            )
+        out = {}
+        for p, graph in graphs.items():
+            out[p] = graph.with_name(f"{p}.a16w8.onnx")
+            a16w8.insert(loaded[p], list(layers[p].values()), ranges[p]).save(out[p])
+        return out, {"prompts": len(prompts), "layers": {p: sorted(layers[p]) for p in PARTS}}
+
+    def _chosen(self, artifact: Artifact, part: str, graph: Graph) -> dict[str, Layer]:
+        """Layers that become integer: all but the model's list (or sdlite's) and the profile's."""
+        own = artifact.calibration.get("keep_float", KEEP_FLOAT)
+        integer = {str(k): v for k, v in self.options.integer.items()}.get(part, OPERATORS)
+        more = {str(k): v for k, v in self.options.keep_float.items()}.get(part, ())
+        keep = [*own.get(part, KEEP_FLOAT[part]), *more]
+        return a16w8.choose(graph, Graph.load(artifact.graph("fp32", part)), integer, keep)
+
+    def convert(self, part: str, graph: Path, out: Path) -> list[Path]:
+        """ONNX to a context binary.
+
+        Raises:
+            ExportError: the HTP does not take a node.
+        """
+        files = [out / "model.onnx", out / "model_qnn.bin"]
+        try:
+            self.session(graph, context=files[0])
+        except Exception as e:  # onnxruntime's errors have no common type
+            words = " ".join(str(e).split())[:400]
+            raise ExportError(
+                f"QNN refuses {part} for htp_arch {self.options.htp_arch}: {words}. Its log names"
+                " the nodes."
+            ) from e
+        if missing := [f.name for f in files if not f.is_file()]:
+            raise ExportError(
+                f"QNN made no {', '.join(missing)} of {part}; the graph did not become one context."
+            )
+        return files
+
+    def session(
+        self, graph: Path, context: Path | None = None, threads: int | None = None
+    ) -> onnxruntime.InferenceSession:
+        """A session whose nodes all run on the HTP, or an error. With `context` it also writes the
+        context binary there.
+        """
+        import onnxruntime as ort
+        import onnxruntime_qnn as qnn
+
+        if not _devices(ort.get_ep_devices()):
+            ort.register_execution_provider_library(PROVIDER, qnn.get_library_path())
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        if threads is not None:
+            settings.intra_op_num_threads = threads
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        if context is not None:
+            settings.add_session_config_entry("ep.context_enable", "1")
+            settings.add_session_config_entry("ep.context_file_path", str(context))
+            settings.add_session_config_entry("ep.context_embed_mode", "0")
+        settings.add_provider_for_devices(
+            _devices(ort.get_ep_devices())[:1],
+            {
+                "backend_path": qnn.get_qnn_htp_path(),
+                "htp_arch": self.options.htp_arch,
+                "soc_model": self.options.soc_model,
+            },
+        )
+        return ort.InferenceSession(str(graph), settings)
+
+    def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
+        """The context binary on the simulator."""
+        session = self.session(files[0], threads=threads)
+        types = {t.name: np.dtype(t.dtype) for t in SPECS[part].inputs}
+
+        def network(**inputs: np.ndarray) -> np.ndarray:
+            given = {k: np.asarray(v, types[k]) for k, v in inputs.items()}
+            out: np.ndarray = session.run(None, given)[0]
+            return out
+
+        return network
 
 
-def run(
-    part: str, files: list[Path], profile: Profile, threads: int | None
-) -> Callable[..., np.ndarray]:
-    """The context binary on the simulator."""
-    session = _session(files[0], _options(profile), threads=threads)
-    types = {t.name: np.dtype(t.dtype) for t in SPECS[part].inputs}
+def _prompts(artifact: Artifact) -> list[str]:
+    """The model's own calibration prompts, or ours."""
+    own = artifact.calibration.get("prompts")
+    return list(own or read_prompts(assets() / "calibration" / "sd.txt"))
 
-    def network(**inputs: np.ndarray) -> np.ndarray:
-        out: np.ndarray = session.run(
-            None, {k: np.asarray(v, types[k]) for k, v in inputs.items()}
-        )[0]
-        return out
 
-    return network
+def _devices(every: Sequence[onnxruntime.OrtEpDevice]) -> list[onnxruntime.OrtEpDevice]:
+    return [d for d in every if d.ep_name == PROVIDER]

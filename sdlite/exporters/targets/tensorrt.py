@@ -3,9 +3,9 @@ each build.
 
 Two members of one family, one builder. `tensorrt-rtx` builds without a GPU, for Ampere to
 Blackwell. `tensorrt` (10 and 11) builds on the GPU that it builds for; no such machine was at hand,
-so its build and its engines have not been run by us: the gate checks the graph that the builder was
-given. Every build begins with the parser's own verdict (`supports_model_v2`); its failure names the
-node.
+so its build and its engines have not been run by us: the quality check runs the graph that the
+builder was given. Every build begins with the parser's own verdict (`supports_model_v2`); its
+failure names the node.
 """
 
 from __future__ import annotations
@@ -15,63 +15,184 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Annotated, Any, ClassVar, TypedDict
 
 import numpy as np
 
+from sdlite.backends import Network
 from sdlite.errors import ExportError, PrecisionError, SdliteError, UnknownNameError
-from sdlite.exporters.profile import Profile
 from sdlite.exporters.rewrites.bfloat16 import to_bfloat
 from sdlite.exporters.rewrites.fixed_shapes import input_shapes
 from sdlite.exporters.rewrites.float16 import to_half
-from sdlite.exporters.targets import NotRunnable
+from sdlite.exporters.targets.base import NotRunnable, Runtime, Target
 from sdlite.io import write
 from sdlite.onnx_graph import Graph
+from sdlite.settings import At, settings
 
-PACKAGES = ("tensorrt",)
-PRECISIONS = ("fp32", "fp16", "bf16", "int8-static")
-DYNAMIC = True
-FREE_SIZE = False  # any batch in the profile's range, one picture size
-LIBRARY = "tensorrt"
+CODE = """
+import numpy as np
+import tensorrt as trt
+import torch
+
+OUTPUT = {"text_encoder": "last_hidden_state", "unet": "out_sample", "vae_decoder": "sample"}
+runtime = trt.Runtime(trt.Logger())
+
+
+def load(part):
+    with open(f"{part}/model.engine", "rb") as f:
+        context = runtime.deserialize_cuda_engine(f.read()).create_execution_context()
+
+    def network(**inputs):
+        held = {k: torch.from_numpy(np.ascontiguousarray(v)).cuda() for k, v in inputs.items()}
+        for name, tensor in held.items():
+            context.set_input_shape(name, tuple(tensor.shape))
+            context.set_tensor_address(name, tensor.data_ptr())
+        out = torch.empty(tuple(context.get_tensor_shape(OUTPUT[part])), device="cuda")
+        context.set_tensor_address(OUTPUT[part], out.data_ptr())
+        context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+        torch.cuda.synchronize()
+        return out.cpu().numpy()
+
+    return network
+"""
 FAILED = "build failed: "  # what stands before the reason in the building process' last line
-OPTIONS = {
-    "min",
-    "opt",
-    "max",
-    "workspace_mib",
-    "optimization_level",
-    "timing_cache",
-    "version_compatible",
-    "hardware_compatible",
-    "strip_weights",
-}
+Rows = Annotated[int, At(1)]
 
 
-def prepare(part: str, graph: Path, profile: Profile) -> Path:
-    """The graph that the builder is given: float16 or bfloat16 arithmetic where the artefact's
-    graph has float32.
+@settings
+@dataclass(frozen=True)
+class Options:
+    """What the builder is told.
 
-    Raises:
-        PrecisionError: an int8 graph with unsigned activations, which TensorRT does not take.
+    Attributes:
+        min, opt, max: rows of a call where the batch is free: the fewest, what the engine is tuned
+            for, and the most.
+        workspace_mib: most MiB of GPU memory that a layer may use besides its tensors.
+        optimization_level: 0 (a quick build) to 5 (a quick engine).
+        timing_cache: file of timings that builds share; written when it does not exist.
+        version_compatible: the engine runs on later versions of the library.
+        hardware_compatible: the engine runs on other GPUs, Ampere or newer.
+        strip_weights: leave the weights out of the engine.
     """
-    if profile.precision == "fp16":
-        return to_half(graph, graph.with_name(f"{part}.half.onnx"))
-    if profile.precision == "bf16":
-        to_bfloat(graph, _rounded(part, graph), rounded=True)
-        return to_bfloat(graph, graph.with_name(f"{part}.bfloat.onnx"))
-    if profile.precision == "int8-static":
-        _symmetric(part, graph)
-        return _float_tables(graph, graph.with_name(f"{part}.tables.onnx"))
-    return graph
+
+    min: Rows = 1
+    opt: Rows = 1
+    max: Rows = 1
+    workspace_mib: Annotated[int, At(1)] | None = None
+    optimization_level: Annotated[int, At(0, 5)] | None = None
+    timing_cache: str | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    strip_weights: bool = False
 
 
-def judged(part: str, graph: Path, profile: Profile) -> Path:
-    """What the gate runs where no engine runs: the same graph; for bfloat16 float32 arithmetic
-    rounded in the same places.
+class Job(TypedDict):
+    """What the building process is told, as JSON.
+
+    `ranges`: input -> its shapes with the fewest, the best and the most rows, where they are free.
     """
-    return _rounded(part, graph) if profile.precision == "bf16" else graph
+
+    library: str
+    part: str
+    graph: str
+    engine: str
+    ranges: dict[str, list[list[int]]]
+    options: dict[str, Any]  # those that are set, by name
+
+
+class TensorRT(Target[Options]):
+    """NVIDIA GPUs; engines are built on the GPU that they are for."""
+
+    name = "tensorrt"
+    extra = "tensorrt"
+    packages = ("tensorrt",)
+    precisions = ("fp32", "fp16", "bf16", "int8-static")
+    dynamic = True
+    free_size = False  # any batch in the profile's range, one image size
+    opened_by: ClassVar[tuple[str, ...]] = ("tensorrt",)
+    options_type = Options
+    library = "tensorrt"  # the Python module
+
+    def runtime(self) -> Runtime:
+        """TensorRT's Python package, with torch for the memory of the GPU."""
+        return Runtime(
+            "TensorRT",
+            "tensorrt torch",
+            CODE,
+            note="Written from TensorRT's documentation, not run by us.",
+        )
+
+    def prepare(self, part: str, graph: Path) -> Path:
+        """The graph that the builder is given: float16 or bfloat16 arithmetic where the model's
+        graph has float32.
+
+        Raises:
+            PrecisionError: an int8 graph with unsigned activations, which TensorRT does not take.
+        """
+        match self.profile.precision:
+            case "fp16":
+                return to_half(graph, graph.with_name(f"{part}.half.onnx"))
+            case "bf16":
+                to_bfloat(graph, _rounded(part, graph), rounded=True)
+                return to_bfloat(graph, graph.with_name(f"{part}.bfloat.onnx"))
+            case "int8-static":
+                _symmetric(part, graph)
+                return float_tables(graph, graph.with_name(f"{part}.tables.onnx"))
+            case _:
+                return graph
+
+    def judged(self, part: str, graph: Path) -> Path:
+        """The same graph; for bfloat16, float32 arithmetic that is rounded in the same places."""
+        return _rounded(part, graph) if self.profile.precision == "bf16" else graph
+
+    def job(self, part: str, graph: Path, engine: Path) -> Job:
+        """What `build` is told."""
+        given = self.options
+        rows = (given.min, given.opt, given.max)
+        free = {k: s for k, s in input_shapes(graph).items() if any(isinstance(d, str) for d in s)}
+        ranges = {
+            k: [[d if isinstance(d, int) else n for d in s] for n in rows] for k, s in free.items()
+        }
+        return {
+            "library": self.library,
+            "part": part,
+            "graph": str(graph),
+            "engine": str(engine),
+            "ranges": ranges,
+            "options": {k: v for k, v in dataclasses.asdict(given).items() if v is not None},
+        }
+
+    def convert(self, part: str, graph: Path, out: Path) -> list[Path]:
+        """ONNX to an engine, in a process of its own.
+
+        Raises:
+            ExportError: the parser or the builder refuses it, or the process was killed.
+        """
+        engine = out / "model.engine"
+        job = json.dumps(self.job(part, graph, engine))
+        done = subprocess.run([sys.executable, "-m", __name__, job], capture_output=True, text=True)
+        if done.returncode < 0:
+            raise ExportError(
+                f"the build of {part} was ended by signal {-done.returncode}; 9 is most often too"
+                " little memory. Nothing was written."
+            )
+        if done.returncode or not engine.exists():
+            said = done.stderr.strip().rpartition(FAILED)[2]
+            nothing = f"the build of {part} gave no engine, exit {done.returncode}"
+            raise ExportError((said or nothing)[:700])
+        return [engine]
+
+    def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
+        """The engine on this machine's GPU."""
+        from sdlite.backends.tensorrt import Engine, no_gpu
+
+        if why := no_gpu():
+            raise NotRunnable(why)
+        return Engine(files[0], part)
 
 
 def _rounded(part: str, graph: Path) -> Path:
@@ -92,7 +213,7 @@ def _symmetric(part: str, graph: Path) -> None:
         )
 
 
-def _float_tables(graph: Path, out: Path) -> Path:
+def float_tables(graph: Path, out: Path) -> Path:
     """The graph whose int8 embedding tables hold the same numbers in float32: TensorRT takes int8
     constants in front of DequantizeLinear alone.
     """
@@ -112,7 +233,7 @@ def _float_tables(graph: Path, out: Path) -> Path:
     return out
 
 
-def build(job: dict[str, Any]) -> None:
+def build(job: Job) -> None:
     """In a process of its own: parse, check and build `job["graph"]` into `job["engine"]`.
 
     Raises:
@@ -138,9 +259,8 @@ def build(job: dict[str, Any]) -> None:
     # TensorRT 11 knows strongly typed networks only and has no flag for it
     strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     flags = 0 if strong is None else 1 << int(strong)
-    asked = builder.create_network(
-        flags
-    )  # of its own: a parser takes one model, and does not keep its network alive
+    # a network of its own: a parser takes one model, and does not keep its network alive
+    asked = builder.create_network(flags)
     supported(trt.OnnxParser(asked, log), job)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
@@ -148,7 +268,7 @@ def build(job: dict[str, Any]) -> None:
         errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise ExportError(f"{job['library']}'s parser refuses {job['part']}: {errors[:400]}")
     config = builder.create_builder_config()
-    _configure(trt, builder, config, job)
+    configure(trt, builder, config, job)
     blob = builder.build_serialized_network(network, config)
     if blob is None:
         raise ExportError(
@@ -159,7 +279,7 @@ def build(job: dict[str, Any]) -> None:
         write(job["options"]["timing_cache"], bytes(config.get_timing_cache().serialize()))
 
 
-def supported(parser: Any, job: dict[str, Any]) -> None:
+def supported(parser: Any, job: Job) -> None:
     """The parser's verdict on the whole graph, before it is parsed.
 
     Raises:
@@ -178,8 +298,8 @@ def supported(parser: Any, job: dict[str, Any]) -> None:
     )
 
 
-def _configure(trt: Any, builder: Any, config: Any, job: dict[str, Any]) -> None:
-    """Shapes and options of a job onto a builder config."""
+def configure(trt: ModuleType, builder: Any, config: Any, job: Job) -> None:
+    """Put the shapes and options of a job into a builder's config."""
     options = job["options"]
     if job["ranges"]:
         shapes = builder.create_optimization_profile()
@@ -208,68 +328,13 @@ def _configure(trt: Any, builder: Any, config: Any, job: dict[str, Any]) -> None
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
 
-def _capability(trt: Any, name: str) -> Any:
+def _capability(trt: ModuleType, name: str) -> object:
     known = trt.ComputeCapability.__members__
     if name not in known:
         raise UnknownNameError(
             f"compute_capabilities names {name!r}; this library knows {', '.join(known)}."
         )
     return known[name]
-
-
-def job_of(
-    part: str, graph: Path, engine: Path, profile: Profile, library: str = LIBRARY
-) -> dict[str, Any]:
-    """What `build` is told."""
-    free = {k: s for k, s in input_shapes(graph).items() if any(isinstance(d, str) for d in s)}
-    ranges = {
-        k: [
-            [d if isinstance(d, int) else profile.options.get(b, 1) for d in s]
-            for b in ("min", "opt", "max")
-        ]
-        for k, s in free.items()
-    }
-    return {
-        "library": library,
-        "part": part,
-        "graph": str(graph),
-        "engine": str(engine),
-        "ranges": ranges,
-        "options": dict(profile.options),
-    }
-
-
-def convert(
-    part: str, graph: Path, out: Path, profile: Profile, library: str = LIBRARY
-) -> list[Path]:
-    engine = out / "model.engine"
-    job = job_of(part, graph, engine, profile, library)
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps(job)], capture_output=True, text=True
-    )
-    if done.returncode < 0:
-        raise ExportError(
-            f"the build of {part} was ended by signal {-done.returncode}; 9 is most often too"
-            " little memory. Nothing was written."
-        )
-    if done.returncode or not engine.exists():
-        raise ExportError(
-            (
-                done.stderr.strip().rpartition(FAILED)[2]
-                or f"the build of {part} gave no engine, exit {done.returncode}"
-            )[:700]
-        )
-    return [engine]
-
-
-def run(
-    part: str, files: list[Path], profile: Profile, threads: int | None
-) -> Callable[..., np.ndarray]:
-    from sdlite.backends.tensorrt import Engine, no_gpu
-
-    if why := no_gpu():
-        raise NotRunnable(why)
-    return Engine(files[0], part)
 
 
 if __name__ == "__main__":

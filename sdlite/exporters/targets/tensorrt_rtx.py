@@ -1,37 +1,54 @@
 """TensorRT for RTX: engines for Ampere to Blackwell, built ahead of time without a GPU. See
 `tensorrt`.
 
-The engines cannot run without a GPU, and have not been run by us: the gate checks the graph that
-the builder was given.
+The engines cannot run without a GPU, and have not been run by us: the quality check runs the graph
+that the builder was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from sdlite.exporters.profile import Profile
-from sdlite.exporters.targets import NotRunnable, tensorrt
-
-PACKAGES = ("tensorrt-rtx-cu13",)
-PRECISIONS = tensorrt.PRECISIONS
-DYNAMIC = True
-FREE_SIZE = tensorrt.FREE_SIZE
-OPTIONS = {*tensorrt.OPTIONS, "compute_capabilities"}  # TensorRT itself builds for the GPU at hand
-LIBRARY = "tensorrt_rtx"
-prepare, judged = tensorrt.prepare, tensorrt.judged
+from sdlite.backends import Network
+from sdlite.exporters.targets import tensorrt
+from sdlite.exporters.targets.base import NotRunnable, Runtime
+from sdlite.settings import settings
 
 
-def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
-    return tensorrt.convert(part, graph, out, profile, LIBRARY)
+@settings
+@dataclass(frozen=True)
+class Options(tensorrt.Options):
+    """`compute_capabilities`: of the GPUs, such as ["SM89", "SM120"]; TensorRT itself builds for
+    the GPU at hand.
+    """
+
+    compute_capabilities: tuple[str, ...] = ()
 
 
-def run(
-    part: str, files: list[Path], profile: Profile, threads: int | None
-) -> Callable[..., np.ndarray]:
-    raise NotRunnable(
-        "a TensorRT-RTX engine needs an NVIDIA GPU of compute capability 8.0 or more, and there is"
-        " none here"
-    )
+class TensorRTRTX(tensorrt.TensorRT):
+    """NVIDIA RTX GPUs."""
+
+    name = "tensorrt-rtx"
+    extra = "tensorrt-rtx"
+    packages = ("tensorrt-rtx-cu13",)
+    opened_by = ()
+    options_type = Options
+    library = "tensorrt_rtx"
+
+    def runtime(self) -> Runtime:
+        """TensorRT for RTX's Python package, with torch for the memory of the GPU."""
+        return Runtime(
+            "TensorRT for RTX",
+            "tensorrt-rtx torch",
+            tensorrt.CODE.replace("import tensorrt as trt", "import tensorrt_rtx as trt"),
+            note="Written from TensorRT for RTX's documentation, not run by us.",
+        )
+
+    def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
+        """Not without a GPU."""
+        raise NotRunnable(
+            "a TensorRT-RTX engine needs an NVIDIA GPU of compute capability 8.0 or more, and"
+            " there is none here"
+        )

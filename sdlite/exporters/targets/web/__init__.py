@@ -2,87 +2,179 @@
 and sampler in JavaScript, a page.
 
 onnxruntime-web comes from npm (`npm pack`, checked by hash) or from the profile's option
-`onnxruntime_web`, a folder with its dist files. Checked in a headless Chromium, network by network
-and by the picture.
+`onnxruntime_web`, a folder with its dist files. The export is checked in a headless Chromium:
+network by network, and by the images that the page makes of prompts with its own tokenizer, noise
+and sampler.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import numpy as np
 import onnx
 
 from sdlite.artifact import Artifact
-from sdlite.errors import ExportError, InputError, MissingExtraError, UnknownNameError
-from sdlite.exporters.profile import Profile, assets
-from sdlite.exporters.targets import NotRunnable
-from sdlite.exporters.targets import onnx as onnx_target
+from sdlite.errors import ExportError, InputError, MissingExtraError
+from sdlite.exporters.profile import assets
+from sdlite.exporters.targets.base import NotRunnable, Running, Runtime, Target
+from sdlite.exporters.targets.onnx import write_graph
 from sdlite.exporters.targets.web import chromium
+from sdlite.exporters.targets.web.page import Page
 from sdlite.families import vae_config
 from sdlite.io import cache_root, scratch, write
 from sdlite.sampling import Schedule, get_sampler
 from sdlite.sampling.schedule import STEPS_OFFSET
 from sdlite.sampling.solvers import DDIM
+from sdlite.settings import settings
 from sdlite.spec import SPECS
 from sdlite.tokenizer import ClipTokenizer
 
-PACKAGES = ("onnx", "onnxruntime")
-PRECISIONS = ("fp32", "fp16", "int8-static")
-DYNAMIC = False
-OPTIONS = {"provider", "onnxruntime_web"}  # of PROVIDERS; a dist folder of onnxruntime-web
-PROVIDERS = ("wasm", "webgpu")
-
-VERSION = "1.30.0"
+VERSION = "1.30.0"  # of onnxruntime-web
 SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
+FILES = ("ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm")
 LARGE = 128 << 20  # bytes of a network
 SAMPLERS = ("ddim", "lcm", "euler")  # of sdlite.js
-FILES = ("ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm")
+USAGE = """
+## Serve it
+
+Any static server will do; opened as a file the page does not run. Here:
+
+```bash
+python3 -m http.server 8000
+```
+
+and open http://localhost:8000. With the headers `Cross-Origin-Opener-Policy: same-origin` and
+`Cross-Origin-Embedder-Policy: require-corp` wasm has more than one thread. In a page of your own:
+
+```js
+import { Pipeline } from "./sdlite.js";
+
+const pipe = await Pipeline.load(".");
+const made = await pipe.generate({ prompt: "a red apple", seed: 0 });
+// made.pixels: RGBA, made.width, made.height
+```
+"""
 
 
-def convert(part: str, graph: Path, out: Path, profile: Profile) -> list[Path]:
-    """One file each: a browser fetches it in one request. The weights of a large network stay
-    beside it, as it is copied while it is read.
+@settings
+@dataclass(frozen=True)
+class Options:
+    """`provider`: what the check runs on. `onnxruntime_web`: dist folder of that npm package, in
+    place of the one that is fetched.
     """
-    files = onnx_target.convert(part, graph, out, profile)
-    if sum(f.stat().st_size for f in files) > LARGE:
-        return files
-    model = onnx.load(str(files[0]))
-    for path in files:
-        path.unlink()
-    onnx.save_model(model, str(files[0]), save_as_external_data=False)
-    return files[:1]
+
+    provider: Literal["wasm", "webgpu"] = "wasm"
+    onnxruntime_web: str | None = None
 
 
-def check(artifact: Artifact) -> None:
-    """Refuse a model whose sampler the page does not have.
+class Web(Target[Options]):
+    """Browsers, by onnxruntime-web."""
 
-    Raises:
-        InputError: another sampler, or an Euler with settings that the page does not read.
-    """
-    name, said = artifact.sampler_name, Schedule.from_config(artifact.config("scheduler")).settings
-    own = {
-        k: said[k]
-        for k in ("interpolation_type", "final_sigmas_type")
-        if name == "euler" and k in said
+    name = "web"
+    packages = ("onnx", "onnxruntime")
+    precisions = ("fp32", "fp16", "int8-static")
+    opened_by = ("onnxruntime", "openvino")
+    options_type = Options
+
+    def runtime(self) -> Runtime:
+        """The page, and a module for other pages."""
+        return Runtime("browsers, by onnxruntime-web", usage=USAGE)
+
+    def check(self, artifact: Artifact) -> None:
+        """Refuse a model whose sampler the page does not have, and batches.
+
+        Raises:
+            InputError: another sampler, an Euler with settings that the page does not read, or a
+                batch.
+        """
+        if self.profile.rows != 1:
+            raise InputError(
+                f"profile {self.profile.name}: batch={self.profile.batch}; the page of target web"
+                " makes one image at a time: set batch = 1."
+            )
+        name = artifact.sampler_name
+        said = Schedule.from_config(artifact.config("scheduler")).settings
+        read = ("interpolation_type", "final_sigmas_type") if name == "euler" else ()
+        own = {k: said[k] for k in read if k in said}
+        if name not in SAMPLERS or set(own.values()) - {"linear", "zero"}:
+            raise InputError(
+                f"target web samples with {', '.join(SAMPLERS)}; this model's sampler is"
+                f" {name!r}{f' with {own}' if own else ''}. Export it with one of them:"
+                " sampler='ddim' (--sampler ddim)."
+            )
+
+    def convert(self, part: str, graph: Path, out: Path) -> list[Path]:
+        """One file for each network: a browser fetches it in one request. The weights of a large
+        network stay beside it, as it is copied while it is read.
+        """
+        files = write_graph(graph, out, self.profile.precision)
+        if sum(f.stat().st_size for f in files) > LARGE:
+            return files
+        model = onnx.load(str(files[0]))
+        for path in files:
+            path.unlink()
+        onnx.save_model(model, str(files[0]), save_as_external_data=False)
+        return files[:1]
+
+    def finish(self, out: Path, artifact: Artifact, latent_shape: tuple[int, ...]) -> list[Path]:
+        """The page, onnxruntime-web, and what the JavaScript reads instead of configs:
+        `sdlite-web.json` and `sdlite-tokenizer.json`.
+        """
+        made = [
+            Path(shutil.copyfile(f, out / f.name)) for f in sorted((assets() / "web").iterdir())
+        ]
+        (out / "ort").mkdir()
+        for name, data in onnxruntime_web(self.options.onnxruntime_web).items():
+            (out / "ort" / name).write_bytes(data)
+            made.append(out / "ort" / name)
+        config = artifact.config("text_encoder")
+        tokenizer = ClipTokenizer.from_pretrained(artifact.files.part("tokenizer"), config)
+        for name, content in (
+            ("web", page_settings(artifact, out, latent_shape)),
+            ("tokenizer", tokenizer.to_json()),
+        ):
+            made.append(out / f"sdlite-{name}.json")
+            made[-1].write_text(json.dumps(content) + "\n", encoding="utf-8")
+        return made
+
+    def run_all(self, folder: Path, threads: int | None) -> Running:
+        """The page in a headless Chromium."""
+        if chromium.find() is None:
+            raise NotRunnable(
+                f"no browser here; install one of {', '.join(chromium.NAMES)}, or name it in"
+                " SDLITE_CHROMIUM"
+            )
+        page = Page(folder, self.options.provider)
+        networks = {part: page.network(part) for part in SPECS}
+        return Running(networks, page.close, page.image, page.clock)
+
+
+def page_settings(
+    artifact: Artifact, folder: Path, latent_shape: Sequence[int]
+) -> dict[str, object]:
+    """What `sdlite-web.json` holds, for the networks in `folder`."""
+    vae = vae_config(artifact.config("vae"))
+    beside = {p: next((f.name for f in (folder / p).glob("*.data")), None) for p in SPECS}
+    return {
+        "name": artifact.name,
+        "sampler": artifact.samples_with,
+        "latent_shape": latent_shape,
+        "weights": beside,
+        "scaling_factor": vae["scaling_factor"],
+        "shift_factor": vae.get("shift_factor") or 0.0,
+        "schedule": schedule_of(artifact),
     }
-    if name not in SAMPLERS or set(own.values()) - {"linear", "zero"}:
-        raise InputError(
-            f"target web samples with {', '.join(SAMPLERS)}; this model's sampler is"
-            f" {name!r}{f' with {own}' if own else ''}. Export it with one of them: sampler='ddim'"
-            " (--sampler ddim)."
-        )
 
 
-def schedule_of(artifact: Artifact) -> dict[str, Any]:
+def schedule_of(artifact: Artifact) -> dict[str, object]:
     """What sdlite.js reads of the scheduler, for its three samplers."""
     schedule = Schedule.from_config(artifact.config("scheduler"))
     own = get_sampler(artifact.sampler_name, schedule, 1)
@@ -99,42 +191,13 @@ def schedule_of(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def finish(
-    out: Path, artifact: Artifact, profile: Profile, latent_shape: tuple[int, ...]
-) -> list[Path]:
-    """The page, the runtime, and `sdlite-*.json`: what the JavaScript reads instead of configs."""
-    made = [Path(shutil.copyfile(f, out / f.name)) for f in sorted((assets() / "web").iterdir())]
-    (out / "ort").mkdir()
-    for name, data in runtime(profile).items():
-        (out / "ort" / name).write_bytes(data)
-        made.append(out / "ort" / name)
-    assert artifact.manifest is not None
-    vae = vae_config(artifact.config("vae"))
-    settings = {
-        "name": artifact.manifest.name,
-        "sampler": artifact.samples_with,
-        "latent_shape": latent_shape,
-        "weights": {p: next((f.name for f in (out / p).glob("*.data")), None) for p in SPECS},
-        "scaling_factor": vae["scaling_factor"],
-        "shift_factor": vae.get("shift_factor") or 0.0,
-        "schedule": schedule_of(artifact),
-    }
-    config = artifact.config("text_encoder")
-    tokenizer = ClipTokenizer.from_pretrained(artifact.files.part("tokenizer"), config)
-    for name, content in (("web", settings), ("tokenizer", tokenizer.to_json())):
-        made.append(out / f"sdlite-{name}.json")
-        made[-1].write_text(json.dumps(content) + "\n", encoding="utf-8")
-    return made
-
-
-def runtime(profile: Profile) -> dict[str, bytes]:
-    """onnxruntime-web's files by name.
+def onnxruntime_web(given: str | None = None) -> dict[str, bytes]:
+    """onnxruntime-web's files by name, from the dist folder `given` or from npm.
 
     Raises:
         MissingExtraError: no npm and no folder given. ExportError: npm failed, or what it gave has
             another hash.
     """
-    given = profile.options.get("onnxruntime_web")
     if given is not None:
         missing = [n for n in FILES if not (Path(given) / n).is_file()]
         if missing:
@@ -174,100 +237,3 @@ def _download(kept: Path) -> None:
         )
     kept.parent.mkdir(parents=True, exist_ok=True)
     write(kept, data)
-
-
-class _Networks:
-    """The exported folder in one browser, for all three networks; `run` hands out its parts."""
-
-    def __init__(self, folder: Path, provider: str):
-        large = sum(f.stat().st_size for f in folder.rglob("model.onnx*")) >> 20
-        self.browser = chromium.Browser(folder, timeout=300 + 3 * large)
-        self.browser.wait("document.body?.dataset.ready === 'yes'")
-        self.browser.evaluate(
-            f"sdlite.Pipeline.load('.', {{provider: '{provider}'}}).then((p) => (sdlite.pipe = p,"
-            " true))"
-        )
-        self.browser.evaluate(_BRIDGE)
-
-    def call(self, part: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        feeds = {
-            k: {
-                "type": v.dtype.name,
-                "dims": v.shape,
-                "data": base64.b64encode(v.tobytes()).decode(),
-            }
-            for k, v in inputs.items()
-        }
-        answer = self.browser.evaluate(f"bridge({json.dumps(part)}, {json.dumps(feeds)})")
-        return np.frombuffer(base64.b64decode(answer["data"]), np.float32).reshape(answer["dims"])
-
-    def clock(self, prompt: str, steps: int | None, provider: str) -> dict[str, Any]:
-        """Seconds as the page has them: a pipeline loaded anew and its first picture, then two more
-        pictures.
-        """
-        settings = json.dumps({"prompt": prompt, "seed": 0, "num_inference_steps": steps})
-        found: dict[str, Any] = self.browser.evaluate(f"clock({settings}, {json.dumps(provider)})")
-        return found
-
-
-_BRIDGE = """
-globalThis.bridge = async (part, feeds) => {
-  const kinds = {float32: Float32Array, int64: BigInt64Array};
-  for (const f of Object.values(feeds)) {
-    const bytes = Uint8Array.from(atob(f.data), (c) => c.charCodeAt(0));
-    f.data = new kinds[f.type](bytes.buffer);
-  }
-  const out = await sdlite.pipe.run(part, feeds);
-  let text = "";
-  const bytes = new Uint8Array(out.data.buffer, out.data.byteOffset, out.data.byteLength);
-  for (let i = 0; i < bytes.length; i += 32768) {
-    text += String.fromCharCode(...bytes.subarray(i, i + 32768));
-  }
-  return {data: btoa(text), dims: out.dims};
-};
-globalThis.clock = async ({num_inference_steps, ...given}, provider) => {
-  if (num_inference_steps !== null) given.num_inference_steps = num_inference_steps;
-  await sdlite.pipe.release();
-  const begin = performance.now(), pipe = await sdlite.Pipeline.load(".", {provider});
-  const load = (performance.now() - begin) / 1000;
-  const seconds = [];
-  for (let i = 0; i < 3; i++) seconds.push((await pipe.generate(given)).seconds);
-  const steps = given.num_inference_steps ?? pipe.settings.sampler.num_inference_steps;
-  const guidance = pipe.settings.sampler.guidance_scale;
-  return {load, first: load + seconds[0], later: seconds.slice(1), steps, guidance};
-};
-true
-"""
-
-
-def run_all(
-    folder: Path, profile: Profile, threads: int | None
-) -> tuple[
-    dict[str, Callable[..., np.ndarray]],
-    Callable[[], None],
-    Callable[[str, int | None], dict[str, Any]],
-]:
-    """The three networks in one browser, how to close it, and how long its own pictures take."""
-    provider = profile.options.get("provider", PROVIDERS[0])
-    if provider not in PROVIDERS:
-        raise UnknownNameError(
-            f"profile {profile.name}: provider={provider!r} is not known; choose one of"
-            f" {', '.join(PROVIDERS)}."
-        )
-    if chromium.find() is None:
-        raise NotRunnable(
-            f"no browser here; install one of {', '.join(chromium.NAMES)}, or name it in"
-            " SDLITE_CHROMIUM"
-        )
-    networks = _Networks(folder, provider)
-
-    def of(part: str) -> Callable[..., np.ndarray]:
-        types = {t.name: np.dtype(t.dtype) for t in SPECS[part].inputs}
-        return lambda **inputs: networks.call(
-            part, {k: np.asarray(v, types[k]) for k, v in inputs.items()}
-        )
-
-    def clock(prompt: str, steps: int | None) -> dict[str, Any]:
-        return networks.clock(prompt, steps, provider)
-
-    return {p: of(p) for p in SPECS}, networks.browser.close, clock

@@ -1,0 +1,123 @@
+"""What a converter is handed: the model's graphs with the profile's shapes, or its torch networks;
+and how these run, where the target's runtime does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sdlite.artifact import Artifact
+from sdlite.backends import Network, RowByRow
+from sdlite.errors import PrecisionError
+from sdlite.exporters.parity import Recording
+from sdlite.exporters.profile import Profile
+from sdlite.exporters.rewrites.fixed_shapes import fix, size_of
+from sdlite.exporters.targets.base import Target
+from sdlite.onnx_graph import Graph
+from sdlite.spec import SPECS
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TorchNetwork:
+    """A network of torch, and one set of its inputs, of the profile's batch."""
+
+    module: torch.nn.Module
+    example: tuple[torch.Tensor, ...]
+
+
+def source_of(artifact: Artifact, profile: Profile) -> str:
+    """The precision of the model's graphs that the export starts from. Every target rounds to
+    float16 by itself, so fp32 will do for that.
+
+    Raises:
+        PrecisionError: the model does not hold it.
+    """
+    source = profile.source(artifact)
+    if source is None:
+        held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
+        how = (
+            "quantise it first (sdlite quantize)"
+            if profile.precision.startswith("int8")
+            else "export the float model"
+        )
+        raise PrecisionError(
+            f"{artifact.name} holds {held}, the profile {profile.name} wants"
+            f" {' or '.join(profile.sources)}: {how}."
+        )
+    return source
+
+
+def shaped_graph(
+    artifact: Artifact,
+    part: str,
+    target: Target[object],
+    source: str,
+    recording: Recording,
+    folder: Path,
+) -> Path:
+    """The model's graph with the profile's shapes and plain weights, written to `folder`."""
+    graph = Graph.load(artifact.graph(source, part))
+    profile, out = target.profile, folder / f"{part}.onnx"
+    if profile.dynamic and target.free_size:
+        graph.save(out)
+        return out
+    seen = recording.calls[part][0][0]
+    batch: int | str = "batch" if profile.dynamic else profile.rows
+    return fix(graph, {k: (batch, *v.shape[1:]) if v.ndim else () for k, v in seen.items()}, out)
+
+
+def torch_networks(
+    artifact: Artifact, profile: Profile, recording: Recording
+) -> Iterator[tuple[str, TorchNetwork]]:
+    """(part, network) in float32; each row of the batch is the first recorded one."""
+    import torch
+
+    from sdlite.converter import networks
+
+    for p, network in networks(artifact.files).items():
+        seen = recording.calls[p][0][0]
+        rows = [
+            np.repeat(seen[t.name][:1], profile.rows, axis=0) if seen[t.name].ndim else seen[t.name]
+            for t in SPECS[p].inputs
+        ]
+        example = tuple(
+            torch.from_numpy(np.array(r, t.dtype))
+            for r, t in zip(rows, SPECS[p].inputs, strict=True)
+        )
+        yield p, TorchNetwork(network.eval().requires_grad_(False), example)
+
+
+def run_graph(graph: Path, threads: int | None) -> Network:
+    """An ONNX file on onnxruntime's CPU provider."""
+    from sdlite.backends.ort import Session
+
+    return Session(str(graph), "cpu", threads, size_of(graph))
+
+
+def run_torch(part: str, network: TorchNetwork) -> Network:
+    """A torch network on the CPU, called with arrays of one row."""
+    import torch
+
+    def run(**inputs: np.ndarray) -> np.ndarray:
+        given = [torch.from_numpy(np.array(inputs[t.name], t.dtype)) for t in SPECS[part].inputs]
+        with torch.no_grad():
+            out: np.ndarray = network.module(*given).numpy()
+        return out
+
+    return run
+
+
+def by_rows(network: Network, profile: Profile) -> Network:
+    """A network of a fixed batch as one of any batch."""
+    return network if profile.dynamic else RowByRow(network)
+
+
+Handed = Mapping[str, Path | TorchNetwork]  # part -> what the converter was given
