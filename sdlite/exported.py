@@ -66,6 +66,7 @@ _REPORT = schema.record(
         "not_run": schema.OBJECT,
         "parity": schema.OBJECT,
         "failed": schema.each(schema.text(10_000)),
+        "opened_by": schema.each(TEXT),  # of a target that is not sdlite's own
     },
     ("files", "profile"),
 )
@@ -125,7 +126,7 @@ class Export:
             return ("tensorrt",) if self.target == "tensorrt" else ()
         if self.report["profile"].get("options", {}).get("fuse_schedule"):
             return ("onnxruntime",)
-        return OPENED_BY.get(self.target, ())
+        return OPENED_BY.get(self.target, tuple(self.report.get("opened_by", ())))
 
     def describe(self) -> dict[str, Any]:
         """What `sdlite info` shows of it."""

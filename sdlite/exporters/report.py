@@ -14,17 +14,10 @@ from sdlite.exporters.described import NetworkRow
 from sdlite.exporters.parity import Figures, Parity, Recording
 from sdlite.exporters.targets.base import Facts, Seconds, version
 from sdlite.io import read_json, sha256, write_json
-from sdlite.manifest import MANIFEST, REPORT
+from sdlite.manifest import MANIFEST, REPORT, FileRow
 from sdlite.quant import reports
 
 GRID = "export-grid.png"  # the model's images and the export's, where the quality check fails
-
-
-class FileRow(TypedDict):
-    """Size and SHA-256 of a file."""
-
-    bytes: int
-    sha256: str
 
 
 class ParityRow(TypedDict):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import zipfile
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -431,47 +430,42 @@ class Level:
     level: Annotated[int, At(1, 9)] = 6
 
 
-class Zipped(Target[Level]):
-    """A target that somebody else wrote: graphs in a zip file, run by onnxruntime."""
+class Copied(Target[Level]):
+    """A target that somebody else wrote: the graphs as they are, run by onnxruntime."""
 
-    name = "zipped"
+    name = "copied"
+    opened_by = ("onnxruntime",)
     options_type = Level
 
     def runtime(self):
-        return Runtime("zip", usage="Unzip it.")
+        return Runtime("copies", usage="Open `model.onnx`.")
 
     def convert(self, part, graph, out):
-        with zipfile.ZipFile(out / "model.zip", "w", zipfile.ZIP_DEFLATED) as z:
-            for f in graph.parent.glob(f"{graph.name}*"):
-                z.write(f, f.name)
-        return [out / "model.zip"]
+        return Graph.load(graph).save(out / "model.onnx")
 
     def run(self, part, files, threads):
-        folder = files[0].with_suffix("")
-        with zipfile.ZipFile(files[0]) as z:
-            z.extractall(folder)
-        network = Session(str(folder / f"{part}.onnx"), "cpu", threads)
-        shutil.rmtree(folder)
-        return network
+        return Session(str(files[0]), "cpu", threads)
 
 
 def test_a_target_from_outside_is_one_class(tmp_path, monkeypatch):
     monkeypatch.setattr(targets, "_CLASSES", dict(targets._CLASSES))
     path = tmp_path / "p.toml"
-    path.write_text("target = 'zipped'\n[options]\nlevel = 3\n")
-    with pytest.raises(UnknownNameError, match=r"target='zipped' is not known; choose one of onnx"):
+    path.write_text("target = 'copied'\n[options]\nlevel = 3\n")
+    with pytest.raises(UnknownNameError, match=r"target='copied' is not known; choose one of onnx"):
         profile.load(path)
-    targets.register(Zipped)
-    with pytest.raises(InputError, match="target name 'zipped' is taken"):
-        targets.register(Zipped)
+    targets.register(Copied)
+    with pytest.raises(InputError, match="target name 'copied' is taken"):
+        targets.register(Copied)
     given = {"prompts": PROMPTS[:1], "num_inference_steps": 1, "threads": 1}
     report = export(EMOJI, tmp_path / "out", target=path, **given)
     assert report["checked_by"] == "the runtime itself"
     assert report["parity"]["psnr"][0] >= 60
-    assert "unet/model.zip" in report["files"]
-    assert "Unzip it." in (tmp_path / "out" / "README.md").read_text()
+    assert "Open `model.onnx`." in (tmp_path / "out" / "README.md").read_text()
     assert main(["verify", str(tmp_path / "out")]) == 0
-    path.write_text("target = 'zipped'\n[options]\nlevel = 10\n")
+    pipe = Pipeline.from_pretrained(tmp_path / "out", threads=1)
+    assert pipe.report.backend == "onnxruntime"
+    assert pipe(PROMPTS[0], num_inference_steps=1).images
+    path.write_text("target = 'copied'\n[options]\nlevel = 10\n")
     with pytest.raises(InputError, match="profile p, options: level=10; accepted: at most 9"):
         export(EMOJI, tmp_path / "x", target=path, **given)
 
