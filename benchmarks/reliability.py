@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.hostile.__main__ import table as hostile_table
-from benchmarks.speed_tables import read, table
+from benchmarks.tables.rows import read, table
 
 Row = dict[str, Any]
 

@@ -8,9 +8,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from benchmarks import speed_tables as speed
 from benchmarks.cases import FLOAT_ENGINES, PEERS, SETTINGS, SUITES, Case
 from benchmarks.quality import fid, kid
+from benchmarks.tables import ladder, machine, plots, speed, strategies
+from benchmarks.tables.rows import footnotes
 
 
 def test_fid_of_two_gaussians_is_the_closed_form():
@@ -67,7 +68,7 @@ def test_student_and_teacher_are_measured_by_the_same_engines(tmp_path):
 
 def test_zoo_has_the_articles_ladder_and_scaling_changes_one_thing_a_row():
     zoo = {(c.model, c.precision) for c in SUITES["zoo-512"]}
-    assert set(speed.TWIN) <= zoo
+    assert set(ladder.TWIN) <= zoo
     base = Case("shape:bk-tiny", "sdlite-openvino", 4, 512, precision="int8-static")
     for c in SUITES["scaling"]:
         changed = {
@@ -113,7 +114,7 @@ def test_tables_of_best_steps_and_least_memory(tmp_path):
         for c in SUITES["memory-512"]
     ]
     (tmp_path / "speed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    best = "\n".join(speed.best(tmp_path))
+    best = "\n".join(ladder.best(tmp_path))
     assert (
         "| `w0.62` | sdlite-openvino int8-static | 4, one call each | 4.00 (4.00 to 4.00) | 1,000 |"
         " 25.0 |" in best
@@ -194,7 +195,7 @@ def test_rounds_are_one_row_and_failures_and_losses_are_shown(folder):
         "Fastest: ours sdlite-ort fp32 5.00 s, best peer diffusers fp32 2.00 s: 0.40x"
         in "".join(speed.verdict(folder=there))
     )
-    assert "N = 1 to 3" in speed.footnotes("peers-512", there)[0]
+    assert "N = 1 to 3" in footnotes("peers-512", there)[0]
 
 
 def test_limit_divides_each_kind_of_operation_by_its_own_peak(folder):
@@ -217,10 +218,10 @@ def test_limit_divides_each_kind_of_operation_by_its_own_peak(folder):
     ]
     there = folder("roofline", [*parts, *peaks])
     case = vars(Case("shape:bk-tiny", "sdlite-openvino", 4, 512, precision="int8-static"))
-    assert speed.limit_seconds(case, there) == pytest.approx(1 + 4 * (1 + 1) + 3)
-    assert speed.limit_seconds({**case, "guidance": 2.0}, there) == pytest.approx(2 * (1 + 8) + 3)
-    assert speed.limit_seconds({**case, "precision": "fp32"}, there) is None
-    assert speed.limit_seconds({**case, "size_px": 256}, there) is None
+    assert machine.limit_seconds(case, there) == pytest.approx(1 + 4 * (1 + 1) + 3)
+    assert machine.limit_seconds({**case, "guidance": 2.0}, there) == pytest.approx(2 * (1 + 8) + 3)
+    assert machine.limit_seconds({**case, "precision": "fp32"}, there) is None
+    assert machine.limit_seconds({**case, "size_px": 256}, there) is None
 
 
 def test_scaling_reports_the_line_through_its_steps(folder):
@@ -237,7 +238,7 @@ def test_scaling_reports_the_line_through_its_steps(folder):
             case={"size_px": 1024, "tile_px": 256},
         )
     )
-    lines = speed.scaling(folder("speed", rows))
+    lines = machine.scaling(folder("speed", rows))
     assert "0.500 s a step + 1.500 s" in lines[0]
     assert any("size 1024, tile 256" in line for line in lines)
 
@@ -250,26 +251,26 @@ def test_articles_ratios_stand_beside_ours(folder):
     ]
     rows = [row("sdlite-openvino", p, [s], suite="zoo-512", case={"model": m}) for m, p, s in made]
     there = folder("speed", rows)
-    lines = speed.article(there)
+    lines = ladder.article(there)
     assert "| 2.6x |" in lines[3]
     assert "| 2.0x | 2.0x |" in lines[3]
     assert "| 13.7x |" in lines[5]
     assert "| 10.0x |" in lines[5]
     assert lines[4].endswith("|  |  |  |  |  |"), "a rung that was not measured is empty"
-    assert len({line.count("|") for line in speed.zoo(there)}) == 1
+    assert len({line.count("|") for line in ladder.zoo(there)}) == 1
 
 
 def test_plots_are_equal_for_equal_results_and_stale_for_others(folder, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the distill or bench extra")
     there = folder("speed", [row("sdlite-ort", "fp32", [4.0]), row("diffusers", "fp32", [2.0])])
     a, b = tmp_path / "a", tmp_path / "b"
-    assert [p.name for p in speed.draw(there, a)] == ["memory.svg"]
-    speed.draw(there, b)
+    assert [p.name for p in plots.draw(there, a)] == ["memory.svg"]
+    plots.draw(there, b)
     assert (a / "memory.svg").read_bytes() == (b / "memory.svg").read_bytes()
-    assert speed.stale_plots(there, a) == []
+    assert plots.stale_plots(there, a) == []
     folder("speed", [row("sdlite-ort", "fp32", [3.0])])
-    assert speed.stale_plots(there, a) == ["memory"]
-    assert speed.stale_plots(there, tmp_path / "none") == ["memory"]
+    assert plots.stale_plots(there, a) == ["memory"]
+    assert plots.stale_plots(there, tmp_path / "none") == ["memory"]
 
 
 # --- measuring
@@ -377,7 +378,7 @@ def test_strategies_are_shown_with_spread_and_aids_are_judged_by_the_same_seeds(
         distilled("task", 1, 999.0, images=10)
     ]  # a smaller budget is not shown beside a larger one
     (tmp_path / "distil.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    text = "\n".join(speed.strategies(tmp_path))
+    text = "\n".join(strategies.strategies(tmp_path))
     assert "| task | 5.0M | 83% | 60 | 25 (50) | 0.500 | 4.0x | 710.0 ± 14.1 |" in text
     assert "999" not in text
     assert (

@@ -116,7 +116,7 @@ def desk(tmp_path, monkeypatch, plain):
     """A folder with what the documents speak of."""
     (tmp_path / "my-diffusers-folder").symlink_to(plain)
     (tmp_path / "run").mkdir()
-    for model in ("my-artefact", "run/artefact"):
+    for model in ("my-model", "run/artefact"):
         (tmp_path / model).symlink_to(EMOJI)
     shutil.copy(ROOT / "export/calibration/emoji.txt", tmp_path / "prompts.txt")
     monkeypatch.chdir(tmp_path)
@@ -144,6 +144,7 @@ def test_every_block_runs_in_the_documents_order(document, desk):
             pytest.fail(f"{document}: a block of language {language!r} is not run by this test")
     if document == "README.md":
         assert (desk / "apple.png").stat().st_size > 500
+    if document == "docs/use.md":
         assert len(names["out"].images) == 4
 
 
@@ -153,7 +154,7 @@ def test_commands_in_the_text_exist(document):
         words = span.split()
         given = {w.split("=")[0] for w in words if w.startswith("--")}
         if words[0] == "sdlite" and len(words) > 1:
-            assert words[1] in [c.name for c in cli.COMMANDS], span
+            assert words[1] in ["COMMAND", *(c.name for c in cli.COMMANDS)], span
             assert given <= options(words[1:]), span
         elif words[:2] == ["python", "-m"]:
             module = ROOT / words[2].replace(".", "/")
@@ -167,6 +168,20 @@ def test_commands_in_the_text_exist(document):
             )  # scripts of a folder share their parser
             assert file.is_file(), span
             assert all(f'"{o}"' in known for o in given), span
+
+
+def test_each_devices_command_is_read_by_the_parser():
+    from sdlite import backends
+    from sdlite.exporters import profile
+
+    rows = re.findall(r"^\| .* \| `(sdlite .*)` \|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) >= 10
+    for row in rows:
+        args = cli.read(shlex.split(row)[1:])
+        if args.command == "export":
+            assert args.target in profile.builtin(), row
+        if args.command == "generate":
+            assert args.backend in ("auto", *backends.names()), row
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -192,8 +207,55 @@ def test_examples_of_the_help_are_read_by_the_parser(command):
         assert callable(cli.read(arguments).run)
 
 
-def test_models_md_is_generated_from_the_committed_results():
-    assert (ROOT / "models.md").read_text() == report.models_md(), "run python -m benchmarks.report"
+def test_what_is_generated_from_the_committed_results_is_up_to_date():
+    assert report.stale() == [], "run python -m benchmarks.report"
+    assert {p.relative_to(ROOT).as_posix() for p in report.files()} == {
+        "README.md",
+        "models.md",
+        "docs/benchmarks.md",
+        "export/README.md",
+    }
+
+
+def test_readme_is_short_and_its_first_screen_is_what_a_newcomer_wants():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1000
+    first = text.split("## Which command")[0]
+    assert "![" in first
+    assert {language for language, _ in blocks("README.md")} == {"bash", "python"}
+    assert "python -m benchmarks." in first
+    assert (ROOT / "docs" / "grid.webp").stat().st_size < 200_000
+
+
+def anchor(heading: str) -> str:
+    """What a heading is called in a link."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files_and_headings_that_exist(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http:", "https:")):
+            continue
+        path, _, heading = target.partition("#")
+        file = (ROOT / document).parent / path if path else ROOT / document
+        assert file.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            assert heading in map(anchor, headings), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_in_the_text_exist(document):
+    """Every span that is a path of a folder of the repository, or a document."""
+    tops = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN)}
+    for span in spans(document):
+        path = span.split("::")[0].rstrip("/")
+        known = "/" in path and path.split("/")[0] in tops - {"runs"}
+        if re.fullmatch(r"[\w./-]+", path) and (known or path.endswith(".md")):
+            places = (ROOT / path, (ROOT / document).parent / path)
+            assert any(p.exists() for p in places), span
 
 
 def test_every_test_that_holds_a_promise_exists():
@@ -214,29 +276,15 @@ def test_ci_runs_the_readmes_test_command():
     assert "bash tests/run.sh" in (ROOT / ".ci/run").read_text()
 
 
-def test_readme_names_every_sampler_and_extra():
+def test_documents_name_every_sampler_backend_and_extra():
+    from sdlite import backends
     from sdlite.sampling import SAMPLERS
 
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"`{s}`" in readme for s in SAMPLERS)
+    use, install = ((ROOT / "docs" / n).read_text() for n in ("use.md", "install.md"))
+    assert all(f"`{s}`" in use for s in SAMPLERS)
+    assert all(name in use for name in backends.names())
     extras = re.search(
         r"\[project\.optional-dependencies\](.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.S
     )[1]
-    for extra in re.findall(r"^(\w+) = ", extras, re.M):
-        assert f"`{extra}`" in readme, extra
-
-
-def test_export_matrix_is_generated_from_the_committed_results():
-    assert (ROOT / "export" / "README.md").read_text() == report.export_md(), (
-        "run python -m benchmarks.report"
-    )
-
-
-def test_readme_tables_are_generated_from_the_committed_results():
-    text = (ROOT / "README.md").read_text()
-    assert text == report.readme_md(), "run python -m benchmarks.report"
-    assert text.count("<!-- generated: ") == text.count("<!-- end: ") >= 2
-
-
-def test_plots_are_drawn_from_the_committed_results():
-    assert report.speed.stale_plots() == [], "run python -m benchmarks.report"
+    for extra in re.findall(r"^([\w-]+) = ", extras, re.M):
+        assert f"`{extra}`" in install, extra

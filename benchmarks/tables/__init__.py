@@ -1,0 +1,1 @@
+"""Tables and plots of committed results, for `benchmarks.report`: rows -> lines of Markdown."""

@@ -1,0 +1,115 @@
+"""Exports of each model and profile, and what `--fuse-schedule` saves."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.tables.rows import read, table
+
+
+def exports() -> list[str]:
+    """The matrix of export/README.md: the last row of each model and profile."""
+    last = {(r["model"], r["profile"]): r for r in read("exports")}
+    body = []
+    for (model, name), r in sorted(last.items()):
+        if "error" in r:
+            body.append(
+                [
+                    model,
+                    f"`{name}`",
+                    "",
+                    "",
+                    f"failed: {r['error'].splitlines()[0][:120]}",
+                    "",
+                    "",
+                    "",
+                    "",
+                    r["date"],
+                ]
+            )
+            continue
+        how = (
+            "on the runtime"
+            if r["not_run"] is None
+            else f"not run ({r['not_run']}); {r['checked_by']}"
+        )
+        provider = r["options"].get("provider") or ("vulkan" if r["options"].get("vulkan") else "")
+        worst = min(n["sqnr"] for n in r["parity"]["networks"].values())
+        made = r.get("picture_seconds")
+        if made:
+            how += f"; a picture in {made['first']:.1f} s, then {np.median(made['later']):.1f} s"
+        to_float = (
+            f", {min(r['parity']['reference']):.1f} dB to fp32"
+            if r["parity"].get("reference")
+            else ""
+        )
+        body.append(
+            [
+                model + (f", {r['size_px']} px" if r.get("size_px") else ""),
+                f"`{name}`",
+                r["precision"],
+                f"{r['bytes'] / 1e6:.1f} MB",
+                how + (f", {provider}" if provider else ""),
+                f"{min(r['parity']['psnr'] or [float('nan')]):.1f} dB / {worst:.1f} dB{to_float}",
+                f"{r['seconds']:.0f}",
+                " + ".join(f"{p:,.0f}" for p in (r["peak_mib"], r.get("converter_peak_mib")) if p),
+                ", ".join(f"{k} {v}" for k, v in r["tools"].items()),
+                r["date"],
+            ]
+        )
+    if not body:
+        return ["Not measured yet: run `python -m benchmarks.export emoji`."]
+    return table(
+        [
+            "model",
+            "profile",
+            "precision",
+            "networks",
+            "checked",
+            "worst picture PSNR / network SQNR",
+            "s",
+            "peak MiB + converter's",
+            "tools",
+            "date",
+        ],
+        body,
+    )
+
+
+def fused() -> list[str]:
+    """What `--fuse-schedule` saves of the UNet's calls: the last row of each model, size and
+    guidance.
+    """
+    last = {(r["model"], r["size_px"], r["steps"], r["guidance"]): r for r in read("fused")}
+    spread = lambda x: f"{np.median(x):.3f} ({min(x):.3f} to {max(x):.3f})"  # noqa: E731
+    body = [
+        [
+            model,
+            f"{size} px" if size else "own",
+            str(steps),
+            f"{guidance:g}",
+            *(spread(r["samples_seconds"][n]) for n in ("onnx-fixed", "onnx-fused")),
+            f"{r['saved']:.1%}",
+            f"{r['largest_difference']:.1e}",
+            str(len(r["samples_seconds"]["onnx-fixed"])),
+            f"{r['date']} `{r['commit']}`, {r['cpu']}",
+        ]
+        for (model, size, steps, guidance), r in sorted(last.items(), key=str)
+    ]
+    if not body:
+        return ["Not measured yet: run `python -m benchmarks.fused emoji`."]
+    return table(
+        [
+            "model",
+            "picture",
+            "steps",
+            "guidance",
+            "s, one graph",
+            "s, three graphs",
+            "saved",
+            "largest difference",
+            "pictures",
+            "measured",
+        ],
+        body,
+    )

@@ -1,0 +1,181 @@
+"""The article's second table, and ours: what each way to distill gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.tables.rows import RESULTS, read, table
+
+STRATEGIES = [  # the article's second table: strategy, fewer parameters, faster, FID
+    ["feature", "40%", "2.5x", "18.2"],
+    ["output", "60%", "4.0x", "22.1"],
+    ["progressive", "50%", "3.2x", "16.8"],
+    ["adversarial", "45%", "2.8x", "15.3"],
+]
+STEPS_TITLE = (
+    "Fewer steps, and no guidance pass. `start` is the shipped UNet after 60,000 more images of"
+    " task, output and feature losses (`train_student.py --init`): it comes from a four-step"
+    " student, so its own 4 steps are better than a fresh student's would be. Strategies go on from"
+    " it, each halving from the halving before:"
+)
+AIDS = (
+    "feature + output + multi-scale",
+    "feature + output + mask",
+    "feature + output + channel, temperature 4 to 1",
+)  # against feature + output
+RECOGNISABLE = 0.05  # identity@1 below this is chance and luck
+SCORES = {  # column -> (key of a row, factor, digits)
+    "KID x1000": ("kid", 1, 1),
+    "FID": ("fid", 1, 1),
+    "identity@1 %": ("identity@1", 100, 1),
+    "colour %": ("colour", 100, 1),
+    "held-out exact@1 %": ("heldout@1", 100, 1),
+    "PSNR to teacher, dB": ("paired_psnr", 1, 2),
+}
+
+
+def strategies(folder: Path = RESULTS) -> list[str]:
+    """The article's second table as it stands there, and ours: each strategy of
+    `benchmarks.distil`, mean and deviation over seeds.
+    """
+    rows = read("distil", folder)
+    out = [
+        "As the article has it:",
+        "",
+        *table(["strategy", "fewer parameters", "faster", "FID"], STRATEGIES),
+        "",
+    ]
+    if not rows:
+        return [*out, "Ours: not measured yet: run `python -m benchmarks.distil size` and `steps`."]
+    for which, title in (
+        ("size", "The student made smaller, sampled in 25 guided steps:"),
+        ("steps", STEPS_TITLE),
+    ):
+        mine = [r for r in rows if r["table"] == which]
+        if not mine:
+            continue
+        fastest: dict[
+            tuple[float, int], float
+        ] = {}  # equal networks and calls are equal work, whatever else the machine did
+        for r in mine:
+            key = (r["parameters"], r["calls"])
+            fastest[key] = min(fastest.get(key, r["seconds_per_image"]), r["seconds_per_image"])
+        teacher = next((r for r in mine if r["strategy"] == "teacher"), None)
+        groups = _budgets(mine)
+        body = []
+        for (name, images), same in groups.items():
+            of = {
+                k: float(np.median([r[k] for r in same])) for k in ("parameters", "macs", "minutes")
+            }
+            of["seconds_per_image"] = fastest[same[0]["parameters"], same[0]["calls"]]
+            against = (
+                (None, None)
+                if teacher is None
+                else (
+                    fastest[teacher["parameters"], teacher["calls"]] / of["seconds_per_image"],
+                    teacher["parameters"] / of["parameters"],
+                )
+            )
+            body.append(
+                [
+                    name,
+                    f"{of['parameters'] / 1e6:.1f}M",
+                    "" if against[1] is None else f"{1 - 1 / against[1]:.0%}",
+                    f"{of['macs'] / 1e6:,.0f}",
+                    f"{same[0]['steps']} ({same[0]['calls']})",
+                    f"{of['seconds_per_image']:.3f}",
+                    "" if against[0] is None else f"{against[0]:.1f}x",
+                    *(
+                        f"{np.mean(v):.{d}f} ± {np.std(v, ddof=1) if len(v) > 1 else 0:.{d}f}"
+                        for v, d in (([r[k] * f for r in same], d) for k, f, d in SCORES.values())
+                    ),
+                    f"{images:,}" if images else "",
+                    f"{of['minutes']:.1f}" if images else "",
+                    str(len(same)),
+                ]
+            )
+        header = [
+            "strategy",
+            "UNet",
+            "fewer parameters",
+            "M MACs a call",
+            "steps (network calls)",
+            "s/image",
+            "faster",
+            *SCORES,
+            "images",
+            "minutes",
+            "seeds",
+        ]
+        r = next((r for r in reversed(mine) if r["images"]), mine[-1])
+        note = (
+            f"Mean ± standard deviation over seeds; {r['prompts']} prompts and {r['heldout']}"
+            " held-out ones a seed; s/image: torch, batch 1, float32, the fastest of the rows with"
+            " the same network and calls. FID is biased at this N, and not comparable with the"
+            f" article's. Trained in {r.get('mixed_precision', 'no')}; {r['cpu']}, {r['cores']}"
+            f" cores; {r['date']}, commit `{r['commit']}`, `{r['command']}`."
+        )
+        best = max((r["identity@1"] for r in mine if r["images"]), default=1.0)
+        short = (
+            f"No student of this budget draws recognisable pictures (identity@1 {best:.1%} at"
+            " best): the table ranks losses, it does not promise students. "
+        )
+        out += [
+            title,
+            "",
+            *table(header, body),
+            "",
+            *([*aids(groups), ""] if which == "size" else []),
+            (short if best < RECOGNISABLE else "") + note,
+            "",
+        ]
+    return out[:-1]
+
+
+def _budgets(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """(strategy, images) -> one row a seed, of each strategy's largest budget; a seed that was
+    measured twice counts once, the last time.
+    """
+    most = {
+        name: max(r["images"] for r in rows if r["strategy"] == name)
+        for name in dict.fromkeys(r["strategy"] for r in rows)
+    }
+    return {
+        (n, i): list(
+            {r["seed"]: r for r in rows if (r["strategy"], r["images"]) == (n, i)}.values()
+        )
+        for n, i in most.items()
+    }
+
+
+def aids(groups: dict[tuple[str, int], list[dict[str, Any]]]) -> list[str]:
+    """Does an aid lower KID, seed by seed, by more than the seeds spread? Whoever loses is named
+    too.
+    """
+    by_name = {name: {r["seed"]: r["kid"] for r in rows} for (name, _), rows in groups.items()}
+    plain, out = by_name.get("feature + output", {}), []
+    for name in (*AIDS, "feature + output"):
+        against, base = (
+            ("feature + output", plain) if name in AIDS else ("task", by_name.get("task", {}))
+        )
+        both = sorted(set(base) & set(by_name.get(name, {})))
+        if len(both) < 2:
+            continue
+        gains = [base[s] - by_name[name][s] for s in both]
+        mean, spread_ = float(np.mean(gains)), float(np.std(gains, ddof=1))
+        said = (
+            "helps"
+            if mean > spread_
+            else "harms"
+            if mean < -spread_
+            else "makes no difference beyond the seeds' spread"
+        )
+        out.append(
+            f"- {name} against {against}: KID lower by {mean:.1f} ± {spread_:.1f}, the same"
+            f" {len(both)} seeds: it {said}."
+        )
+    return out
