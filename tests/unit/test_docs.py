@@ -61,7 +61,8 @@ def spans(document: str) -> list[str]:
 
 def options(words: list[str]) -> set[str]:
     """Option names of a command of sdlite; a command alone has those of its subcommands too."""
-    parser, out, words = cli.parser(), set(), list(words)
+    parser, words = cli.parser(), list(words)
+    out = {o for a in parser._actions for o in a.option_strings}
     while choices := [a.choices for a in parser._actions if isinstance(a.choices, dict)]:
         if not words or words[0] not in choices[0]:
             break
