@@ -231,8 +231,10 @@ def test_old_python_is_refused_in_one_line():
 
 
 @pytest.mark.slow
-def test_wheel_is_built_without_a_warning_and_holds_every_file_of_the_package(tmp_path):
-    """With pip's newest setuptools, from the files that git knows."""
+def test_wheel_is_built_without_a_warning_and_holds_what_users_need(tmp_path):
+    """With pip's newest setuptools, from the files that git knows. Of export/ the code reads
+    profiles, calibration prompts and the page; samples are for a checkout.
+    """
     git = ["git", "ls-files", "sdlite", "export", "*.toml", "*.py", "*.md", "LICENSE", "NOTICE"]
     files = subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     source = tmp_path / "source"
@@ -247,5 +249,17 @@ def test_wheel_is_built_without_a_warning_and_holds_every_file_of_the_package(tm
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py311-none-any.whl")
     held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    wanted = {re.sub("^export/", "sdlite/exporters/assets/", f) for f in files}
+    used = re.compile("^export/(?=(calibration|profiles|web)/)")
+    wanted = {used.sub("sdlite/exporters/assets/", f) for f in files}
     assert held == {f for f in wanted if f.startswith("sdlite/")}
+    assert wheel.stat().st_size < 26e6
+
+
+def test_no_file_that_git_knows_is_large_and_no_content_is_there_twice():
+    listed = subprocess.run(["git", "ls-tree", "-rl", "HEAD"], cwd=ROOT, capture_output=True)
+    if listed.returncode:
+        pytest.skip("not a checkout of git")
+    blobs = [line.split(None, 4) for line in listed.stdout.decode().splitlines()]
+    assert sum(int(size) for *_, size, _ in blobs) < 42e6
+    large = [sha for _, _, sha, size, _ in blobs if int(size) > 1e6]
+    assert len(large) == len(set(large)) <= 5
