@@ -1,4 +1,4 @@
-"""What is measured: one frozen row per case. Engines that make the same pictures from the same
+"""What is measured: one frozen row per case. Engines that make the same images from the same
 weights, steps and threads.
 """
 
@@ -155,7 +155,7 @@ SUITES: dict[str, list[Case]] = {
     "zoo-512": _zoo(),
     "best-512": _best(),
     "scaling": _scaling(),
-    "memory-512": [  # the least memory of a picture
+    "memory-512": [  # the least memory of an image
         Case("shape:bk-tiny", e, 4, 512, precision="int8-static", repeats=1, tile_px=t)
         for e in ("sdlite-openvino", "sdlite-ort")
         for t in (0, 320)

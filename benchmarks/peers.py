@@ -1,4 +1,4 @@
-"""The engines of a case: what each needs on disk, and a callable that makes its pictures. Settings
+"""The engines of a case: what each needs on disk, and a callable that makes its images. Settings
 are named in `cases.SETTINGS`.
 
 Peers' packages are the `optimum`, `torchao` and `peers` extras; each is imported by its own engine
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 PROMPT = "red apple on a blue background"
 Call = Callable[
     [np.ndarray], tuple[np.ndarray, dict[str, float]]
-]  # latents -> (picture uint8 (B, H, W, 3), seconds per stage)
+]  # latents -> (image uint8 (B, H, W, 3), seconds per stage)
 
 
 # --- what is on disk
@@ -49,7 +49,7 @@ def prepare(case: Case, cache: Path, teacher: Path | None = None) -> Path:
     if case.engine == "stable-diffusion.cpp":
         return gguf(case, plain(), cache)
     if case.engine.startswith("sdlite"):
-        return quantised(case, model(), cache)
+        return quantized(case, model(), cache)
     return model() if case.engine == "optimum-ort" else plain()
 
 
@@ -77,7 +77,7 @@ def plain_folder(case: Case, cache: Path, teacher: Path | None = None) -> Path:
 
 
 def model_folder(case: Case, cache: Path, teacher: Path | None = None) -> Path:
-    """The case's artefact; random-weight shapes are written and converted once into `cache`."""
+    """The case's model; random-weight shapes are written and converted once into `cache`."""
     if case.model != TEACHER and not case.model.startswith("shape:"):
         from sdlite.hub import resolve
 
@@ -93,7 +93,7 @@ def model_folder(case: Case, cache: Path, teacher: Path | None = None) -> Path:
     return out
 
 
-def quantised(case: Case, folder: Path, cache: Path) -> Path:
+def quantized(case: Case, folder: Path, cache: Path) -> Path:
     """The case's folder in its precision; int8 is made once into `cache`, with a gate that measures
     and lets everything pass.
     """

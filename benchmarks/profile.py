@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.cases import Case
 from benchmarks.env import environment
-from benchmarks.peers import PROMPT, model_folder, quantised
+from benchmarks.peers import PROMPT, model_folder, quantized
 from sdlite.backends import RowByRow, rows
 from sdlite.manifest import PARTS
 
@@ -263,7 +263,7 @@ def main() -> None:
             case = Case(
                 args.model, engine, args.steps, args.size, precision=precision, threads=args.threads
             )
-            folder = quantised(case, model_folder(case, args.cache), args.cache)
+            folder = quantized(case, model_folder(case, args.cache), args.cache)
             head = {
                 "model": args.model,
                 "engine": engine,

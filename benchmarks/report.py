@@ -111,7 +111,7 @@ def _quantizing() -> list[str]:
         " `shape:bk-tiny` were measured on a machine that did other work too. The command is"
         " `python -m benchmarks.quantise`.",
         "",
-        *models.quantising(),
+        *models.quantizing(),
         "",
         *models.accumulation(),
         "",

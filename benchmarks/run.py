@@ -7,7 +7,7 @@
 
 Every case is its own process (so peak memory and cold start are its own) and rounds interleave the
 cases. A row has load seconds, first call, all raw samples of the steady state, seconds per stage,
-peak memory, bytes and parameters, the engine's setting, and a hash-free check: PSNR of its picture
+peak memory, bytes and parameters, the engine's setting, and a hash-free check: PSNR of its image
 to the first engine's at equal latents. A case that fails, or whose model cannot be made, is a row
 with `error`.
 """
@@ -58,7 +58,7 @@ def parameters(folder: Path) -> dict[str, int]:
 
 
 def worker(case: Case, path: Path, plain: Path, picture: Path) -> dict[str, Any]:
-    """Load, one first picture, `case.repeats` more; seconds, MiB and bytes."""
+    """Load, one first image, `case.repeats` more; seconds, MiB and bytes."""
     from sdlite.io import read_json
     from sdlite.sampling import Noise
 
@@ -162,7 +162,7 @@ def made(
 
 
 def compare(case: Case, picture: Path, reference: Path) -> dict[str, Any]:
-    """PSNR to the reference picture; the first picture, or our own float32, becomes it.
+    """PSNR to the reference image; the first image, or our own float32, becomes it.
     stable-diffusion.cpp draws another noise.
     """
     if not picture.exists():
@@ -178,7 +178,7 @@ def compare(case: Case, picture: Path, reference: Path) -> dict[str, Any]:
         return {}
     b = np.load(reference).astype(float)
     if a.shape != b.shape:
-        return {"error": f"the picture is {a.shape}, not {b.shape}"}
+        return {"error": f"the image is {a.shape}, not {b.shape}"}
     mse = float(((a - b) ** 2).mean())
     return {"psnr_to_sdlite_ort": None if mse == 0 else 10 * float(np.log10(255**2 / mse))}
 

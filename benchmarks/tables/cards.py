@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from benchmarks.tables.models import EMBEDDED, latest
@@ -36,8 +37,6 @@ def embedded() -> list[str]:
 
 def read_manifest(name: str) -> dict[str, Any]:
     """The manifest of an embedded model."""
-    import json
-
     found: dict[str, Any] = json.loads((EMBEDDED / name / "sdlite.json").read_text())
     return found
 

@@ -37,7 +37,7 @@ def exports() -> list[str]:
         worst = min(n["sqnr"] for n in r["parity"]["networks"].values())
         made = r.get("picture_seconds")
         if made:
-            how += f"; a picture in {made['first']:.1f} s, then {np.median(made['later']):.1f} s"
+            how += f"; an image in {made['first']:.1f} s, then {np.median(made['later']):.1f} s"
         to_float = (
             f", {min(r['parity']['reference']):.1f} dB to fp32"
             if r["parity"].get("reference")
@@ -66,7 +66,7 @@ def exports() -> list[str]:
             "precision",
             "networks",
             "checked",
-            "worst picture PSNR / network SQNR",
+            "worst image PSNR / network SQNR",
             "s",
             "peak MiB + converter's",
             "tools",
@@ -101,14 +101,14 @@ def fused() -> list[str]:
     return table(
         [
             "model",
-            "picture",
+            "image",
             "steps",
             "guidance",
             "s, one graph",
             "s, three graphs",
             "saved",
             "largest difference",
-            "pictures",
+            "images",
             "measured",
         ],
         body,

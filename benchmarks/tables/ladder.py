@@ -11,13 +11,13 @@ from benchmarks.tables.rows import NAMES, RESULTS, missing, number, results, spr
 ARTICLE = {
     "original": ("860M", 16.0, 12.3),
     "distilled": ("340M", 6.5, 4.8),
-    "quantised": ("340M", 2.1, 2.1),
+    "quantized": ("340M", 2.1, 2.1),
     "extreme": ("120M", 0.8, 0.9),
 }
 TWIN = {  # (model, precision) -> the article's row
     ("shape:sd14", "fp32"): "original",
     ("shape:w0.62", "fp32"): "distilled",
-    ("shape:w0.62", "int8-static"): "quantised",
+    ("shape:w0.62", "int8-static"): "quantized",
     ("shape:extreme-120m", "int8-static"): "extreme",
 }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ EMBEDDED = RESULTS.parents[1] / "sdlite" / "models"
 METRICS = {  # column -> (key, scale, digits)
     "identity@1 %": ("identity@1", 100, 1),
     "exact@1 %": ("exact@1", 100, 1),
-    "colour %": ("colour", 100, 1),
+    "color %": ("colour", 100, 1),
     "KID x1000": ("kid", 1, 2),
     "FID": ("fid", 1, 1),
     "held-out exact@1 %": ("heldout@1", 100, 1),
@@ -30,46 +28,6 @@ def latest(name: str) -> list[dict[str, Any]]:
     for r in read(name):
         out[(r["model"], r["steps"], r["guidance"], r["precision"], r["backend"])] = r
     return list(out.values())
-
-
-def embedded() -> list[str]:
-    body = []
-    for folder in sorted(p.parent for p in EMBEDDED.glob("*/sdlite.json")):
-        m = json.loads((folder / "sdlite.json").read_text())
-        s = m["student"]
-        digest = hashlib.sha256((folder / "sdlite.json").read_bytes()).hexdigest()
-        size = sum(f["bytes"] for f in m["files"].values()) / 1e6
-        body.append(
-            [
-                f"`{m['name']}`",
-                (
-                    f"{s['unet_parameters'] / 1e6:.2f}M + {s['text_encoder_parameters'] / 1e6:.2f}M"
-                    f" + {s['vae_parameters'] / 1e6:.2f}M"
-                ),
-                ", ".join(m["variants"]),
-                f"{size:.1f} MB",
-                (
-                    f"{m['sampler']['name']}, {m['sampler']['num_inference_steps']} steps, g ="
-                    f" {m['sampler']['guidance_scale']:g}"
-                ),
-                f"{s.get('training_images') or 0:,}",
-                s["licence"],
-                f"`{digest[:16]}`",
-            ]
-        )
-    return table(
-        [
-            "model",
-            "UNet + text + VAE",
-            "precisions",
-            "all files",
-            "defaults",
-            "training images",
-            "licence",
-            "manifest sha256",
-        ],
-        body,
-    )
 
 
 def quality() -> list[str]:
@@ -104,7 +62,7 @@ def notes() -> list[str]:
     return out
 
 
-def quantising() -> list[str]:
+def quantizing() -> list[str]:
     """The rows of each model's last run: cost, bytes, closeness to float on each engine."""
     run = {r["model"]: (r["date"], r["commit"], r["command"]) for r in read("quantise")}
     last = {
@@ -128,7 +86,7 @@ def quantising() -> list[str]:
                 f"{r['seconds']:.0f}",
                 f"{r['peak_mib']:,.0f}",
                 f"{size / 1e6:,.1f} ({size / whole:.2f} of the float file)",
-                f"{close} ({r['engines'][0]['pictures']} pictures)",
+                f"{close} ({r['engines'][0]['pictures']} images)",
                 " / ".join(decibels(v) for v in r["engines"][0]["networks"].values()),
                 " / ".join(decibels(v) for v in r.get("alone", {}).values()),
                 f"{r['date']} `{r['commit']}`",
@@ -139,7 +97,7 @@ def quantising() -> list[str]:
     head = [
         "model",
         "precision",
-        "calibration pictures",
+        "calibration images",
         "s",
         "peak MiB",
         "MB",
@@ -229,12 +187,12 @@ def nncf() -> list[str]:
     return table(
         [
             "model",
-            "quantiser",
+            "quantizer",
             "mean / worst PSNR, dB",
             "SSIM",
             "MB",
             "UNet ms (float32)",
-            "pictures",
+            "images",
             "measured",
         ],
         body,

@@ -97,7 +97,7 @@ def _draw_quality(plt: Any, points: list[tuple[str, float, float]]) -> None:
             label, (seconds * 1e3, quality * 100), textcoords="offset points", xytext=(5, 4)
         )
     ax.set(
-        xlabel="ms a picture (64 px, 4 steps)",
+        xlabel="ms an image (64 px, 4 steps)",
         ylabel="identity@1, %",
         title="Speed against quality, embedded student",
     )

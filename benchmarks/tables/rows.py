@@ -46,7 +46,7 @@ def last_run(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Result:
-    """One case over all rounds. Seconds are of a whole call, which makes `batch` pictures."""
+    """One case over all rounds. Seconds are of a whole call, which makes `batch` images."""
 
     case: dict[str, Any]
     samples: tuple[float, ...]
@@ -134,7 +134,7 @@ def footnotes(suite: str, folder: Path = RESULTS) -> list[str]:
     v = ", ".join(f"{k} {x}" for k, x in r["versions"].items() if k != "sdlite")
     dirty = ", with uncommitted changes" if r["dirty"] else ""
     return [
-        f"N = {n} pictures a row in {1 + max(x['round'] for x in rows)} interleaved processes;"
+        f"N = {n} images a row in {1 + max(x['round'] for x in rows)} interleaved processes;"
         f" seconds are the median (lowest to highest). {r['cpu']}, {r['cores']} cores, threads"
         f" {'/'.join(map(str, sorted({x['case']['threads'] for x in rows})))}; {v}. {r['date']},"
         f" commit `{r['commit']}`{dirty}, `{r['command']}`."

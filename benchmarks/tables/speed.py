@@ -50,7 +50,7 @@ def teacher(folder: Path = RESULTS) -> list[str]:
 
 
 def floats(suite: str = "emoji", folder: Path = RESULTS) -> list[str]:
-    """A suite of float32 engines: seconds of a picture, memory, load, first picture."""
+    """A suite of float32 engines: seconds of an image, memory, load, first image."""
     found = [r for r in results(suite, folder) if not r.error]
     if not found:
         return missing(suite)
@@ -197,7 +197,7 @@ def _claim_of_the_student(folder: Path) -> list[str]:
 
 
 def memory(folder: Path = RESULTS) -> list[str]:
-    """Least memory of a 512 px picture, decoded at once and in tiles."""
+    """Least memory of a 512 px image, decoded at once and in tiles."""
     found = [r for r in results("memory-512", folder) if not r.error]
     if not found:
         return missing("memory-512")

@@ -32,7 +32,7 @@ SCORES = {  # column -> (key of a row, factor, digits)
     "KID x1000": ("kid", 1, 1),
     "FID": ("fid", 1, 1),
     "identity@1 %": ("identity@1", 100, 1),
-    "colour %": ("colour", 100, 1),
+    "color %": ("colour", 100, 1),
     "held-out exact@1 %": ("heldout@1", 100, 1),
     "PSNR to teacher, dB": ("paired_psnr", 1, 2),
 }
@@ -121,7 +121,7 @@ def strategies(folder: Path = RESULTS) -> list[str]:
         )
         best = max((r["identity@1"] for r in mine if r["images"]), default=1.0)
         short = (
-            f"No student of this budget draws recognisable pictures (identity@1 {best:.1%} at"
+            f"No student of this budget draws recognizable images (identity@1 {best:.1%} at"
             " best): the table ranks losses, it does not promise students. "
         )
         out += [
