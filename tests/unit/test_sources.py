@@ -1,0 +1,454 @@
+"""What people have: one file in the original layout, LoRAs, textual inversions, pickles. Each is
+held against diffusers' own reading of the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+pytest.importorskip("diffusers", reason="needs the export extra")
+pytest.importorskip("onnxscript", reason="needs the export extra")
+
+import diffusers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from benchmarks import published_models  # noqa: E402
+from sdlite import metrics  # noqa: E402
+from sdlite.artifact import Artifact  # noqa: E402
+from sdlite.checkpoints import layouts, lora, pickles, single_file, sources  # noqa: E402
+from sdlite.checkpoints.sources import Extras  # noqa: E402
+from sdlite.errors import ArtifactError, InputError, SdliteError  # noqa: E402
+from sdlite.pipeline import Pipeline  # noqa: E402
+from tests import ldm  # noqa: E402
+
+needs_clip = pytest.mark.skipif(
+    published_models.merges_file() is None, reason="needs open_clip_torch for CLIP's vocabulary"
+)
+pytestmark = [needs_clip, pytest.mark.filterwarnings("ignore")]
+PROMPT, SIZE = "two cats in the snow", 64
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Name -> a published folder, made once."""
+    root, made = tmp_path_factory.mktemp("published"), {}
+
+    def get(name):
+        if name not in made:
+            made[name] = published_models.write(name, root / name)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def file(folders, tmp_path_factory):
+    """SD 1.4's layout as one file."""
+    path = tmp_path_factory.mktemp("files") / "my model é.safetensors"
+    save_file(ldm.checkpoint(folders("sd14")), path)
+    return path
+
+
+def ours(folder, prompt=PROMPT, **call):
+    with Pipeline.from_pretrained(folder, backend="torch", threads=1) as pipe:
+        call = {"num_inference_steps": 3, "height": SIZE, "width": SIZE, "seed": 0} | call
+        return np.asarray(pipe(prompt, **call).images[0])
+
+
+def theirs(pipe, prompt=PROMPT):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    size = {"height": SIZE, "width": SIZE}
+    return np.asarray(pipe(prompt, num_inference_steps=3, generator=generator, **size).images[0])
+
+
+def diffusers_pipe(folder):
+    kind = diffusers.StableDiffusionPipeline
+    return kind.from_pretrained(folder, safety_checker=None, local_files_only=True)
+
+
+def same(a, b):
+    return metrics.psnr(a, b) >= 60
+
+
+# --- one file
+
+
+@pytest.mark.parametrize("name", ["sd14", "sd21"])
+def test_one_file_is_the_folder_that_it_was_made_from(folders, tmp_path, name):
+    source, path = folders(name), tmp_path / "one.safetensors"
+    save_file(ldm.checkpoint(source), path)
+    shapes, half = single_file.shapes(path)
+    layout = layouts.recognized(path, shapes)
+    published = published_models.MODELS[name]
+    assert not half
+    assert layout.version == (2 if name == "sd21" else 1)
+    assert layout.unet["block_out_channels"] == published.unet["block_out_channels"]
+    assert layout.text_encoder["num_hidden_layers"] == published.text["num_hidden_layers"]
+    layout.unet["norm_num_groups"] = published.unet["norm_num_groups"]  # only widths are narrow
+    layout.write(tmp_path / "model")
+    networks = single_file.networks(path, layout, tmp_path / "model", None)
+    pipe = diffusers_pipe(source)
+    for part, network in networks.items():
+        right = getattr(pipe, part).state_dict()
+        got = network.state_dict()
+        assert set(got) == set(right)
+        assert all(torch.equal(got[k], right[k]) for k in right), part
+
+
+def test_the_image_of_a_file_is_diffusers(file, tmp_path):
+    got = sources.prepared(file, Extras(), tmp_path)
+    pipe = diffusers.StableDiffusionPipeline.from_single_file(
+        str(file), config=str(got.folder), local_files_only=True, safety_checker=None
+    )
+    right = theirs(pipe)
+    assert same(ours(got.folder), right)
+    assert not same(ours(got.folder, "a red fox"), right)
+
+
+def test_tokenizer_is_the_published_one(tmp_path):
+    layouts.write_tokenizer(tmp_path / "ours", "<|endoftext|>")
+    published_models.write_tokenizer(tmp_path / "theirs", "sd1")
+    for name in ("vocab.json", "merges.txt"):
+        a, b = ((tmp_path / f / name).read_text() for f in ("ours", "theirs"))
+        assert (json.loads(a) == json.loads(b)) if name.endswith("json") else a == b
+
+
+def test_half_precision_stays_and_can_be_asked_for(folders, file, tmp_path):
+    half = {k: v.half() for k, v in load_file(file).items()}
+    save_file(half, tmp_path / "half.safetensors")
+    for source, extras, dtype in (
+        (tmp_path / "half.safetensors", Extras(), torch.float16),
+        (tmp_path / "half.safetensors", Extras(precision="fp32"), torch.float32),
+        (file, Extras(precision="fp16"), torch.float16),
+        (folders("sd14"), Extras(precision="fp16"), torch.float16),
+    ):
+        scratch = tmp_path / f"{source.name}-{extras.precision}"
+        scratch.mkdir()
+        folder = sources.prepared(source, extras, scratch).folder
+        weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        assert {v.dtype for v in weights.values()} == {dtype}
+        Artifact.open(folder)
+
+
+def test_a_file_without_autoencoder_asks_for_one_and_takes_any_form(folders, file, tmp_path):
+    tensors = load_file(file)
+    vae = {k: v for k, v in tensors.items() if k.startswith(layouts.VAE)}
+    save_file({k: v for k, v in tensors.items() if k not in vae}, tmp_path / "no.safetensors")
+    with pytest.raises(InputError, match=r"no autoencoder .*vae="):
+        sources.prepared(tmp_path / "no.safetensors", Extras(), fresh(tmp_path))
+    bare = {k.removeprefix(layouts.VAE): v for k, v in vae.items()}
+    save_file(bare, tmp_path / "vae.safetensors")
+    save_file(vae, tmp_path / "prefixed.safetensors")
+    own = shutil.copytree(folders("sd14") / "vae", tmp_path / "sd-vae-ft-mse")
+    right = load_file(own / "diffusion_pytorch_model.safetensors")
+    for given in ("vae.safetensors", "prefixed.safetensors", own, folders("sd14")):
+        extras = Extras(vae=tmp_path / given)
+        got = sources.prepared(tmp_path / "no.safetensors", extras, fresh(tmp_path)).folder
+        weights = load_file(got / "vae" / "diffusion_pytorch_model.safetensors")
+        name = "decoder.conv_in.weight"
+        assert torch.equal(weights[name], right[name])
+
+
+def fresh(tmp_path):
+    folder = tmp_path / f"scratch-{len(list(tmp_path.iterdir()))}"
+    folder.mkdir()
+    return folder
+
+
+def test_prediction_type_of_a_2x_file(folders, tmp_path):
+    path = tmp_path / "two.safetensors"
+    save_file(ldm.checkpoint(folders("sd21")), path)
+    shapes, _ = single_file.shapes(path)
+    assert layouts.recognized(path, shapes).prediction_type == "v_prediction"
+    base = layouts.recognized(path, shapes, "epsilon")
+    assert base.scheduler["prediction_type"] == "epsilon"
+    assert base.unet["sample_size"] == 64
+    with pytest.raises(InputError, match="accepted: epsilon or v_prediction"):
+        layouts.recognized(path, shapes, "v")
+
+
+def _without(path, out, pattern):
+    save_file({k: v for k, v in load_file(path).items() if not re.search(pattern, k)}, out)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("^cond_stage_model", "no text encoder"),
+        (r"input_blocks\.4\.", "without the tensor model.diffusion_model.input_blocks.4"),
+        (r"output_blocks\.5\.1\.", "lacks tensors"),
+        (r"^model\.", "an autoencoder alone: give it as vae="),
+        (r"^model\.|decoder\.conv_in", "of no layout that sdlite knows"),
+    ],
+)
+def test_files_that_lack_something_are_one_line(file, tmp_path, pattern, words):
+    _without(file, tmp_path / "x.safetensors", pattern)
+    refused(tmp_path / "x.safetensors", tmp_path, words)
+
+
+def refused(source, tmp_path, words, extras=None):
+    with pytest.raises(SdliteError, match=words) as error:
+        sources.prepared(source, extras or Extras(), fresh(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("lora_unet_x.lora_up.weight",), "a LoRA: give it as lora="),
+        (("emb_params",), "a textual inversion: give it as embedding="),
+        (("control_model.time_embed.0.weight",), "a ControlNet"),
+        (("model.diffusion_model.x", "conditioner.embedders.0.x"), "SDXL's layout"),
+        (("model.diffusion_model.joint_blocks.0.x",), "Stable Diffusion 3's"),
+        (("model.diffusion_model.double_blocks.0.x",), "FLUX's"),
+        (("down_blocks.0.x",), "one network of a diffusers folder"),
+        (("whatever",), "of no layout"),
+    ],
+)
+def test_files_of_other_kinds_are_one_line(tmp_path, names, words):
+    save_file({n: torch.zeros(4) for n in names}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", tmp_path, words)
+
+
+def test_damaged_files_are_one_line(file, tmp_path):
+    data = file.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    (tmp_path / "page.safetensors").write_bytes(b"<html>not found</html>" * 40)
+    for name in ("cut", "page"):
+        refused(tmp_path / f"{name}.safetensors", tmp_path, name)
+    refused(tmp_path / "none.safetensors", tmp_path, "does not exist")
+
+
+def test_inpainting_checkpoints_are_told(file, tmp_path):
+    tensors = load_file(file)
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    tensors[name] = torch.cat([tensors[name], tensors[name][:, :4], tensors[name][:, :1]], dim=1)
+    save_file(tensors, tmp_path / "inpaint.safetensors")
+    refused(tmp_path / "inpaint.safetensors", tmp_path, "its UNet takes 9 channels")
+
+
+# --- pickles
+
+
+def test_pickles_are_read_only_when_asked_for_and_without_code(file, tmp_path):
+    torch.save({"state_dict": load_file(file), "global_step": 3}, tmp_path / "m.ckpt")
+    refused(tmp_path / "m.ckpt", tmp_path, "is a pickle.*--from-pickle")
+    got = sources.prepared(tmp_path / "m.ckpt", Extras(from_pickle=True), fresh(tmp_path)).folder
+    right = sources.prepared(file, Extras(), fresh(tmp_path)).folder
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert (got / name).read_bytes() == (right / name).read_bytes()
+
+
+class Runs:
+    def __reduce__(self):
+        return (print, ("code has run",))
+
+
+def test_pickles_that_want_code_run_and_files_that_are_none_are_refused(tmp_path, capsys):
+    torch.save({"state_dict": {"a": torch.zeros(3), "b": Runs()}}, tmp_path / "evil.ckpt")
+    with zipfile.ZipFile(tmp_path / "zip.ckpt", "w") as z:
+        z.writestr("data.txt", "no tensors")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.bin").write_text("hello")
+    for name in ("evil.ckpt", "zip.ckpt", "list.pt", "text.bin"):
+        with pytest.raises(ArtifactError, match=re.escape(name)) as error:
+            pickles.to_safetensors(tmp_path / name, tmp_path / "out.safetensors")
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out.safetensors").exists()
+    assert "code has run" not in capsys.readouterr().out
+
+
+def test_a_folder_of_pickles(folders, tmp_path):
+    source = shutil.copytree(folders("sd14"), tmp_path / "old")
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
+        [weights] = (source / part).glob("*.safetensors")
+        torch.save(load_file(weights), source / part / f"{name}.bin")
+        weights.unlink()
+    with pytest.raises(SdliteError):
+        ours(source)
+    folder = sources.prepared(source, Extras(from_pickle=True), fresh(tmp_path)).folder
+    assert same(ours(folder), ours(folders("sd14")))
+
+
+# --- LoRA
+
+LAYERS = {
+    "unet": (
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        "down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_out.0",
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj",
+        "up_blocks.1.attentions.2.proj_in",
+        "up_blocks.2.resnets.0.conv1",
+    ),
+    "text_encoder": (
+        "text_model.encoder.layers.0.self_attn.q_proj",
+        "text_model.encoder.layers.0.self_attn.out_proj",
+        "text_model.encoder.layers.3.mlp.fc2",
+    ),
+}
+
+
+def deltas(folder, seed=1, parts=("unet", "text_encoder")):
+    """(part, module, down, up, alpha): another rank in each layer."""
+    networks = {p: sources.open_network(folder / p) for p in parts}
+    torch.manual_seed(seed)
+    for part in parts:
+        for i, name in enumerate(LAYERS[part]):
+            weight = networks[part].get_submodule(name).weight
+            rank, tail = 2 + i, weight.shape[2:]
+            down = torch.randn(rank, weight.shape[1], *tail) * 0.3
+            up = torch.randn(weight.shape[0], rank, *([1] * len(tail))) * 0.3
+            yield part, name, down, up, rank / 2 + i
+
+
+def kohya(folder, path, **kind):
+    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+    out = {}
+    for part, name, down, up, alpha in deltas(folder, **kind):
+        key = prefix[part] + name.replace(".", "_")
+        out |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        out[f"{key}.alpha"] = torch.tensor(float(alpha))
+    save_file(out, path)
+    return path
+
+
+def peft_layout(folder, path, **kind):
+    out = {}
+    for part, name, down, up, _ in deltas(folder, **kind):
+        out |= {f"{part}.{name}.lora_A.weight": down, f"{part}.{name}.lora_B.weight": up}
+    save_file(out, path)
+    return path
+
+
+def processors(folder, path):
+    """The layout of diffusers before 0.22: attention alone, in its processors."""
+    out = {}
+    for _, name, down, up, _ in deltas(folder, parts=("unet",)):
+        attention, _, which = name.rpartition(".to_")
+        if attention:
+            key = f"unet.{attention}.processor.to_{which.removesuffix('.0')}_lora"
+            out |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
+    save_file(out, path)
+    return path
+
+
+@pytest.mark.parametrize("layout", [kohya, peft_layout, processors])
+def test_a_fused_lora_is_diffusers_image_with_it_loaded(folders, tmp_path, layout):
+    pytest.importorskip("peft", reason="needs the lora extra")
+    source = folders("sd14")
+    path = layout(source, tmp_path / "style.safetensors")
+    pipe = diffusers_pipe(source)
+    plain = theirs(pipe)
+    pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="a")
+    pipe.set_adapters(["a"], [0.7])
+    right = theirs(pipe)
+    got = sources.prepared(source, Extras(lora=[f"{path}:0.7"]), fresh(tmp_path))
+    assert same(ours(got.folder), right)
+    assert not same(plain, right)
+    assert not got.notes
+    assert not list(got.folder.rglob("adapter*"))
+
+
+def test_several_loras_add_up(folders, tmp_path):
+    pytest.importorskip("peft", reason="needs the lora extra")
+    source = folders("sd14")
+    a = kohya(source, tmp_path / "a.safetensors", seed=1)
+    b = peft_layout(source, tmp_path / "b.safetensors", seed=2, parts=("unet",))
+    pipe = diffusers_pipe(source)
+    for name, path in (("a", a), ("b", b)):
+        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+    pipe.set_adapters(["a", "b"], [0.5, -0.4])
+    got = sources.prepared(source, Extras(lora=[(a, 0.5), f"{b}:-0.4"]), fresh(tmp_path))
+    assert same(ours(got.folder), theirs(pipe))
+
+
+def test_layers_that_a_student_lacks_are_counted_and_left_out_when_asked(folders, tmp_path):
+    pytest.importorskip("peft", reason="needs the lora extra")
+    path = kohya(folders("sd14"), tmp_path / "style.safetensors", parts=("unet",))
+    student = folders("bk-sdm-small")
+    words = r"\d of its 5 layers of the unet are not in this model .*--lora-skip-missing"
+    refused(student, tmp_path, words, Extras(lora=[path]))
+    extras = Extras(lora=[path], lora_skip_missing=True)
+    got = sources.prepared(student, extras, fresh(tmp_path))
+    assert "left out" in got.notes[0]
+    assert not same(ours(got.folder), ours(student))
+
+
+def test_loras_of_another_base_and_other_kinds_are_one_line(folders, tmp_path):
+    pytest.importorskip("peft", reason="needs the lora extra")
+    source = folders("sd14")
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    wide = {
+        f"{name}.lora_A.weight": torch.ones(2, 320),
+        f"{name}.lora_B.weight": torch.ones(320, 2),
+    }
+    save_file(wide, tmp_path / "wide.safetensors")
+    save_file({"lora_unet_x.hada_w1_a": torch.ones(2)}, tmp_path / "loha.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "none.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "wide.safetensors").read_bytes()[:300])
+    for name, words in (
+        ("wide", "LoRA of another base: .* is 320 x 320, this model's is 32 x 32"),
+        ("loha", "is a LoHa"),
+        ("none", "holds no LoRA"),
+        ("cut", "cut"),
+    ):
+        refused(source, tmp_path, words, Extras(lora=[tmp_path / f"{name}.safetensors"]))
+    for given in ("x.safetensors:much", "x.pt", 3):
+        refused(source, tmp_path, "lora", Extras(lora=[given]))
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        ("lcm-lora-sdv1-5/pytorch_lora_weights.safetensors", ("lcm", 4)),
+        ("Hyper-SD15-8steps-lora.safetensors", ("tcd", 8)),
+        ("Hyper-SD15-1step-lora.safetensors", ("tcd", 1)),
+        ("style.safetensors", None),
+    ],
+)
+def test_few_step_loras_bring_their_sampler(name, sampler):
+    got = lora.Lora.given(name).sampler
+    assert sampler == (got and (got["name"], got["num_inference_steps"]))
+
+
+# --- textual inversion
+
+
+@pytest.mark.parametrize("key", ["<toy>", "emb_params"])
+def test_a_textual_inversion_is_diffusers(folders, tmp_path, key):
+    source = folders("sd14")
+    torch.manual_seed(3)
+    save_file({key: torch.randn(3, 48) * 20}, tmp_path / "zqtoy.safetensors")
+    word = "<toy>" if key == "<toy>" else "zqtoy"
+    prompt = f"a photo of {word} in the snow"
+    pipe = diffusers_pipe(source)
+    plain = theirs(pipe, prompt)
+    pipe.load_textual_inversion(str(tmp_path / "zqtoy.safetensors"), token=word)
+    right = theirs(pipe, prompt)
+    extras = Extras(embedding=[tmp_path / "zqtoy.safetensors"])
+    got = sources.prepared(source, extras, fresh(tmp_path))
+    assert same(ours(got.folder, prompt), right)
+    assert not same(plain, right)
+    assert repr(word) in got.notes[0]
+
+
+def test_textual_inversions_that_do_not_fit_are_one_line(folders, tmp_path):
+    source = folders("sd14")
+    save_file({"<a>": torch.ones(1, 1024)}, tmp_path / "wide.safetensors")
+    save_file({"<a>": torch.ones(48), "b": torch.ones(48)}, tmp_path / "two.safetensors")
+    save_file({"cat</w>": torch.ones(48)}, tmp_path / "known.safetensors")
+    for name, words in (
+        ("wide.safetensors", "width 1024, this model's text encoder has 48"),
+        ("two.safetensors", "holds 2 tensors"),
+        ("known.safetensors", "has the word"),
+        ("x.pt", "accepted: a .safetensors file"),
+    ):
+        refused(source, tmp_path, words, Extras(embedding=[tmp_path / name]))
