@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from sdlite import arguments
 from sdlite._version import __version__
 from sdlite.artifact import Artifact
+from sdlite.checkpoints import PICKLED, is_file, sources
 from sdlite.errors import CONVERT_NEEDS, InputError, need
 from sdlite.families import listed_index, vae_config, vae_stride
 from sdlite.files import Files
-from sdlite.io import alone, cache_root, read_json, writing
+from sdlite.io import alone, cache_root, check_out, read_json, scratch, writing
 from sdlite.manifest import Manifest, NetworkRow, SamplerRow, write_manifest
 from sdlite.sampling import known_sampler
 from sdlite.spec import SPECS, IOSpec, latent_size
@@ -318,7 +319,7 @@ def _own_weights(folder: Path, model: onnx.ModelProto, dtype: str) -> None:
 
 
 def convert(
-    folder: str | Path,
+    source: str | Path,
     out: str | Path,
     *,
     name: str = "",
@@ -326,12 +327,19 @@ def convert(
     sampler: Mapping[str, object] | None = None,
     calibration_prompts: Sequence[str] | None = None,
     keep_float: dict[str, Sequence[str]] | None = None,
+    lora: Sequence[Any] = (),
+    lora_skip_missing: bool = False,
+    embedding: Sequence[str | Path] = (),
+    vae: str | Path | None = None,
+    precision: str | None = None,
+    prediction_type: str | None = None,
+    from_pickle: bool = False,
 ) -> Path:
-    """Make an artefact: the diffusers folder, ONNX graphs for its three networks, and the manifest.
+    """Make a model: the diffusers folder, ONNX graphs for its three networks, and the manifest.
 
     Args:
-        folder: diffusers SD-1.x/2.x pipeline folder with safetensors in float32, float16 or
-            bfloat16 (written as float32).
+        source: diffusers SD-1.x/2.x pipeline folder with safetensors in float32, float16 or
+            bfloat16 (written as float32), or one .safetensors file in the original key layout.
         out: new or empty folder; written beside and renamed when whole.
         name: what reports call the model; default: the folder's name.
         student: what the manifest says of its making (teacher, recipe, data, licence);
@@ -341,6 +349,17 @@ def convert(
         calibration_prompts: what `sdlite.quantize` shows the student when its caller gives no
             prompts.
         keep_float: what `sdlite.quantize` leaves in float when its caller does not say.
+        lora: "FILE", "FILE:WEIGHT" or (file, weight), fused into the weights in this order. One
+            that is made for few steps (LCM-LoRA, Hyper-SD) brings its sampler, unless `sampler`
+            says otherwise.
+        lora_skip_missing: leave out a LoRA's layers that the model does not have.
+        embedding: textual inversions, "FILE" or "FILE:WORD".
+        vae: an autoencoder's file or folder, in the place of the source's own.
+        precision: "fp32" or "fp16", how weights are stored; None keeps the source's.
+        prediction_type: "epsilon" or "v_prediction", of a single file; None is epsilon for 1.x and
+            v_prediction for 2.x.
+        from_pickle: whether pickled weights (.ckpt, .pt, .bin) may be read, by torch with
+            weights_only=True, which runs no code.
 
     Returns:
         `out`.
@@ -348,33 +367,41 @@ def convert(
     Raises:
         ArtifactError: not a diffusers folder, a pipeline that sdlite does not run, or weights that
             are missing, damaged or not those of the config; also where what was written does not
-            open again.
+            open again, and a LoRA or embedding of another base.
+        InputError: an argument cannot be used.
         MissingExtraError: a package of the extra `export` is not installed.
     """
     need("making ONNX graphs", "export", *CONVERT_NEEDS)
-    source, out = (
-        Artifact.open(Path(arguments.path("folder", folder))),
-        Path(arguments.path("out", out)),
-    )
+    place, out = Path(arguments.path("source", source)), Path(arguments.path("out", out))
     if sampler and "name" in sampler:
         known_sampler(arguments.text("sampler name", sampler["name"]))
+    extras = sources.Extras(
+        lora, lora_skip_missing, embedding, vae, from_pickle, prediction_type, precision
+    )
+    manifest = Manifest(name=name or (place.stem if is_file(place) else place.name))
+    if calibration_prompts:
+        manifest.calibration = {"prompts": list(calibration_prompts)}
+    if keep_float:
+        kept = {k: list(v) for k, v in keep_float.items()}
+        manifest.calibration = {**(manifest.calibration or {}), "keep_float": kept}
+    check_out(out)
+    with scratch("convert") as aside:
+        ready = sources.prepared(place, extras, aside)
+        for note in ready.notes:
+            log.warning("%s", note)
+        manifest.sampler = cast(SamplerRow, {**ready.sampler, **(sampler or {})})
+        _write(Artifact.open(ready.folder), out, manifest, student or {})
+    return out
+
+
+def _write(source: Artifact, out: Path, manifest: Manifest, student: dict[str, Any]) -> None:
+    """The model at `out`, written beside, tried out, and renamed."""
     ClipTokenizer.from_pretrained(source.files.part("tokenizer"), source.config("text_encoder"))
     with writing(out) as tmp:
         _copy(source, tmp)
-        manifest = Manifest(
-            name=name or source.folder.name, sampler=cast(SamplerRow, sampler or {})
-        )
-        manifest.student = {**_write_graphs(tmp, manifest), **(student or {})}
-        if calibration_prompts:
-            manifest.calibration = {"prompts": list(calibration_prompts)}
-        if keep_float:
-            manifest.calibration = {
-                **(manifest.calibration or {}),
-                "keep_float": {k: list(v) for k, v in keep_float.items()},
-            }
+        manifest.student = {**_write_graphs(tmp, manifest), **student}
         write_manifest(tmp, manifest)
         try_out(tmp)
-    return out
 
 
 def _copy(source: Artifact, out: Path) -> None:
@@ -439,25 +466,35 @@ def convert_cached(source: Artifact) -> Artifact:
     files = sorted(
         p for p in source.folder.rglob("*") if p.suffix in (".json", ".txt", ".safetensors")
     )
-    state = [
-        str(source.folder.resolve()),
-        __version__,
-        *(
-            f"{p.relative_to(source.folder)} {p.stat().st_size} {p.stat().st_mtime_ns}"
-            for p in files
-        ),
-    ]
-    out = (
-        cache_root()
-        / "onnx"
-        / f"{source.name}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}"
-    )
+    state = [f"{p.relative_to(source.folder)} {_state(p)}" for p in files]
+    return _cached(source.folder, source.name, state)
+
+
+def convert_cached_file(path: Path) -> Artifact:
+    """`convert` of one file of weights into the user's cache, as `convert_cached`.
+
+    Raises:
+        InputError, ArtifactError: see `convert`.
+    """
+    if path.suffix.lower() in PICKLED or not path.is_file():
+        sources.check_file(path, from_pickle=False)
+    return _cached(path, path.stem, [_state(path)])
+
+
+def _state(path: Path) -> str:
+    about = path.stat()
+    return f"{about.st_size} {about.st_mtime_ns}"
+
+
+def _cached(source: Path, name: str, state: list[str]) -> Artifact:
+    key = json.dumps([str(source.resolve()), __version__, *state]).encode()
+    out = cache_root() / "onnx" / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
     if not out.exists():
-        _convert_once(source, out)
+        _convert_once(source, name, out)
     return Artifact.open(out)
 
 
-def _convert_once(source: Artifact, out: Path) -> None:
+def _convert_once(source: Path, name: str, out: Path) -> None:
     """Convert, or find what another process or thread has made meanwhile: one at a time, which also
     bounds the memory.
     """
@@ -466,11 +503,11 @@ def _convert_once(source: Artifact, out: Path) -> None:
             return
         log.warning(
             "%s has no ONNX graphs: converting it once into %s (a few minutes for a large UNet)",
-            source.folder,
+            source,
             out,
         )
         try:
-            convert(source.folder, out, name=source.name)
+            convert(source, out, name=name)
         except InputError:
             if not out.exists():  # on a file system without locks another one may have been faster
                 raise

@@ -60,8 +60,8 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
         return local
     if name.lower().endswith(_SINGLE):
         raise UnknownNameError(
-            f"model {name!r} is a single file; make a folder of it first, with diffusers: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
+            f"model {name!r} is a single file; make a model of it first: sdlite convert"
+            f" {name} --out FOLDER."
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise UnknownNameError(

@@ -21,8 +21,16 @@ import numpy as np
 from sdlite import arguments, backends, families, habits, hub, images, memory, running, tiling
 from sdlite._version import __version__
 from sdlite.artifact import Artifact
+from sdlite.checkpoints import is_file
+from sdlite.errors import (
+    CONVERT_NEEDS,
+    InputError,
+    MissingExtraError,
+    SdliteWarning,
+    ShapeError,
+    need,
+)
 from sdlite.errors import Cancelled as Cancelled
-from sdlite.errors import InputError, MissingExtraError, SdliteWarning, ShapeError
 from sdlite.io import writing
 from sdlite.sampling import Noise, Sampler, Schedule, denoise, get_sampler, guided
 from sdlite.spec import latent_size
@@ -70,6 +78,16 @@ def _convert(artifact: Artifact) -> Artifact:
             " 'sdlite[export]', or use backend='torch'."
         ) from e
     return convert_cached(artifact)
+
+
+def _opened(model: str | Path, revision: str | None) -> tuple[Artifact, str]:
+    """The model, and what there is to note: one file of weights is converted once."""
+    if not is_file(model):
+        return Artifact.open(hub.resolve(model, revision)), ""
+    need(f"{model} is one file, and opening it", "export", *CONVERT_NEEDS)
+    from sdlite.converter import convert_cached_file
+
+    return convert_cached_file(Path(model)), f"converted from {model}, once, into the cache"
 
 
 class _Call(running.Call):
@@ -214,14 +232,13 @@ class Pipeline(metaclass=_Class):
         habits.keywords(others, habits.LOAD, cls.from_pretrained.__kwdefaults__ or ())
         _loading(model, precision, backend, device, revision, threads, arithmetic)
         most = arguments.optional(arguments.integer, "max_pixels", max_pixels, 1)
-        artifact = Artifact.open(hub.resolve(model, revision))
+        artifact, note = _opened(model, revision)
         if precision is None:
             precision = (
                 artifact.export.precision
                 if artifact.export
                 else next(iter(artifact.manifest.variants if artifact.manifest else ()), "fp32")
             )
-        note = None
         if (
             backend in ("onnxruntime", "openvino")
             and artifact.listing is None

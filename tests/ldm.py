@@ -30,6 +30,10 @@ _OUTER = {
     "conv_out": "out.2",
 }
 
+_PLACE = re.compile(
+    r"(down|up|mid)_block(?:s\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)"
+)
+
 
 def _weights(folder: Path) -> Tensors:
     [file] = folder.glob("*.safetensors")
@@ -40,10 +44,9 @@ def unet_name(key: str) -> str:
     """diffusers' name of a UNet's tensor -> LDM's."""
     if outer := next((k for k in _OUTER if key.startswith(f"{k}.")), None):
         return key.replace(outer, _OUTER[outer], 1)
-    side, block, kind, index, rest = re.fullmatch(
-        r"(down|up|mid)_block(?:s\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)",
-        key,
-    ).groups()  # type: ignore[union-attr]
+    found = _PLACE.fullmatch(key)
+    assert found is not None, key
+    side, block, kind, index, rest = found.groups()
     i, j = int(block or 0), int(index)
     if kind == "resnets":
         name, tail = rest.split(".", 1)

@@ -66,13 +66,9 @@ def add(networks: dict[str, nn.Module], tokenizer: Any, embedding: Embedding) ->
     if token in tokenizer.get_vocab():
         raise InputError(f"the tokenizer has the word {token!r} already; give another: FILE:WORD.")
 
-    class Host(TextualInversionLoaderMixin):
-        """What the loader asks of a pipeline."""
-
-        components: dict[str, Any] = {}  # noqa: RUF012
-        hf_device_map = None
-
-    host: Any = Host()
+    # what the loader asks of a pipeline
+    host: Any = type("Host", (TextualInversionLoaderMixin,), {"components": {}})()
+    host.hf_device_map = None
     host.text_encoder, host.tokenizer = text, tokenizer
     host.load_textual_inversion({token: vectors.float()}, token=token)
     return token

@@ -15,8 +15,6 @@ from torch import Tensor
 from sdlite.errors import ArtifactError, printable
 from sdlite.io import plain
 
-ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
-
 
 def to_safetensors(path: Path, out: Path) -> Path:
     """Write the tensors of a pickled checkpoint to `out`. `state_dict` in it is opened; what is no

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from sdlite import arguments, families
 from sdlite.artifact import Artifact
-from sdlite.checkpoints import embeddings, layouts, lora, pickles, single_file
+from sdlite.checkpoints import PICKLED, embeddings, is_file, layouts, lora, pickles, single_file
 from sdlite.errors import ArtifactError, InputError
 from sdlite.torch_networks import open_network
 from sdlite.weights import dtypes, weight_files, weight_index
@@ -56,13 +57,6 @@ class Prepared:
     folder: Path
     sampler: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-def is_file(source: object) -> bool:
-    """Whether a source is meant as one file of weights: it is one, or its name ends as one."""
-    endings = (".safetensors", *pickles.ENDINGS)
-    path = Path(str(source))
-    return path.suffix.lower() in endings and not path.is_dir()
 
 
 def prepared(source: Path, extras: Extras, scratch: Path) -> Prepared:
@@ -136,14 +130,8 @@ def _opened(
 def _from_file(
     source: Path, extras: Extras, folder: Path, scratch: Path, vae: Path | None
 ) -> tuple[dict[str, nn.Module], bool]:
-    if not source.exists():
-        raise InputError(f"{source} does not exist; give a file of weights, a folder or a hub id.")
-    if source.suffix.lower() in pickles.ENDINGS:
-        if not extras.from_pickle:
-            raise InputError(
-                f"{source} is a pickle, a format that can run code, and is not read unless it is"
-                " asked for: from_pickle=True (--from-pickle) reads its tensors and nothing else."
-            )
+    check_file(source, extras.from_pickle)
+    if source.suffix.lower() in PICKLED:
         source = pickles.to_safetensors(source, scratch / f"{source.stem}.safetensors")
     shapes, half = single_file.shapes(source)
     layout = layouts.recognized(source, shapes, extras.prediction_type)
@@ -153,13 +141,24 @@ def _from_file(
     return single_file.networks(source, layout, folder, vae), half
 
 
+def check_file(source: Path, from_pickle: bool) -> None:
+    """Raises InputError where a file is not there, or is a pickle that nobody asked for."""
+    if not source.exists():
+        raise InputError(f"{source} does not exist; give a file of weights, a folder or a hub id.")
+    if source.suffix.lower() in PICKLED and not from_pickle:
+        raise InputError(
+            f"{source} is a pickle, a format that can run code, and is not read unless it is asked"
+            " for: `sdlite convert --from-pickle` reads its tensors and nothing else."
+        )
+
+
 def _pickled(source: Path, extras: Extras) -> bool:
     """Whether a folder has pickles that may be read, in the place of weights that it lacks."""
     return extras.from_pickle and any(_pickle_of(source, p) for p in PARTS)
 
 
 def _pickle_of(source: Path, part: str) -> Path | None:
-    folder, endings = source / part, pickles.ENDINGS
+    folder, endings = source / part, PICKLED
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return None
     stem = "pytorch_model" if part == "text_encoder" else "diffusion_pytorch_model"
@@ -168,8 +167,6 @@ def _pickle_of(source: Path, part: str) -> Path | None:
 
 def _without_pickles(source: Path, scratch: Path) -> Path:
     """A folder as `source`, its pickled weights as safetensors."""
-    import shutil
-
     out = scratch / "read"
     ignored = shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.pickle")
     shutil.copytree(source, out, ignore=ignored)

@@ -1,4 +1,4 @@
-"""`sdlite convert`: a diffusers folder to a model that onnxruntime and OpenVINO run."""
+"""`sdlite convert`: a diffusers folder or a file of weights to a model that every backend runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from sdlite.cli import command, terminal
 
 EXAMPLES = """
     sdlite convert my-diffusers-folder --out my-model
+    sdlite convert my-model.safetensors --lora style.safetensors:0.8 --out my-model
     sdlite convert my-diffusers-folder --prompts prompts.txt --steps 20 --out my-model
     sdlite generate "a fox" --model my-model --out fox.png"""
 
 
 def _options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "source", metavar="SOURCE", help="diffusers SD-1.x or SD-2.x folder, or hub id org/name"
+        "source",
+        metavar="SOURCE",
+        help="diffusers SD-1.x or SD-2.x folder, one file of weights, or hub id org/name",
     )
     command.add_revision(p)
     command.add_out_folder(p)
@@ -26,8 +29,47 @@ def _options(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="one prompt a line: what quantize will calibrate with, unless told otherwise",
     )
+    _changes(p)
     group = command.sampling(p, "defaults of a call, kept in the model")
     command.add_guidance(group)
+
+
+def _changes(p: argparse.ArgumentParser) -> None:
+    """What is done to the source first."""
+    group = p.add_argument_group("what is changed first")
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA that is fused into the weights, 1 as strongly as it was trained; repeat",
+    )
+    group.add_argument(
+        "--lora-skip-missing",
+        action="store_true",
+        help="leave out a LoRA's layers that the model does not have",
+    )
+    group.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[:WORD]",
+        help="a textual inversion, and the word that stands for it; repeat",
+    )
+    group.add_argument("--vae", metavar="PATH", help="an autoencoder instead of the source's own")
+    group.add_argument(
+        "--precision", choices=["fp32", "fp16"], help="how weights are stored; default: as they are"
+    )
+    group.add_argument(
+        "--prediction-type",
+        choices=["epsilon", "v_prediction"],
+        help="of one file of Stable Diffusion 2.x; default: v_prediction, as 2.1 at 768 px",
+    )
+    group.add_argument(
+        "--from-pickle",
+        action="store_true",
+        help="read .ckpt, .pt and .bin, by torch's reader that runs no code",
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -35,6 +77,7 @@ def _run(args: argparse.Namespace) -> None:
 
     convert = sdlite.convert  # says which extra is missing
     from sdlite import hub
+    from sdlite.checkpoints import is_file
     from sdlite.io import check_out
 
     check_out(args.out)
@@ -44,11 +87,18 @@ def _run(args: argparse.Namespace) -> None:
         "guidance_scale": args.guidance,
     }
     out = convert(
-        hub.resolve(args.source, args.revision),
+        args.source if is_file(args.source) else hub.resolve(args.source, args.revision),
         args.out,
         name=args.name or "",
         sampler={k: v for k, v in given.items() if v is not None},
         calibration_prompts=_prompts(args.prompts),
+        lora=args.lora,
+        lora_skip_missing=args.lora_skip_missing,
+        embedding=args.embedding,
+        vae=args.vae,
+        precision=args.precision,
+        prediction_type=args.prediction_type,
+        from_pickle=args.from_pickle,
     )
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     terminal.say(f"wrote {out} ({size / 1e6:.2f} MB)")
@@ -63,5 +113,9 @@ def _prompts(path: Path | None) -> list[str] | None:
 
 
 CONVERT = command.Command(
-    "convert", "Make a model with ONNX graphs of a diffusers folder.", EXAMPLES, _options, _run
+    "convert",
+    "Make a model with ONNX graphs of a diffusers folder or a file of weights.",
+    EXAMPLES,
+    _options,
+    _run,
 )

@@ -38,7 +38,7 @@ FLOORS = (
     "exported",
     "artifact disk",
     "backends torch_networks tiling hub",
-    "tryout",
+    "checkpoints tryout",
     "converter",
     "pipeline",
     "bench onnx_graph metrics",

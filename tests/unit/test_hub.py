@@ -421,7 +421,7 @@ def test_single_file_is_not_taken_for_a_hub_id(path):
     from sdlite import hub
     from sdlite.errors import UnknownNameError
 
-    with pytest.raises(UnknownNameError, match=r"single file.*from_single_file"):
+    with pytest.raises(UnknownNameError, match=r"single file.*sdlite convert"):
         hub.resolve(path)
 
 

@@ -452,3 +452,50 @@ def test_textual_inversions_that_do_not_fit_are_one_line(folders, tmp_path):
         ("x.pt", "accepted: a .safetensors file"),
     ):
         refused(source, tmp_path, words, Extras(embedding=[tmp_path / name]))
+
+
+# --- through the door
+
+
+def test_a_file_with_a_lora_becomes_a_model_by_the_command(file, folders, tmp_path, monkeypatch):
+    pytest.importorskip("peft", reason="needs the lora extra")
+    from sdlite.cli import main
+
+    style = kohya(folders("sd14"), tmp_path / "lcm-lora-style.safetensors", parts=("unet",))
+    out = tmp_path / "model"
+    assert main(["convert", str(file), "--lora", f"{style}:0.5", "--out", str(out)]) == 0
+    model = Artifact.open(out)
+    assert model.name == "my model é"
+    assert model.sampler["name"] == "lcm"  # by the LoRA's name
+    assert model.sampler["num_inference_steps"] == 4
+    got = sources.prepared(file, Extras(lora=[(style, 0.5)]), fresh(tmp_path)).folder
+    call = {"sampler": "lcm", "guidance_scale": 1.0}
+    with Pipeline.from_pretrained(out, backend="onnxruntime", threads=1) as pipe:
+        again = {"num_inference_steps": 3, "height": SIZE, "width": SIZE, "seed": 0} | call
+        image = np.asarray(pipe(PROMPT, **again).images[0])
+    assert same(image, ours(got, **call))
+
+
+@pytest.mark.slow
+def test_a_pipeline_opens_a_file_and_converts_it_once(file, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SDLITE_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):
+        with Pipeline.from_pretrained(file, threads=1) as pipe:
+            assert any("converted from" in n for n in pipe.report.notes)
+    assert len(list((tmp_path / "cache" / "onnx").glob("my model*"))) == 1
+    assert caplog.text.count("converting it once") == 1
+    for name, words in (("no.safetensors", "does not exist"), ("no.ckpt", "does not exist")):
+        with pytest.raises(InputError, match=words):
+            Pipeline.from_pretrained(tmp_path / name)
+    (tmp_path / "m.ckpt").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"is a pickle.*sdlite convert --from-pickle"):
+        Pipeline.from_pretrained(tmp_path / "m.ckpt")
+
+
+def test_nothing_is_written_when_a_source_is_refused(file, tmp_path):
+    import sdlite
+
+    save_file({"a": torch.ones(2)}, tmp_path / "none.safetensors")
+    with pytest.raises(ArtifactError, match="holds no LoRA"):
+        sdlite.convert(file, tmp_path / "out", lora=[tmp_path / "none.safetensors"])
+    assert not (tmp_path / "out").exists()
