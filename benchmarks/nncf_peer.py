@@ -139,7 +139,7 @@ def main() -> None:
     floats = sdlite.Pipeline.from_pretrained(
         folder, precision="fp32", backend="openvino", threads=args.threads
     )
-    reference, calls = gates.pictures(floats, judged, gate), gates.calls(floats, judged, gate)
+    reference, calls = gates.images(floats, judged, gate), gates.calls(floats, judged, gate)
     arguments = {
         "num_inference_steps": steps,
         **({"height": args.size, "width": args.size} if size else {}),

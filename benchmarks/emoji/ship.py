@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlite.converter import convert
 from sdlite.quant import read_prompts
-from sdlite.quant.api import KEEP_FLOAT
+from sdlite.quant.options import KEEP_FLOAT
 
 # Measured by identity@1, which falls with noise that PSNR hardly sees: the decoder's last two
 # stages, the text encoder's worst layers, the UNet's last stage.

@@ -1,5 +1,5 @@
-"""Run the student's own loop and look at its tensors, one prompt at a time: nothing is stored but
-statistics.
+"""Run the student's own sampling loop and look at its tensors, one prompt at a time. Statistics are
+all that is kept.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sdlite import arguments
+from sdlite.backends import Network
 from sdlite.errors import InputError
 from sdlite.instrument import NamedOutputs, Visit, Watched, with_networks
 from sdlite.manifest import PARTS
@@ -23,10 +24,10 @@ class Calibration:
     """What the student is shown while ranges are measured.
 
     Attributes:
-        prompts: None takes the artefact's own (`calibration.prompts` in its manifest).
-        samples: pictures, prompt i with seed `seed` + i; more samples than prompts start again at
-            the first.
-        num_inference_steps, guidance_scale: None takes the artefact's own.
+        prompts: None takes the model's own (`calibration.prompts` in its manifest).
+        samples: images, prompt i with seed `seed` + i; where there are more samples than prompts,
+            they start again at the first.
+        num_inference_steps, guidance_scale: None takes the model's own.
         observer: "min-max", "percentile" or "mse".
         percentile: share in percent that the range keeps, for "percentile".
         smooth_alpha: SmoothQuant's alpha for Linear layers; None leaves them.
@@ -42,6 +43,11 @@ class Calibration:
     percentile: float = 99.999
     smooth_alpha: float | None = 0.5
     size: tuple[int, int] | None = None
+
+    @property
+    def shown(self) -> list[str]:
+        """The prompts; [] until the model's own are filled in."""
+        return list(self.prompts or ())
 
     def check(self) -> None:
         """Types and ranges.
@@ -95,16 +101,16 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 class _Later:
-    """Stands for the decoder: keeps what it is given (a picture's latents are small) and answers an
-    empty picture.
+    """Stands for the decoder: keeps the latents that it is given, which are small, and answers an
+    empty image.
     """
 
     def __init__(self, stride: int):
         self.stride, self.given = stride, list[np.ndarray]()
 
-    def __call__(self, latent_sample: np.ndarray) -> np.ndarray:
-        self.given.append(latent_sample)
-        b, _, h, w = latent_sample.shape
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        self.given.append(inputs["latent_sample"])
+        b, _, h, w = inputs["latent_sample"].shape
         return np.broadcast_to(np.float32(0), (b, 3, h * self.stride, w * self.stride))
 
 
@@ -115,21 +121,20 @@ def walk(
     visit: Visit,
     samples: int,
 ) -> Iterator[None]:
-    """Run the calibration pictures through watched networks: all of them up to their latents, then
+    """Run the calibration images through watched networks: all of them up to their latents, then
     all through the decoder, so that the UNet and the decoder, whose tensors are the largest, are
-    never in memory together. Yields after each half of a picture.
+    never in memory together. Yields after each half of an image.
 
     Args:
         sessions: part -> graph with extra outputs. They are closed when their part is done.
+        samples: how many images.
     """
-    assert calibration.prompts
-    prompts, later = list(calibration.prompts), _Later(pipe.stride)
+    prompts, later = calibration.shown, _Later(pipe.stride)
     height, width = calibration.size or (None, None)
     first = [p for p in PARTS if p != "vae_decoder"]
     for i in range(samples):
-        with_networks(
-            pipe, {**{p: Watched(p, sessions[p], visit) for p in first}, "vae_decoder": later}
-        )(
+        watched: dict[str, Network] = {p: Watched(p, sessions[p], visit) for p in first}
+        with_networks(pipe, {**watched, "vae_decoder": later})(
             prompts[i % len(prompts)],
             seed=calibration.seed + i,
             num_inference_steps=calibration.num_inference_steps,

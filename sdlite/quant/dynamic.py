@@ -13,47 +13,53 @@ VNNI).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
+from sdlite.manifest import PARTS
 from sdlite.onnx_graph import Graph, Layer, Weight, constant
 from sdlite.quant import rewrite
+from sdlite.quant.candidate import Part, Parts, Work
+from sdlite.quant.static import float_parameters, quantizable
 
 LEVELS = 63  # 7 bits: x86 without VNNI saturates the sums of two u8 x s8 products
 
 
-def build_dynamic(
-    graphs: dict[str, Graph], layers: dict[str, list[Layer]]
-) -> Callable[[Iterable[str]], dict[str, Any]]:
-    """Part -> its dynamic graph and what the report says of it. The result ignores its argument:
-    nothing goes back to float one by one.
+class DynamicBuilder:
+    """Builds the one dynamic candidate of a float model: no layer goes back to float by itself."""
+
+    def __init__(self, work: Work, keep: Mapping[str, Sequence[str]]):
+        """`keep`: part -> regular expressions of layers that stay in float."""
+        self.order: list[str] = []
+        self.sizes: dict[str, int] = {}
+        self._parts = {p: build_part(work.graph(p), keep[p]) for p in PARTS}
+
+    def build(self, back: Collection[str]) -> Parts:
+        """The networks; `back` is empty."""
+        return self._parts
+
+
+def build_part(graph: Graph, keep: Sequence[str] = ()) -> Part:
+    """A float graph, which is rewritten, with its MatMul layers in integer.
 
     Args:
-        graphs: part -> float graph, which is rewritten.
-        layers: part -> layers that may become integer; those that are MatMul do.
+        keep: regular expressions of layers that stay in float.
     """
-    built = {p: _build(g, [x for x in layers[p] if x.op == "MatMul"]) for p, g in graphs.items()}
-    return lambda back: built
-
-
-def _build(graph: Graph, layers: list[Layer]) -> dict[str, Any]:
-    floats = graph.total_bytes()
-    total = sum(w.size for w in graph.weights.values() if w.dtype == np.float32)
+    layers = [x for x in quantizable(graph, keep) if x.op == "MatMul"]
+    floats, parameters = graph.total_bytes(), float_parameters(graph)
     insert(graph, layers)
     embeddings = rewrite.integer_embeddings(graph)
     integer = sum(layer.parameters for layer in layers) + sum(embeddings.values())
-    return {
-        "graph": graph,
-        "scheme": "dynamic",
-        "arithmetic": "int8 Linear, rest float32",
-        "bytes": graph.total_bytes(),
-        "float_bytes": floats,
-        "float_share": 1 - integer / total,
-        "rewrites": {"embeddings": embeddings},
-        "layers": [
+    return Part(
+        graph=graph,
+        scheme="dynamic",
+        arithmetic="int8 Linear, rest float32",
+        float_bytes=floats,
+        float_share=1 - integer / parameters,
+        rewrites={"embeddings": embeddings},
+        layers=[
             {
                 "name": x.name,
                 "op": x.op,
@@ -63,7 +69,7 @@ def _build(graph: Graph, layers: list[Layer]) -> dict[str, Any]:
             }
             for x in layers
         ],
-    }
+    )
 
 
 def insert(graph: Graph, layers: Iterable[Layer]) -> None:
@@ -109,7 +115,8 @@ def _integer(w: Weight) -> dict[str, Weight]:
     scales = np.maximum(np.abs(w.array()).max(0), 1e-8).astype(np.float32) / np.float32(LEVELS)
 
     def read() -> np.ndarray:
-        return np.clip(np.round(w.array() / scales), -LEVELS, LEVELS).astype(np.int8)
+        out: np.ndarray = np.clip(np.round(w.array() / scales), -LEVELS, LEVELS).astype(np.int8)
+        return out
 
     integer = Weight(w.shape, np.dtype(np.int8), read, origin=w.origin)
     return {"int8": integer, "scales": constant(scales)}

@@ -1,16 +1,16 @@
-"""Is the quantised pipeline still the same picture? Measured against the float one, at equal seeds,
-on each engine that runs it.
+"""The quality check of a quantized model: its images against the float model's, at equal seeds, on
+each backend that runs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
 from sdlite import arguments
+from sdlite.backends import Network
 from sdlite.instrument import Call, Tape, with_networks
 from sdlite.manifest import PARTS
 from sdlite.metrics import psnr, sqnr, ssim, structure_distance
@@ -20,17 +20,17 @@ from sdlite.spec import latent_size
 
 @dataclass
 class Gate:
-    """What must hold before a quantised model is written.
+    """What must hold before a quantized model is written.
 
     Attributes:
-        psnr_mean, psnr_worst: dB between the float and the quantised picture (uint8), over prompts
-            x seeds.
+        psnr_mean, psnr_worst: dB between the float and the quantized image (uint8), over prompts x
+            seeds.
         ssim_mean: structural similarity.
         prompts: None takes calibration prompts that were not used, or all of them when there are no
             others.
         num_prompts: at most so many of them.
-        seeds: each prompt is drawn with each.
-        max_float: share of the quantisable parameters that may go back to float to make the gate
+        seeds: each prompt is sampled with each.
+        max_float: share of the quantizable parameters that may go back to float to make the gate
             hold; 0 forbids it.
         engines: backends to check; None is every installed one that has the precision.
     """
@@ -46,6 +46,11 @@ class Gate:
     size: tuple[int, int] | None = None
     max_float: float = 0.3
     engines: Sequence[str] | None = None
+
+    @property
+    def shown(self) -> list[str]:
+        """The prompts; [] until they are filled in."""
+        return list(self.prompts or ())
 
     def check(self) -> None:
         """Types and ranges.
@@ -70,7 +75,15 @@ class Gate:
 
 @dataclass
 class Comparison:
-    """Pictures of one engine against the float pipeline's."""
+    """Images of one backend against the float pipeline's.
+
+    Attributes:
+        engine: the backend's name.
+        pictures: how many images.
+        psnr_mean, psnr_worst: dB; the mean counts equal images as 100 dB.
+        worst: prompt and seed of the worst image.
+        networks: SQNR of each network in dB, on the float pipeline's own inputs.
+    """
 
     engine: str
     pictures: int
@@ -78,12 +91,11 @@ class Comparison:
     psnr_worst: float
     ssim_mean: float
     structure_distance_mean: float
-    worst: str  # prompt and seed of the worst picture
-    networks: dict[str, float] = field(
-        default_factory=dict
-    )  # SQNR in dB on the float pipeline's own inputs
+    worst: str
+    networks: dict[str, float] = field(default_factory=dict)
 
     def fails(self, gate: Gate) -> list[str]:
+        """What does not hold, in words."""
         out = []
         for name in ("psnr_mean", "psnr_worst", "ssim_mean"):
             value, wanted = getattr(self, name), getattr(gate, name)
@@ -91,10 +103,10 @@ class Comparison:
                 out.append(f"{self.engine}: {name} {value:.4g}, wanted {wanted:.4g}")
         return out
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: what is equal is infinitely close, which becomes None."""
+    def to_dict(self) -> dict[str, object]:
+        """As JSON holds it: infinity, which is what equal images give, becomes None."""
 
-        def finite(value: Any) -> Any:
+        def finite(value: object) -> object:
             if isinstance(value, dict):
                 return {k: finite(v) for k, v in value.items()}
             return None if isinstance(value, float) and not np.isfinite(value) else value
@@ -102,8 +114,8 @@ class Comparison:
         return {k: finite(v) for k, v in asdict(self).items()}
 
 
-def pictures(pipe: Pipeline, prompts: Sequence[str], gate: Gate) -> np.ndarray:
-    """uint8 (prompts x seeds, H, W, 3)."""
+def images(pipe: Pipeline, prompts: Sequence[str], gate: Gate) -> np.ndarray:
+    """Each prompt with each of the gate's seeds: uint8 (prompts x seeds, H, W, 3)."""
     height, width = gate.size or (None, None)
     every = [(p, s) for p in prompts for s in gate.seeds]
     side = (
@@ -128,8 +140,8 @@ def pictures(pipe: Pipeline, prompts: Sequence[str], gate: Gate) -> np.ndarray:
 
 
 def calls(floats: Pipeline, prompts: Sequence[str], gate: Gate) -> dict[str, list[Call]]:
-    """Every network's calls in the first prompt's picture."""
-    tapes = {p: Tape(getattr(floats.networks, p), []) for p in PARTS}
+    """Every network's calls in the first prompt's image."""
+    tapes = {p: Tape(floats.networks.part(p), []) for p in PARTS}
     height, width = gate.size or (None, None)
     with_networks(floats, dict(tapes))(
         prompts[0],
@@ -149,32 +161,31 @@ def compare(
     prompts: Sequence[str],
     gate: Gate,
 ) -> tuple[Comparison, np.ndarray]:
-    """Pictures of `pipe` against `reference`, and the SQNR of its networks on the float pipeline's
+    """Images of `pipe` against `reference`, and the SQNR of its networks on the float pipeline's
     inputs (`calls`).
     """
-    made = pictures(pipe, prompts, gate)
-    values = [psnr(a, b) for a, b in zip(reference, made, strict=True)]
-    ratios = {}
-    for p in PARTS:
-        signal = noise = 0.0
-        for inputs, wanted in floats[p]:
-            got = getattr(pipe.networks, p)(**inputs)
-            signal += float(np.square(wanted, dtype=np.float64).sum())
-            noise += float(np.square(got.astype(np.float64) - wanted).sum())
-        ratios[p] = sqnr(signal, noise)
+    made = images(pipe, prompts, gate)
+    pairs = list(zip(reference, made, strict=True))
+    values = [psnr(a, b) for a, b in pairs]
     at = int(np.argmin(values))
-    return (
-        Comparison(
-            engine=pipe.report.backend,
-            pictures=len(values),
-            psnr_mean=float(np.mean(np.minimum(values, 100.0))),  # equal pictures count as 100 dB
-            psnr_worst=float(np.min(values)),
-            ssim_mean=float(np.mean([ssim(a, b) for a, b in zip(reference, made, strict=True)])),
-            structure_distance_mean=float(
-                np.mean([structure_distance(a, b) for a, b in zip(reference, made, strict=True)])
-            ),
-            worst=f"{prompts[at // len(gate.seeds)]!r}, seed {gate.seeds[at % len(gate.seeds)]}",
-            networks=ratios,
-        ),
-        made,
+    found = Comparison(
+        engine=pipe.report.backend,
+        pictures=len(values),
+        psnr_mean=float(np.mean(np.minimum(values, 100.0))),
+        psnr_worst=float(np.min(values)),
+        ssim_mean=float(np.mean([ssim(a, b) for a, b in pairs])),
+        structure_distance_mean=float(np.mean([structure_distance(a, b) for a, b in pairs])),
+        worst=f"{prompts[at // len(gate.seeds)]!r}, seed {gate.seeds[at % len(gate.seeds)]}",
+        networks={p: _closeness(pipe.networks.part(p), floats[p]) for p in PARTS},
     )
+    return found, made
+
+
+def _closeness(network: Network, calls: Sequence[Call]) -> float:
+    """SQNR in dB of a network over the calls of another."""
+    signal = noise = 0.0
+    for inputs, wanted in calls:
+        got = network(**inputs)
+        signal += float(np.square(wanted, dtype=np.float64).sum())
+        noise += float(np.square(got.astype(np.float64) - wanted).sum())
+    return sqnr(signal, noise)

@@ -17,26 +17,28 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How numbers become integers.
+    """How numbers become integers. Weights are symmetric per output channel.
 
-    `activation` "uint8" is asymmetric, "int8" symmetric. `weight_bits` 7 keeps u8 x s8 products of
-    pairs inside int16, which x86 without VNNI saturates (vpmaddubsw). Weights are symmetric per
-    output channel.
+    Attributes:
+        activation: "uint8" is asymmetric, "int8" symmetric.
+        weight_bits: 7 keeps u8 x s8 products of pairs inside int16, which x86 without VNNI
+            saturates (vpmaddubsw).
+        quantize_bias: to int32 at input scale x weight scale: engines with integer convolutions
+            want it, TensorRT does not.
+        quantize_output: of convolutions: onnxruntime's integer convolution needs it, TensorRT does
+            not.
     """
 
     name: str
     activation: str
     weight_bits: int
-    # int32 at input scale x weight scale: engines with integer convolutions want it, TensorRT does
-    # not
     quantize_bias: bool
-    quantize_output: (
-        bool  # of convolutions: onnxruntime's integer convolution needs it, TensorRT does not
-    )
+    quantize_output: bool
 
     @property
     def levels(self) -> int:
-        return 2 ** (self.weight_bits - 1) - 1
+        """Largest integer of a weight."""
+        return (1 << (self.weight_bits - 1)) - 1
 
     def parameters(self, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
         """scale float32 (), zero point () for a range that includes zero."""
@@ -71,16 +73,20 @@ def _weight(
         ).astype(np.float32)
 
     def read() -> np.ndarray:
-        return np.clip(
-            np.round(w.array() / scale.reshape(shape)), -scheme.levels, scheme.levels
-        ).astype(np.int8)
+        rounded = np.round(w.array() / scale.reshape(shape))
+        out: np.ndarray = np.clip(rounded, -scheme.levels, scheme.levels).astype(np.int8)
+        return out
 
     return Weight(w.shape, np.dtype(np.int8), read, False, w.origin), scale
 
 
 class _Inserter:
-    def __init__(self, graph: Graph, ranges: Mapping[str, Range], scheme: Scheme, twin: bool):
-        self.out, self.ranges, self.scheme, self.twin = graph.copy(), ranges, scheme, twin
+    """Puts integer layers into a copy of a graph. Methods append the nodes in front of a layer to
+    `new`.
+    """
+
+    def __init__(self, graph: Graph, ranges: Mapping[str, Range], scheme: Scheme):
+        self.out, self.ranges, self.scheme = graph.copy(), ranges, scheme
         self.graph = graph
         self.pairs: dict[str, tuple[str, np.ndarray]] = {}
         self.stems: dict[tuple[str, int, bytes], str] = {}
@@ -88,131 +94,134 @@ class _Inserter:
     def pair(
         self, x: str, new: list[NodeProto], target: str | None = None
     ) -> tuple[str, np.ndarray]:
-        """Q and DQ after `x`; one pair for all readers. Returns (dequantised tensor, scale)."""
+        """Q and DQ after `x`; one pair for all readers. Returns (dequantized tensor, scale)."""
         if x in self.pairs and target is None:
             return self.pairs[x]
-        scale, zero = self.scheme.parameters(*self.ranges[x])
-        names = [f"{x}/scale", f"{x}/zero"]
-        self.out.weights[names[0]], self.out.weights[names[1]] = constant(scale), constant(zero)
-        y = target or f"{x}/dq"
-        source = f"{x}/float" if target else x
-        new += [
-            helper.make_node("QuantizeLinear", [source, *names], [f"{x}/q"], name=f"{x}/quantize"),
-            helper.make_node("DequantizeLinear", [f"{x}/q", *names], [y], name=f"{x}/dequantize"),
-        ]
-        self.pairs[x] = (y, scale)
+        y, source = (target, f"{x}/float") if target else (f"{x}/dq", x)
+        self.pairs[x] = y, self._q_dq(x, x, source, y, "/", new)
         return self.pairs[x]
+
+    def _q_dq(
+        self, tensor: str, stem: str, source: str, y: str, mark: str, new: list[NodeProto]
+    ) -> np.ndarray:
+        """Nodes and constants of `source` -> Q -> DQ -> `y` in the range of `tensor`; its scale."""
+        scale, zero = self.scheme.parameters(*self.ranges[tensor])
+        names = [f"{stem}{mark}scale", f"{stem}{mark}zero"]
+        self.out.weights[names[0]], self.out.weights[names[1]] = constant(scale), constant(zero)
+        q = f"{stem}{mark}q"
+        new += [
+            helper.make_node("QuantizeLinear", [source, *names], [q], name=f"{stem}{mark}quantize"),
+            helper.make_node("DequantizeLinear", [q, *names], [y], name=f"{stem}{mark}dequantize"),
+        ]
+        return scale
 
     def weight(
         self, layer: Layer, bias: np.ndarray | None, input_scale: np.ndarray, new: list[NodeProto]
     ) -> tuple[str, np.ndarray]:
         """DQ of a layer's int8 weight; one for all layers that read it with the same scales along
-        the same axis. Returns (dequantised tensor, scales).
+        the same axis. Returns (dequantized tensor, scales).
         """
         weight, scales = _weight(self.graph, layer, self.scheme, bias, input_scale)
         key = (layer.weight, layer.axis, scales.tobytes())
         if key not in self.stems:
             same = sum(k[0] == layer.weight for k in self.stems)
             stem = self.stems[key] = layer.weight + (f"/{same + 1}" if same else "")
-            held = [f"{stem}/int8", f"{stem}/scale", f"{stem}/zero"]
-            values = (weight, constant(scales), constant(np.zeros(len(scales), np.int8)))
-            self.out.weights.update(zip(held, values, strict=True))
-            dq = helper.make_node(
-                "DequantizeLinear", held, [f"{stem}/dq"], name=f"{stem}/dequantize", axis=layer.axis
-            )
-            new.append(dq)
+            zeros = np.zeros(len(scales), np.int8)
+            new.append(self._dq(stem, f"{stem}/int8", weight, scales, zeros, layer.axis))
         return f"{self.stems[key]}/dq", scales
 
-    def layer(self, node: NodeProto, layer: Layer) -> list[NodeProto]:
-        new: list[NodeProto] = []
+    def _dq(
+        self,
+        stem: str,
+        name: str,
+        integer: Weight,
+        scales: np.ndarray,
+        zeros: np.ndarray,
+        axis: int,
+    ) -> NodeProto:
+        """A node that gives `stem`/dq from an integer constant with scales along an axis."""
+        held = [name, f"{stem}/scale", f"{stem}/zero"]
+        values = (integer, constant(scales), constant(zeros))
+        self.out.weights.update(zip(held, values, strict=True))
+        return helper.make_node(
+            "DequantizeLinear", held, [f"{stem}/dq"], name=f"{stem}/dequantize", axis=axis
+        )
+
+    def bias(self, layer: Layer, bias: np.ndarray, scales: np.ndarray, new: list[NodeProto]) -> str:
+        """DQ of a layer's bias in int32, at input scale x weight scale (`scales`); its output."""
+        integer = np.clip(np.round(bias / scales), -(2**31), 2**31 - 1).astype(np.int32)
+        stem, zeros = f"{layer.node}/bias", np.zeros(len(scales), np.int32)
+        new.append(self._dq(stem, stem, constant(integer), scales, zeros, 0))
+        return f"{stem}/dq"
+
+    def inputs(self, node: NodeProto, layer: Layer, new: list[NodeProto]) -> list[str]:
+        """What the integer layer reads: activation, weight, and bias where there is one."""
         x, scale = self.pair(layer.input, new)
         bias = self.graph.weights[node.input[2]].array() if len(node.input) > 2 else None
         weight, scales = self.weight(layer, bias, scale, new)
-        inputs = [x, weight]
-        if bias is not None and self.scheme.quantize_bias:
-            both = (scales * scale).astype(np.float32)
-            name = f"{layer.node}/bias"
-            self.out.weights[name] = constant(
-                np.clip(np.round(bias / both), -(2**31), 2**31 - 1).astype(np.int32)
-            )
-            self.out.weights[f"{name}/scale"], self.out.weights[f"{name}/zero"] = (
-                constant(both),
-                constant(np.zeros(len(both), np.int32)),
-            )
-            new.append(
-                helper.make_node(
-                    "DequantizeLinear",
-                    [name, f"{name}/scale", f"{name}/zero"],
-                    [f"{name}/dq"],
-                    name=f"{name}/dequantize",
-                    axis=0,
-                )
-            )
-            inputs.append(f"{name}/dq")
-        elif bias is not None:
-            inputs.append(node.input[2])
-        quantised = NodeProto()
-        quantised.CopyFrom(node)
-        del quantised.input[:], quantised.output[:]
-        quantised.input.extend(inputs)
-        y = layer.output
-        has_output = self.scheme.quantize_output and layer.op == "Conv"
-        if self.twin:
-            quantised.name = node.name + "/twin"
-            quantised.output.append(f"{y}/twin")
-            new.append(quantised)
-            result = f"{y}/twin"
-            if has_output:
-                scale_y, zero_y = self.scheme.parameters(*self.ranges[y])
-                names = [f"{y}/twin.scale", f"{y}/twin.zero"]
-                self.out.weights[names[0]], self.out.weights[names[1]] = (
-                    constant(scale_y),
-                    constant(zero_y),
-                )
-                new.append(
-                    helper.make_node(
-                        "QuantizeLinear",
-                        [result, *names],
-                        [f"{y}/twin.q"],
-                        name=f"{y}/twin.quantize",
-                    )
-                )
-                new.append(
-                    helper.make_node(
-                        "DequantizeLinear",
-                        [f"{y}/twin.q", *names],
-                        [f"{y}/twin.dq"],
-                        name=f"{y}/twin.dequantize",
-                    )
-                )
-                result = f"{y}/twin.dq"
-            return [
-                node,
-                *new,
-                helper.make_node("Sub", [y, result], [f"{y}/difference"], name=f"{y}/difference"),
-                helper.make_node(
-                    "ReduceSumSquare",
-                    [f"{y}/difference"],
-                    [noise_name(layer)],
-                    name=f"{y}/noise",
-                    keepdims=0,
-                ),
-                helper.make_node(
-                    "ReduceSumSquare", [y], [signal_name(layer)], name=f"{y}/signal", keepdims=0
-                ),
-            ]
-        quantised.output.append(f"{y}/float" if has_output else y)
-        new.append(quantised)
-        if has_output:
+        if bias is None:
+            return [x, weight]
+        if not self.scheme.quantize_bias:
+            return [x, weight, node.input[2]]
+        return [x, weight, self.bias(layer, bias, (scales * scale).astype(np.float32), new)]
+
+    def has_output(self, layer: Layer) -> bool:
+        """Whether the layer's output is rounded too."""
+        return self.scheme.quantize_output and layer.op == "Conv"
+
+    def layer(self, node: NodeProto, layer: Layer) -> list[NodeProto]:
+        """A layer in integer, in place of `node`."""
+        new: list[NodeProto] = []
+        inputs, y, rounded = self.inputs(node, layer, new), layer.output, self.has_output(layer)
+        new.append(_like(node, node.name, inputs, f"{y}/float" if rounded else y))
+        if rounded:
             self.pair(y, new, target=y)
         return new
 
+    def twin(self, node: NodeProto, layer: Layer) -> list[NodeProto]:
+        """A layer, its integer copy, and the sums of squares of its output and of the copy's
+        error.
+        """
+        new: list[NodeProto] = []
+        inputs, y = self.inputs(node, layer, new), layer.output
+        new.append(_like(node, f"{node.name}/twin", inputs, f"{y}/twin"))
+        result = f"{y}/twin"
+        if self.has_output(layer):
+            result = f"{y}/twin.dq"
+            self._q_dq(y, f"{y}/twin", f"{y}/twin", result, ".", new)
+        difference = f"{y}/difference"
+        subtract = helper.make_node("Sub", [y, result], [difference], name=difference)
+        return [
+            node,
+            *new,
+            subtract,
+            _sum_of_squares(difference, noise_name(layer), f"{y}/noise"),
+            _sum_of_squares(y, signal_name(layer), f"{y}/signal"),
+        ]
+
+
+def _like(node: NodeProto, name: str, inputs: Iterable[str], output: str) -> NodeProto:
+    """The same operator with the same attributes on other tensors."""
+    out = NodeProto()
+    out.CopyFrom(node)
+    del out.input[:], out.output[:]
+    out.name = name
+    out.input.extend(inputs)
+    out.output.append(output)
+    return out
+
+
+def _sum_of_squares(x: str, y: str, name: str) -> NodeProto:
+    return helper.make_node("ReduceSumSquare", [x], [y], name=name, keepdims=0)
+
 
 def signal_name(layer: Layer) -> str:
+    """The twin graph's output with the sum of squares of a layer's output."""
     return f"{layer.output}/sum_of_squares"
 
 
 def noise_name(layer: Layer) -> str:
+    """The twin graph's output with the sum of squares of the integer copy's error."""
     return f"{layer.output}/sum_of_squared_errors"
 
 
@@ -233,10 +242,11 @@ def insert(
             and of the copy's error (`noise_name`).
     """
     chosen = {layer.node: layer for layer in layers}
-    work = _Inserter(graph, ranges, scheme, twin)
+    work = _Inserter(graph, ranges, scheme)
+    made = work.twin if twin else work.layer
     nodes: list[NodeProto] = []
     for node in graph.nodes:
-        nodes += work.layer(node, chosen[node.name]) if node.name in chosen else [node]
+        nodes += made(node, chosen[node.name]) if node.name in chosen else [node]
     work.out.replace(nodes)
     if twin:
         for layer in chosen.values():

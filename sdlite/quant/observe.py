@@ -36,7 +36,7 @@ class Histogram:
         if not np.isfinite(low) or not np.isfinite(high):
             raise InputError(
                 f"activation {name or 'tensor'} is not finite at step {step}; the weights or the"
-                " calibration data are at fault: check that the float pipeline makes a picture"
+                " calibration data are at fault: check that the float pipeline makes an image"
                 " from this prompt."
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
@@ -59,7 +59,7 @@ class Histogram:
         self.bound = max(self.bound, bound)
 
     @property
-    def centres(self) -> np.ndarray:
+    def centers(self) -> np.ndarray:
         return (np.arange(BINS) + 0.5) * (2 * self.bound / BINS) - self.bound
 
 
@@ -92,7 +92,7 @@ def quantization_error(h: Histogram, low: float, high: float, levels: int = 256)
     """
     scale = max(high - low, 1e-12) / (levels - 1)
     zero = np.round(-low / scale)
-    x = h.centres
+    x = h.centers
     q = np.clip(np.round(x / scale) + zero, 0, levels - 1)
     return float((h.counts * ((q - zero) * scale - x) ** 2).sum() / max(h.counts.sum(), 1))
 
@@ -100,7 +100,7 @@ def quantization_error(h: Histogram, low: float, high: float, levels: int = 256)
 def choose_range(
     h: Histogram, observer: str, percentile: float = 99.999, symmetric: bool = False
 ) -> tuple[float, float]:
-    """The range that is quantised, zero included: `min-max`, `percentile` of the counts on each
+    """The range that is quantized, zero included: `min-max`, `percentile` of the counts on each
     side, or least-`mse` clipping.
 
     Source of the search: NVIDIA's MSE calibrator (Wu et al. 2020, arXiv:2004.09602, section 5) on a

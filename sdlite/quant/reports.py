@@ -8,9 +8,9 @@ import dataclasses
 import errno
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -20,9 +20,8 @@ from sdlite.artifact import Artifact
 from sdlite.errors import SdliteError
 from sdlite.io import remove, write_json
 from sdlite.metrics import psnr
-from sdlite.pipeline import Pipeline
-from sdlite.quant.calibrate import Calibration
-from sdlite.quant.gate import Comparison, Gate
+from sdlite.quant.candidate import Candidate, LayerRow, Parts, SearchRow, Work
+from sdlite.quant.gate import Gate
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,55 +33,108 @@ _SIDE = 128  # pixels of an image in the grid, at least
 _TEXT = 14
 
 
-def report(
-    pipe: Pipeline,
-    precision: str,
-    calibration: Calibration,
-    gate: Gate,
-    parts: dict[str, Any],
-    results: list[Comparison],
-    *,
-    back_to_float: list[str],
-    search: list[dict[str, Any]],
-    warnings: list[str],
-) -> dict[str, Any]:
+class NetworkResult(TypedDict):
+    """What the report says of one network; sizes are bytes of weights."""
+
+    scheme: str
+    bytes: int
+    float_bytes: int
+    float_share: float
+    rewrites: dict[str, object]
+    layers: list[LayerRow]
+
+
+class Pair(TypedDict):
+    """One pair of images in the grid."""
+
+    prompt: str
+    seed: int
+
+
+class Grid(TypedDict):
+    """Where the grid is and what it shows."""
+
+    file: str
+    columns: list[str]
+    engines: list[str]
+    pairs: list[Pair]
+
+
+class Report(TypedDict):
+    """What a quantization says of itself, as `quantize-report.json` holds it.
+
+    `holds` is whether the gate does. `engines` are the comparisons, one for each backend.
+    `search` has a row for each candidate; `back_to_float` are the layers of the last one.
+    """
+
+    sdlite: str
+    model: str
+    precision: str
+    holds: bool
+    warnings: list[str]
+    engine_of_reference: str
+    calibration: dict[str, Any]
+    gate: dict[str, Any]
+    engines: list[dict[str, Any]]
+    back_to_float: list[str]
+    search: list[SearchRow]
+    grid: Grid
+    networks: dict[str, NetworkResult]
+
+
+def report(work: Work, found: Candidate, search: Sequence[SearchRow]) -> Report:
     """The report as it is written to `REPORT`.
 
     Args:
-        pipe: the float pipeline.
-        parts: part -> what was built.
-        warnings: what is known before; the sizes are looked at here.
+        found: the last candidate.
+        search: a row for each of them.
     """
-    kept = ("scheme", "bytes", "float_bytes", "float_share", "rewrites", "layers")
+    pipe, precision, networks = work.pipe, work.precision, _networks(found.parts)
+    calibration = dataclasses.asdict(work.calibration) if precision == "int8-static" else {}
     return {
         "sdlite": __version__,
         "model": pipe.artifact.name,
         "precision": precision,
-        "holds": not search[-1]["failures"],
-        "warnings": [*warnings, *_growth(precision, parts)],
+        "holds": not found.failures,
+        "warnings": [*work.warnings, *_growth(precision, networks)],
         "engine_of_reference": pipe.report.engine,
-        "calibration": dataclasses.asdict(calibration) if precision == "int8-static" else {},
-        "gate": dataclasses.asdict(gate),
-        "engines": [r.to_dict() for r in results],
-        "back_to_float": back_to_float,
-        "search": search,
+        "calibration": calibration,
+        "gate": dataclasses.asdict(work.gate),
+        "engines": [r.to_dict() for r in found.comparisons],
+        "back_to_float": found.back,
+        "search": list(search),
         "grid": {
             "file": GRID,
             "columns": ["float", precision],
-            "engines": [pipe.report.backend, results[0].engine],
-            "pairs": [{"prompt": p, "seed": s} for p, s in _pairs(gate)],
+            "engines": [pipe.report.backend, found.comparisons[0].engine],
+            "pairs": [{"prompt": p, "seed": s} for p, s in _pairs(work.gate)],
         },
-        "networks": {p: {k: built[k] for k in kept if k in built} for p, built in parts.items()},
+        "networks": networks,
+    }
+
+
+def _networks(parts: Parts) -> dict[str, NetworkResult]:
+    return {
+        p: {
+            "scheme": built.scheme,
+            "bytes": built.bytes,
+            "float_bytes": built.float_bytes,
+            "float_share": built.float_share,
+            "rewrites": built.rewrites,
+            "layers": built.layers,
+        }
+        for p, built in parts.items()
     }
 
 
 def _pairs(gate: Gate) -> list[tuple[str, int]]:
-    return [(p, s) for p in gate.prompts or () for s in gate.seeds][:SHOWN]
+    return [(p, s) for p in gate.shown for s in gate.seeds][:SHOWN]
 
 
-def _growth(precision: str, parts: dict[str, Any]) -> list[str]:
+def _growth(precision: str, networks: Mapping[str, NetworkResult]) -> list[str]:
     """A warning where the integer model is not smaller than the float one."""
-    made, floats = (sum(built[k] for built in parts.values()) for k in ("bytes", "float_bytes"))
+    made = sum(n["bytes"] for n in networks.values())
+    floats = sum(n["float_bytes"] for n in networks.values())
     if made < floats:
         return []
     return [
@@ -92,7 +144,7 @@ def _growth(precision: str, parts: dict[str, Any]) -> list[str]:
     ]
 
 
-def write(folder: Path, report: dict[str, Any], reference: np.ndarray, made: np.ndarray) -> None:
+def write(folder: Path, report: Report, reference: np.ndarray, made: np.ndarray) -> None:
     """The grid, then the report, each whole or not at all."""
     columns = report["grid"]["columns"]
     pairs = [(x["prompt"], x["seed"]) for x in report["grid"]["pairs"]]
@@ -191,30 +243,38 @@ def grid(
     return out
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     """The report in a few lines, for the screen."""
     lines = [f"{report['model']}: {report['precision']}"]
-    for p, n in report["networks"].items():
-        worst = min(
-            (r for r in n["layers"] if r["sqnr"] is not None), key=lambda r: r["sqnr"], default=None
-        )
-        lines.append(
-            f"  {p:<13} {n['float_bytes'] / 1e6:8.2f} -> {n['bytes'] / 1e6:8.2f} MB"
-            f" ({n['bytes'] / n['float_bytes']:.2f}x), {n['float_share']:6.1%} of the weights in"
-            " float" + (f"; worst layer {worst['name']} {worst['sqnr']:.1f} dB" if worst else "")
-        )
-    for e in report["engines"]:
-        networks = ", ".join(
-            f"{p} {'inf' if v is None or v == float('inf') else f'{v:.1f}'} dB"
-            for p, v in e["networks"].items()
-        )
-        worst_psnr = "inf" if e["psnr_worst"] is None else f"{e['psnr_worst']:.1f}"
-        lines.append(
-            f"  {e['engine']}: {e['pictures']} pictures, PSNR mean {e['psnr_mean']:.1f} worst"
-            f" {worst_psnr} dB, SSIM {e['ssim_mean']:.4f}, structure distance"
-            f" {e['structure_distance_mean']:.4f}; {networks}"
-        )
+    lines += [_network_line(p, n) for p, n in report["networks"].items()]
+    lines += [_backend_line(e) for e in report["engines"]]
     if report["back_to_float"]:
         lines.append(f"  back to float: {', '.join(report['back_to_float'])}")
     lines += [f"  warning: {w}" for w in report["warnings"]]
     return "\n".join(lines)
+
+
+def _network_line(part: str, n: NetworkResult) -> str:
+    """Sizes of a network, and the layer that loses most."""
+    ratios = [(r["sqnr"], r["name"]) for r in n["layers"] if r["sqnr"] is not None]
+    worst = "; worst layer {1} {0:.1f} dB".format(*min(ratios)) if ratios else ""
+    return (
+        f"  {part:<13} {n['float_bytes'] / 1e6:8.2f} -> {n['bytes'] / 1e6:8.2f} MB"
+        f" ({n['bytes'] / n['float_bytes']:.2f}x), {n['float_share']:6.1%} of the weights in"
+        f" float{worst}"
+    )
+
+
+def _backend_line(e: Mapping[str, Any]) -> str:
+    """How close the images of one backend are."""
+    networks = ", ".join(f"{p} {_decibels(v)} dB" for p, v in e["networks"].items())
+    return (
+        f"  {e['engine']}: {e['pictures']} images, PSNR mean {e['psnr_mean']:.1f} worst"
+        f" {_decibels(e['psnr_worst'])} dB, SSIM {e['ssim_mean']:.4f}, structure distance"
+        f" {e['structure_distance_mean']:.4f}; {networks}"
+    )
+
+
+def _decibels(value: float | None) -> str:
+    """None is what JSON holds of infinity."""
+    return "inf" if value is None or value == float("inf") else f"{value:.1f}"

@@ -1,4 +1,4 @@
-"""Float-to-float rewrites that make a graph easier to quantise. Each leaves the function as it was
+"""Float-to-float rewrites that make a graph easier to quantize. The graph's function stays the same
 (tests: 1e-5 relative).
 """
 
@@ -30,39 +30,33 @@ def split_concat(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[st
     out: list[NodeProto] = []
     for n in graph.nodes:
         concat = producers.get(n.input[0]) if n.op_type == "Conv" else None
-        if (
-            n.name not in layers
-            or concat is None
-            or not _halves(n, concat)
-            or concat.input[0] not in shapes
-        ):
+        known = n.name in layers and concat is not None and concat.input[0] in shapes
+        if not known or concat is None or not _halves(n, concat):
             out.append(n)
             continue
-        width, weight = shapes[concat.input[0]][1], graph.weights[n.input[1]]
-        halves = []
-        for i, (x, part) in enumerate(
-            zip(concat.input, (slice(0, width), slice(width, None)), strict=True)
-        ):
-            name = (  # by node: another may read the same weight at another width
-                f"{n.input[1]}@{n.name}@{i}"
-            )
-            graph.weights[name] = _columns(weight, part)
-            halves.append(NodeProto())
-            halves[-1].CopyFrom(n)
-            del halves[-1].input[:], halves[-1].output[:]
-            halves[-1].name = f"{n.name}@{i}"
-            halves[-1].input.extend([x, name, *(n.input[2:] if i else [])])
-            halves[-1].output.append(f"{n.output[0]}@{i}")
-        out += [
-            *halves,
-            helper.make_node(
-                "Add", [f"{n.output[0]}@0", f"{n.output[0]}@1"], [n.output[0]], name=n.name + "/sum"
-            ),
-        ]
+        out += _split(graph, n, concat, shapes[concat.input[0]][1])
         done.append(layers[n.name].name)
     graph.replace(out)
     graph.prune()
     return done
+
+
+def _split(graph: Graph, conv: NodeProto, concat: NodeProto, width: int) -> list[NodeProto]:
+    """A convolution as the sum of two, of the first `width` channels and of the others."""
+    weight, y = graph.weights[conv.input[1]], conv.output[0]
+    halves = []
+    for i, part in enumerate((slice(0, width), slice(width, None))):
+        # by node: another may read the same weight at another width
+        name = f"{conv.input[1]}@{conv.name}@{i}"
+        graph.weights[name] = _columns(weight, part)
+        half = NodeProto()
+        half.CopyFrom(conv)
+        del half.input[:], half.output[:]
+        half.name = f"{conv.name}@{i}"
+        half.input.extend([concat.input[i], name, *(conv.input[2:] if i else [])])
+        half.output.append(f"{y}@{i}")
+        halves.append(half)
+    return [*halves, helper.make_node("Add", [f"{y}@0", f"{y}@1"], [y], name=conv.name + "/sum")]
 
 
 def _halves(conv: NodeProto, concat: NodeProto) -> bool:
@@ -87,36 +81,29 @@ def split_first_token(graph: Graph, tensor: str) -> list[str]:
     }
     if not layers:
         return []
-    out = []
+    out: list[NodeProto] = []
     for i, (start, stop) in enumerate(((0, 1), (1, np.iinfo(np.int64).max))):
         for k, v in (("starts", start), ("ends", stop), ("axes", 1)):
             graph.weights[f"{tensor}@{i}.{k}"] = constant(np.array([v], np.int64))
         inputs = [tensor, *(f"{tensor}@{i}.{k}" for k in ("starts", "ends", "axes"))]
         out.append(helper.make_node("Slice", inputs, [f"{tensor}@{i}"], name=f"{tensor}@{i}"))
     for n in graph.nodes:
-        if n.name not in layers:
-            out.append(n)
-            continue
-        for i in range(2):
-            out.append(
-                helper.make_node(
-                    "MatMul",
-                    [f"{tensor}@{i}", n.input[1]],
-                    [f"{n.output[0]}@{i}"],
-                    name=f"{n.name}@{i}",
-                )
-            )
-        out.append(
-            helper.make_node(
-                "Concat",
-                [f"{n.output[0]}@0", f"{n.output[0]}@1"],
-                [n.output[0]],
-                name=n.name + "/tokens",
-                axis=1,
-            )
-        )
+        out += _by_token(n, tensor) if n.name in layers else [n]
     graph.replace(out)
     return [layer.name for layer in layers.values()]
+
+
+def _by_token(node: NodeProto, tensor: str) -> list[NodeProto]:
+    """A MatMul of `tensor` as one of its first token and one of the others."""
+    y = node.output[0]
+    out = [
+        helper.make_node(
+            "MatMul", [f"{tensor}@{i}", node.input[1]], [f"{y}@{i}"], name=f"{node.name}@{i}"
+        )
+        for i in range(2)
+    ]
+    name = node.name + "/tokens"
+    return [*out, helper.make_node("Concat", [f"{y}@0", f"{y}@1"], [y], name=name, axis=1)]
 
 
 def smooth(
@@ -140,58 +127,92 @@ def smooth(
     """
     producers, consumers = graph.producers(), graph.consumers()
     results = {o.name for o in graph.proto.graph.output}
+    done: dict[str, str] = {}
+    extra: dict[str, NodeProto] = {}
+    for x, group in _linear_readers(graph).items():
+        factors = None if _left(x, group, keep) else _factors(graph, group, seen.get(x), alpha)
+        if factors is None:
+            continue
+        only = len(consumers[x]) == len(group) and x not in results
+        norm = producers.get(x)
+        if norm is not None and only and _foldable(graph, norm):
+            for i in range(1, len(norm.input)):
+                name = graph.own(norm, i)
+                graph.weights[name] = _scaled(graph.weights[name], 1 / factors)
+            done[x] = "layer norm"
+        elif _outlying(seen[x], worth):
+            extra[x] = _multiplied(graph, x, 1 / factors, consumers[x], group)
+            done[x] = "multiplied"
+        else:
+            continue
+        _scale_weights(graph, group, consumers[x], factors)
+    if extra:
+        graph.replace(_after(graph, extra))
+    return done
+
+
+def _linear_readers(graph: Graph) -> dict[str, list[Layer]]:
+    """Activation -> the Linear layers that read it."""
     groups: dict[str, list[Layer]] = {}
     for layer in graph.layers():
         if layer.op in ("MatMul", "Gemm"):
             groups.setdefault(layer.input, []).append(layer)
-    done, extra = {}, {}
-    for x, group in groups.items():
-        stats = seen.get(x)
-        if (
-            stats is None
-            or stats.values is None
-            or "@" in x
-            or all(any(re.search(k, layer.name) for k in keep) for layer in group)
-        ):
-            continue
-        rows = [np.abs(graph.weights[layer.weight].array()).max(layer.axis) for layer in group]
-        w = np.maximum.reduce(rows)
-        if w.shape != stats.values.shape:
-            continue
-        s = np.maximum(stats.values, 1e-5) ** alpha / np.maximum(w, 1e-5) ** (1 - alpha)
-        s = (s / np.exp(np.log(s).mean())).astype(np.float32)
-        norm = producers.get(x)
-        only = len(consumers[x]) == len(group) and x not in results
-        if (
-            norm is not None
-            and norm.op_type == "LayerNormalization"
-            and only
-            and all(i in graph.weights for i in norm.input[1:])
-        ):
-            for i in range(1, len(norm.input)):
-                name = graph.own(norm, i)
-                graph.weights[name] = _scaled(graph.weights[name], 1 / s)
-            done[x] = "layer norm"
-        elif stats.values.max() > worth * np.median(stats.values):
-            graph.weights[x + "@smooth"] = constant(1 / s)
-            extra[x] = helper.make_node(
-                "Mul", [x, x + "@smooth"], [x + "@smoothed"], name=x + "/smooth"
-            )
-            for n in consumers[x]:
-                if n.name in {layer.node for layer in group}:
-                    n.input[0] = x + "@smoothed"
-            done[x] = "multiplied"
-        else:
-            continue
-        nodes = {n.name: n for n in consumers[x]}
-        for layer in group:
-            name = graph.own(nodes[layer.node], 1)
-            graph.weights[name] = _scaled(
-                graph.weights[name], s[:, None] if layer.axis == 1 else s[None]
-            )
-    if extra:
-        graph.replace(_after(graph, extra))
-    return done
+    return groups
+
+
+def _left(x: str, group: Sequence[Layer], keep: Sequence[str]) -> bool:
+    """Whether an activation is left as it is: a rewrite made it, or only layers that stay in float
+    read it.
+    """
+    return "@" in x or all(any(re.search(k, layer.name) for k in keep) for layer in group)
+
+
+def _factors(
+    graph: Graph, group: Sequence[Layer], stats: ChannelMax | None, alpha: float
+) -> np.ndarray | None:
+    """SmoothQuant's s (D,), with geometric mean 1; None where the channels were not seen."""
+    if stats is None or stats.values is None:
+        return None
+    rows = [np.abs(graph.weights[layer.weight].array()).max(layer.axis) for layer in group]
+    w = np.maximum.reduce(rows)
+    if w.shape != stats.values.shape:
+        return None
+    s = np.maximum(stats.values, 1e-5) ** alpha / np.maximum(w, 1e-5) ** (1 - alpha)
+    return np.asarray(s / np.exp(np.log(s).mean()), np.float32)
+
+
+def _foldable(graph: Graph, norm: NodeProto) -> bool:
+    """Whether factors can go into this node."""
+    known = all(i in graph.weights for i in norm.input[1:])
+    return norm.op_type == "LayerNormalization" and known
+
+
+def _outlying(stats: ChannelMax, worth: float) -> bool:
+    """Whether the largest channel is more than `worth` times the median one."""
+    return stats.values is not None and bool(stats.values.max() > worth * np.median(stats.values))
+
+
+def _multiplied(
+    graph: Graph, x: str, factors: np.ndarray, readers: Sequence[NodeProto], group: Sequence[Layer]
+) -> NodeProto:
+    """A node that multiplies `x`, which the layers of the group then read."""
+    graph.weights[x + "@smooth"] = constant(factors)
+    chosen = {layer.node for layer in group}
+    for n in readers:
+        if n.name in chosen:
+            n.input[0] = x + "@smoothed"
+    return helper.make_node("Mul", [x, x + "@smooth"], [x + "@smoothed"], name=x + "/smooth")
+
+
+def _scale_weights(
+    graph: Graph, group: Sequence[Layer], readers: Sequence[NodeProto], factors: np.ndarray
+) -> None:
+    """In place: the weights that read an activation take its factors."""
+    nodes = {n.name: n for n in readers}
+    for layer in group:
+        name = graph.own(nodes[layer.node], 1)
+        by_axis = factors[:, None] if layer.axis == 1 else factors[None]
+        graph.weights[name] = _scaled(graph.weights[name], by_axis)
 
 
 def _columns(w: Weight, part: slice) -> Weight:
@@ -228,36 +249,35 @@ def _after(graph: Graph, extra: Mapping[str, NodeProto]) -> list[NodeProto]:
 
 
 def integer_embeddings(graph: Graph) -> dict[str, int]:
-    """Gather(table) -> int8 rows with a scale each: storage only, the sum after it stays float.
+    """Store tables that Gather reads as int8 rows with a scale each; the sum after it stays float.
     Returns module -> parameters.
     """
-    done, out = {}, []
+    done: dict[str, int] = {}
+    out: list[NodeProto] = []
     for n in graph.nodes:
         table = graph.weights.get(n.input[0]) if n.op_type == "Gather" else None
         rows = not any(a.name == "axis" and a.i for a in n.attribute)
         if table is None or not rows or table.dtype != np.float32 or len(table.shape) != 2:
             out.append(n)
             continue
-        name = n.input[0]
-        scale = (
-            np.maximum(np.abs(table.array()).max(1, keepdims=True), 1e-8).astype(np.float32) / 127
-        )
-        graph.weights[name + "@q"] = _rows_as_int8(table, scale)
-        graph.weights[name + "@scale"] = constant(scale)
-        y = n.output[0]
-        out += [
-            helper.make_node(
-                "Gather", [name + "@q", n.input[1]], [y + "@q"], name=n.name + "/rows", axis=0
-            ),
-            helper.make_node(
-                "Gather", [name + "@scale", n.input[1]], [y + "@s"], name=n.name + "/scales", axis=0
-            ),
-            helper.make_node("Cast", [y + "@q"], [y + "@f"], name=n.name + "/cast", to=1),
-            helper.make_node("Mul", [y + "@f", y + "@s"], [y], name=n.name + "/rescale"),
-        ]
-        done[
-            table.origin.removeprefix("weights.").removeprefix("module.").removesuffix(".weight")
-        ] = table.size
+        out += _integer_rows(graph, n, table)
+        module = table.origin.removeprefix("weights.").removeprefix("module.")
+        done[module.removesuffix(".weight")] = table.size
     graph.replace(out)
     graph.prune()
     return done
+
+
+def _integer_rows(graph: Graph, gather: NodeProto, table: Weight) -> list[NodeProto]:
+    """Gather of int8 rows, times their scales."""
+    (name, ids), y, at = gather.input[:2], gather.output[0], gather.name
+    largest = np.maximum(np.abs(table.array()).max(1, keepdims=True), 1e-8)
+    scale = largest.astype(np.float32) / 127
+    graph.weights[name + "@q"] = _rows_as_int8(table, scale)
+    graph.weights[name + "@scale"] = constant(scale)
+    return [
+        helper.make_node("Gather", [name + "@q", ids], [y + "@q"], name=at + "/rows", axis=0),
+        helper.make_node("Gather", [name + "@scale", ids], [y + "@s"], name=at + "/scales", axis=0),
+        helper.make_node("Cast", [y + "@q"], [y + "@f"], name=at + "/cast", to=1),
+        helper.make_node("Mul", [y + "@f", y + "@s"], [y], name=at + "/rescale"),
+    ]

@@ -520,7 +520,7 @@ def test_termination_that_a_library_turns_into_its_own_error_is_one_still():
 def test_terminated_half_way_nothing_is_left(tmp_path):
     code = (
         "import sys, time, sdlite.quant.gate as gate, sdlite.cli as cli\n"
-        "gate.pictures = gate.calls = lambda *a: None\n"
+        "gate.images = gate.calls = lambda *a: None\n"
         "gate.compare = lambda *a: time.sleep(600)\n"  # the folder is half written
         "sys.exit(cli.main(['quantize', 'emoji', '--precision', 'int8-dynamic', '--out',"
         f" {str(tmp_path / 'out')!r}]))\n"

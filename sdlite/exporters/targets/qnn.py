@@ -26,7 +26,7 @@ from sdlite.io import scratch
 from sdlite.manifest import PARTS
 from sdlite.onnx_graph import Graph, Layer
 from sdlite.pipeline import Pipeline
-from sdlite.quant.api import KEEP_FLOAT
+from sdlite.quant.options import KEEP_FLOAT
 from sdlite.quant.calibrate import read_prompts
 from sdlite.settings import At, settings
 from sdlite.spec import SPECS
