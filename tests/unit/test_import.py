@@ -51,9 +51,12 @@ def test_every_package_and_asset_is_in_the_wheel():
 def test_public_names_can_be_listed_and_a_misspelt_one_is_an_error():
     import sdlite
 
-    assert {"Pipeline", "quantize", "export", "convert", "errors", "__version__"} <= set(
-        dir(sdlite)
+    assert set(sdlite.__all__) <= set(dir(sdlite))
+    assert {"Pipeline", "PipelineOutput", "quantize", "export", "convert", "errors"} < set(
+        sdlite.__all__
     )
+    assert sdlite.PipelineOutput.__module__ == "sdlite.pipeline"
+    assert issubclass(sdlite.errors.Cancelled, sdlite.errors.SdliteError)
     assert sdlite.errors.SdliteError.__module__ == "sdlite.errors"
     with pytest.raises(AttributeError, match="Pipelin"):
         sdlite.Pipelin  # noqa: B018
@@ -76,34 +79,44 @@ def test_public_function_is_there_or_names_its_extra(name):
     )
 
 
-def test_a_type_checker_finds_misspelt_names_and_arguments(tmp_path):
+RIGHT = """
+import sdlite
+
+def draw(prompt: str) -> sdlite.PipelineOutput:
+    with sdlite.Pipeline.from_pretrained("emoji", precision="fp16") as pipe:
+        out = pipe(prompt, seed=1)
+    out.images[0].save("apple.png")
+    return out
+
+print(sdlite.__version__, sdlite.quantize("emoji", "int8-static", out="int8")["holds"])
+sdlite.export(sdlite.convert("folder", "model"), "web", target="web-fp16")
+try:
+    draw("a red apple")
+except sdlite.errors.Cancelled as e:
+    print(e)
+"""
+WRONG = """
+import sdlite
+pipe = sdlite.Pipeline.from_pretrained("emoji")
+sdlite.Pipelin
+pipe("x", sede=1)
+pipe.tokenise("x")
+pipe("x").image
+"""
+
+
+def test_a_type_checker_knows_the_names_and_finds_misspelled_ones(tmp_path):
     pytest.importorskip("mypy", reason="needs the dev extra")
-    lines = [
-        "import sdlite",
-        "pipe = sdlite.Pipeline.from_pretrained('emoji')",
-        "sdlite.Pipelin",
-        "pipe('x', sede=1)",
-        "pipe.tokenise('x')",
-    ]
-    (tmp_path / "app.py").write_text("\n".join(lines))
+    (tmp_path / "right.py").write_text(RIGHT)
+    (tmp_path / "wrong.py").write_text(WRONG)
     root = Path(__file__).parents[2]
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--config-file",
-        str(root / "pyproject.toml"),
-        "--follow-imports",
-        "silent",
-    ]
-    said = subprocess.run(
-        [*command, str(tmp_path / "app.py")], cwd=root, capture_output=True, text=True
-    ).stdout
-    assert [int(line.split(":")[1]) for line in said.splitlines() if ": error: " in line] == [
-        3,
-        4,
-        5,
-    ], said
+    options = ["--strict", "--config-file", str(root / "pyproject.toml")]
+    options += ["--follow-imports", "silent", "--cache-dir", str(tmp_path)]
+    files = [str(tmp_path / name) for name in ("right.py", "wrong.py")]
+    command = [sys.executable, "-m", "mypy", *options, *files]
+    said = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout
+    errors = [line.rpartition("/")[2] for line in said.splitlines() if ": error: " in line]
+    assert [e.split(": ")[0] for e in errors] == [f"wrong.py:{i}" for i in (4, 5, 6, 7)], said
 
 
 def test_module_is_the_command():

@@ -13,6 +13,7 @@ import sdlite
 from sdlite import images
 from sdlite.artifact import Artifact
 from sdlite.errors import (
+    Cancelled,
     InputError,
     MissingExtraError,
     PrecisionError,
@@ -20,7 +21,6 @@ from sdlite.errors import (
     ShapeError,
     UnknownNameError,
 )
-from sdlite.pipeline import Cancelled
 from sdlite.sampling import Noise, guided
 from sdlite.tokenizer import TruncationWarning
 
