@@ -55,7 +55,7 @@ def _facts(manifest: dict[str, Any]) -> list[str]:
         "Architecture": student["architecture"],
         "Teacher": student["teacher"],
         "Recipe": student["recipe"],
-        "Data": student["data"],
+        "Data": student["data"].replace("pictures", "images"),
         "Training images": f"{student.get('training_images') or 0:,}",
         "License": student["licence"],
         "Limits": "fine detail (letters, the rungs of a ladder, windows) is blurred; one image a"

@@ -396,7 +396,7 @@ def test_strategies_are_shown_with_spread_and_aids_are_judged_by_the_same_seeds(
 
 
 def test_seeds_of_the_embedded_student_hardly_differ_and_prompts_do(emoji):
-    """README says so where seeds are explained; a student whose seeds differ makes that sentence
+    """docs/use.md says so where seeds are explained; a student whose seeds differ makes that sentence
     wrong.
     """
     from benchmarks.seeds import RESULTS, apart, paint

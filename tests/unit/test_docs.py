@@ -171,6 +171,32 @@ def test_commands_in_the_text_exist(document):
             assert all(f'"{o}"' in known for o in given), span
 
 
+# British spellings, and words for which the glossary has another (CONTRIBUTING.md)
+AVOIDED = re.compile(
+    r"\b(pictures?|artefacts?|licences?|colours?|behaviours?|neighbours?"
+    r"|(?:re)?quantis\w+|distil|distils|optimis\w+|recognis\w+|honour\w*|catalogue)\b",
+    re.I,
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_keep_to_the_glossary(document):
+    text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(), flags=re.S | re.M)
+    text = re.sub(r"`[^`\n]+`|\]\([^)]*\)", "", text)
+    assert [m[0] for m in AVOIDED.finditer(text)] == []
+
+
+def test_help_keeps_to_the_glossary():
+    def every(parser):
+        yield parser.format_help()
+        for action in parser._actions:
+            if isinstance(action.choices, dict):
+                for inner in action.choices.values():
+                    yield from every(inner)
+
+    assert [m[0] for text in every(cli.parser()) for m in AVOIDED.finditer(text)] == []
+
+
 def test_each_devices_command_is_read_by_the_parser():
     from sdlite import backends
     from sdlite.exporters import profile
