@@ -396,8 +396,8 @@ def test_strategies_are_shown_with_spread_and_aids_are_judged_by_the_same_seeds(
 
 
 def test_seeds_of_the_embedded_student_hardly_differ_and_prompts_do(emoji):
-    """docs/use.md says so where seeds are explained; a student whose seeds differ makes that sentence
-    wrong.
+    """docs/use.md says so where seeds are explained; of a student whose seeds differ that sentence
+    is wrong.
     """
     from benchmarks.seeds import RESULTS, apart, paint
 
