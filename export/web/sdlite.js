@@ -1,5 +1,5 @@
 // sdlite in a browser: seeded noise, three samplers with guidance, three ONNX networks on onnxruntime-web (wasm or WebGPU).
-// The same seed gives the picture that Python's sdlite.Pipeline gives. Names follow diffusers.
+// The same seed gives the image that Python's sdlite.Pipeline gives. Names follow diffusers.
 
 import * as ort from "./ort/ort.webgpu.bundle.min.mjs";
 import { ClipTokenizer } from "./tokenizer.js";
@@ -164,27 +164,62 @@ export function guided(scale, negative = "") {
   return scale > 1;
 }
 
+// u + g (c - u), as sdlite/sampling/loop.py
+export const guide = (uncond, cond, scale) => each(cond, (k) => uncond[k] + scale * (cond[k] - uncond[k]));
+
+// latents -> what the decoder takes, as Pipeline.decode in sdlite/pipeline.py
+export const unscaled = (latents, { scaling_factor: scaling, shift_factor: shift }) => each(latents, (k) => latents[k] / scaling + shift);
+
+// --- files -------------------------------------------------------------------------------------------------------------
+
+async function answered(url, signal) {
+  const answer = await fetch(url, { signal });
+  if (!answer.ok) throw new Error(`${url}: HTTP ${answer.status}; copy the whole exported folder to the server`);
+  return answer;
+}
+
+// The bytes of a file, size of them; onBytes(n) for each piece of n bytes that arrives.
+async function download(url, size, onBytes, signal) {
+  const reader = (await answered(url, signal)).body.getReader(), out = new Uint8Array(size);
+  let at = 0;
+  for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
+    if (at + piece.value.length > size) throw new Error(`${url} has more than ${size} bytes; copy the exported folder again`);
+    out.set(piece.value, at);
+    at += piece.value.length;
+    onBytes(piece.value.length);
+  }
+  if (at < size) throw new Error(`${url} ended after ${at} of ${size} bytes; load the page again`);
+  return out;
+}
+
 // --- pipeline ----------------------------------------------------------------------------------------------------------
 
 export class Pipeline {
-  // base: URL of the exported folder; provider: "wasm" or "webgpu"; onProgress(text) while files arrive
-  static async load(base = ".", { provider = "wasm", threads, onProgress = () => {} } = {}) {
+  // base: URL of the exported folder; provider: "wasm" or "webgpu"; signal: an AbortSignal;
+  // onProgress(text, share) while files arrive, share from 0 to 1 of their bytes
+  static async load(base = ".", { provider = "wasm", threads, signal, onProgress = () => {} } = {}) {
     ort.env.wasm.wasmPaths = { wasm: new URL(`${base}/ort/ort-wasm-simd-threaded.asyncify.wasm`, document.baseURI).href };
     ort.env.wasm.numThreads = threads ?? (self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1);
     if (provider === "webgpu" && !navigator.gpu) throw new Error("this browser has no WebGPU; choose wasm");
     const pipe = new Pipeline();
-    pipe.settings = await (await fetch(`${base}/sdlite-web.json`)).json();
+    pipe.settings = await (await answered(`${base}/sdlite-web.json`, signal)).json();
     sampler(pipe.settings.sampler.name, pipe.settings.schedule, 1);  // refuses before the networks are fetched
     pipe.tokenizer = await ClipTokenizer.load(`${base}/sdlite-tokenizer.json`);
     pipe.sessions = {};
+    const sizes = pipe.settings.bytes, all = Object.values(sizes).reduce((a, b) => a + b, 0);
+    let have = 0;
     for (const part of ["text_encoder", "unet", "vae_decoder"]) {
-      onProgress(`loading ${part}`);
+      const file = (name) => download(`${base}/${part}/${name}`, sizes[`${part}/${name}`], (n) => {
+        have += n;
+        onProgress(`loading ${part}, ${(have / 1e6).toFixed(1)} of ${(all / 1e6).toFixed(1)} MB`, have / all);
+      }, signal);
       const options = { executionProviders: [provider] }, weights = pipe.settings.weights[part];
       if (weights) {  // a large network: no second copy of its weights while it loads, wasm has 4 GB
-        options.externalData = [{ path: weights, data: `${base}/${part}/${weights}` }];
+        options.externalData = [{ path: weights, data: await file(weights) }];
         options.extra = { session: { disable_prepacking: "1" } };
       }
-      pipe.sessions[part] = await ort.InferenceSession.create(`${base}/${part}/model.onnx`, options);
+      pipe.sessions[part] = await ort.InferenceSession.create(await file("model.onnx"), options);
+      signal?.throwIfAborted();
     }
     return pipe;
   }
@@ -209,9 +244,10 @@ export class Pipeline {
     return { ...out, warnings };
   }
 
+  // signal: an AbortSignal, looked at before every call of the UNet
   // -> {pixels: Uint8ClampedArray RGBA, width, height, seconds, warnings: what of a prompt did not fit}
-  async generate({ prompt, negative_prompt = "", seed = 0, num_inference_steps, guidance_scale, latents, onStep = () => true }) {
-    const begin = performance.now(), { schedule, latent_shape: shape, scaling_factor: scaling, shift_factor: shift } = this.settings;
+  async generate({ prompt, negative_prompt = "", seed = 0, num_inference_steps, guidance_scale, latents, signal, onStep = () => true }) {
+    const begin = performance.now(), { schedule, latent_shape: shape } = this.settings;
     const own = this.settings.sampler, scale = guidance_scale ?? own.guidance_scale;
     const solver = sampler(own.name, schedule, num_inference_steps ?? own.num_inference_steps), n = solver.times.length;
     const uncond = guided(scale, negative_prompt) ? await this.encode(negative_prompt) : null, cond = await this.encode(prompt);
@@ -225,16 +261,19 @@ export class Pipeline {
       encoder_hidden_states: { type: "float32", data: embeds.data, dims: embeds.dims },
     });
     for (const [i, t] of solver.times.entries()) {
+      signal?.throwIfAborted();
       const given = solver.scaled(i, x);
       let out = (await unet(cond, given, t)).data;
       if (uncond) {
-        const u = (await unet(uncond, given, t)).data;
-        out = out.map((c, k) => u[k] + scale * (c - u[k]));
+        signal?.throwIfAborted();
+        out = guide((await unet(uncond, given, t)).data, out, scale);
       }
       x = solver.step(i, out, x, () => draws.normal(size));
       if (onStep(i + 1, n) === false) throw new Error(`cancelled after step ${i + 1} of ${n}`);
+      await new Promise((done) => setTimeout(done));  // wasm never leaves the page's thread: clicks and paints get their turn
     }
-    const z = x.map((v) => v / scaling + shift);
+    signal?.throwIfAborted();
+    const z = unscaled(x, this.settings);
     const image = await this.run("vae_decoder", { latent_sample: { type: "float32", data: z, dims: shape } });
     const [height, width] = image.dims.slice(2), plane = width * height;
     const pixels = new Uint8ClampedArray(4 * plane).fill(255);

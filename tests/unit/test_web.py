@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -50,7 +52,7 @@ def page(tmp_path_factory):
         yield folder, opened
 
 
-def test_a_click_makes_the_picture_that_python_makes(page):
+def test_a_click_makes_the_image_that_python_makes(page):
     _, opened = page
     opened.evaluate(
         "document.getElementById('prompt').value = 'dog face on a blue background',"
@@ -60,7 +62,7 @@ def test_a_click_makes_the_picture_that_python_makes(page):
     opened.click("#go")
     opened.wait("document.getElementById('status').textContent.endsWith('on wasm')", 120)
     script = (
-        "(() => { const c = document.getElementById('picture'); return [c.width, c.height,"
+        "(() => { const c = document.getElementById('image'); return [c.width, c.height,"
         " ...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; })()"
     )
     width, height, *pixels = opened.evaluate(script)
@@ -76,6 +78,119 @@ def test_a_click_makes_the_picture_that_python_makes(page):
         pipe("dog face on a blue background", seed=8, num_inference_steps=4).images[0]
     )
     assert psnr(got, other) < 40
+
+
+def text(opened, id):
+    return opened.evaluate(f"document.getElementById('{id}').textContent")
+
+
+def fill(opened, **fields):
+    for id, value in fields.items():
+        opened.evaluate(f"document.getElementById('{id}').value = {json.dumps(value)}")
+
+
+def test_an_empty_field_is_an_error(page):
+    _, opened = page
+    good = {"prompt": "red apple", "seed": "3", "steps": "1", "guidance": "1"}
+    for id, name in (("prompt", "Prompt"), ("seed", "Seed"), ("steps", "Steps")):
+        fill(opened, **{**good, id: ""})
+        opened.click("#go")
+        opened.wait(
+            f"document.getElementById('error').textContent.startsWith('{name} is empty')", 5
+        )
+    fill(opened, **{**good, "steps": "0"})
+    opened.click("#go")
+    opened.wait("document.getElementById('error').textContent.startsWith('Steps is 0: ')", 5)
+    fill(opened, **good)
+    opened.evaluate("document.getElementById('status').textContent = ''")
+    opened.click("#go")
+    opened.wait("document.getElementById('status').textContent.endsWith('on wasm')", 120)
+    assert text(opened, "error") == ""
+
+
+def test_cancel_random_seed_and_save(page):
+    _, opened = page
+    fill(opened, prompt="red apple", seed="3", steps="400", guidance="1")
+    opened.click("#go")
+    opened.wait("document.getElementById('status').textContent.startsWith('step ')", 120)
+    opened.click("#cancel")
+    opened.wait("document.getElementById('status').textContent === 'cancelled'", 30)
+    assert text(opened, "error") == ""
+    opened.click("#random")
+    seed = opened.evaluate("document.getElementById('seed').value")
+    assert seed != "3"
+    fill(opened, steps="1")
+    opened.click("#go")
+    opened.wait("document.getElementById('status').textContent.endsWith('on wasm')", 120)
+    saved = opened.evaluate("document.getElementById('save').download")
+    assert saved == f"sdlite-{seed}.png"
+    first = opened.evaluate(
+        "fetch(document.getElementById('save').href).then((a) => a.arrayBuffer())"
+        ".then((b) => Array.from(new Uint8Array(b).slice(0, 8)))"
+    )
+    assert bytes(first) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_download_shows_its_progress_and_can_be_cancelled(page):
+    _, opened = page
+    seen = opened.evaluate("""(async () => {
+      const seen = [], onProgress = (text, share) => seen.push([text, share]);
+      await (await sdlite.Pipeline.load(".", {onProgress})).release();
+      const stop = new AbortController();
+      const said = await sdlite.Pipeline.load(".", {
+        signal: stop.signal, onProgress: () => stop.abort(),
+      }).catch((e) => e.name);
+      return [seen, said];
+    })()""")
+    shares = [share for _, share in seen[0]]
+    assert len(shares) >= 3
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert re.fullmatch(r"loading vae_decoder, (\S+) of \1 MB", seen[0][-1][0])
+    assert seen[1] == "AbortError"
+
+
+def test_a_cut_off_network_is_said(page):
+    _, opened = page
+    said = opened.evaluate("""(async () => {
+      const right = globalThis.fetch;
+      globalThis.fetch = async (url, given) => {
+        const answer = await right(url, given);
+        if (!`${url}`.endsWith("unet/model.onnx")) return answer;
+        return new Response((await answer.arrayBuffer()).slice(0, 1000));
+      };
+      try { return await sdlite.Pipeline.load(".").catch((e) => e.message); }
+      finally { globalThis.fetch = right; }
+    })()""")
+    assert re.search(r"unet/model.onnx ended after 1000 of \d+ bytes; load the page again", said)
+
+
+def test_a_phone_does_not_scroll_sideways(page):
+    _, opened = page
+    opened.resize(375, 667)
+    try:
+        fill(opened, prompt="W" * 200, seed="9007199254740991")
+        opened.evaluate("document.getElementById('warning').textContent = 'W'.repeat(200)")
+        assert opened.evaluate("document.documentElement.scrollWidth") == 375
+        wide = opened.evaluate(
+            "Array.from(document.querySelectorAll('input, button, select, canvas')).filter("
+            "(e) => e.getBoundingClientRect().right > 375).map((e) => e.id)"
+        )
+        assert wide == []
+    finally:
+        opened.resize(1024, 768)
+
+
+def test_opened_as_a_file_the_page_says_what_to_do(page):
+    folder, _ = page
+    with chromium.Browser(folder) as opened:
+        opened.open((folder / "index.html").as_uri())
+        opened.wait("location.protocol === 'file:' && document.readyState === 'complete'")
+        assert "python3 -m http.server 8000" in text(opened, "error")
+        shown = opened.evaluate(
+            "document.body.innerText.trim().split('\\n').filter(Boolean).length"
+        )
+        assert shown == 2  # the title and the message
 
 
 @pytest.mark.parametrize("wrong", ["padding", "noise"])
@@ -359,16 +474,25 @@ def test_an_export_of_another_sampler_is_refused_before_any_work(copy, name, con
 def test_a_broken_sampler_is_seen_by_the_click_and_errors_are_shown(page):
     _, opened = page
     opened.evaluate(
-        "document.getElementById('steps').value = 4, document.getElementById('seed').value = 'x'"
+        "document.getElementById('steps').value = 4, document.getElementById('seed').value = 1"
     )
     opened.evaluate(
         "sdlite.pipes.wasm = {generate: async () => { throw new Error('latents are not finite');"
         " }}, true"
     )
     opened.click("#go")
-    opened.wait("document.getElementById('status').textContent === 'latents are not finite'", 10)
+    opened.wait("document.getElementById('error').textContent === 'latents are not finite'", 10)
     with pytest.raises(ExportError, match="in the browser: Error: no"):
         opened.evaluate("Promise.reject(new Error('no'))")
+
+
+def test_the_target_is_imported_where_fcntl_is_not():
+    code = (
+        "import sys; sys.modules['fcntl'] = None; import sdlite.exporters.targets.web as w;"
+        "import os; os.name = 'nt'; print(w.chromium.lacking())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "only Linux and macOS have" in done.stdout, done.stderr
 
 
 def test_runtime_from_a_folder_and_by_hash(tmp_path, monkeypatch):

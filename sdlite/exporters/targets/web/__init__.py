@@ -147,11 +147,8 @@ class Web(Target[Options]):
 
     def run_all(self, folder: Path, threads: int | None) -> Running:
         """The page in a headless Chromium."""
-        if chromium.find() is None:
-            raise NotRunnable(
-                f"no browser here; install one of {', '.join(chromium.NAMES)}, or name it in"
-                " SDLITE_CHROMIUM"
-            )
+        if why := chromium.lacking():
+            raise NotRunnable(why)
         page = Page(folder, self.options.provider)
         networks = {part: page.network(part) for part in SPECS}
         return Running(networks, page.close, page.image, page.clock)
@@ -168,6 +165,11 @@ def page_settings(
         "sampler": artifact.samples_with,
         "latent_shape": latent_shape,
         "weights": beside,
+        "bytes": {
+            f"{p}/{f.name}": f.stat().st_size
+            for p in SPECS
+            for f in sorted((folder / p).glob("model.onnx*"))
+        },
         "scaling_factor": vae["scaling_factor"],
         "shift_factor": vae.get("shift_factor") or 0.0,
         "schedule": schedule_of(artifact),

@@ -6,7 +6,7 @@ Speaks the DevTools protocol over Chromium's pipe, so nothing has to be installe
 
 from __future__ import annotations
 
-import fcntl
+import base64
 import functools
 import http.server
 import json
@@ -32,6 +32,15 @@ FLAGS = (
 )
 
 
+def lacking() -> str:
+    """Why no browser can be asked on this machine; "" where one can."""
+    if os.name != "posix":
+        return "sdlite talks to Chromium through pipes that only Linux and macOS have"
+    if find() is None:
+        return f"no browser here; install one of {', '.join(NAMES)}, or name it in SDLITE_CHROMIUM"
+    return ""
+
+
 def find() -> str | None:
     """Path of a Chromium, from SDLITE_CHROMIUM or PATH."""
     return os.environ.get("SDLITE_CHROMIUM") or next(
@@ -51,15 +60,18 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         super().end_headers()
 
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is printed."""
 
 
 def _above(descriptor: int) -> int:
     """The same pipe end under a number from 10: 3 and 4 are wanted for Chromium's ends."""
-    out = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
-    os.close(descriptor)
-    return out
+    held = [descriptor]
+    while held[-1] < 10:
+        held.append(os.dup(held[-1]))
+    for small in held[:-1]:
+        os.close(small)
+    return held[-1]
 
 
 class Browser:
@@ -70,51 +82,18 @@ class Browser:
     """
 
     def __init__(self, folder: Path, page: str = "index.html", timeout: float = 300):
-        binary = find()
-        if binary is None:
-            raise ExportError(
-                f"no browser; install one of {', '.join(NAMES)}, or name it in SDLITE_CHROMIUM."
-            )
+        if why := lacking():
+            raise ExportError(f"{why}.")
         self.timeout = timeout
-        self._server = http.server.ThreadingHTTPServer(
-            ("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder))
-        )
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self._home = ExitStack()
-        profile = self._home.enter_context(scratch("browser"))
-        (there, self._out), (self._in, back) = (
-            (_above(a), _above(b)) for a, b in (os.pipe(), os.pipe())
-        )
-
-        def descriptors() -> (
-            None
-        ):  # Chromium reads commands from descriptor 3 and writes answers to 4
-            os.dup2(there, 3)
-            os.dup2(back, 4)
-
-        command = [
-            binary,
-            *FLAGS,
-            "--remote-debugging-pipe",
-            f"--user-data-dir={profile}",
-            "about:blank",
-        ]
-        self._process = subprocess.Popen(
-            command, preexec_fn=descriptors, pass_fds=(3, 4), stderr=subprocess.DEVNULL
-        )
-        os.close(there)
-        os.close(back)
-        self._timer: threading.Timer | None = None
-        self._buffer, self._id, self._session = b"", 0, None
-        try:
+        self._buffer, self._id, self._session = b"", 0, ""
+        with ExitStack() as stack:
+            port = _serve(folder, stack)
+            self._process, self._out, self._in = _start(stack)
             target = self._send("Target.createTarget", url="about:blank")["targetId"]
-            self._session = self._send("Target.attachToTarget", targetId=target, flatten=True)[
-                "sessionId"
-            ]
-            self._send("Page.navigate", url=f"http://127.0.0.1:{self._server.server_port}/{page}")
-        except BaseException:
-            self.close()
-            raise
+            attached = self._send("Target.attachToTarget", targetId=target, flatten=True)
+            self._session = attached["sessionId"]
+            self.open(f"http://127.0.0.1:{port}/{page}")
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Browser:
         return self
@@ -123,17 +102,30 @@ class Browser:
         self.close()
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._server.shutdown()
-        self._server.server_close()
-        os.close(self._out)
-        os.close(self._in)
-        self._home.close()
+        """End the browser and the server."""
+        self._stack.close()
 
-    def _send(self, method: str, **params: Any) -> dict[str, Any]:
+    def open(self, url: str) -> None:
+        """Go to an address."""
+        self._send("Page.navigate", url=url)
+
+    def resize(self, width: int, height: int) -> None:
+        """Make the page as large as a phone's screen of these CSS pixels."""
+        self._send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=True,
+        )
+
+    def screenshot(self) -> bytes:
+        """What the page looks like, as PNG."""
+        return base64.b64decode(self._send("Page.captureScreenshot", format="png")["data"])
+
+    def _send(self, method: str, **params: object) -> dict[str, Any]:
         self._id += 1
-        message: dict[str, Any] = {"id": self._id, "method": method, "params": params}
+        message: dict[str, object] = {"id": self._id, "method": method, "params": params}
         if self._session:
             message["sessionId"] = self._session
         data = memoryview(json.dumps(message).encode() + b"\0")
@@ -142,10 +134,8 @@ class Browser:
         try:
             while data:
                 data = data[os.write(self._out, data) :]
-            while True:
-                answer = self._read()
-                if answer.get("id") == self._id:
-                    break
+            while (answer := self._read()).get("id") != self._id:
+                pass
         except BrokenPipeError as e:
             raise ExportError(f"the browser ended during {method}.") from e
         finally:
@@ -187,25 +177,59 @@ class Browser:
     def wait(self, condition: str, seconds: float = 60) -> None:
         """Until a JavaScript condition holds. Raises ExportError after `seconds`."""
         late = json.dumps(f"waited {seconds:g} s for {condition}")
-        self.evaluate(
-            f"new Promise((yes, no) => {{ const end = Date.now() + {seconds * 1000}; const ask = ()"
-            f" => ({condition}) ? yes(true) : Date.now() > end ? no(new Error({late})) :"
-            " setTimeout(ask, 20); ask(); })"
-        )
+        self.evaluate(f"""new Promise((yes, no) => {{
+          const end = Date.now() + {seconds * 1000};
+          const ask = () => {{
+            if ({condition}) yes(true);
+            else if (Date.now() > end) no(new Error({late}));
+            else setTimeout(ask, 20);
+          }};
+          ask();
+        }})""")
 
     def click(self, selector: str) -> None:
-        """A real mouse click in the middle of an element."""
-        box = self.evaluate(
-            "(() => { const b ="
-            f" document.querySelector({json.dumps(selector)}).getBoundingClientRect(); return [b.x"
-            " + b.width / 2, b.y + b.height / 2]; })()"
-        )
+        """A real mouse click in the middle of an element, which is scrolled into view."""
+        x, y = self.evaluate(f"""(() => {{
+          const element = document.querySelector({json.dumps(selector)});
+          element.scrollIntoView({{block: "center", behavior: "instant"}});
+          const box = element.getBoundingClientRect();
+          return [box.x + box.width / 2, box.y + box.height / 2];
+        }})()""")
         for kind in ("mousePressed", "mouseReleased"):
-            self._send(
-                "Input.dispatchMouseEvent",
-                type=kind,
-                x=box[0],
-                y=box[1],
-                button="left",
-                clickCount=1,
-            )
+            self._send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+
+def _serve(folder: Path, stack: ExitStack) -> int:
+    """Serve a folder until the stack is closed; the port."""
+    handler = functools.partial(_Handler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    stack.callback(server.server_close)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    stack.callback(server.shutdown)
+    return server.server_port
+
+
+def _start(stack: ExitStack) -> tuple[subprocess.Popen[bytes], int, int]:
+    """A Chromium until the stack is closed, and the pipe ends to write to and to read from."""
+    profile = stack.enter_context(scratch("browser"))
+    (there, out), (into, back) = ((_above(a), _above(b)) for a, b in (os.pipe(), os.pipe()))
+    stack.callback(os.close, out)
+    stack.callback(os.close, into)
+
+    def descriptors() -> None:
+        """Chromium reads commands from descriptor 3 and writes answers to 4."""
+        os.dup2(there, 3)
+        os.dup2(back, 4)
+
+    options = ["--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
+    process = subprocess.Popen(
+        [str(find()), *FLAGS, *options],
+        preexec_fn=descriptors,
+        pass_fds=(3, 4),
+        stderr=subprocess.DEVNULL,
+    )
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    os.close(there)
+    os.close(back)
+    return process, out, into
