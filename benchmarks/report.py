@@ -14,8 +14,17 @@ import argparse
 import re
 from pathlib import Path
 
-from benchmarks import reliability
-from benchmarks.tables import cards, exports, ladder, machine, models, plots, speed, strategies
+from benchmarks.tables import (
+    cards,
+    exports,
+    ladder,
+    machine,
+    models,
+    plots,
+    reliability,
+    speed,
+    strategies,
+)
 from benchmarks.tables.rows import footnotes
 
 ROOT = Path(__file__).parent.parent

@@ -211,6 +211,19 @@ def test_each_devices_command_is_read_by_the_parser():
             assert args.backend in ("auto", *backends.names()), row
 
 
+def test_every_benchmark_is_in_the_list_of_benchmarks():
+    listed = (ROOT / "benchmarks" / "README.md").read_text()
+    files = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("*/__main__.py")]
+    modules = {
+        (p.parent if p.stem == "__main__" else p).stem
+        for p in files
+        if 'if __name__ == "__main__"' in p.read_text() or p.stem == "__main__"
+    }
+    assert len(modules) > 15
+    unlisted = {m for m in modules if f"benchmarks.{m}" not in listed}
+    assert unlisted <= {"published_models", "shapes"}  # they write models for the others
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_names_in_the_text_exist(document, emoji):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
