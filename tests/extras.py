@@ -131,9 +131,7 @@ def quantize() -> str:
 
 
 def convert() -> str:
-    from sdlite.converter import convert as made
-
-    made(plain(), "converted")
+    command("convert", plain(), "--out", "converted")
     command("verify", "converted")
     return generate("converted")
 
@@ -143,7 +141,7 @@ def distill() -> str:
     Path("prompts.txt").write_text("a red apple\na green tree\n")
     told = ["recipe.toml", "--teacher", plain(), "--data", "prompts.txt"]
     command("distill", "doctor", *told)
-    command("distill", *told, "--out", "run")
+    command("distill", "run", *told, "--out", "run")
     command("verify", "run/artefact")
     generate("run/artefact", -100.0)
     return "doctor, two steps, graphs, opened again"

@@ -191,7 +191,7 @@ def _claim_of_the_student(folder: Path) -> list[str]:
     fast, slow = found["emoji"], found["emoji-teacher"]
     return [
         "",
-        f"The embedded student `emoji` makes a 64 px image in {fast * 1e3:.0f} ms there,"
+        f"The embedded student `emoji` makes a 64 px image in {fast * 1e3:.0f} ms on two cores,"
         f" {slow / fast:.0f} times as fast as its teacher: `python -m benchmarks.run teacher`.",
     ]
 

@@ -288,6 +288,34 @@ def test_help_lists_what_the_registries_hold(capsys):
         assert [n for names in registries for n in names if n not in text] == []
 
 
+def test_convert_hands_on_what_it_is_given(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch", reason="needs the export extra")
+    from sdlite import converter
+
+    asked = []
+
+    def convert(folder, out, **given):
+        asked.append((folder, given))
+        out.mkdir()
+        (out / "model.onnx").write_bytes(bytes(1_500_000))
+        return out
+
+    monkeypatch.setattr(converter, "convert", convert)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "prompts.txt").write_text("a fox\n\na house\n")
+    words = ["convert", str(tmp_path / "source"), "--out", str(tmp_path / "out"), "--steps", "4"]
+    words += ["--guidance", "0", "--sampler", "lcm", "--name", "mine"]
+    assert main([*words, "--prompts", str(tmp_path / "prompts.txt")]) == 0
+    ((folder, given),) = asked
+    assert folder == tmp_path / "source"
+    assert given["name"] == "mine"
+    assert given["calibration_prompts"] == ["a fox", "a house"]
+    assert given["sampler"] == {"name": "lcm", "num_inference_steps": 4, "guidance_scale": 0.0}
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'out'} (1.50 MB)\n"
+    assert main(words) == 1  # OUT is there: said before the model is opened
+    assert len(asked) == 1
+
+
 def test_every_command_is_in_a_file_of_its_name():
     for command in COMMANDS:
         module = importlib.import_module(f"sdlite.cli.{command.name}")
