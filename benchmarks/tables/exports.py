@@ -2,78 +2,75 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from benchmarks.tables.rows import read, table
+
+_HEADER = [
+    "model",
+    "profile",
+    "precision",
+    "networks",
+    "checked",
+    "worst image PSNR / network SQNR",
+    "s",
+    "peak MiB + converter's",
+    "tools",
+    "date",
+]
+Row = dict[str, Any]
 
 
 def exports() -> list[str]:
     """The matrix of export/README.md: the last row of each model and profile."""
     last = {(r["model"], r["profile"]): r for r in read("exports")}
+    if not last:
+        return ["Not measured yet: run `python -m benchmarks.export emoji`."]
     body = []
     for (model, name), r in sorted(last.items()):
         if "error" in r:
-            body.append(
-                [
-                    model,
-                    f"`{name}`",
-                    "",
-                    "",
-                    f"failed: {r['error'].splitlines()[0][:120]}",
-                    "",
-                    "",
-                    "",
-                    "",
-                    r["date"],
-                ]
-            )
+            why = f"failed: {r['error'].splitlines()[0][:120]}"
+            body.append([model, f"`{name}`", "", "", why, "", "", "", "", r["date"]])
             continue
-        how = (
-            "on the runtime"
-            if r["not_run"] is None
-            else f"not run ({r['not_run']}); {r['checked_by']}"
-        )
-        provider = r["options"].get("provider") or ("vulkan" if r["options"].get("vulkan") else "")
-        worst = min(n["sqnr"] for n in r["parity"]["networks"].values())
-        made = r.get("picture_seconds")
-        if made:
-            how += f"; an image in {made['first']:.1f} s, then {np.median(made['later']):.1f} s"
-        to_float = (
-            f", {min(r['parity']['reference']):.1f} dB to fp32"
-            if r["parity"].get("reference")
-            else ""
-        )
+        size = f", {r['size_px']} px" if r.get("size_px") else ""
+        peaks = [p for p in (r["peak_mib"], r.get("converter_peak_mib")) if p]
         body.append(
             [
-                model + (f", {r['size_px']} px" if r.get("size_px") else ""),
+                model + size,
                 f"`{name}`",
                 r["precision"],
                 f"{r['bytes'] / 1e6:.1f} MB",
-                how + (f", {provider}" if provider else ""),
-                f"{min(r['parity']['psnr'] or [float('nan')]):.1f} dB / {worst:.1f} dB{to_float}",
+                _checked(r),
+                _closeness(r),
                 f"{r['seconds']:.0f}",
-                " + ".join(f"{p:,.0f}" for p in (r["peak_mib"], r.get("converter_peak_mib")) if p),
+                " + ".join(f"{p:,.0f}" for p in peaks),
                 ", ".join(f"{k} {v}" for k, v in r["tools"].items()),
                 r["date"],
             ]
         )
-    if not body:
-        return ["Not measured yet: run `python -m benchmarks.export emoji`."]
-    return table(
-        [
-            "model",
-            "profile",
-            "precision",
-            "networks",
-            "checked",
-            "worst image PSNR / network SQNR",
-            "s",
-            "peak MiB + converter's",
-            "tools",
-            "date",
-        ],
-        body,
-    )
+    return table(_HEADER, body)
+
+
+def _checked(r: Row) -> str:
+    """Where the networks ran, or why not."""
+    how = "on the runtime"
+    if r["not_run"] is not None:
+        how = f"not run ({r['not_run']}); {r['checked_by']}"
+    if made := r.get("picture_seconds"):
+        how += f"; an image in {made['first']:.1f} s, then {np.median(made['later']):.1f} s"
+    provider = r["options"].get("provider") or ("vulkan" if r["options"].get("vulkan") else "")
+    return how + (f", {provider}" if provider else "")
+
+
+def _closeness(r: Row) -> str:
+    """The worst image and the worst network, and the worst image to the float model's."""
+    parity = r["parity"]
+    image = min(parity["psnr"] or [float("nan")])
+    network = min(n["sqnr"] for n in parity["networks"].values())
+    to_float = f", {min(parity['reference']):.1f} dB to fp32" if parity.get("reference") else ""
+    return f"{image:.1f} dB / {network:.1f} dB{to_float}"
 
 
 def fused() -> list[str]:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.tables.machine import share
-from benchmarks.tables.rows import NAMES, RESULTS, missing, number, results, spread, table
+from benchmarks.tables.rows import (
+    NAMES,
+    RESULTS,
+    Result,
+    failed,
+    missing,
+    number,
+    results,
+    spread,
+    table,
+)
 
 # row of the article -> (parameters, GB, seconds); its hardware and step count are not given
 ARTICLE = {
@@ -22,68 +32,71 @@ TWIN = {  # (model, precision) -> the article's row
 }
 
 
-def zoo(folder: Path = RESULTS, full: bool = True) -> list[str]:
+_ZOO = [
+    "model",
+    "run as",
+    "batch",
+    "UNet + text + VAE, M",
+    "weights MB",
+    "load s",
+    "s/step",
+    "s/image",
+    "images/s",
+    "peak MiB",
+    "x original, same engine",
+    "x original, diffusers",
+    "article: x, GB",
+    "of the limit",
+]
+
+
+def zoo(folder: Path = RESULTS) -> list[str]:
+    """Every rung and the published students; ratios are to the original on the same engine, and on
+    diffusers.
+    """
     found = results("zoo-512", folder)
     if not found:
         return missing("zoo-512")
     good = {(r.case["model"], *r.name, r.case["batch"]): r for r in found if not r.error}
-    plain = good.get(("shape:sd14", "diffusers", "fp32", 1))
-    same = good.get(("shape:sd14", "sdlite-openvino", "fp32", 1))
-    header = [
-        "model",
-        "run as",
-        "batch",
-        "UNet + text + VAE, M",
-        "weights MB",
-        "load s",
-        "s/step",
-        "s/image",
-        "images/s",
-        "peak MiB",
+    originals = [
+        good.get(("shape:sd14", engine, "fp32", 1)) for engine in ("sdlite-openvino", "diffusers")
     ]
-    ratios = ["x original, same engine", "x original, diffusers", "article: x, GB", "of the limit"]
     body = []
     for r in found:
-        c = r.case
-        head = [
-            NAMES.get(c["model"], c["model"]),
-            f"{c['engine']} {c['precision']}",
-            str(c["batch"]),
-        ]
+        head = [*_who(r), str(r.case["batch"])]
         if r.error:
-            body.append(
-                [
-                    *head,
-                    f"failed: {r.error.replace('|', '/')[:160]}",
-                    *[""] * (len(header) + (len(ratios) if full else 0) - 4),
-                ]
-            )
-            continue
-        p = r.rows[0]["parameters"]
-        step, each = r.stage("unet"), [s / c["batch"] for s in r.samples]
-        cells = [
-            *head,
-            " + ".join(f"{p[k] / 1e6:.0f}" for k in ("unet", "text_encoder", "vae")),
-            number(r.median("bytes"), 0, 1e-6),
-            number(r.median("load_seconds"), 1),
-            number(None if step is None else step / c["steps"], 3),
-            spread(each),
-            number(r.images_per_second, 3),
-            number(r.median("peak_mib"), 0),
-        ]
-        if full:
-            twin = TWIN.get((c["model"], c["precision"])) if c["batch"] == 1 else None
-            cells += [number(b and b.seconds / r.seconds * c["batch"]) for b in (same, plain)]
-            cells += [
-                (
-                    f"{ARTICLE['original'][2] / ARTICLE[twin][2]:.1f}x, {ARTICLE[twin][1]:g} GB"
-                    if twin
-                    else ""
-                ),
-                share(r, folder),
-            ]
-        body.append(cells)
-    return table([*header, *(ratios if full else [])], body)
+            body.append([*head, failed(r), *[""] * (len(_ZOO) - 4)])
+        else:
+            ratios = [number(b and b.seconds / r.seconds * r.case["batch"]) for b in originals]
+            body.append([*head, *_costs(r), *ratios, _twin(r), share(r, folder)])
+    return table(_ZOO, body)
+
+
+def _who(r: Result) -> list[str]:
+    c = r.case
+    return [NAMES.get(c["model"], c["model"]), f"{c['engine']} {c['precision']}"]
+
+
+def _costs(r: Result) -> list[str]:
+    counts, step = r.rows[0]["parameters"], r.stage("unet")
+    return [
+        " + ".join(f"{counts[k] / 1e6:.0f}" for k in ("unet", "text_encoder", "vae")),
+        number(r.median("bytes"), 0, 1e-6),
+        number(r.median("load_seconds"), 1),
+        number(None if step is None else step / r.case["steps"], 3),
+        spread([s / r.case["batch"] for s in r.samples]),
+        number(r.images_per_second, 3),
+        number(r.median("peak_mib"), 0),
+    ]
+
+
+def _twin(r: Result) -> str:
+    """The article's figures of this rung."""
+    twin = TWIN.get((r.case["model"], r.case["precision"]))
+    if twin is None or r.case["batch"] != 1:
+        return ""
+    _, gigabytes, seconds = ARTICLE[twin]
+    return f"{ARTICLE['original'][2] / seconds:.1f}x, {gigabytes:g} GB"
 
 
 def best(folder: Path = RESULTS) -> list[str]:
@@ -101,20 +114,13 @@ def best(folder: Path = RESULTS) -> list[str]:
     )
     body = []
     for r in found:
-        c = r.case
-        calls = f"{c['steps']}, {'guided' if c['guidance'] != 1 else 'one call each'}"
-        head = [NAMES.get(c["model"], c["model"]), f"{c['engine']} {c['precision']}", calls]
+        calls = "guided" if r.case["guidance"] != 1 else "one call each"
+        head = [*_who(r), f"{r.case['steps']}, {calls}"]
         if r.error:
-            body.append([*head, f"failed: {r.error.replace('|', '/')[:160]}", "", ""])
+            body.append([*head, failed(r), "", ""])
             continue
-        body.append(
-            [
-                *head,
-                spread(r.samples),
-                number(r.median("peak_mib"), 0),
-                number(first and first.seconds / r.seconds, 1),
-            ]
-        )
+        faster = number(first and first.seconds / r.seconds, 1)
+        body.append([*head, spread(r.samples), number(r.median("peak_mib"), 0), faster])
     return table(["model", "run as", "steps", "s/image", "peak MiB", "x original"], body)
 
 
@@ -132,34 +138,13 @@ def article(folder: Path = RESULTS) -> list[str]:
     }
     if not found:
         return missing("zoo-512")
+    original = found.get("original")
     body = []
-    first = found.get("original")
-    for name, (params, gb, seconds) in ARTICLE.items():
-        r = found.get(name)
-        ours = ["", "", "", "", ""]
-        if r:
-            p = r.rows[0]["parameters"]["unet"]
-            peak = r.median("peak_mib") or 0.0
-            ours = [f"{p / 1e6:.0f}M", number(peak * 2**20 / 1e9), spread(r.samples)]
-            ours += (
-                [
-                    f"{first.seconds / r.seconds:.1f}x",
-                    f"{(first.median('peak_mib') or 0.0) / peak:.1f}x",
-                ]
-                if first
-                else ["", ""]
-            )
-        body.append(
-            [
-                name,
-                params,
-                f"{gb:g}",
-                f"{seconds:g}",
-                f"{ARTICLE['original'][2] / seconds:.1f}x",
-                f"{ARTICLE['original'][1] / gb:.1f}x",
-                *ours,
-            ]
-        )
+    for name, (parameters, gigabytes, seconds) in ARTICLE.items():
+        _, most, longest = ARTICLE["original"]
+        theirs = [parameters, f"{gigabytes:g}", f"{seconds:g}"]
+        theirs += [f"{longest / seconds:.1f}x", f"{most / gigabytes:.1f}x"]
+        body.append([name, *theirs, *_ours(found.get(name), original)])
     header = [
         "model",
         "article: UNet",
@@ -174,3 +159,16 @@ def article(folder: Path = RESULTS) -> list[str]:
         "smaller",
     ]
     return table(header, body)
+
+
+def _ours(r: Result | None, original: Result | None) -> list[str]:
+    """UNet, peak memory and seconds of a rung, and how much faster and smaller it is."""
+    if r is None:
+        return [""] * 5
+    peak = r.median("peak_mib") or 0.0
+    parameters = r.rows[0]["parameters"]["unet"]
+    out = [f"{parameters / 1e6:.0f}M", number(peak * 2**20 / 1e9), spread(r.samples)]
+    if original is None:
+        return [*out, "", ""]
+    smaller = (original.median("peak_mib") or 0.0) / peak
+    return [*out, f"{original.seconds / r.seconds:.1f}x", f"{smaller:.1f}x"]

@@ -13,6 +13,7 @@ from benchmarks.tables.rows import (
     NAMES,
     RESULTS,
     Result,
+    failed,
     last_run,
     missing,
     number,
@@ -79,7 +80,7 @@ def scaling(folder: Path = RESULTS) -> list[str]:
             ", ".join(f"{k.removesuffix('_px')} {c[k]}" for k in base if c[k] != base[k]) or "base"
         )
         if r.error:
-            body.append([what, f"failed: {r.error.replace('|', '/')[:160]}", "", "", "", ""])
+            body.append([what, failed(r), "", "", "", ""])
             continue
         body.append(
             [

@@ -120,6 +120,11 @@ def spread(samples: Sequence[float]) -> str:
     )
 
 
+def failed(r: Result) -> str:
+    """Why a case has no figures, as a cell."""
+    return f"failed: {(r.error or '').replace('|', '/')[:160]}"
+
+
 def missing(suite: str) -> list[str]:
     return [f"Not measured yet: run `python -m benchmarks.run {suite}`."]
 

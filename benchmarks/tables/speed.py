@@ -10,6 +10,7 @@ from benchmarks.tables.rows import (
     ARITHMETIC,
     RESULTS,
     Result,
+    failed,
     missing,
     number,
     order,
@@ -71,62 +72,59 @@ def floats(suite: str = "emoji", folder: Path = RESULTS) -> list[str]:
     )
 
 
-def peers(suite: str = "peers-512", folder: Path = RESULTS, full: bool = True) -> list[str]:
+_PEERS = [
+    "engine",
+    "precision",
+    "s/image",
+    "x diffusers fp32",
+    "peak MiB",
+    "weights MB",
+    "UNet s/step",
+    "VAE s",
+    "text s",
+    "load s",
+    "first call s",
+    "of the limit",
+    "PSNR to our fp32, dB",
+    "setting",
+]
+
+
+def peers(suite: str = "peers-512", folder: Path = RESULTS) -> list[str]:
+    """sdlite and other tools, fastest first; ours are bold."""
     found = order(results(suite, folder))
     if not found:
         return missing(suite)
     base = next((r for r in found if r.name == ("diffusers", "fp32") and not r.error), None)
-    header = ["engine", "precision", "s/image", "x diffusers fp32", "peak MiB", "weights MB"]
-    more = [
-        "UNet s/step",
-        "VAE s",
-        "text s",
-        "load s",
-        "first call s",
-        "of the limit",
-        "PSNR to our fp32, dB",
-        "setting",
-    ]
     body = []
     for r in found:
-        setting = (r.rows[0]["setting"] if r.rows else "") if full else ""
-        mark = "**" if r.ours else ""
+        engine, precision = r.name
         if r.error:
-            width = len(header) + (len(more) if full else 0)
-            body.append(
-                [
-                    r.case["engine"],
-                    r.case["precision"],
-                    f"failed: {r.error.replace('|', '/')[:160]}",
-                    *[""] * (width - 3),
-                ]
-            )
+            body.append([engine, precision, failed(r), *[""] * (len(_PEERS) - 3)])
             continue
+        mark = "**" if r.ours else ""
         ratio = "" if base is None else f"{base.seconds / r.seconds:.2f}"
-        cells = [
-            f"{mark}{r.case['engine']}{mark}",
-            r.case["precision"],
-            spread(r.samples),
-            ratio,
-            number(r.median("peak_mib"), 0),
-            number(r.median("bytes"), 0, 1e-6),
-        ]
-        if full:
-            step = r.stage("unet")
-            cells += [
-                number(
-                    None if step is None else step / r.case["steps"], 3 if r.seconds >= 0.2 else 4
-                ),
-                number(r.stage("vae_decoder"), 2 if r.seconds >= 0.2 else 4),
-                number(r.stage("text_encoder"), 3),
-                number(r.median("load_seconds"), 1),
-                number(r.median("first_call_seconds"), 1 if r.seconds >= 0.2 else 2),
-                share(r, folder),
-                number(r.median("psnr_to_sdlite_ort"), 1),
-                setting,
-            ]
-        body.append(cells)
-    return table([*header, *(more if full else [])], body)
+        body.append(
+            [f"{mark}{engine}{mark}", precision, spread(r.samples), ratio, *_parts(r, folder)]
+        )
+    return table(_PEERS, body)
+
+
+def _parts(r: Result, folder: Path) -> list[str]:
+    """Memory, bytes, seconds of each stage, and how close the image is."""
+    slow, step = r.seconds >= 0.2, r.stage("unet")
+    return [
+        number(r.median("peak_mib"), 0),
+        number(r.median("bytes"), 0, 1e-6),
+        number(None if step is None else step / r.case["steps"], 3 if slow else 4),
+        number(r.stage("vae_decoder"), 2 if slow else 4),
+        number(r.stage("text_encoder"), 3),
+        number(r.median("load_seconds"), 1),
+        number(r.median("first_call_seconds"), 1 if slow else 2),
+        share(r, folder),
+        number(r.median("psnr_to_sdlite_ort"), 1),
+        r.rows[0]["setting"] if r.rows else "",
+    ]
 
 
 def _best(found: list[Result], ours: bool, key: Callable[[Result], float]) -> Result | None:

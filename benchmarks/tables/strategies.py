@@ -38,6 +38,22 @@ SCORES = {  # column -> (key of a row, factor, digits)
 }
 
 
+_HEADER = [
+    "strategy",
+    "UNet",
+    "fewer parameters",
+    "M MACs a call",
+    "steps (network calls)",
+    "s/image",
+    "faster",
+    *SCORES,
+    "images",
+    "minutes",
+    "seeds",
+]
+Row = dict[str, Any]
+
+
 def strategies(folder: Path = RESULTS) -> list[str]:
     """The article's second table as it stands there, and ours: each strategy of
     `benchmarks.distil`, mean and deviation over seeds.
@@ -51,89 +67,63 @@ def strategies(folder: Path = RESULTS) -> list[str]:
     ]
     if not rows:
         return [*out, "Ours: not measured yet: run `python -m benchmarks.distil size` and `steps`."]
-    for which, title in (
-        ("size", "The student made smaller, sampled in 25 guided steps:"),
-        ("steps", STEPS_TITLE),
-    ):
+    size_title = "The student made smaller, sampled in 25 guided steps:"
+    for which, title in (("size", size_title), ("steps", STEPS_TITLE)):
         mine = [r for r in rows if r["table"] == which]
-        if not mine:
-            continue
-        fastest: dict[
-            tuple[float, int], float
-        ] = {}  # equal networks and calls are equal work, whatever else the machine did
-        for r in mine:
-            key = (r["parameters"], r["calls"])
-            fastest[key] = min(fastest.get(key, r["seconds_per_image"]), r["seconds_per_image"])
-        teacher = next((r for r in mine if r["strategy"] == "teacher"), None)
-        groups = _budgets(mine)
-        body = []
-        for (name, images), same in groups.items():
-            of = {
-                k: float(np.median([r[k] for r in same])) for k in ("parameters", "macs", "minutes")
-            }
-            of["seconds_per_image"] = fastest[same[0]["parameters"], same[0]["calls"]]
-            against = (
-                (None, None)
-                if teacher is None
-                else (
-                    fastest[teacher["parameters"], teacher["calls"]] / of["seconds_per_image"],
-                    teacher["parameters"] / of["parameters"],
-                )
-            )
-            body.append(
-                [
-                    name,
-                    f"{of['parameters'] / 1e6:.1f}M",
-                    "" if against[1] is None else f"{1 - 1 / against[1]:.0%}",
-                    f"{of['macs'] / 1e6:,.0f}",
-                    f"{same[0]['steps']} ({same[0]['calls']})",
-                    f"{of['seconds_per_image']:.3f}",
-                    "" if against[0] is None else f"{against[0]:.1f}x",
-                    *(
-                        f"{np.mean(v):.{d}f} ± {np.std(v, ddof=1) if len(v) > 1 else 0:.{d}f}"
-                        for v, d in (([r[k] * f for r in same], d) for k, f, d in SCORES.values())
-                    ),
-                    f"{images:,}" if images else "",
-                    f"{of['minutes']:.1f}" if images else "",
-                    str(len(same)),
-                ]
-            )
-        header = [
-            "strategy",
-            "UNet",
-            "fewer parameters",
-            "M MACs a call",
-            "steps (network calls)",
-            "s/image",
-            "faster",
-            *SCORES,
-            "images",
-            "minutes",
-            "seeds",
-        ]
-        r = next((r for r in reversed(mine) if r["images"]), mine[-1])
-        note = (
-            f"Mean ± standard deviation over seeds; {r['prompts']} prompts and {r['heldout']}"
-            " held-out ones a seed; s/image: torch, batch 1, float32, the fastest of the rows with"
-            " the same network and calls. FID is biased at this N, and not comparable with the"
-            f" article's. Trained in {r.get('mixed_precision', 'no')}; {r['cpu']}, {r['cores']}"
-            f" cores; {r['date']}, commit `{r['commit']}`, `{r['command']}`."
-        )
-        best = max((r["identity@1"] for r in mine if r["images"]), default=1.0)
-        short = (
-            f"No student of this budget draws recognizable images (identity@1 {best:.1%} at"
-            " best): the table ranks losses, it does not promise students. "
-        )
-        out += [
-            title,
-            "",
-            *table(header, body),
-            "",
-            *([*aids(groups), ""] if which == "size" else []),
-            (short if best < RECOGNISABLE else "") + note,
-            "",
-        ]
+        if mine:
+            groups = _budgets(mine)
+            said = [*aids(groups), ""] if which == "size" else []
+            out += [title, "", *_table(mine, groups), "", *said, _note(mine), ""]
     return out[:-1]
+
+
+def _table(mine: list[Row], groups: dict[tuple[str, int], list[Row]]) -> list[str]:
+    fastest: dict[tuple[float, int], float] = {}  # equal networks and calls are equal work
+    for r in mine:
+        key = (r["parameters"], r["calls"])
+        fastest[key] = min(fastest.get(key, r["seconds_per_image"]), r["seconds_per_image"])
+    teacher = next((r for r in mine if r["strategy"] == "teacher"), None)
+    body = []
+    for (name, images), same in groups.items():
+        parameters, macs, minutes = (
+            float(np.median([r[k] for r in same])) for k in ("parameters", "macs", "minutes")
+        )
+        seconds = fastest[same[0]["parameters"], same[0]["calls"]]
+        fewer = faster = ""
+        if teacher is not None:
+            fewer = f"{1 - parameters / teacher['parameters']:.0%}"
+            faster = f"{fastest[teacher['parameters'], teacher['calls']] / seconds:.1f}x"
+        calls = f"{same[0]['steps']} ({same[0]['calls']})"
+        cost = [f"{macs / 1e6:,.0f}", calls, f"{seconds:.3f}", faster]
+        budget = [f"{images:,}", f"{minutes:.1f}"] if images else ["", ""]
+        head = [name, f"{parameters / 1e6:.1f}M", fewer]
+        body.append([*head, *cost, *_scores(same), *budget, str(len(same))])
+    return table(_HEADER, body)
+
+
+def _scores(same: list[Row]) -> list[str]:
+    """Mean and deviation over seeds of each score."""
+    columns = [([r[k] * f for r in same], digits) for k, f, digits in SCORES.values()]
+    return [
+        f"{np.mean(v):.{d}f} ± {np.std(v, ddof=1) if len(v) > 1 else 0:.{d}f}" for v, d in columns
+    ]
+
+
+def _note(mine: list[Row]) -> str:
+    """How a table was measured, and whether its students draw anything."""
+    r = next((r for r in reversed(mine) if r["images"]), mine[-1])
+    best = max((r["identity@1"] for r in mine if r["images"]), default=1.0)
+    short = (
+        f"No student of this budget draws recognizable images (identity@1 {best:.1%} at best): the"
+        " table ranks losses, it does not promise students. "
+    )
+    return (short if best < RECOGNISABLE else "") + (
+        f"Mean ± standard deviation over seeds; {r['prompts']} prompts and {r['heldout']}"
+        " held-out ones a seed; s/image: torch, batch 1, float32, the fastest of the rows with the"
+        " same network and calls. FID is biased at this N, and not comparable with the article's."
+        f" Trained in {r.get('mixed_precision', 'no')}; {r['cpu']}, {r['cores']} cores;"
+        f" {r['date']}, commit `{r['commit']}`, `{r['command']}`."
+    )
 
 
 def _budgets(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
