@@ -10,12 +10,13 @@ import math
 import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from sdlite.errors import InputError, ShapeError, UnknownNameError
 
+T = TypeVar("T")
 MOST_PIXELS = 16384  # a side; more is a typing error, and would ask for memory until there is none
 MOST_IMAGES = 4096  # of a prompt in one call, which is one batch
 SEEDS = 2**64 - 1
@@ -27,7 +28,7 @@ def most_threads() -> int:
     return min(1024, max(64, 4 * (os.cpu_count() or 1)))
 
 
-def _wrong(name: str, value: Any, accepted: str) -> InputError:
+def _wrong(name: str, value: object, accepted: str) -> InputError:
     plain = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     kind = "" if plain else f" ({type(value).__name__})"
     return InputError(f"{name}={reprlib.repr(value)}{kind}; accepted: {accepted}.")
@@ -43,44 +44,47 @@ def _inside(value: float, low: float | None, high: float | None) -> bool:
     return (low is None or value >= low) and (high is None or value <= high)
 
 
-def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+def integer(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
     """A whole number of `low` to `high`, both included."""
-    known = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not known or not _inside(int(value), low, high):
-        raise _wrong(name, value, f"a whole number{_range(low, high)}")
-    return int(value)
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        found = int(value)
+        if _inside(found, low, high):
+            return found
+    raise _wrong(name, value, f"a whole number{_range(low, high)}")
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: float | np.number) -> bool:
     try:
-        return math.isfinite(value)
+        return math.isfinite(float(value))
     except OverflowError:  # a whole number that no float holds
         return False
 
 
-def number(name: str, value: Any, low: float | None = None, high: float | None = None) -> float:
+def number(name: str, value: object, low: float | None = None, high: float | None = None) -> float:
     """A finite number of `low` to `high`, both included."""
-    known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not known or not _finite(value) or not _inside(float(value), low, high):
-        raise _wrong(name, value, f"a finite number{_range(low, high)}")
-    return float(value)
+    numbers = (int, float, np.integer, np.floating)
+    if isinstance(value, numbers) and not isinstance(value, bool) and _finite(value):
+        found = float(value)
+        if _inside(found, low, high):
+            return found
+    raise _wrong(name, value, f"a finite number{_range(low, high)}")
 
 
-def truth(name: str, value: Any) -> bool:
+def truth(name: str, value: object) -> bool:
     """True or False; 0 and "false" are neither."""
     if not isinstance(value, (bool, np.bool_)):
         raise _wrong(name, value, "true or false")
     return bool(value)
 
 
-def text(name: str, value: Any) -> str:
+def text(name: str, value: object) -> str:
     """A string."""
     if not isinstance(value, str):
         raise _wrong(name, value, "a string")
     return str(value)
 
 
-def one_of(name: str, value: Any, accepted: Sequence[str]) -> str:
+def one_of(name: str, value: object, accepted: Sequence[str]) -> str:
     """One of these strings."""
     if text(name, value) not in accepted:
         raise UnknownNameError(
@@ -89,51 +93,53 @@ def one_of(name: str, value: Any, accepted: Sequence[str]) -> str:
     return str(value)
 
 
-def function(name: str, value: Any) -> Callable[..., Any]:
+def function(name: str, value: object) -> Callable[..., object]:
     """Something that can be called."""
     if not callable(value):
         raise _wrong(name, value, "a function")
     return value
 
 
-def path(name: str, value: Any, accepted: str = "a path") -> str | os.PathLike[str]:
+def path(name: str, value: object, accepted: str = "a path") -> str | os.PathLike[str]:
     """A string or a path."""
     if not isinstance(value, (str, os.PathLike)):
         raise _wrong(name, value, accepted)
     return value
 
 
-def optional(check: Callable[..., Any], name: str, value: Any, *limits: Any) -> Any:
+def optional(check: Callable[..., T], name: str, value: object, *limits: object) -> T | None:
     """`check` of what is not None."""
     return None if value is None else check(name, value, *limits)
 
 
-def threads(value: Any, name: str = "threads") -> int | None:
+def threads(value: object, name: str = "threads") -> int | None:
     """CPU threads; None is the engine's own choice."""
     return None if value is None else integer(name, value, 1, most_threads())
 
 
-def texts(name: str, value: Any) -> list[str]:
+def texts(name: str, value: object) -> list[str]:
     """One string, or several in a list, tuple, array or generator."""
     if isinstance(value, str):
         return [str(value)]
     return _several(name, value, text, "a string or a list of strings")
 
 
-def lines(name: str, value: Any) -> list[str]:
+def lines(name: str, value: object) -> list[str]:
     """Strings in a list, tuple, array or generator; one alone would be taken for its letters."""
     if isinstance(value, str):
         raise _wrong(name, value, "a list of strings")
     return _several(name, value, text, "a list of strings")
 
 
-def integers(name: str, value: Any, low: int | None = None, high: int | None = None) -> list[int]:
+def integers(
+    name: str, value: object, low: int | None = None, high: int | None = None
+) -> list[int]:
     """Whole numbers of `low` to `high` in a list, tuple, array or generator."""
     accepted = f"a list of whole numbers{_range(low, high)}"
     return _several(name, value, lambda n, v: integer(n, v, low, high), accepted)
 
 
-def _several(name: str, value: Any, one: Callable[[str, Any], Any], accepted: str) -> list[Any]:
+def _several(name: str, value: object, one: Callable[[str, object], T], accepted: str) -> list[T]:
     single = isinstance(value, np.ndarray) and value.ndim == 0
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, Set)) or single:
         raise _wrong(name, value, accepted)
@@ -143,7 +149,7 @@ def _several(name: str, value: Any, one: Callable[[str, Any], Any], accepted: st
     return out
 
 
-def side(name: str, value: Any) -> int:
+def side(name: str, value: object) -> int:
     """Height or width in pixels; what it must be a multiple of is the model's."""
     try:
         return integer(name, value, high=MOST_PIXELS)
@@ -151,7 +157,7 @@ def side(name: str, value: Any) -> int:
         raise ShapeError(str(e)) from None
 
 
-def size(name: str, value: Any) -> tuple[int, int]:
+def size(name: str, value: object) -> tuple[int, int]:
     """(height, width) in pixels."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         raise _wrong(name, value, "two whole numbers, height and width in pixels")

@@ -24,7 +24,7 @@ from sdlite.manifest import PRECISIONS
 from sdlite.sampling import known_sampler
 
 PROMPT = "a red apple on a blue background"
-# seconds for all rows together, loading and first pictures included, when nobody says how long to
+# seconds for all rows together, loading and first images included, when nobody says how long to
 # repeat
 BUDGET = 100.0
 
@@ -44,7 +44,7 @@ class Job:
     batch: int = 1
     threads: int | None = None
     seconds: float | None = None  # of repeating; None: a share of what is left of BUDGET
-    least: int = 2  # pictures after the first
+    least: int = 2  # images after the first
     also: str = ""  # another precision that is the same files in the same arithmetic
 
 
@@ -121,12 +121,12 @@ def measure(job: Job) -> dict[str, Any]:
     """Run one job in this process: {load_seconds, first_seconds, samples_seconds, stage_seconds,
     peak_mib, engine, steps, size}.
 
-    Pictures are made until `job.seconds` have passed, at least `job.least` and at most fifty, after
+    Images are made until `job.seconds` have passed, at least `job.least` and at most fifty, after
     a first one that is reported alone.
     """
-    from sdlite.pipeline import Pipeline
+    from sdlite.pipeline import Pipeline, PipelineOutput
 
-    def picture(pipe: Pipeline) -> Any:
+    def run(pipe: Pipeline) -> PipelineOutput:
         return pipe(
             [PROMPT] * job.batch,
             seed=0,
@@ -143,7 +143,7 @@ def measure(job: Job) -> dict[str, Any]:
     )
     pipe.max_pixels = None  # what was asked for is measured
     loaded = time.perf_counter()
-    out = picture(pipe)
+    out = run(pipe)
     first = time.perf_counter()
     samples: list[float] = []
     stages: list[dict[str, float]] = []
@@ -151,7 +151,7 @@ def measure(job: Job) -> dict[str, Any]:
         time.perf_counter() - first < (job.seconds or 0.0) and len(samples) < 50
     ):
         start = time.perf_counter()
-        out = picture(pipe)
+        out = run(pipe)
         samples.append(time.perf_counter() - start)
         stages.append(out.timings)
     image = out.images[0]
@@ -176,8 +176,8 @@ def bench(
     """Rows of all jobs, each from a new process; a job that fails is a row with `error`. `done` is
     called after each.
 
-    Jobs without `seconds` share BUDGET: what loading and the first pictures leave of a row's share
-    is spent on repeating, once at least, so that a model whose pictures take seconds is still
+    Jobs without `seconds` share BUDGET: what loading and the first images leave of a row's share
+    is spent on repeating, once at least, so that a model whose images take seconds is still
     measured in every row within about two minutes.
     """
     rows = []
@@ -226,7 +226,7 @@ HEADER = f"{'precision':<13}{'backend':<13}" + "".join(
 
 def line(row: dict[str, Any]) -> str:
     """One row as text, under `HEADER`; the call's time is the median over N calls of `batch`
-    pictures each.
+    images each.
     """
     precision = row["precision"] + (f", {row['also']}" if row.get("also") else "")
     head = f"{precision:<13}{row['backend']:<13}"

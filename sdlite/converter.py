@@ -1,4 +1,4 @@
-"""A diffusers SD-1.x/2.x folder -> an sdlite artefact with ONNX graphs.
+"""A diffusers SD-1.x/2.x folder -> an sdlite model with ONNX graphs.
 
 Weights are stored once: text encoder and UNet graphs point into the folder's safetensors (ONNX
 external data is a file name, an offset and a length, and a safetensors tensor is exactly that), so
@@ -342,7 +342,7 @@ def convert(
             bfloat16 (written as float32), or one .safetensors file in the original key layout.
         out: new or empty folder; written beside and renamed when whole.
         name: what reports call the model; default: the folder's name.
-        student: what the manifest says of its making (teacher, recipe, data, licence);
+        student: what the manifest says of its making (teacher, recipe, data, license);
             `unet_parameters` is counted here.
         sampler: {name, num_inference_steps, guidance_scale} defaults for a call, any of them; the
             rest is as diffusers' pipeline has it.

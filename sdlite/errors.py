@@ -57,7 +57,7 @@ class ArtifactError(SdliteError):
 
 
 class PrecisionError(SdliteError, ValueError):
-    """The precision is known but this artefact or backend does not have it."""
+    """The precision is known but this model or backend does not have it."""
 
 
 class MissingExtraError(SdliteError, ImportError):
@@ -69,7 +69,7 @@ class EngineError(SdliteError):
 
 
 class QuantizationError(SdliteError):
-    """The quantised model is too far from the float one; nothing was written."""
+    """The quantized model is too far from the float one; nothing was written."""
 
 
 class ExportError(SdliteError):

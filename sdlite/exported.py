@@ -37,15 +37,16 @@ OPENED_BY = {  # target -> backends that run what it makes
 }
 
 
-def _made(file: str | Path, key: str, path: str) -> None:
+def _made(file: str | Path, key: str, path: object) -> None:
     """A path of what a converter made: OpenVINO's and ncnn's networks end in .bin."""
-    (plain_path if path.endswith(".bin") else safe_path)(path, file)
+    name = str(path)
+    (plain_path if name.endswith(".bin") else safe_path)(name, file)
 
 
 _REPORT = schema.record(
     {
         "files": listed(_made),
-        "companions": listed(lambda file, key, path: safe_path(path, file)),
+        "companions": listed(lambda file, key, path: safe_path(str(path), file)),
         "networks": schema.optional(schema.table(schema.one_of(PARTS), ROW)),
         "size": schema.optional(schema.each(schema.whole(1, MOST_PIXELS), 2, 2)),
         "size_multiple": SIZE_MULTIPLE,

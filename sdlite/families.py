@@ -5,11 +5,13 @@ before any weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from sdlite.schema import BOOL, Rule, each, either, number, optional, record, text, whole
 
+T = TypeVar("T")
 RUNS = (
     "sdlite runs text-to-image models with the parts of Stable Diffusion 1.x and 2.x: a"
     " CLIPTextModel, a UNet2DConditionModel that is told latents, timestep and text, and an"
@@ -126,6 +128,30 @@ def vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
         else config.get("block_out_channels", [64])
     )
     return {"scaling_factor": 1.0 if tiny else 0.18215, **config, "block_out_channels": blocks}
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """Between latents of unit variance, which the U-Net sees, and those of the autoencoder. Numbers
+    work on arrays of numpy and of torch.
+    """
+
+    factor: float
+    shift: float = 0.0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> LatentScale:
+        """`config`: content of vae/config.json."""
+        known = vae_config(config)
+        return cls(known["scaling_factor"], known.get("shift_factor") or 0.0)
+
+    def to_decoder(self, latents: T) -> T:
+        """Latents (B, C, h, w) of the U-Net -> what the decoder takes: z / factor + shift."""
+        return cast(T, cast(Any, latents) / self.factor + self.shift)
+
+    def from_encoder(self, latents: T) -> T:
+        """Latents (B, C, h, w) of the encoder -> those of the U-Net: (z - shift) * factor."""
+        return cast(T, (cast(Any, latents) - self.shift) * self.factor)
 
 
 def vae_stride(config: Mapping[str, Any]) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,7 +26,7 @@ _ENGINE = "the engine plans its memory itself; pipe.enable_vae_tiling() lowers t
 _LORA = "with diffusers: fuse_lora, unload_lora_weights, save_pretrained; then load that folder"
 _LOAD = "pass it when the pipeline is loaded: Pipeline.from_pretrained(..., device=...)"
 
-Table = Mapping[str, tuple[tuple[Any, ...], str]]
+Table = Mapping[str, tuple[tuple[object, ...], str]]
 CALL: Table = {
     "timesteps": ((None,), _TIMES),
     "sigmas": ((None,), _TIMES),
@@ -120,7 +120,7 @@ OUTPUTS = ("pil", "np", "latent")
 _DTYPES = {"fp32": "torch.float32", "fp16": "torch.float16", "bf16": "torch.bfloat16"}
 
 
-def keywords(given: Mapping[str, Any], table: Table, known: Iterable[str]) -> None:
+def keywords(given: Mapping[str, object], table: Table, known: Iterable[str]) -> None:
     """Refuse keywords that a function does not have, with the way to what they ask for.
 
     Raises:
@@ -138,7 +138,7 @@ def keywords(given: Mapping[str, Any], table: Table, known: Iterable[str]) -> No
             raise InputError(f"{name}= is diffusers' and not taken here: {way}.")
 
 
-def positional(given: Sequence[Any], first: str, example: str) -> None:
+def positional(given: Sequence[object], first: str, example: str) -> None:
     """Refuse what comes after the first argument without a name: other libraries have others there.
 
     Raises:
@@ -163,7 +163,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known))}"
 
 
-def moved(wanted: Sequence[Any], device: str, precision: str) -> None:
+def moved(wanted: Sequence[object], device: str, precision: str) -> None:
     """`pipe.to(...)`: nothing where it is what was loaded, an error where it is not.
 
     torch's devices and dtypes count by name.
@@ -178,12 +178,25 @@ def moved(wanted: Sequence[Any], device: str, precision: str) -> None:
             )
 
 
+class TorchGenerator(Protocol):
+    """What we use of `torch.Generator`, which is not imported here."""
+
+    device: object
+
+    def initial_seed(self) -> int: ...
+    def manual_seed(self, seed: int) -> TorchGenerator: ...
+    def get_state(self) -> Any: ...
+
+
+Generators = TorchGenerator | Sequence[TorchGenerator]
+
+
 class GeneratorNoise:
     """Draws of a torch CPU generator, which moves on as in diffusers. Stands for
     `sampling.Noise`.
     """
 
-    def __init__(self, generator: Any):
+    def __init__(self, generator: TorchGenerator):
         self.generator = generator
 
     def normal(self, shape: Sequence[int]) -> np.ndarray:
@@ -191,7 +204,7 @@ class GeneratorNoise:
         return out
 
 
-def generators(given: Any, count: int) -> list[Any]:
+def generators(given: object, count: int) -> list[TorchGenerator]:
     """`generator=`: one for each image, which is then the image of `seed=generator.initial_seed()`.
 
     Raises:
@@ -227,7 +240,13 @@ def generators(given: Any, count: int) -> list[Any]:
     return every
 
 
-def step_end(callback: Any, pipe: Any, step: int, timestep: Any, latents: np.ndarray) -> None:
+def step_end(
+    callback: Callable[[Any, int, float, dict[str, np.ndarray]], object],
+    pipe: object,
+    step: int,
+    timestep: float,
+    latents: np.ndarray,
+) -> None:
     """diffusers' `callback_on_step_end(pipe, step, timestep, {"latents": ...})`.
 
     The latents that it returns go on.

@@ -122,7 +122,7 @@ def _entries(header: dict[str, Any], base: int) -> dict[str, Entry]:
     return out
 
 
-def _entry(name: str, given: Any) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(name: str, given: object) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(given, dict):
         _wrong(name, "no object")
     dtype, shape, offsets = (given.get(k) for k in ("dtype", "shape", "data_offsets"))

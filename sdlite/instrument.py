@@ -4,10 +4,10 @@ opened only while they are called. For quantizing and for the checks of exports.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from sdlite.manifest import PARTS
 from sdlite.onnx_graph import Graph
 from sdlite.pipeline import Pipeline
 from sdlite.spec import SPECS
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 Visit = Callable[[str, int, str, np.ndarray], None]  # (part, step, tensor, values)
 
@@ -30,7 +33,7 @@ class NamedOutputs:
     def __init__(self, graph: Graph, path: Path, threads: int | None = None):
         graph.save(path)
         self.path, self.threads = path, threads
-        self._open: tuple[Any, list[str]] | None = None
+        self._open: tuple[InferenceSession, list[str]] | None = None
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         if self._open is None:
@@ -80,7 +83,7 @@ Call = tuple[dict[str, np.ndarray], np.ndarray]  # what a network was given, and
 class Tape:
     """A network that keeps its calls."""
 
-    network: Any
+    network: Network
     calls: list[Call]
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
@@ -135,9 +138,8 @@ def let_go(pipe: Pipeline) -> None:
         getattr(pipe.networks, p).close()
 
 
-def with_networks(pipe: Pipeline, networks: dict[str, Any]) -> Pipeline:
+def with_networks(pipe: Pipeline, networks: Mapping[str, Network]) -> Pipeline:
     """The same pipeline with other callables."""
-    return Pipeline(
-        pipe.artifact,
-        Networks(**networks, report=pipe.report, size_multiple=pipe.networks.size_multiple),
-    )
+    text_encoder, unet, vae_decoder = (networks[p] for p in PARTS)
+    multiple = pipe.networks.size_multiple
+    return Pipeline(pipe.artifact, Networks(text_encoder, unet, vae_decoder, pipe.report, multiple))

@@ -232,7 +232,7 @@ _MANIFEST = schema.record(
         "variants": schema.table(
             schema.one_of(PRECISIONS), schema.table(schema.one_of(PARTS), ROW)
         ),
-        "files": listed(lambda file, key, path: safe_path(path, file)),
+        "files": listed(lambda file, key, path: safe_path(str(path), file)),
         "calibration": schema.optional(
             schema.record({"prompts": _TEXTS, "keep_float": schema.table(TEXT, _TEXTS)})
         ),

@@ -1,4 +1,4 @@
-"""How far two sets of pictures, or two tensors, are apart."""
+"""How far two sets of images, or two tensors, are apart."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def psnr(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
 
 
 def sqnr(signal: float, noise: float) -> float:
-    """Signal-to-quantisation-noise ratio in dB from two sums of squares."""
+    """Signal-to-quantization-noise ratio in dB from two sums of squares."""
     if noise == 0:
         return float("inf")
     return float(10 * np.log10(max(signal, 1e-30) / noise))
 
 
 def ssim(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
-    """Structural similarity of two (H, W, 3) pictures, mean over pixels and channels.
+    """Structural similarity of two (H, W, 3) images, mean over pixels and channels.
 
     Source: Wang et al. 2004, eq. 13; Gaussian window of 11 pixels, sigma 1.5, as in scikit-image
         with gaussian_weights=True.
@@ -42,7 +42,7 @@ def ssim(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
 
 
 def structure_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """A perceptual distance without a network: 1 - SSIM averaged over the picture and its halves
+    """A perceptual distance without a network: 1 - SSIM averaged over the image and its halves
     down to 16 pixels (0 = equal).
 
     It stands where LPIPS would: LPIPS needs torch and downloaded weights. Source of the scales:

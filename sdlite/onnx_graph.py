@@ -1,4 +1,4 @@
-"""An ONNX graph whose large weights stay on disk, and the rewrites that quantising needs.
+"""An ONNX graph whose large weights stay on disk, and the rewrites that quantizing needs.
 
 A `Graph` keeps weights as lazy arrays (memory-mapped file, optional transpose), so that a UNet of
 over 2 GB is read, rewritten and written one tensor at a time. `Layer`s are the nodes that can
@@ -12,7 +12,7 @@ import json
 import os
 import struct
 from collections import UserDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Weight:
     """
 
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic]
     read: Callable[[], np.ndarray]
     half: bool = False
     origin: str = ""  # name of the stored tensor that it comes from
@@ -169,8 +169,10 @@ class Graph:
         return Graph(proto, self.weights)
 
     @property
-    def nodes(self) -> Any:
-        return self.proto.graph.node
+    def nodes(self) -> Sequence[NodeProto]:
+        """The nodes, in order."""
+        nodes: Sequence[NodeProto] = self.proto.graph.node
+        return nodes
 
     def replace(self, nodes: Iterable[NodeProto]) -> None:
         nodes = list(nodes)
@@ -200,7 +202,7 @@ class Graph:
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         data = path.with_name(path.name + ".data")
-        large: dict[str, tuple[Weight, np.dtype[Any]]] = {}
+        large: dict[str, tuple[Weight, np.dtype[np.generic]]] = {}
         casts = []
         for name, w in self.weights.items():
             half = w.half and w.dtype == np.float32
@@ -309,7 +311,7 @@ def _folded(node: NodeProto, source: Weight) -> Weight:
 
 
 def _write_safetensors(
-    path: Path, tensors: dict[str, tuple[Weight, np.dtype[Any]]]
+    path: Path, tensors: dict[str, tuple[Weight, np.dtype[np.generic]]]
 ) -> list[TensorProto]:
     """One tensor in memory at a time. Returns the initializers that point into the file."""
     header: dict[str, dict[str, Any]] = {}

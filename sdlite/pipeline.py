@@ -10,7 +10,7 @@ import gc
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,18 +31,19 @@ from sdlite.errors import (
     need,
 )
 from sdlite.errors import Cancelled as Cancelled
+from sdlite.habits import Generators
 from sdlite.io import writing
-from sdlite.sampling import Noise, Sampler, Schedule, denoise, get_sampler, guided
+from sdlite.sampling import Draws, Noise, Sampler, Schedule, denoise, get_sampler, guided
 from sdlite.spec import latent_size
 from sdlite.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Callback = Callable[
-    [int, int, np.ndarray], Any
-]  # (step, number of steps, latents) -> False cancels
-
+# (step from 1, number of steps, latents (B, C, h, w)) -> False cancels
+Callback = Callable[[int, int, np.ndarray], object]
+# diffusers' (pipeline, step from 0, timestep, {"latents"}) -> {"latents"} or {}
+StepEnd = Callable[["Pipeline", int, float, dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 # An image of this many times the trained area, or less than this share of it, is warned about.
 FAMILIAR = (0.25, 2.5)
@@ -69,7 +70,17 @@ class PipelineOutput:
     metadata: list[dict[str, str]]
 
 
-def _convert(artifact: Artifact) -> Artifact:
+def _with_graphs(artifact: Artifact, backend: str, precision: str) -> tuple[Artifact, str]:
+    """The model, converted where it is a plain diffusers folder and the backend named runs graphs;
+    and what there is to note.
+
+    Raises:
+        MissingExtraError: a package that converting needs is not installed.
+    """
+    plain = artifact.listing is None and precision in ("fp32", "fp16")
+    named = backend in backends.names() and backends.get_backend(backend).graphs
+    if not plain or not named:
+        return artifact, ""
     try:
         from sdlite.converter import convert_cached
     except ModuleNotFoundError as e:
@@ -77,7 +88,8 @@ def _convert(artifact: Artifact) -> Artifact:
             f"{artifact.folder} has no ONNX graphs, and making them needs {e.name!r}: pip install"
             " 'sdlite[export]', or use backend='torch'."
         ) from e
-    return convert_cached(artifact)
+    note = f"converted to ONNX from {artifact.folder}, once, into the cache"
+    return convert_cached(artifact), note
 
 
 def _opened(model: str | Path, revision: str | None) -> tuple[Artifact, str]:
@@ -98,20 +110,6 @@ class _Call(running.Call):
         self.tiling, self.report = chosen, report
 
 
-class _Closed:
-    """Stands for the networks of a closed pipeline."""
-
-    def __getattr__(self, name: str) -> Never:
-        running.check()  # a call that was cancelled says so
-        self.refuse()
-
-    def refuse(self) -> Never:
-        raise InputError(
-            "the pipeline is closed and its networks are freed; load it again with"
-            " Pipeline.from_pretrained."
-        )
-
-
 def _with_notes(report: backends.Report, notes: Sequence[str]) -> backends.Report:
     """The report with these notes too: a new one where there is something new, for others may be
     reading it.
@@ -120,14 +118,8 @@ def _with_notes(report: backends.Report, notes: Sequence[str]) -> backends.Repor
     return replace(report, notes=[*report.notes, *new]) if new else report
 
 
-def _loading(
-    model: Any,
-    precision: Any,
-    backend: Any,
-    device: Any,
-    revision: Any,
-    threads: Any,
-    arithmetic: Any,
+def _check_loading(
+    model: object, threads: object, backend: object, device: object, **texts: object
 ) -> None:
     """Types of what a pipeline is loaded with; names are checked by those who know them.
 
@@ -137,11 +129,7 @@ def _loading(
     arguments.path("model", model, arguments.MODEL)
     arguments.text("backend", backend)
     arguments.text("device", device)
-    for name, value in (
-        ("precision", precision),
-        ("revision", revision),
-        ("arithmetic", arithmetic),
-    ):
+    for name, value in texts.items():
         arguments.optional(arguments.text, name, value)
     arguments.threads(threads)
 
@@ -167,7 +155,7 @@ class Pipeline(metaclass=_Class):
 
     def __init__(self, artifact: Artifact, networks: backends.Networks):
         self.artifact, self.report = artifact, networks.report
-        self.networks: Any = networks  # `backends.Networks`, until the pipeline is closed
+        self._networks: backends.Networks | None = networks  # None: the pipeline is closed
         self.tokenizer = ClipTokenizer.from_pretrained(
             artifact.files.part("tokenizer"), artifact.config("text_encoder")
         )
@@ -206,7 +194,7 @@ class Pipeline(metaclass=_Class):
             model: name of an embedded model ("emoji"), a model folder, or a hub id "org/name".
             precision: "fp32", "fp16", "int8-dynamic" or "int8-static"; "bf16" for engines that were
                 exported so (backend "tensorrt").
-                None: the first one that the artefact holds, or what the folder was exported in,
+                None: the first one that the model holds, or what the folder was exported in,
                     else fp32.
             backend: "auto" (see `report`), "onnxruntime", "openvino", "tensorrt" or "torch". The
                 first two convert a plain diffusers folder once, into the cache.
@@ -230,28 +218,16 @@ class Pipeline(metaclass=_Class):
             positional, "the model", "Pipeline.from_pretrained(model, precision=..., backend=...)"
         )
         habits.keywords(others, habits.LOAD, cls.from_pretrained.__kwdefaults__ or ())
-        _loading(model, precision, backend, device, revision, threads, arithmetic)
+        optional = {"precision": precision, "revision": revision, "arithmetic": arithmetic}
+        _check_loading(model, threads, backend, device, **optional)
         most = arguments.optional(arguments.integer, "max_pixels", max_pixels, 1)
-        artifact, note = _opened(model, revision)
-        if precision is None:
-            precision = (
-                artifact.export.precision
-                if artifact.export
-                else next(iter(artifact.manifest.variants if artifact.manifest else ()), "fp32")
-            )
-        if (
-            backend in ("onnxruntime", "openvino")
-            and artifact.listing is None
-            and precision in ("fp32", "fp16")
-        ):
-            artifact, note = (
-                _convert(artifact),
-                f"converted to ONNX from {artifact.folder}, once, into the cache",
-            )
+        artifact, opened = _opened(model, revision)
+        precision = artifact.precision if precision is None else precision
+        artifact, converted = _with_graphs(artifact, backend, precision)
         pipe = cls(
             artifact, backends.load(artifact, precision, backend, device, threads, arithmetic)
         )
-        pipe.report.notes += [note] if note else []
+        pipe.report.notes += [note for note in (opened, converted) if note]
         pipe.max_pixels = pipe._most() if most is None else most
         if artifact.failed:
             pipe.report.notes.append(f"failed its quality check: {'; '.join(artifact.failed)}")
@@ -279,13 +255,13 @@ class Pipeline(metaclass=_Class):
         return out
 
     def enable_vae_tiling(self, size_px: int | None = None, overlap: float = 0.25) -> None:
-        """Decode pictures larger than a tile in overlapping, blended tiles: the decoder's memory no
-        longer grows with the picture.
+        """Decode images larger than a tile in overlapping, blended tiles: the decoder's memory no
+        longer grows with the image.
 
         Args:
             size_px: side of a tile, at most; default as in diffusers: the size that the autoencoder
-                was made for. 320 makes four tiles of a 512 px picture, each a third of its area.
-            overlap: share of a tile that its neighbour has too, at least.
+                was made for. 320 makes four tiles of a 512 px image, each a third of its area.
+            overlap: share of a tile that its neighbor has too, at least.
 
         Raises:
             InputError: not a multiple of the VAE's stride, or an overlap outside 0 to 1.
@@ -316,6 +292,21 @@ class Pipeline(metaclass=_Class):
 
     # --- running
 
+    @property
+    def networks(self) -> backends.Networks:
+        """The networks that run.
+
+        Raises:
+            Cancelled: in a call that was cancelled. InputError: the pipeline is closed.
+        """
+        if self._networks is None:
+            running.check()
+            raise InputError(
+                "the pipeline is closed and its networks are freed; load it again with"
+                " Pipeline.from_pretrained."
+            )
+        return self._networks
+
     def cancel(self) -> None:
         """Stop the calls that run now, in whatever threads: each raises `Cancelled`. Later calls
         are not touched.
@@ -334,13 +325,13 @@ class Pipeline(metaclass=_Class):
 
         Pipelines that share networks are closed together.
         """
-        networks = self.networks
+        networks = self._networks
         with self._lock:
-            self.networks = _Closed()
+            self._networks = None
             self.cancel()
             if not running.inside():  # a callback cannot wait for its own call
                 self._lock.wait_for(lambda: not self._calls)
-        if not isinstance(networks, _Closed):
+        if networks is not None:
             networks.close()
             del networks
             gc.collect()
@@ -358,8 +349,7 @@ class Pipeline(metaclass=_Class):
         warned about once.
         """
         with self._lock:
-            if isinstance(self.networks, _Closed):
-                self.networks.refuse()
+            self.networks  # noqa: B018 a closed pipeline refuses the call
             call = _Call(self.tiling, self.report)
             self._calls.add(call)
         try:
@@ -386,7 +376,7 @@ class Pipeline(metaclass=_Class):
             self.networks.text_encoder(input_ids=ids), "the embeddings of the text encoder"
         )
 
-    def init_latents(self, noise: Sequence[Noise], height: int, width: int) -> np.ndarray:
+    def init_latents(self, noise: Sequence[Draws], height: int, width: int) -> np.ndarray:
         """One generator per image -> unit normal latents float32 (B, C, height/8, width/8)."""
         shape = (self.unet_config["in_channels"], height // self.stride, width // self.stride)
         return np.stack([n.normal(shape) for n in noise])
@@ -395,7 +385,7 @@ class Pipeline(metaclass=_Class):
         self,
         latents: np.ndarray,
         embeds: np.ndarray,
-        noise: Sequence[Noise],
+        noise: Sequence[Draws],
         solver: Sampler,
         *,
         uncond: np.ndarray | None = None,
@@ -426,9 +416,7 @@ class Pipeline(metaclass=_Class):
 
     def _pixels(self, latents: np.ndarray, tiles: tiling.Tiling | None) -> np.ndarray:
         """latents (B, C, h, w) -> the decoder's float32 (B, 3, H, W) in [-1, 1]."""
-        z = latents / np.float32(self.vae_config["scaling_factor"]) + np.float32(
-            self.vae_config.get("shift_factor") or 0.0
-        )
+        z = families.LatentScale.of(self.vae_config).to_decoder(latents)
         if tiles is None:
             return self.networks.vae_decoder(latent_sample=z)
         return tiling.decode(
@@ -452,9 +440,9 @@ class Pipeline(metaclass=_Class):
         latents: np.ndarray | None = None,
         callback: Callback | None = None,
         progress: bool = False,
-        generator: Any = None,
+        generator: Generators | None = None,
         output_type: str = "pil",
-        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end: StepEnd | None = None,
         max_pixels: int | None = None,
         **others: Never,
     ) -> PipelineOutput:
@@ -588,7 +576,7 @@ class Pipeline(metaclass=_Class):
 
     @property
     def default_sampler(self) -> str:
-        """The artefact's own sampler."""
+        """The model's own sampler."""
         return self.artifact.sampler_name
 
     @staticmethod
@@ -600,7 +588,7 @@ class Pipeline(metaclass=_Class):
         return iter(tqdm(run, total=steps, unit="step"))
 
     @staticmethod
-    def _negatives(negative: Any, count: int, repeat: int) -> list[str]:
+    def _negatives(negative: object, count: int, repeat: int) -> list[str]:
         if negative is None or isinstance(negative, str):
             return [str(negative or "")] * count
         out = [n for n in arguments.texts("negative_prompt", negative) for _ in range(repeat)]
@@ -611,14 +599,14 @@ class Pipeline(metaclass=_Class):
             )
         return out
 
-    def _steps(self, steps: Any) -> int:
+    def _steps(self, steps: object) -> int:
         return (
             self.defaults.num_inference_steps
             if steps is None
             else arguments.integer("num_inference_steps", steps, 1)
         )
 
-    def _guidance(self, scale: Any) -> float:
+    def _guidance(self, scale: float | None) -> float:
         """The call's guidance; warns where the student was made to need none."""
         if scale is None:
             return self.defaults.guidance_scale
@@ -631,7 +619,7 @@ class Pipeline(metaclass=_Class):
             )
         return float(scale)
 
-    def _noise(self, seed: Any, generator: Any, count: int) -> tuple[list[int], list[Any]]:
+    def _noise(self, seed: object, generator: object, count: int) -> tuple[list[int], list[Draws]]:
         """Seeds and draws, one for each image."""
         if generator is not None:
             if seed is not None:
@@ -654,7 +642,7 @@ class Pipeline(metaclass=_Class):
         return seeds, [Noise(s) for s in seeds]
 
     def _listener(
-        self, callback: Any, step_end: Any, solver: Sampler
+        self, callback: Callback | None, step_end: StepEnd | None, solver: Sampler
     ) -> Callable[[int, np.ndarray], None]:
         """What is called after each step with (step from 1, latents): they must be numbers, then
         the callbacks have a look.
@@ -776,7 +764,7 @@ class Pipeline(metaclass=_Class):
 
     # --- diffusers' habits
 
-    def to(self, *wanted: Any, **named: Any) -> Pipeline:
+    def to(self, *wanted: object, **named: object) -> Pipeline:
         """As in diffusers where the pipeline is there already; it does not move.
 
         Raises:
@@ -787,7 +775,7 @@ class Pipeline(metaclass=_Class):
 
     if (
         not TYPE_CHECKING
-    ):  # a type checker knows the names from above, and finds those that are misspelt
+    ):  # a type checker knows the names from above, and finds those that are misspelled
 
         def __getattr__(self, name):
             if name.startswith("__"):

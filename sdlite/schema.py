@@ -14,10 +14,10 @@ from typing import Any
 
 from sdlite.errors import ArtifactError, printable
 
-Rule = Callable[[str | Path, str, Any], object]  # (file, key, value); raises ArtifactError
+Rule = Callable[[str | Path, str, object], object]  # (file, key, value); raises ArtifactError
 
 
-def refused(file: str | Path, key: str, value: Any, accepted: str) -> ArtifactError:
+def refused(file: str | Path, key: str, value: object, accepted: str) -> ArtifactError:
     """The error of a value that is not accepted."""
     where = f"{printable(file)}: {printable(key, 200)}" if key else printable(file)
     return ArtifactError(
@@ -25,7 +25,7 @@ def refused(file: str | Path, key: str, value: Any, accepted: str) -> ArtifactEr
     )
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value for a message, however long it is."""
     if isinstance(value, int) and value.bit_length() > 512:  # Python prints 4,300 digits at most
         return f"a number of {value.bit_length()} bits"
@@ -35,7 +35,7 @@ def shown(value: Any) -> str:
 def rule(accepted: str, holds: Callable[[Any], bool]) -> Rule:
     """A rule of one value."""
 
-    def check(file: str | Path, key: str, value: Any) -> None:
+    def check(file: str | Path, key: str, value: object) -> None:
         if not holds(value):
             raise refused(file, key, value, accepted)
 
@@ -53,9 +53,11 @@ def whole(least: int = 0, most: int = 2**63 - 1) -> Rule:
 def number(least: float = 0.0, most: float = math.inf) -> Rule:
     """A finite number of a range."""
 
-    def holds(value: Any) -> bool:
+    def holds(value: object) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
         try:
-            return type(value) in (int, float) and math.isfinite(value) and least <= value <= most
+            return math.isfinite(value) and least <= value <= most
         except OverflowError:  # a whole number that no float holds
             return False
 
@@ -92,7 +94,7 @@ def optional(inner: Rule) -> Rule:
 def either(accepted: str, *rules: Rule) -> Rule:
     """What one of the rules accepts; `accepted` are their words."""
 
-    def holds(value: Any) -> bool:
+    def holds(value: object) -> bool:
         for inner in rules:
             with suppress(ArtifactError):
                 inner("", "", value)
@@ -107,8 +109,9 @@ def each(inner: Rule, least: int = 0, most: int = 10_000) -> Rule:
     many = f"a list of {least} to {most} entries" if least or most != 10_000 else "a list"
     outer = rule(many, lambda v: isinstance(v, (list, tuple)) and least <= len(v) <= most)
 
-    def check(file: str | Path, key: str, value: Any) -> None:
+    def check(file: str | Path, key: str, value: object) -> None:
         outer(file, key, value)
+        assert isinstance(value, (list, tuple))
         for i, entry in enumerate(value):
             inner(file, f"{key}[{i}]", entry)
 
@@ -118,8 +121,9 @@ def each(inner: Rule, least: int = 0, most: int = 10_000) -> Rule:
 def table(name: Rule, inner: Rule) -> Rule:
     """An object whose keys obey `name` and whose values `inner`."""
 
-    def check(file: str | Path, key: str, value: Any) -> None:
+    def check(file: str | Path, key: str, value: object) -> None:
         OBJECT(file, key, value)
+        assert isinstance(value, dict)
         for k, entry in value.items():
             name(file, f"a key of {key}", k)
             inner(file, f"{key}.{k}", entry)
@@ -132,8 +136,9 @@ def record(rules: Mapping[str, Rule], need: Collection[str] = ()) -> Rule:
     at.
     """
 
-    def check(file: str | Path, key: str, value: Any) -> None:
+    def check(file: str | Path, key: str, value: object) -> None:
         OBJECT(file, key, value)
+        assert isinstance(value, dict)
         if missing := [k for k in need if k not in value]:
             raise refused(file, key, value, f"an object with {', '.join(missing)} too")
         for k in (k for k in rules if k in value):

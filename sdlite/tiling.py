@@ -1,9 +1,9 @@
-"""Decode a large picture in overlapping tiles: memory of one tile, whatever the picture's size.
+"""Decode a large image in overlapping tiles: memory of one tile, whatever the image's size.
 
-As diffusers' `AutoencoderKL.tiled_decode`: overlap and linear blend; but all tiles of a picture
+As diffusers' `AutoencoderKL.tiled_decode`: overlap and linear blend; but all tiles of an image
 have one size, spread evenly, where diffusers leaves narrow rests at the right and the bottom.
 Engines that compile for a shape compile once, and no tile sees only a strip. Each tile is decoded
-alone, and its norm layers see the tile alone: pictures differ slightly from those decoded at once,
+alone, and its norm layers see the tile alone: images differ slightly from those decoded at once,
 which is why it is an option.
 """
 
@@ -21,7 +21,7 @@ from sdlite.errors import InputError
 
 @dataclass(frozen=True)
 class Tiling:
-    """`size_px`: side of a tile, pixels, at most. `overlap`: share of a tile that its neighbour has
+    """`size_px`: side of a tile, pixels, at most. `overlap`: share of a tile that its neighbor has
     too, at least, 0 up to (not with) 1.
     """
 
@@ -44,7 +44,7 @@ class Tiling:
     def __str__(self) -> str:
         return (
             f"VAE decoder in tiles of at most {self.size_px} px, {self.overlap:.0%} overlap,"
-            " blended, where a picture is larger than a tile"
+            " blended, where an image is larger than a tile"
         )
 
 
@@ -67,7 +67,7 @@ def decode(
     """Latents (B, C, h, w) -> pixels (B, 3, H, W), by a network that does the same; latents of one
     tile or less are one call.
 
-    One row of tiles is held at a time, beside the picture.
+    One row of tiles is held at a time, beside the image.
     """
     most = tiling.size_px // stride
     if max(latents.shape[2:]) <= most:

@@ -209,7 +209,7 @@ def _words(path: Path, given: Any) -> str:
     return words
 
 
-def _vocabulary(path: Path, given: Any) -> dict[str, int]:
+def _vocabulary(path: Path, given: object) -> dict[str, int]:
     if not isinstance(given, dict) or not given:
         raise _bad(path, "has no vocabulary (token -> id)")
     for token, i in given.items():
@@ -227,14 +227,15 @@ def _whole(vocab: dict[str, int]) -> bool:
     return sum(len(t.removesuffix("</w>")) == 1 for t in vocab) >= 512
 
 
-def _id(path: Path, token: str, given: Any) -> int:
+def _id(path: Path, token: str, given: object) -> int:
     """An id, of JSON's whole numbers or its keys."""
-    valid = type(given) is int or (isinstance(given, str) and given.isdecimal() and given.isascii())
-    if not valid or not 0 <= int(given) < 2**31:
+    digits = isinstance(given, str) and given.isdecimal() and given.isascii()
+    number = int(given) if isinstance(given, int | str) and (type(given) is int or digits) else -1
+    if not 0 <= number < 2**31:
         raise _bad(
             path, f"gives {shown(token)} the id {shown(given)}, which is no whole number from 0"
         )
-    return int(given)
+    return number
 
 
 def _merges(path: Path, merges: list[Any], vocab: dict[str, int]) -> list[tuple[str, str]]:
@@ -299,7 +300,7 @@ def _legacy(files: Files, named: Named) -> dict[int, Token]:
 def _named(path: Path, data: dict[str, Any], special: bool) -> Named:
     """The named special tokens of one file; strings stay strings, as their flags are set later."""
 
-    def token(value: Any) -> str | Token | None:
+    def token(value: object) -> str | Token | None:
         return value if value is None or isinstance(value, str) else _token(path, value, special)
 
     extra: list[Any] = []
@@ -312,7 +313,7 @@ def _named(path: Path, data: dict[str, Any], special: bool) -> Named:
     return named | {"extra": [token(t) for t in extra if t is not None]}
 
 
-def _token(path: Path, given: Any, special: bool = False) -> Token:
+def _token(path: Path, given: object, special: bool = False) -> Token:
     """A token with its flags; `normalized` is unsaid for "not special", as in tokenizers."""
     if not isinstance(given, dict) or not isinstance(given.get("content"), str):
         raise _bad(path, f"has the token {shown(given)}, which is no object with content")

@@ -167,7 +167,7 @@ def _check_size(files: Files, config: dict[str, Any], stored: dict[str, Stored])
         )
 
 
-def _most(value: Any) -> int:
+def _most(value: object) -> int:
     """The largest of a count, or of counts in lists."""
     inner = [_most(v) for v in value] if isinstance(value, (list, tuple)) else []
     return max(inner, default=1) if not isinstance(value, int) else value

@@ -8,12 +8,13 @@ loops (tests/parity).
 
 from sdlite.sampling.loop import denoise, guide, guided
 from sdlite.sampling.names import SAMPLERS, get_sampler, known_sampler, sampler_of
-from sdlite.sampling.noise import Noise
+from sdlite.sampling.noise import Draws, Noise
 from sdlite.sampling.schedule import Schedule
 from sdlite.sampling.solvers import Sampler
 
 __all__ = [
     "SAMPLERS",
+    "Draws",
     "Noise",
     "Sampler",
     "Schedule",

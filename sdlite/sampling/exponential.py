@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from sdlite.sampling.noise import Noise
+from sdlite.sampling.noise import Draws
 from sdlite.sampling.schedule import DEFAULTS, STEPS_OFFSET
 from sdlite.sampling.solvers import F32, Array, SigmaSampler
 
@@ -92,7 +92,7 @@ class DPMSolverPP2M(_Exponential):
             return 1
         return min(self.order, i + 1, 2 if left == 2 and few else 3)
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         past, order = self._remember(i, self._x0(i, output, x)), self._order(i)
         h, alpha = self.lam[i + 1] - self.lam[i], self.alpha[i + 1]
         ratio = self.sigma[i + 1] / self.sigma[i] * (np.exp(-h) if self.sde else 1.0)
@@ -148,7 +148,7 @@ class DPMSolverPP2S(_Exponential):
     def _times(self, table: Array) -> Array:
         return np.linspace(0, self.total - 1 - self._clipped(table), self.n + 1).round()[::-1][:-1]
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         past = self._remember(i, self._x0(i, output, x))
         two = self.orders[i] == 2
         start = i - 1 if two else i
@@ -173,7 +173,7 @@ class DEIS(_Exponential):
     def _end(self, sigmas: Array, table: Array) -> float:
         return float(sigmas[-1] if self.karras else table[0])
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         alpha, sigma = self.alpha, self.sigma
         eps = (x - F32(alpha[i]) * self._x0(i, output, x)) / F32(sigma[i])
         past = self._remember(i, eps)
@@ -205,7 +205,7 @@ class UniPC(_Exponential):
         last = self._last_sigma(table)
         return float(sigmas[-1]) if self.karras and last else last
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         x0 = self._x0(i, output, x)
         if i > 0:
             x = self._correct(i - 1, x0)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from sdlite.errors import InputError
-from sdlite.sampling.noise import Noise
+from sdlite.sampling.noise import Draws
 from sdlite.sampling.solvers import Sampler
 
+T = TypeVar("T")
 Array = np.ndarray
 
 
-def guide(uncond: Array, cond: Array, guidance_scale: float) -> Array:
-    """u + g (c - u): Ho and Salimans 2022, arXiv:2207.12598, in diffusers' convention: 1 is c."""
-    return uncond + np.float32(guidance_scale) * (cond - uncond)
+def guide(uncond: T, cond: T, guidance_scale: float) -> T:
+    """u + g (c - u): Ho and Salimans 2022, arXiv:2207.12598, in diffusers' convention, where g = 1
+    is c.
+
+    Args:
+        uncond, cond: network outputs without and with the prompt, float32 of one shape; arrays of
+            numpy or of torch.
+    """
+    u: Any = uncond
+    return cast(T, u + guidance_scale * (cast(Any, cond) - u))
 
 
 def guided(guidance_scale: float) -> bool:
@@ -34,7 +43,7 @@ def denoise(
     unet: Callable[..., Array],
     latents: Array,
     embeds: Array,
-    noise: Sequence[Noise],
+    noise: Sequence[Draws],
     solver: Sampler,
     *,
     uncond: Array | None = None,

@@ -67,7 +67,7 @@ _NEAREST = {
     "DDPMParallelScheduler": "ddpm",
 }
 # What settings may be that no sampler reads. Another class's word is read as the class does.
-_ONLY: dict[str, tuple[Any, ...]] = {
+_ONLY: dict[str, tuple[object, ...]] = {
     "thresholding": (False,),
     "use_exponential_sigmas": (False,),
     "use_beta_sigmas": (False,),
@@ -84,7 +84,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "solver_order": (2,),
     "solver_type": ("midpoint", "logrho", "bh2", "heun"),
 }
-_ONLY_OF: dict[str, dict[str, tuple[Any, ...]]] = {
+_ONLY_OF: dict[str, dict[str, tuple[object, ...]]] = {
     "DPMSolverMultistepScheduler": {
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
         "solver_order": (2, 3),
@@ -128,7 +128,9 @@ def sampler_of(config: Mapping[str, Any]) -> str:
     return name
 
 
-def _refuse(kind: str, settings: dict[str, Any], config: Mapping[str, Any], nearest: str) -> None:
+def _refuse(
+    kind: str, settings: Mapping[str, object], config: Mapping[str, Any], nearest: str
+) -> None:
     for key, accepted in {**_ONLY, **_ONLY_OF.get(kind, {})}.items():
         if nearest.startswith("dpm++2m-sde") and key == "solver_order":
             accepted = (2,)

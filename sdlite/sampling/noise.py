@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,6 +11,14 @@ from sdlite.errors import InputError
 
 Array = np.ndarray
 F32 = np.float32
+
+
+class Draws(Protocol):
+    """Standard normal numbers of one image, one draw after the other."""
+
+    def normal(self, shape: Sequence[int]) -> Array:
+        """float32 of `shape`."""
+        ...
 
 
 class Noise:

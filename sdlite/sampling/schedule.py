@@ -37,7 +37,7 @@ STEPS_OFFSET = 1  # of "leading" timesteps
 
 # --- diffusers' own defaults, class by class: signatures of diffusers 0.39 (tests/parity)
 
-_BETAS: dict[str, Any] = {
+_BETAS: dict[str, object] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
     "beta_end": 0.02,
@@ -47,27 +47,27 @@ _BETAS: dict[str, Any] = {
 }
 _K_BETAS = _BETAS | {"beta_start": 0.00085, "beta_end": 0.012}
 _LCM_BETAS = _K_BETAS | {"beta_schedule": "scaled_linear"}
-_SPACED: dict[str, Any] = {"timestep_spacing": "linspace", "steps_offset": 0}
-_LEADING: dict[str, Any] = {"timestep_spacing": "leading", "steps_offset": 0}
-_CLIP: dict[str, Any] = {"clip_sample": True, "clip_sample_range": 1.0}
-_THRESHOLD: dict[str, Any] = {
+_SPACED: dict[str, object] = {"timestep_spacing": "linspace", "steps_offset": 0}
+_LEADING: dict[str, object] = {"timestep_spacing": "leading", "steps_offset": 0}
+_CLIP: dict[str, object] = {"clip_sample": True, "clip_sample_range": 1.0}
+_THRESHOLD: dict[str, object] = {
     "thresholding": False,
     "dynamic_thresholding_ratio": 0.995,
     "sample_max_value": 1.0,
 }
-_SIGMAS: dict[str, Any] = {
+_SIGMAS: dict[str, object] = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
 }
-_FLOW: dict[str, Any] = {
+_FLOW: dict[str, object] = {
     "use_flow_sigmas": False,
     "flow_shift": 1.0,
     "use_dynamic_shifting": False,
     "time_shift_type": "exponential",
 }
-_ZERO_SNR: dict[str, Any] = {"rescale_betas_zero_snr": False}
-_DPM: dict[str, Any] = {
+_ZERO_SNR: dict[str, object] = {"rescale_betas_zero_snr": False}
+_DPM: dict[str, object] = {
     "solver_order": 2,
     "algorithm_type": "dpmsolver++",
     "solver_type": "midpoint",
@@ -75,7 +75,7 @@ _DPM: dict[str, Any] = {
     "lambda_min_clipped": -float("inf"),
     "variance_type": None,
 }
-_CONSISTENCY: dict[str, Any] = {
+_CONSISTENCY: dict[str, object] = {
     "original_inference_steps": 50,
     "timestep_scaling": 10.0,
     "set_alpha_to_one": True,
@@ -84,7 +84,7 @@ _CONSISTENCY: dict[str, Any] = {
 }
 _PIXELS = _BETAS | _LEADING | _CLIP | _THRESHOLD | _ZERO_SNR
 _SINGLE = _BETAS | _SIGMAS | _FLOW | _THRESHOLD | _DPM
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, dict[str, object]] = {
     "DDIMScheduler": _PIXELS | {"set_alpha_to_one": True},
     "DDPMScheduler": _PIXELS | {"variance_type": "fixed_small"},
     "PNDMScheduler": _BETAS | _LEADING | {"skip_prk_steps": False, "set_alpha_to_one": False},
@@ -245,7 +245,7 @@ def _check(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         _refuse("beta_start", start, f"at most beta_end, {end}")
 
 
-def _refuse(key: str, value: Any, accepted: str) -> Never:
+def _refuse(key: str, value: object, accepted: str) -> Never:
     raise InputError(str(refused(FILE, key, value, accepted)))
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sdlite.errors import InputError
-from sdlite.sampling.noise import Noise
+from sdlite.sampling.noise import Draws
 from sdlite.sampling.schedule import DEFAULTS, STEPS_OFFSET, Schedule
 
 Array = np.ndarray
@@ -51,7 +51,7 @@ class Sampler:
     def scale_model_input(self, i: int, x: Array) -> Array:
         return x
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         """x at call i and the network's output there -> x at call i + 1.
 
         Args:
@@ -103,7 +103,7 @@ class Sampler:
         return alpha * x - sigma * output, alpha * output + sigma * x
 
     @staticmethod
-    def _draw(noise: Sequence[Noise], x: Array) -> Array:
+    def _draw(noise: Sequence[Draws], x: Array) -> Array:
         return np.stack([n.normal(x.shape[1:]) for n in noise])
 
 
@@ -127,7 +127,7 @@ class DDIM(Sampler):
     def _alpha_before(self, t: int) -> F32:
         return self.alpha_bar[t] if t >= 0 else self.final
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         t = int(self.timesteps[i])
         x0, eps = self._x0_eps(self.alpha_bar[t], output, x)
         a = self._alpha_before(t - self.total // self.n)
@@ -142,7 +142,7 @@ class DDPM(Sampler):
     def _prepare(self) -> None:
         self.timesteps = self._grid()
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         a, one = self.alpha_bar[self.timesteps[i]], F32(1)
         to = one if i == self.n - 1 else self.alpha_bar[self.timesteps[i + 1]]
         x0, _ = self._x0_eps(a, output, x)
@@ -189,7 +189,7 @@ class PNDM(Sampler):
         self._held: Array | None = None
         self._mean: Array | F32 = F32(0)
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         if i == 0:
             self._reset()
         if self.runge_kutta and i < 12:
@@ -264,7 +264,7 @@ class LCM(_Consistency):
 
     diffusers = "LCMScheduler"
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         t = int(self.timesteps[i])
         x0, _ = self._x0_eps(self.alpha_bar[t], output, x)
         scaled = t * self._setting("timestep_scaling")
@@ -284,7 +284,7 @@ class TCD(_Consistency):
 
     diffusers = "TCDScheduler"
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         x0, eps = self._x0_eps(self.alpha_bar[int(self.timesteps[i])], output, x)
         a = self.alpha_bar[0 if i == self.n - 1 else int(self.timesteps[i + 1])]
         return np.sqrt(a) * x0 + np.sqrt(F32(1) - a) * eps
@@ -383,7 +383,7 @@ class Euler(_KDiffusion):
     def _last_sigma(self, table: Array) -> float:
         return SigmaSampler._last_sigma(self, table)
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         slope = self._slope(self.sigmas[i], output, x)
         return x + slope * (self.sigmas[i + 1] - self.sigmas[i])
 
@@ -393,7 +393,7 @@ class EulerAncestral(_KDiffusion):
 
     diffusers = "EulerAncestralDiscreteScheduler"
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         s, to = self.sigmas[i], self.sigmas[i + 1]
         up = np.sqrt(to**2 * (s**2 - to**2) / s**2)
         down = np.sqrt(to**2 - up**2)
@@ -414,7 +414,7 @@ class Heun(_KDiffusion):
         self.timesteps = np.concatenate([self.timesteps[:1], np.repeat(self.timesteps[1:], 2)])
         self.sigmas = np.concatenate([s[:1], np.repeat(s[1:-1], 2), s[-1:]])
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         slope = self._slope(self.sigmas[i], output, x)
         if i % 2 == 0:  # Euler's step
             self._start, self._first = x, slope
@@ -433,7 +433,7 @@ class LMS(_KDiffusion):
         super()._prepare()
         self._distinct()
 
-    def step(self, i: int, output: Array, x: Array, noise: Sequence[Noise]) -> Array:
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         past = [] if i == 0 else self._slopes
         self._slopes = [*past[-3:], self._slope(self.sigmas[i], output, x)]
         for k, slope in enumerate(reversed(self._slopes)):

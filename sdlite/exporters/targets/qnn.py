@@ -26,8 +26,8 @@ from sdlite.io import scratch
 from sdlite.manifest import PARTS
 from sdlite.onnx_graph import Graph, Layer
 from sdlite.pipeline import Pipeline
-from sdlite.quant.options import KEEP_FLOAT
 from sdlite.quant.calibrate import read_prompts
+from sdlite.quant.options import KEEP_FLOAT
 from sdlite.settings import At, settings
 from sdlite.spec import SPECS
 
