@@ -283,7 +283,8 @@ def main() -> int:
     args = ap.parse_args()
     if args.check:
         old = stale()
-        print(*(f"{name} is stale: run python -m benchmarks.report" for name in old), sep="\n")
+        for name in old:
+            print(f"{name} is stale: run python -m benchmarks.report")
         return int(bool(old))
     for path, text in files().items():
         path.write_text(text)
