@@ -1,10 +1,11 @@
-// One picture with TensorRT 10 or 11: an export of `sdlite export MODEL --target tensorrt`. TensorRT for RTX (`--target tensorrt-rtx`) has
+// An image with TensorRT 10 or 11: an export of `sdlite export MODEL --target tensorrt`. TensorRT for RTX (`--target tensorrt-rtx`) has
 // the same classes: include <NvInferRuntime.h> of its SDK and link tensorrt_rtx instead of nvinfer.
 //
-//   g++ -O2 tensorrt.cpp -o picture -I$CUDA_HOME/include -L$CUDA_HOME/lib64 -lnvinfer -lcudart
-//   ./picture DIR inputs.bin picture.ppm          inputs.bin: python inputs.py DIR "red apple" inputs.bin
+//   g++ -std=c++17 -O2 tensorrt.cpp -o image -I$CUDA_HOME/include -L$CUDA_HOME/lib64 -lnvinfer -lcudart
+//   ./image DIR "red apple" image.ppm 7           DIR: the exported folder; 7: the seed
 //
-// Names and types are those of sdlite/spec.py; the engines take any batch of the profile's range, here 1.
+// sdlite.h has the tokenizer, the noise and the sampling steps, from DIR/sdlite-device.txt: the image is Python's. Names and types are those
+// of sdlite/spec.py; the engines take any batch of the profile's range, here 1.
 
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
@@ -15,10 +16,10 @@
 #include <map>
 #include <memory>
 
-#include "picture.h"
+#include "sdlite.h"
 
 static void ok(cudaError_t e) {
-    if (e != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(e));
+    if (e != cudaSuccess) sdlite::fail(std::string("CUDA: ") + cudaGetErrorString(e));
 }
 
 struct Log : nvinfer1::ILogger {
@@ -52,7 +53,7 @@ struct Network {
         std::ifstream file(folder + "/model.engine", std::ios::binary);
         const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
         engine.reset(runtime.deserializeCudaEngine(bytes.data(), bytes.size()));
-        if (!engine) throw std::runtime_error(folder + "/model.engine is not for this GPU and TensorRT; export it on this machine");
+        if (!engine) sdlite::fail(folder + "/model.engine is not for this GPU and TensorRT; export it on this machine");
         context.reset(engine->createExecutionContext());
     }
     ~Network() {
@@ -72,7 +73,7 @@ struct Network {
 
     std::vector<float> operator()(cudaStream_t stream, const std::map<std::string, Array>& inputs) {
         for (const auto& [name, x] : inputs) {
-            if (!context->setInputShape(name.c_str(), x.shape)) throw std::runtime_error("the engine was not built for this shape of " + name);
+            if (!context->setInputShape(name.c_str(), x.shape)) sdlite::fail("the engine was not built for this shape of " + name);
             ok(cudaMemcpyAsync(bind(name, x.bytes), x.data, x.bytes, cudaMemcpyHostToDevice, stream));
         }
         const nvinfer1::Dims shape = context->getTensorShape(result.c_str());
@@ -80,46 +81,45 @@ struct Network {
         for (int i = 0; i < shape.nbDims; i++) count *= size_t(shape.d[i]);
         std::vector<float> out(count);
         void* address = bind(result, count * sizeof(float));
-        if (!context->enqueueV3(stream)) throw std::runtime_error("TensorRT could not run the network; its log has the reason");
+        if (!context->enqueueV3(stream)) sdlite::fail("TensorRT could not run the network; its log has the reason");
         ok(cudaMemcpyAsync(out.data(), address, count * sizeof(float), cudaMemcpyDeviceToHost, stream));
         ok(cudaStreamSynchronize(stream));
         return out;
     }
 };
 
-int main(int argc, char** argv) try {
-    if (argc != 4) throw std::runtime_error("usage: picture DIR inputs.bin picture.ppm");
-    const std::string folder = argv[1];
-    const Inputs in = load_inputs(argv[2]);
+// folder: the export; out: a PPM file. Raises std::runtime_error.
+static void make_image(const std::string& folder, const std::string& prompt, uint64_t seed, const std::string& out) {
+    const sdlite::Device device(folder);
     Log log;
     std::unique_ptr<nvinfer1::IRuntime> runtime(nvinfer1::createInferRuntime(log));
     Network text(*runtime, folder + "/text_encoder", "last_hidden_state"), unet(*runtime, folder + "/unet", "out_sample"),
         decoder(*runtime, folder + "/vae_decoder", "sample");
     cudaStream_t stream;
     ok(cudaStreamCreate(&stream));
+    const auto latents = [&](const std::vector<float>& x) {
+        return array(x.data(), sizeof(float), {1, device.channels, device.height, device.width});
+    };
 
-    auto encode = [&](const std::vector<int>& ids) {
+    const auto encode = [&](const std::vector<int>& ids) {
         const std::vector<int64_t> wide(ids.begin(), ids.end());
-        return text(stream, {{"input_ids", array(wide.data(), sizeof(int64_t), {1, in.length})}});
+        return text(stream, {{"input_ids", array(wide.data(), sizeof(int64_t), {1, device.length})}});
     };
-    const std::vector<float> embeds = encode(in.ids), no_embeds = encode(in.no_ids);
-    std::vector<float> x = in.latents;
-    auto latents = [&] { return array(x.data(), sizeof(float), {1, in.channels, in.height, in.width}); };
-    auto predict = [&](int i, const std::vector<float>& e) {
-        return unet(stream, {{"sample", latents()},
-                             {"timestep", array(&in.timesteps[i], sizeof(float), {})},
-                             {"encoder_hidden_states", array(e.data(), sizeof(float), {1, in.length, int64_t(e.size()) / in.length})}});
+    const auto predict = [&](const std::vector<float>& x, float time, const std::vector<float>& e) {
+        return unet(stream, {{"sample", latents(x)},
+                             {"timestep", array(&time, sizeof(float), {})},
+                             {"encoder_hidden_states", array(e.data(), sizeof(float), {1, device.length, int64_t(e.size()) / device.length})}});
     };
-    for (int i = 0; i < in.steps; i++) {
-        std::vector<float> v = predict(i, embeds);
-        if (in.guidance > 1.f) guide(in, predict(i, no_embeds), v);
-        ddim(in, i, v, x);
-    }
-    for (float& value : x) value /= in.scaling_factor;
-    const std::vector<float> image = decoder(stream, {{"latent_sample", latents()}});
+    const std::vector<float> z = sdlite::sample(device, prompt, seed, encode, predict);
+    const std::vector<float> image = decoder(stream, {{"latent_sample", latents(z)}});
     const nvinfer1::Dims shape = decoder.context->getTensorShape("sample");
-    save(argv[3], image, int(shape.d[3]), int(shape.d[2]));
+    sdlite::save(out, image, int(shape.d[3]), int(shape.d[2]));
     ok(cudaStreamDestroy(stream));
+}
+
+int main(int argc, char** argv) try {
+    const sdlite::Arguments given(argc, argv);
+    make_image(given.folder, given.prompt, given.seed, given.image);
     return 0;
 } catch (const std::exception& e) {
     fprintf(stderr, "%s\n", e.what());

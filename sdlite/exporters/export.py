@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from sdlite import arguments, families, hub, memory
 from sdlite._version import __version__
 from sdlite.artifact import Artifact
 from sdlite.backends import Network
-from sdlite.errors import ExportError, InputError, PrecisionError, SdliteError
-from sdlite.exporters import described, handed, parity, readme, resources, targets
+from sdlite.errors import ExportError, InputError, PrecisionError, SdliteError, SdliteWarning
+from sdlite.exporters import described, device, handed, parity, readme, resources, targets
 from sdlite.exporters import profile as profiles
 from sdlite.exporters import report as reports
 from sdlite.exporters.handed import TorchNetwork
@@ -237,8 +238,28 @@ class _Job:
         rows = described.networks(
             folder, made, recording, self.target, self.manifest.variants[self.source]
         )
-        readme.write(folder, rows, self.pipe, self.target, recording)
+        shape = recording.calls["unet"][0][0]["sample"].shape
+        more = self._device_file(folder, shape) if self.target.sample else []
+        readme.write(folder, rows, self.pipe, self.target, recording, more)
         return rows
+
+    def _device_file(self, folder: Path, latent_shape: tuple[int, ...]) -> list[str]:
+        """Write what the sample in C++ reads, or say why it does not run this model; lines for the
+        README.
+        """
+        sample = f"`export/samples/{self.target.sample}` in sdlite's repository"
+        try:
+            device.write(folder, self.artifact, latent_shape)
+        except InputError as e:
+            warnings.warn(f"no {device.FILE} was written: {e}", SdliteWarning, stacklevel=2)
+            return ["", "## In C++", "", f"{sample} does not run this model: {e}"]
+        return [
+            "",
+            "## In C++",
+            "",
+            f"{sample} makes an image of a prompt with this folder.",
+            f"`{device.FILE}` has the tokenizer, the sampling steps and the guidance for it.",
+        ]
 
     def finish(self, folder: Path, recording: Recording) -> list[Path]:
         """What the target adds."""

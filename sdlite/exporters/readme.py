@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sdlite.exporters.described import NetworkRow
@@ -54,6 +54,7 @@ def write(
     pipe: Pipeline,
     target: Target[object],
     recording: Recording,
+    more: Sequence[str] = (),
 ) -> None:
     """Write README.md into an export.
 
@@ -61,6 +62,7 @@ def write(
         about: its networks, see `sdlite.exporters.described.networks`.
         pipe: the model that was exported.
         recording: of its calls; the first prompt is the code's.
+        more: lines at its end.
     """
     told, profile = target.runtime(), target.profile
     numbers = _numbers(pipe, recording)
@@ -80,6 +82,7 @@ def write(
         *_around(pipe, recording, numbers, about),
         *([told.usage.strip("\n")] if told.usage else _code(told, numbers)),
         *([] if told.usage else _apart(pipe, numbers["CLASS"])),
+        *more,
     ]
     (folder / FILE).write_text("\n".join([*lines, ""]), encoding="utf-8")
 

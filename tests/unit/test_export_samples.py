@@ -1,10 +1,11 @@
-"""The on-device samples compile, name what exports hold, and their shared header does what Python's
-sampler does.
+"""The samples in C++: they compile by their own documented lines, and from a prompt and a seed they
+make the image that Python makes, with stand-ins for the runtimes.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,180 +14,276 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdlite.sampling import Noise, Schedule, get_sampler
+from sdlite.artifact import Artifact
+from sdlite.errors import InputError, SdliteWarning
+from sdlite.exporters import device
+from sdlite.families import vae_config
+from sdlite.sampling import Noise, Schedule, get_sampler, guide
+from sdlite.sampling.names import SAMPLERS
 from sdlite.spec import SPECS
+from sdlite.tokenizer import ClipTokenizer
+from tests import folders
 from tests.conftest import EMOJI
 
 ROOT = Path(__file__).parents[2]
 SAMPLES, HEADERS = ROOT / "export" / "samples", ROOT / "tests" / "assets" / "headers"
-COMPILER = shutil.which("g++")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+PROMPT, SEED = "Dog's face, 2 cafés ☕ on a <|endoftext|> BLUE background!", 2**32 + 7
 
 
-def _inputs():
-    spec = importlib.util.spec_from_file_location("samples_inputs", SAMPLES / "inputs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.inputs
-
-
-@pytest.fixture
-def exported(tmp_path):
-    """What an export leaves beside its networks, as inputs.py reads it."""
-    folder = tmp_path / "export"
-    for part in ("tokenizer", "scheduler"):
-        shutil.copytree(EMOJI / part, folder / part)
-    for part in ("text_encoder", "unet", "vae"):
-        (folder / part).mkdir()
-        shutil.copy(EMOJI / part / "config.json", folder / part / "config.json")
-    (folder / "student.json").write_text(
-        '{"sampler": {"name": "ddim", "num_inference_steps": 3, "guidance_scale": 2.0}}'
-    )
-    return folder
-
-
-@needs_compiler
-@pytest.mark.parametrize("sample", ["ncnn.cpp", "tensorrt.cpp"])
-def test_samples_are_valid_cpp(sample):
+def compiled(name, folder):
+    """The program that a sample's documented line makes, with stand-ins for the runtime."""
+    (line,) = re.findall(r"^// +(g\+\+ .*?)(?: {2,}.*)?$", (SAMPLES / name).read_text(), re.M)
+    home = folder / "home"
+    (home / "lib64").mkdir(parents=True)
+    (home / "include").symlink_to(HEADERS)
+    for lib in ("nvinfer", "cudart"):
+        subprocess.run(["ar", "rcs", str(home / "lib64" / f"lib{lib}.a")], check=True)
+    config = home / "pkg-config"
+    config.write_text(f"#!/bin/sh\necho -I{HEADERS}\n")
+    config.chmod(0o755)
+    program = folder / "image"
     done = subprocess.run(
-        [
-            COMPILER,
-            "-std=c++17",
-            "-Wall",
-            "-Werror",
-            "-fsyntax-only",
-            f"-I{HEADERS}",
-            str(SAMPLES / sample),
-        ],
+        line.replace("-o image", f"-Wall -Werror -o {program}"),
+        shell=True,
+        cwd=SAMPLES,
+        env={**os.environ, "PATH": f"{home}:{os.environ['PATH']}", "CUDA_HOME": str(home)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    return program
 
 
-@needs_compiler
-def test_a_misspelt_call_does_not_compile(tmp_path):
-    shutil.copy(SAMPLES / "picture.h", tmp_path)
-    text = (SAMPLES / "ncnn.cpp").read_text()
-    (tmp_path / "ncnn.cpp").write_text(text.replace("load_param", "load_params"))
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    return {n: compiled(n, tmp_path_factory.mktemp("cpp")) for n in ("ncnn.cpp", "tensorrt.cpp")}
+
+
+def model(copy, name="ddim", guidance=2.0, steps=3, **scheduler):
+    """The embedded model with another sampler, schedule and VAE."""
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **scheduler}))
+    vae = copy / "vae" / "config.json"
+    scales = {"scaling_factor": 0.9, "shift_factor": 0.1}
+    vae.write_text(json.dumps({**json.loads(vae.read_text()), **scales}))
+    folders.relist(copy)
+    opened = Artifact.open(copy)
+    opened.manifest.sampler = {
+        "name": name,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
+    return opened
+
+
+def exported(folder, artifact):
+    """What an export holds for the samples; the engines are names."""
+    for part in SPECS:
+        (folder / part).mkdir(parents=True)
+        (folder / part / "model.engine").write_text(part)
+    device.write(folder, artifact, (1, 8, 8, 8))
+    return folder
+
+
+def run(program, folder, prompt, seed):
     done = subprocess.run(
-        [COMPILER, "-std=c++17", "-fsyntax-only", f"-I{HEADERS}", str(tmp_path / "ncnn.cpp")],
-        capture_output=True,
-        text=True,
+        [program, folder, prompt, folder / "i.ppm", str(seed)], capture_output=True, text=True
     )
-    assert "load_params" in done.stderr
+    assert done.returncode == 0, done.stderr
+    head, data = (folder / "i.ppm").read_bytes().split(b"255\n", 1)
+    assert head == b"P6 8 8 "
+    return np.frombuffer(data, np.uint8).reshape(8, 8, 3), done.stderr
 
 
-def test_samples_name_what_the_exports_hold():
-    """tensorrt.cpp names each tensor of the spec; ncnn.cpp passes as many inputs to each network,
-    in the spec's order.
-    """
-    named = set(re.findall(r'"([a-z_]+)"', (SAMPLES / "tensorrt.cpp").read_text()))
-    assert {t.name for s in SPECS.values() for t in (*s.inputs, s.output)} <= named
-    ncnn = (SAMPLES / "ncnn.cpp").read_text()
-    calls = {
-        "text_encoder": r"text\(\{(.*)\}\);",
-        "unet": r"v = from_mat\(unet\(\{(.*?)\}\)\)",
-        "vae_decoder": r"decoder\(\{(.*)\}\);",
+def text_encoder(ids):
+    """As tests/assets/headers/stand_in.h, in which the other networks are too."""
+    i, d = np.arange(len(ids))[:, None], np.arange(4)
+    return (np.float32(ids % 97)[:, None] / 97 - 0.5) * np.float32((i + d) % 3)
+
+
+def unet(x, t, embeds):
+    return x / 2 + np.float32(t / 4000) + embeds.mean(dtype=np.float32)
+
+
+def image(artifact, prompt, seed):
+    """Python's."""
+    own = artifact.sampler_defaults
+    config = artifact.config("text_encoder")
+    ids = ClipTokenizer.from_pretrained(artifact.files.part("tokenizer"), config)([prompt, ""])
+    cond, uncond = map(text_encoder, ids)
+    schedule = Schedule.from_config(artifact.config("scheduler"))
+    solver = get_sampler(artifact.sampler_name, schedule, own.num_inference_steps)
+    noise = Noise(seed)
+    x = noise.normal((8, 8, 8))[None] * np.float32(solver.init_noise_sigma)
+    for i, t in enumerate(solver.timesteps):
+        given = solver.scale_model_input(i, x)
+        out = unet(given, t, cond)
+        if own.guidance_scale > 1:
+            out = guide(unet(given, t, uncond), out, own.guidance_scale)
+        x = solver.step(i, out.astype(np.float32), x, [noise])
+    vae = vae_config(artifact.config("vae"))
+    z = x[0, :3] / np.float32(vae["scaling_factor"]) + np.float32(vae["shift_factor"])
+    return np.round(np.clip(z.transpose(1, 2, 0) / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("program", ["ncnn.cpp", "tensorrt.cpp"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"prediction_type": "epsilon", "rescale_betas_zero_snr": False},
+        {"prediction_type": "sample", "name": "euler", "steps": 4},
+        {"name": "lcm", "guidance": 1.0},
+        {"name": "euler-ancestral", "rescale_betas_zero_snr": False},
+    ],
+    ids=lambda g: "-".join(map(str, g.values())) or "own",
+)
+def test_from_the_prompt_to_pythons_image(programs, program, given, copy, tmp_path):
+    artifact = model(copy, **given)
+    folder = exported(tmp_path / "export", artifact)
+    made, _ = run(programs[program], folder, PROMPT, SEED)
+    want = image(artifact, PROMPT, SEED)
+    assert np.abs(made.astype(int) - want).max() <= 1
+    assert len(np.unique(want)) > 20
+    other, _ = run(programs[program], folder, PROMPT, SEED + 1)
+    assert np.abs(other.astype(int) - want).max() > 20
+
+
+DRIVER = """
+#include <iostream>
+#include "sdlite.h"
+int main(int, char** argv) try {
+    const sdlite::Device device(argv[1]);
+    const sdlite::Tokenizer tokenizer(device);
+    std::string line;
+    while (std::getline(std::cin, line)) {
+        int dropped = 0;
+        std::string out;
+        try {
+            for (const int id : tokenizer(line, &dropped)) out += std::to_string(id) + " ";
+            std::cout << out << dropped << "\\n";
+        } catch (const std::exception& e) { std::cout << e.what() << "\\n"; }
     }
-    counts = {
-        p: len(re.sub(r"\([^()]*(\([^()]*\)[^()]*)*\)", "", re.search(c, ncnn)[1]).split(","))
-        for p, c in calls.items()
-    }
-    assert counts == {p: len(s.inputs) for p, s in SPECS.items()}
-    assert [t.name for t in SPECS["unet"].inputs] == ["sample", "timestep", "encoder_hidden_states"]
-    assert re.search(calls["unet"], ncnn)[1] == "sample, t, embeds"
-    for text, file in (
-        (ncnn, "model.param"),
-        (ncnn, "model.bin"),
-        ((SAMPLES / "tensorrt.cpp").read_text(), "model.engine"),
-    ):
-        assert f"/{file}" in text
-        for part in SPECS:
-            assert f'"/{part}"' in text
-    android = [
-        (SAMPLES / "android" / f).read_text() for f in ("jni.cpp", "Sdlite.kt", "CMakeLists.txt")
-    ]
-    assert "Java_sdlite_Sdlite_picture" in android[0]
-    assert "package sdlite" in android[1]
-    assert "external fun picture" in android[1]
-    assert "jni.cpp" in android[2]
-
-
-_DRIVER = """
-#include "picture.h"
-// a "network" that anyone can compute: v = x / 2 + t / 1000, guided by u = x / 4
-int main(int, char** argv) {
-    const Inputs in = load_inputs(argv[1]);
-    std::vector<float> x = in.latents;
-    for (int i = 0; i < in.steps; i++) {
-        std::vector<float> v = x, u = x;
-        for (size_t k = 0; k < x.size(); k++)
-            v[k] = x[k] / 2 + in.timesteps[i] / 1000, u[k] = x[k] / 4;
-        guide(in, u, v);
-        ddim(in, i, v, x);
-    }
-    for (float value : x) printf("%.9g\\n", value);
-    printf("%d %d\\n", in.ids[0], in.no_ids[1]);
-    save(argv[2], std::vector<float>{-1, 1, 0, 2, -3, 1}, 2, 1);
-}
+    for (const size_t n : {16, 37, 64})
+        for (const float x : sdlite::Noise(std::stoull(argv[2])).normal(n)) printf("%.9g ", x);
+    for (const float x : sdlite::guide({1, -2.5f, 3}, {0.25f, 4, -1}, 7.3f)) printf("%.9g ", x);
+    for (const float x : sdlite::unscaled(device, {1, -2.5f, 3})) printf("%.9g ", x);
+} catch (const std::exception& e) { std::cout << e.what(); }
 """
+PROMPTS = [
+    "",
+    "Red  apple!",
+    "three o'clock 1234 it's they've'll 'sd !'s",
+    "CAFÉ ☕ naïve 🐶🐱 日本語 Ünïcödé ①½ İ Σας",
+    "<|startoftext|>x<|endoftext|> <|ENDOFTEXT|>",
+    "tabs\tand\u00a0spaces\u3000 x_y",
+    "a " * 60,
+]
 
 
-@needs_compiler
-def test_shared_header_samples_as_python_does(exported, tmp_path):
-    (tmp_path / "inputs.bin").write_bytes(_inputs()(exported, "red apple", seed=5))
-    (tmp_path / "driver.cpp").write_text(_DRIVER)
-    subprocess.run(
-        [COMPILER, "-std=c++17", f"-I{SAMPLES}", "driver.cpp", "-o", "driver"],
-        cwd=tmp_path,
-        check=True,
-    )
-    out = subprocess.run(
-        ["./driver", "inputs.bin", "p.ppm"],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.splitlines()
-    import json
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "driver.cpp").write_text(DRIVER)
+    line = ["g++", "-std=c++17", "-Wall", "-Werror", f"-I{SAMPLES}", "driver.cpp", "-o", "driver"]
+    subprocess.run(line, cwd=folder, check=True)
+    return folder / "driver"
 
+
+@pytest.mark.filterwarnings("ignore::sdlite.tokenizer.TruncationWarning")
+def test_tokens_noise_and_formulas_are_pythons(driver, copy, tmp_path):
+    artifact = model(copy)
+    folder = exported(tmp_path / "export", artifact)
+    given = "\n".join([*PROMPTS, "cafe\u0301", ""]).encode()
+    done = subprocess.run([driver, folder, "99"], input=given, capture_output=True, check=True)
+    *lines, composed, numbers = done.stdout.decode().split("\n")
+    config = artifact.config("text_encoder")
+    tokenizer = ClipTokenizer.from_pretrained(artifact.files.part("tokenizer"), config)
+    for prompt, line in zip(PROMPTS, lines, strict=True):
+        *ids, dropped = map(int, line.split())
+        assert ids == tokenizer([prompt])[0].tolist(), prompt
+        assert dropped == 60 - 26 if prompt == "a " * 60 else dropped >= 0
+    assert composed == "the prompt has accents or syllables in parts; give it in Unicode's NFC form"
+    numbers = np.array(numbers.split(), np.float32)
+    want = [Noise(99).normal((n,)) for n in (16, 37, 64)]
+    u, c = np.float32([1, -2.5, 3]), np.float32([0.25, 4, -1])
+    want += [guide(u, c, 7.3), u / np.float32(0.9) + np.float32(0.1)]
+    np.testing.assert_allclose(numbers, np.concatenate(want), atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["none", "cut off", "version"])
+def test_a_folder_without_its_file_is_said(driver, copy, tmp_path, damage):
+    folder = exported(tmp_path / "export", model(copy))
+    path = folder / device.FILE
+    lines = path.read_text().splitlines(True)
+    words = {"none": "cannot open", "cut off": "is damaged or cut off", "version": "of another"}
+    if damage == "none":
+        path.unlink()
+    else:
+        path.write_text("".join(lines[:40] if damage == "cut off" else ["sdlite-device 2\n"]))
+    done = subprocess.run([driver, folder, "1"], input=b"", capture_output=True, check=True)
+    assert words[damage] in done.stdout.decode()
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_every_sampler_is_in_the_file_or_refused(name):
+    """The numbers of a sampler are compared with the sampler itself when they are made."""
     config = json.loads((EMOJI / "scheduler" / "scheduler_config.json").read_text())
-    sampler = get_sampler("ddim", Schedule.from_config(config), 3)
-    x = Noise(5).normal((8, 8, 8))[None]
-    for i, t in enumerate(sampler.timesteps):
-        u = x / 4
-        x = sampler.step(i, u + np.float32(2) * (x / 2 + np.float32(t / 1000) - u), x, [])
-    np.testing.assert_allclose(np.array(out[:-1], np.float32), x.reshape(-1), atol=1e-4)
-    vocab = json.loads((EMOJI / "tokenizer" / "vocab.json").read_text())
-    assert out[-1].split() == [str(vocab["<|startoftext|>"]), str(vocab["<|endoftext|>"])]
-    assert (tmp_path / "p.ppm").read_bytes() == b"P6 2 1 255\n" + bytes([0, 128, 0, 255, 255, 255])
+    schedule = Schedule.from_config({**config, "rescale_betas_zero_snr": False})
+    known = {"ddim", "ddpm", "euler", "euler-ancestral", "euler-karras", "lcm", "tcd"}
+    if name in known:
+        start, steps = device.steps(name, schedule, 4)
+        assert start > 0
+        assert len(steps) == 4
+    else:
+        with pytest.raises(InputError, match=re.escape(f"sampler '{name}' remembers")):
+            device.steps(name, schedule, 4)
 
 
-@pytest.mark.parametrize("name", ["lcm", "euler"])
-def test_inputs_refuse_another_sampler_than_the_headers(exported, name):
-    (exported / "student.json").write_text(
-        f'{{"sampler": {{"name": "{name}", "num_inference_steps": 3, "guidance_scale": 1.0}}}}'
+SPACED = {"text": "<cat>", "id": 5, "lstrip": True, "rstrip": False, "single_word": False}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"added": [{**SPACED, "normalized": False}]}, "matches '<cat>' with the spaces or words"),
+        ({"vectors": [[5, "<cat>", "<cat> <cat_1>"]]}, "spells out '<cat>'"),
+        ({"words": r"\w+", "added": []}, r"splits text by '\\\\w\+'"),
+        ({"vocab": {"a b": 1}}, "has spaces in 'a b'"),
+    ],
+)
+def test_a_tokenizer_that_the_samples_do_not_have_is_refused(
+    changed, words, copy, tmp_path, monkeypatch
+):
+    right = ClipTokenizer.to_json
+    monkeypatch.setattr(ClipTokenizer, "to_json", lambda self: {**right(self), **changed})
+    with pytest.raises(InputError, match=f"the tokenizer {words}.*the C\\+\\+ samples do not have"):
+        device.write(tmp_path, model(copy), (1, 8, 8, 8))
+
+
+def test_an_export_holds_the_file_or_says_why_not(tmp_path):
+    pytest.importorskip("ncnn", reason="needs ncnn")
+    from sdlite.exporters.export import export
+
+    given = {"target": "ncnn", "prompts": ["a fox"], "num_inference_steps": 1, "threads": 1}
+    export(EMOJI, tmp_path / "a", **given)
+    assert (tmp_path / "a" / device.FILE).read_text().startswith("sdlite-device 1\nlatents 8 8 8\n")
+    assert "export/samples/ncnn.cpp" in (tmp_path / "a" / "README.md").read_text()
+    said = r"sampler 'dpm\+\+2m' remembers earlier steps"
+    with pytest.warns(SdliteWarning, match=f"no {device.FILE} was written: {said}"):
+        export(EMOJI, tmp_path / "b", sampler="dpm++2m", **given)
+    assert not (tmp_path / "b" / device.FILE).exists()
+    assert re.search(f"does not run this model: {said}", (tmp_path / "b/README.md").read_text())
+
+
+def test_android_calls_the_sample():
+    jni, kotlin, cmake = (
+        (SAMPLES / "android" / f).read_text() for f in ("jni.cpp", "Sdlite.kt", "CMakeLists.txt")
     )
-    with pytest.raises(ValueError, match=f"sampler is '{name}', and picture.h has ddim alone"):
-        _inputs()(exported, "red apple")
-
-
-def test_samples_take_guidance_up_to_one_for_none(exported):
-    """As everywhere: 0 to 1 is one network call a step; out of range is said where inputs.bin is
-    made.
-    """
-    for sample in ("ncnn.cpp", "tensorrt.cpp"):
-        assert "if (in.guidance > 1.f) guide(" in (SAMPLES / sample).read_text()
-    (exported / "student.json").write_text(
-        '{"sampler": {"name": "ddim", "num_inference_steps": 3, "guidance_scale": -1.0}}'
-    )
-    with pytest.raises(ValueError, match="0 to 1 is no guidance"):
-        _inputs()(exported, "red apple")
-
-
-def test_inputs_refuse_a_student_that_the_header_cannot_sample(exported):
-    path = exported / "scheduler" / "scheduler_config.json"
-    path.write_text(path.read_text().replace("v_prediction", "epsilon"))
-    with pytest.raises(ValueError, match="'prediction_type': 'epsilon'"):
-        _inputs()(exported, "red apple")
+    assert "Java_sdlite_Sdlite_image" in jni
+    assert '#include "../ncnn.cpp"' in jni
+    assert "make_image(text(folder), text(prompt), uint64_t(seed), text(out))" in jni
+    assert "package sdlite" in kotlin
+    assert "external fun image(folder: String, prompt: String, seed: Long, out: String)" in kotlin
+    assert "jni.cpp" in cmake

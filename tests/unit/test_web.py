@@ -445,6 +445,36 @@ def test_the_pages_samplers_are_pythons(node, copy):
         )
 
 
+def test_the_pages_guidance_and_latent_scaling_are_pythons(node, copy):
+    from sdlite.sampling import guide
+
+    rng = np.random.default_rng(0)
+    u, c = rng.standard_normal((2, 1, 4, 8, 8)).astype(np.float32)
+    vae = {"scaling_factor": 0.18215, "shift_factor": 0.1159}
+    script = """
+      import { readFileSync } from "node:fs";
+      import { guide, unscaled } from "./sdlite.js";
+      const { u, c, vae } = JSON.parse(readFileSync("cases.json"));
+      const made = [guide(Float32Array.from(u), Float32Array.from(c), 7.3),
+        unscaled(Float32Array.from(u), vae)];
+      console.log(JSON.stringify(made.map((x) => Array.from(x))));
+    """
+    made = node(script, {"u": u.ravel().tolist(), "c": c.ravel().tolist(), "vae": vae})
+    np.testing.assert_allclose(made[0], guide(u, c, 7.3).ravel(), rtol=1e-5, atol=1e-6)
+    config = json.loads((copy / "vae" / "config.json").read_text())
+    (copy / "vae" / "config.json").write_text(json.dumps({**config, **vae}))
+    folders.relist(copy)
+    pipe = sdlite.Pipeline.from_pretrained(copy, threads=1)
+    latents = rng.standard_normal((1, 8, 8, 8)).astype(np.float32)
+    seen = []
+    pipe.networks.vae_decoder = lambda latent_sample: (
+        seen.append(latent_sample) or np.zeros((1, 3, 64, 64), np.float32)
+    )
+    pipe.decode(latents)
+    given = {"u": latents.ravel().tolist(), "c": [], "vae": vae}
+    np.testing.assert_allclose(node(script, given)[1], seen[0].ravel(), rtol=1e-5, atol=1e-6)
+
+
 def test_the_page_refuses_other_samplers_and_takes_guidance_as_python_does(node):
     pndm, nan, negative, blue, *rest = node(_CALLS)
     assert "ddim, lcm, euler, not pndm: export the model with --sampler ddim" in pndm

@@ -113,6 +113,8 @@ class Target(Generic[Options]):
         free_size: False where only the batch can stay free.
         from_torch: whether `convert_torch` is called, with torch networks, in place of `convert`.
         opened_by: names of the backends with which `Pipeline.from_pretrained` opens the export.
+        sample: its file in `export/samples`, in C++; the export holds what that reads, see
+            `sdlite.exporters.device`. "": none.
         options_type: dataclass of what a profile's `[options]` may say, see `sdlite.settings`.
         profile, options: of this export.
     """
@@ -125,6 +127,7 @@ class Target(Generic[Options]):
     free_size: ClassVar[bool] = True
     from_torch: ClassVar[bool] = False
     opened_by: ClassVar[tuple[str, ...]] = ()
+    sample: ClassVar[str] = ""
     options_type: ClassVar[type] = NoOptions
 
     def __init__(self, profile: Profile):

@@ -74,6 +74,7 @@ class Ncnn(Target[Options]):
     extra = "ncnn"
     packages = ("ncnn", "pnnx")
     precisions = ("fp32", "fp16")
+    sample = "ncnn.cpp"
     options_type = Options
 
     def runtime(self) -> Runtime:

@@ -114,6 +114,7 @@ class TensorRT(Target[Options]):
     dynamic = True
     free_size = False  # any batch in the profile's range, one image size
     opened_by: ClassVar[tuple[str, ...]] = ("tensorrt",)
+    sample = "tensorrt.cpp"
     options_type = Options
     library = "tensorrt"  # the Python module
 
