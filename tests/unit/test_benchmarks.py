@@ -408,3 +408,22 @@ def test_seeds_of_the_embedded_student_hardly_differ_and_prompts_do(emoji):
         for r in map(json.loads, RESULTS.read_text().splitlines())
         if r["prompt"] == "a house"
     ] == [16]
+
+
+def test_the_teacher_comes_from_a_folder_or_an_error_says_how(tmp_path, monkeypatch):
+    """It is not in the repository: `--teacher`, or the released asset."""
+    from benchmarks.peers import TEACHER, plain_folder
+    from sdlite.errors import HubError
+
+    case = next(c for c in SUITES["teacher"] if c.model == TEACHER)
+    unet = tmp_path / "unet"
+    unet.mkdir()
+    (unet / "config.json").write_text("{}")
+    (unet / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    made = plain_folder(case, tmp_path, unet)
+    assert (made / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == b"weights"
+    assert (made / "tokenizer" / "vocab.json").exists()
+    monkeypatch.delenv("SDLITE_ASSETS", raising=False)
+    monkeypatch.setenv("SDLITE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(HubError, match=r"SDLITE_ASSETS.*train it as benchmarks/emoji/README\.md"):
+        plain_folder(case, tmp_path)
