@@ -39,7 +39,7 @@ def _extra() -> Iterator[None]:
 
 
 def _recipe_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("recipe", metavar="RECIPE", help="TOML file, see docs/distill.md")
+    p.add_argument("recipe", metavar="RECIPE", help="TOML file; `sdlite distill advise` writes one")
     p.add_argument(
         "--teacher", type=Path, required=True, metavar="DIR", help="diffusers SD-1.x or 2.x folder"
     )
