@@ -79,7 +79,7 @@ class Artifact:
         self.files = Files(folder, listed, MANIFEST if manifest else REPORT if export else "")
         self.index = self._index()
 
-    def _index(self) -> dict[str, Any]:
+    def _index(self) -> schema.Json:
         out = self.files.read_json(INDEX)
         for key, value in out.items():
             TEXT(self.files.path(INDEX), "a key", key)
@@ -236,11 +236,11 @@ class Artifact:
         return out
 
     @property
-    def student(self) -> dict[str, Any]:
+    def student(self) -> schema.Json:
         """How the model was made and how large it is; {} for a plain diffusers folder."""
         return self.manifest.student if self.manifest else dict(self._student().get("student", {}))
 
-    def _student(self) -> dict[str, Any]:
+    def _student(self) -> schema.Json:
         """student.json, which an export carries."""
         if not self.export or not self.files.has(STUDENT):
             return {}
@@ -324,7 +324,7 @@ class Artifact:
             return 0
         return self.bytes_of(f for p in PARTS for f in self.network_files(precision, p))
 
-    def config(self, part: str) -> dict[str, Any]:
+    def config(self, part: str) -> schema.Json:
         """The configuration of a network or the scheduler.
 
         Raises:
@@ -418,7 +418,7 @@ class Artifact:
         return sorted(p for p in found if p not in listed)
 
 
-def config(files: Files, name: str = "config.json") -> dict[str, Any]:
+def config(files: Files, name: str = "config.json") -> schema.Json:
     """The configuration in a folder of a model.
 
     Raises:

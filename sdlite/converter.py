@@ -39,6 +39,8 @@ from sdlite.torch_networks import open_network
 from sdlite.tryout import try_out
 from sdlite.weights import Stored, dtypes, stem, weight_files, weight_index, widen
 
+# input -> its free axes by torch.export.Dim; None: none
+FreeShapes = dict[str, dict[int, Any] | None]
 log = logging.getLogger("sdlite")
 OPSET = 18
 _COPIED = ("tokenizer", "scheduler", "text_encoder", "unet", "vae")
@@ -66,7 +68,7 @@ class _Unet(nn.Module):
 
 
 class _VaeDecoder(nn.Module):
-    def __init__(self, module: Any):
+    def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
 
@@ -78,18 +80,18 @@ class _VaeDecoder(nn.Module):
 class _Upsample(nn.Module):
     """diffusers' Upsample2D that is told its size: nearest neighbors, then its convolution."""
 
-    def __init__(self, original: Any, sizes: list[Any]):
+    def __init__(self, original: nn.Module, sizes: list[Tensor]):
         super().__init__()
         self.conv, self.sizes = original.conv, sizes
 
-    def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, output_size: object = None) -> Tensor:
         out: Tensor = self.conv(
             nn.functional.interpolate(hidden_states, size=self.sizes.pop(), mode="nearest")
         )
         return out
 
 
-def free_sizes(unet: Any) -> bool:
+def free_sizes(unet: nn.Module) -> bool:
     """Make a UNet upsample to the size that its way down had, for every size, in place.
 
     diffusers does so only where the size is no multiple of the UNet's own (8 latents in SD-1.x),
@@ -110,7 +112,7 @@ def free_sizes(unet: Any) -> bool:
     )
     if not plain or len(ups) != len(downs):
         return False
-    sizes: list[Any] = []
+    sizes: list[Tensor] = []
     for down in downs:
         down[0].register_forward_pre_hook(lambda module, given: sizes.append(given[0].shape[2:]))
     for up in ups:
@@ -134,8 +136,8 @@ def networks(folder: Path | Files) -> dict[str, nn.Module]:
 
 
 def _examples(
-    parts: dict[str, Any], multiple: int
-) -> dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]]:
+    parts: Mapping[str, nn.Module], multiple: int
+) -> dict[str, tuple[tuple[Tensor, ...], FreeShapes]]:
     """part -> example inputs and the shapes that stay free. `multiple`: of latents, that the UNet
     can be called with.
     """
@@ -166,7 +168,7 @@ def trace(
     part: str,
     wrapped: nn.Module,
     inputs: tuple[Tensor, ...],
-    shapes: dict[str, Any],
+    shapes: FreeShapes,
     opset: int = OPSET,
 ) -> ir.Model:
     """torch network -> ONNX model whose initializers keep their torch names."""
@@ -232,7 +234,7 @@ def _link_weights(model: onnx.ModelProto, weights: list[Path], prefix: str) -> i
     return inside
 
 
-_Values = dict[tuple[Any, ...], list[tuple[str, bool]]]
+_Values = dict[tuple[object, ...], list[tuple[str, bool]]]
 
 
 def _by_value(index: dict[str, Stored]) -> _Values:
@@ -268,7 +270,7 @@ def _find(
     return "", False
 
 
-def _fingerprint(shape: tuple[int, ...], corner: np.ndarray) -> tuple[Any, ...]:
+def _fingerprint(shape: tuple[int, ...], corner: np.ndarray) -> tuple[object, ...]:
     return (*shape, corner.tobytes())
 
 
@@ -323,7 +325,7 @@ def convert(
     out: str | Path,
     *,
     name: str = "",
-    student: dict[str, Any] | None = None,
+    student: Mapping[str, object] | None = None,
     sampler: Mapping[str, object] | None = None,
     calibration_prompts: Sequence[str] | None = None,
     keep_float: dict[str, Sequence[str]] | None = None,
@@ -394,7 +396,7 @@ def convert(
     return out
 
 
-def _write(source: Artifact, out: Path, manifest: Manifest, student: dict[str, Any]) -> None:
+def _write(source: Artifact, out: Path, manifest: Manifest, student: Mapping[str, object]) -> None:
     """The model at `out`, written beside, tried out, and renamed."""
     ClipTokenizer.from_pretrained(source.files.part("tokenizer"), source.config("text_encoder"))
     with writing(out) as tmp:
@@ -433,7 +435,7 @@ def _write_graphs(root: Path, manifest: Manifest) -> dict[str, int]:
     """The graphs of the networks in `root`, and what the manifest says of them. Returns their
     parameters.
     """
-    parts: dict[str, Any] = dict(networks(root))
+    parts = networks(root)
     unet = parts["unet"].module
     multiple = 1 if free_sizes(unet) else 2 ** (len(unet.config.block_out_channels) - 1)
     manifest.size_multiple = vae_stride(read_json(root / "vae" / "config.json")) * multiple
@@ -519,7 +521,7 @@ def _write_part(
     spec: IOSpec,
     wrapped: nn.Module,
     inputs: tuple[Tensor, ...],
-    shapes: dict[str, Any],
+    shapes: FreeShapes,
 ) -> NetworkRow:
     weights = weight_files(root / spec.source)
     [dtype] = dtypes(weight_index(weights))

@@ -4,12 +4,12 @@ before any weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from sdlite.schema import BOOL, Rule, each, either, number, optional, record, text, whole
+from sdlite.schema import BOOL, Json, Rule, each, either, number, optional, record, text, whole
 
 T = TypeVar("T")
 RUNS = (
@@ -100,7 +100,7 @@ SCHEMAS: dict[str, dict[str, Rule]] = {
 }
 
 
-def check_config(part: str, path: Path, config: Mapping[str, Any]) -> None:
+def check_config(part: str, path: Path, config: Json) -> None:
     """Look at the values of a network's config.json before anything uses them.
 
     Raises:
@@ -109,13 +109,13 @@ def check_config(part: str, path: Path, config: Mapping[str, Any]) -> None:
     record(SCHEMAS.get(part, {}))(path, "", config)
 
 
-def class_name(index: Mapping[str, Any]) -> str:
+def class_name(index: Json) -> str:
     """The pipeline's class as model_index.json names it."""
     name = index.get("_class_name") or "pipeline of no named class"
     return str(name[-1] if isinstance(name, list) else name)  # a custom pipeline is [module, class]
 
 
-def vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def vae_config(config: Json) -> Json:
     """vae/config.json with the keys that diffusers adds in memory and other readers miss.
 
     SD-1.4's has no `scaling_factor` (optimum takes 8 then), TAESD's no `block_out_channels`: its
@@ -140,7 +140,7 @@ class LatentScale:
     shift: float = 0.0
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> LatentScale:
+    def of(cls, config: Json) -> LatentScale:
         """`config`: content of vae/config.json."""
         known = vae_config(config)
         return cls(known["scaling_factor"], known.get("shift_factor") or 0.0)
@@ -154,7 +154,7 @@ class LatentScale:
         return cast(T, (cast(Any, latents) - self.shift) * self.factor)
 
 
-def vae_stride(config: Mapping[str, Any]) -> int:
+def vae_stride(config: Json) -> int:
     """Pixels per latent: each block of a VAE but one halves the size. `config`: content of
     vae/config.json.
     """
@@ -165,7 +165,7 @@ def vae_stride(config: Mapping[str, Any]) -> int:
 MARK = "_sdlite"
 
 
-def own_index(index: Mapping[str, Any]) -> dict[str, Any]:
+def own_index(index: Json) -> Json:
     """model_index.json of a folder that holds what a model runs with and nothing else: other
     components are none.
     """
@@ -177,12 +177,12 @@ def own_index(index: Mapping[str, Any]) -> dict[str, Any]:
     return {**out, **({"requires_safety_checker": False} if "safety_checker" in index else {})}
 
 
-def listed_index(index: Mapping[str, Any]) -> dict[str, Any]:
+def listed_index(index: Json) -> Json:
     """`own_index` of a folder whose files are listed: without its list it is refused."""
     return {**own_index(index), MARK: "1.0"}
 
 
-def unknown_parts(index: Mapping[str, Any]) -> str:
+def unknown_parts(index: Json) -> str:
     """Why the components that model_index.json names are not those that we run; "" where they
     are.
     """
@@ -200,7 +200,7 @@ def unknown_parts(index: Mapping[str, Any]) -> str:
     return ""
 
 
-def unfed_inputs(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+def unfed_inputs(unet: Json, vae: Json, text: Json) -> str:
     """Why the UNet cannot be called with latents, timestep and text alone; "" where it can."""
     for key, what in UNFED.items():
         if unet.get(key) is not None:
@@ -218,9 +218,7 @@ def unfed_inputs(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[
     return ""
 
 
-def refusal(
-    folder: str, index: Mapping[str, Any], config: Callable[[str], Mapping[str, Any]]
-) -> str:
+def refusal(folder: str, index: Json, config: Callable[[str], Json]) -> str:
     """One line that says why sdlite does not run a pipeline; "" where it does.
 
     Args:

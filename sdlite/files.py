@@ -17,6 +17,7 @@ from typing import Any
 
 from sdlite.errors import ArtifactError
 from sdlite.io import JSON_BYTES, decoded, json_of, opened, plain, read_bytes, read_json, sha256
+from sdlite.schema import Json
 
 # of a tokenizer, in every layout that CLIP's comes in
 VOCAB, MERGES, FAST = "vocab.json", "merges.txt", "tokenizer.json"
@@ -93,7 +94,7 @@ class Files:
         """UTF-8 text. Raises: see `read`, and what is not UTF-8."""
         return decoded(self.read(name), self.path(name))
 
-    def read_json(self, name: str, infinity: bool = False) -> dict[str, Any]:
+    def read_json(self, name: str, infinity: bool = False) -> Json:
         """The object that a JSON file holds. Raises: see `read_text` and `io.parse_json`."""
         return json_of(self.read_text(name), self.path(name), infinity)
 
@@ -189,7 +190,7 @@ class Files:
             )
 
 
-def read_listing(folder: Path, name: str) -> dict[str, Any]:
+def read_listing(folder: Path, name: str) -> Json:
     """The manifest or report of a folder: a file of its own, as what it lists.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any, Never, NoReturn
 
 from sdlite.errors import ArtifactError, printable
 from sdlite.io import opened
+from sdlite.schema import Json
 
 HEADER_BYTES = 100_000_000  # safetensors' own bound
 LFS = b"version https://git-lfs"
@@ -72,12 +73,12 @@ def read(path: Path) -> dict[str, Entry]:
     return out
 
 
-def _json(raw: bytes) -> dict[str, Any]:
+def _json(raw: bytes) -> Json:
     """The object, with names given once, no numbers but counts, and no surrogates."""
     if raw[:1] != b"{":
         raise ValueError("its header does not begin with {")
     try:
-        header: dict[str, Any] = json.loads(
+        header: Json = json.loads(
             raw.decode(),
             object_pairs_hook=_once,
             parse_int=_count,
@@ -89,7 +90,7 @@ def _json(raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> Json:
     out = dict(pairs)
     if len(out) < len(pairs):
         raise ValueError("its header gives a name twice")
@@ -108,7 +109,7 @@ def _refuse(text: str) -> Never:
     raise ValueError(f"its header has the number {text[:40]}")
 
 
-def _entries(header: dict[str, Any], base: int) -> dict[str, Entry]:
+def _entries(header: Json, base: int) -> dict[str, Entry]:
     about = header.pop("__metadata__", None) or {}
     if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
         raise ValueError("its __metadata__ is no object of texts")

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from sdlite.errors import ArtifactError, InputError, SdliteError, printable
+from sdlite.schema import Json
 
 try:
     import fcntl
@@ -172,7 +173,7 @@ def decoded(raw: bytes, path: Path) -> str:
         ) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """The object that a JSON file holds.
 
     Raises:
@@ -182,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return json_of(read_text(path), path)
 
 
-def json_of(text: str, path: Path, infinity: bool = False) -> dict[str, Any]:
+def json_of(text: str, path: Path, infinity: bool = False) -> Json:
     """The object of a JSON text, which stands in `path`. Raises: see `read_json`."""
     try:
         out = parse_json(text, infinity)
@@ -237,7 +238,7 @@ def _number(text: str) -> float:
     return value
 
 
-def read_toml(path: str | Path, kind: str, hint: str) -> dict[str, Any]:
+def read_toml(path: str | Path, kind: str, hint: str) -> Json:
     """What a TOML file that a user wrote says.
 
     Args:
@@ -348,7 +349,7 @@ def append(path: str | Path, text: str) -> None:
             raise OSError(e.errno, e.strerror, str(path)) from e
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Write JSON that every reader takes: UTF-8, no NaN, no infinity.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sdlite.errors import ArtifactError, printable
 
+Json = dict[str, Any]  # content of a JSON or TOML file
 Rule = Callable[[str | Path, str, object], object]  # (file, key, value); raises ArtifactError
 
 

@@ -7,11 +7,10 @@ text width, C latent channels, h,w latent size, H,W pixels (8h, 8w for an SD aut
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from sdlite.errors import ArtifactError
+from sdlite.schema import Json
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ VAE_DECODER = IOSpec(
 )
 
 
-def latent_size(unet: Mapping[str, Any]) -> tuple[int, int]:
+def latent_size(unet: Json) -> tuple[int, int]:
     """(height, width) of the latents that a U-Net was made for, from its config.json.
 
     As diffusers' pipeline has it: in files from before diffusers 0.9 a size below 64 is an

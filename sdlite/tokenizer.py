@@ -22,7 +22,7 @@ import numpy as np
 from sdlite import tokenizer_files
 from sdlite.errors import ArtifactError, InputError, SdliteWarning, printable
 from sdlite.files import Files
-from sdlite.schema import shown
+from sdlite.schema import Json, shown
 from sdlite.tokenizer_files import WORDS, TokenizerFiles
 
 WINDOW, ROWS = 77, 49408  # of CLIPTextConfig: positions and embeddings
@@ -77,7 +77,7 @@ class ClipTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path | Files, text_encoder: dict[str, Any] | None = None
+        cls, folder: str | Path | Files, text_encoder: Json | None = None
     ) -> ClipTokenizer:
         """Read a tokenizer's folder.
 
@@ -210,7 +210,7 @@ class ClipTokenizer:
             warnings.warn(message, TruncationWarning, stacklevel=3)
         return out
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """All that decides the ids, in one form for every layout; export/web/tokenizer.js reads it.
 
         `added` have the text that is matched, in lower case where normalized; `vectors` are (id,

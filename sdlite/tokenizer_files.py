@@ -19,7 +19,7 @@ from typing import Any
 
 from sdlite.errors import ArtifactError, printable
 from sdlite.files import ADDED, CONFIG, FAST, MERGES, SPECIAL, VOCAB, Files
-from sdlite.schema import shown
+from sdlite.schema import Json, shown
 
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 PATTERNS = (WORDS, r"<\|startoftext\|>|<\|endoftext\|>|" + WORDS)  # the second: transformers 5
@@ -28,7 +28,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 EXTRA = ("additional_special_tokens", "extra_special_tokens")  # transformers 4, 5
 START, END = "<|startoftext|>", "<|endoftext|>"
 DEFAULTS = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-MODEL: dict[str, Any] = {
+MODEL: Json = {
     "type": "BPE",
     "dropout": None,
     "continuing_subword_prefix": "",
@@ -115,7 +115,7 @@ def _bad(path: Path, what: str) -> ArtifactError:
     return ArtifactError(f"{path} {printable(what, 400)}; fetch or save the model again.")
 
 
-def _optional(files: Files, name: str) -> dict[str, Any]:
+def _optional(files: Files, name: str) -> Json:
     return files.read_json(name) if files.has(name) else {}
 
 
@@ -126,7 +126,7 @@ def _check_text(folder: Path, tokens: list[str]) -> None:
         raise _bad(folder, f"has a token with {e.object[e.start]!r}, which is no text") from e
 
 
-def _check_config(path: Path, config: dict[str, Any]) -> None:
+def _check_config(path: Path, config: Json) -> None:
     kind = config.get("tokenizer_class") or CLASSES[0]
     if kind not in CLASSES:
         raise ArtifactError(
@@ -137,7 +137,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
             raise ArtifactError(f"{path} has {key} {shown(config[key])}; CLIP's is 'right'.")
 
 
-def _max_length(path: Path, config: dict[str, Any]) -> int | None:
+def _max_length(path: Path, config: Json) -> int | None:
     """model_max_length, in tokens: start, one at least, end. transformers writes 1e30 for a length
     that nobody set; whatever is above the text encoder's window means the window.
     """
@@ -174,7 +174,7 @@ def _read_slow(files: Files) -> _Parts:
     return _Parts(vocab, _merges(path, pairs, vocab), WORDS, {})
 
 
-def _read_fast(path: Path, data: dict[str, Any]) -> _Parts:
+def _read_fast(path: Path, data: Json) -> _Parts:
     model, added = data.get("model"), data.get("added_tokens") or []
     if not isinstance(model, dict) or not isinstance(added, list):
         raise _bad(path, "has no model, or added_tokens that are no list")
@@ -256,12 +256,10 @@ def _merges(path: Path, merges: list[Any], vocab: dict[str, int]) -> list[tuple[
 
 # --- special and learned tokens
 
-Named = dict[str, Any]  # bos_token, ... -> str, Token or None; "extra" -> list of str and Token
+Named = Json  # bos_token, ... -> str, Token or None; "extra" -> list of str and Token
 
 
-def _tokens(
-    files: Files, config: dict[str, Any], own: dict[int, Token]
-) -> tuple[Named, dict[int, Token]]:
+def _tokens(files: Files, config: Json, own: dict[int, Token]) -> tuple[Named, dict[int, Token]]:
     """The named special tokens, and the numbered ones by id.
 
     tokenizer_config.json alone counts where it has an added_tokens_decoder. Else
@@ -297,7 +295,7 @@ def _legacy(files: Files, named: Named) -> dict[int, Token]:
     }
 
 
-def _named(path: Path, data: dict[str, Any], special: bool) -> Named:
+def _named(path: Path, data: Json, special: bool) -> Named:
     """The named special tokens of one file; strings stay strings, as their flags are set later."""
 
     def token(value: object) -> str | Token | None:
@@ -323,7 +321,7 @@ def _token(path: Path, given: object, special: bool = False) -> Token:
     return Token(given["content"], **flags, normalized=normalized, special=special)
 
 
-def _flag(path: Path, given: dict[str, Any], key: str, default: bool) -> bool:
+def _flag(path: Path, given: Json, key: str, default: bool) -> bool:
     value = given.get(key, default)
     if not isinstance(value, bool):
         raise _bad(path, f"has {key} {shown(value)}, which is neither true nor false")

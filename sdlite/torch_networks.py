@@ -20,6 +20,7 @@ from typing import Any
 from sdlite.artifact import config as read_config
 from sdlite.errors import ArtifactError
 from sdlite.files import Files
+from sdlite.schema import Json
 from sdlite.weights import Stored, cause, dtypes, weight_files, weight_index
 
 # What files of CLIP's text encoder may hold besides it: a buffer that is computed, and the rest of
@@ -32,7 +33,7 @@ HARMLESS = {
 }
 
 
-def vae_class(config: dict[str, Any]) -> Any:
+def vae_class(config: Json) -> Any:
     """diffusers' class of a vae/config.json: `AutoencoderKL`, or `AutoencoderTiny` (TAESD and our
     tiny decoders).
 
@@ -104,7 +105,7 @@ def open_network(folder: Path | Files, **options: Any) -> Any:
     return network.float()
 
 
-def _class(part: str, config: dict[str, Any]) -> Any:
+def _class(part: str, config: Json) -> Any:
     if part == "vae":
         return vae_class(config)
     if part == "unet":
@@ -116,7 +117,7 @@ def _class(part: str, config: dict[str, Any]) -> Any:
     return CLIPTextModel
 
 
-def _text_config(config: dict[str, Any]) -> Any:
+def _text_config(config: Json) -> Any:
     """transformers' configuration, of the architecture's own keys alone: others tell it where to
     load from.
     """
@@ -137,7 +138,7 @@ _COUNTED = (
 )
 
 
-def _check_size(files: Files, config: dict[str, Any], stored: dict[str, Stored]) -> None:
+def _check_size(files: Files, config: Json, stored: dict[str, Stored]) -> None:
     """A configuration may ask for any memory; the weights say how much there is to it. Nothing is
     reserved here.
 

@@ -10,7 +10,6 @@ import struct
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from sdlite import headers
 from sdlite.errors import ArtifactError
 from sdlite.files import TOKENIZER_FILES, Files
 from sdlite.manifest import INDEX, PICKLES
+from sdlite.schema import Json
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what a network may be stored in
 _TERMS = r"(?i)(licen[cs]e|notice|readme)(\.\w+)?"
@@ -79,7 +79,7 @@ def stem(part: str) -> str:
 
 
 def select(
-    names: Collection[str], part: str, where: str, listed: Callable[[str], dict[str, Any]]
+    names: Collection[str], part: str, where: str, listed: Callable[[str], Json]
 ) -> list[str]:
     """The weight files among `names` that diffusers and transformers load by default: one file, or
     its shards.
@@ -131,7 +131,7 @@ def _way_out(others: Collection[str]) -> str:
     return " Save or fetch the model again."
 
 
-def _listed(index: dict[str, Any], names: Collection[str], where: str) -> list[str]:
+def _listed(index: Json, names: Collection[str], where: str) -> list[str]:
     weights = index.get("weight_map")
     given = list(weights.values()) if isinstance(weights, dict) else []
     if not given or not all(
@@ -243,7 +243,7 @@ def widen(paths: list[Path], out: Path) -> None:
     """Write the tensors of `paths` to one file in float32, each cast exactly, integers as they are;
     one tensor at a time.
     """
-    index, header, end = weight_index(paths), dict[str, Any](), 0
+    index, header, end = weight_index(paths), Json(), 0
     for name, s in index.items():
         kind, length = (
             ("F32", int(np.prod(s.shape)) * 4) if s.dtype in FLOATS else (s.dtype, s.length)

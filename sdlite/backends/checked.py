@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,7 +32,7 @@ _TYPES = {
 }
 _PLACE = re.compile(r"Exception from \S+:\d+:?$|Check '.*' failed at \S+:\d+:?$")
 Declared = tuple[
-    str, str, Sequence[Any] | None
+    str, str, Sequence[object] | None
 ]  # name, type in the engine's word, shape: numbers where fixed
 
 
@@ -88,7 +88,7 @@ def declared(
             )
 
 
-def _shown(shape: Sequence[Any] | None) -> str:
+def _shown(shape: Sequence[object] | None) -> str:
     return (
         "of any shape"
         if shape is None
@@ -113,7 +113,7 @@ class Checked:
         """`stride`: pixels per latent. `engine`: what errors call it."""
         self.inner, self.part, self.stride, self.engine = inner, part, stride, engine
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:

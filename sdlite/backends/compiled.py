@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from sdlite.errors import ArtifactError, InputError
 from sdlite.io import WORK, cache_root, read_json, sha256, working
@@ -49,7 +48,7 @@ def limit() -> int:
 
 
 @contextmanager
-def kept(key: dict[str, Any], size: int) -> Iterator[Path | None]:
+def kept(key: dict[str, object], size: int) -> Iterator[Path | None]:
     """A folder for OpenVINO's CACHE_DIR while a network is compiled; None where nothing is kept.
 
     An entry that is whole is handed out as it is. Any other is made in a folder of this process and

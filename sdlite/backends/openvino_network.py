@@ -231,7 +231,7 @@ class CompiledNetwork:
             " the model."
         )
 
-    def _key(self, options: dict[str, object], shapes: dict[str, list[int]]) -> dict[str, Any]:
+    def _key(self, options: dict[str, object], shapes: dict[str, list[int]]) -> dict[str, object]:
         """What the compiled network depends on."""
         device = [
             self.core.get_property(self.name, p)

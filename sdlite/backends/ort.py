@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import onnxruntime as ort
 
@@ -21,6 +21,7 @@ from sdlite.spec import SPECS
 
 import numpy as np  # isort: skip
 
+T = TypeVar("T")
 LARGE = 32 << 20  # bytes of a network
 _SHRINK = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -85,7 +86,7 @@ class Session:
         made = self._run(lambda options: self.session.run(self.names, inputs, options), inputs)
         return dict(zip(self.names, made, strict=True))
 
-    def _run(self, work: Callable[[ort.RunOptions], Any], inputs: dict[str, np.ndarray]) -> Any:
+    def _run(self, work: Callable[[ort.RunOptions], T], inputs: dict[str, np.ndarray]) -> T:
         """`work` with the options of this run, which can be stopped where it is long.
 
         onnxruntime keeps the memory of its largest run (embedded student at 2048 px: 10 GB).

@@ -8,15 +8,15 @@ them whatever the file says, so neither is read: `steps_offset` is 1, `clip_samp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Never
+from typing import Never
 
 import numpy as np
 
 from sdlite.errors import ArtifactError, InputError, UnknownNameError
 from sdlite.schema import (
     BOOL,
+    Json,
     Rule,
     each,
     either,
@@ -209,7 +209,7 @@ _ACCEPTED: dict[str, Rule] = {
 }
 
 
-def _check(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def _check(config: Json, defaults: Json) -> None:
     """Every value that is there, used or not.
 
     A null has no meaning where the class's default is not off: diffusers would take it for false.
@@ -240,7 +240,8 @@ def _check(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         )
     if (offset := config.get("steps_offset") or 0) >= total:
         _refuse("steps_offset", offset, f"less than num_train_timesteps, {total}")
-    start, end = (config.get(k, defaults[k]) for k in ("beta_start", "beta_end"))
+    known = {**defaults, **config}
+    start, end = known["beta_start"], known["beta_end"]
     if betas is None and start > end:
         _refuse("beta_start", start, f"at most beta_end, {end}")
 
@@ -265,10 +266,10 @@ class Schedule:
     trained_betas: tuple[float, ...] | None = None
     prediction_type: str = "epsilon"
     rescale_betas_zero_snr: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Json = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
+    def from_config(cls, config: Json) -> Schedule:
         """A scheduler_config.json, of any class.
 
         Raises:
