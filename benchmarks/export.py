@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "exports.jsonl"
 
 
 def sized(profile: str, size_px: int, folder: Path) -> Path:
-    """A copy of a built-in profile in `folder`, for square pictures of this size."""
+    """A copy of a built-in profile in `folder`, for square images of this size."""
     out = folder / f"{profile}.toml"
     out.write_text(f"height = {size_px}\nwidth = {size_px}\n{(PROFILES / out.name).read_text()}")
     return out
@@ -88,14 +88,12 @@ def main() -> None:
     ap.add_argument("model", nargs="?", default="emoji", help="embedded name, folder or shape:NAME")
     ap.add_argument("--profiles", nargs="+", help="default: all that suit the model's precisions")
     ap.add_argument(
-        "--reference", help="the float model of an int8 one: its pictures are compared too"
+        "--reference", help="the float model of an int8 one: its images are compared too"
     )
     ap.add_argument("--label", help="name of the model in the row; default: as given")
     ap.add_argument("--steps", type=int, default=4)
     ap.add_argument(
-        "--size",
-        type=int,
-        help="height and width of the pictures, pixels; default: the model's own",
+        "--size", type=int, help="height and width of the images, pixels; default: the model's own"
     )
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sdlite-bench")

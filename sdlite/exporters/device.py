@@ -128,7 +128,7 @@ def _step(name: str, schedule: Schedule, n: int, i: int) -> Step:
         nonlocal drawn
         source = _Constant(noise)
         solver = get_sampler(name, schedule, n)
-        made = solver.step(i, output, x, [source])  # type: ignore[list-item]
+        made = solver.step(i, output, x, [source])
         drawn = source.drawn
         return float(made[0, 0, 0, 0])
 

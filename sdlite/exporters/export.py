@@ -396,7 +396,7 @@ def _float_pipeline(model: str | Path, threads: int | None) -> Pipeline:
     held = [p for p in ("fp32", "fp16") if artifact.has_onnx(p)]
     if not held:
         raise PrecisionError(
-            f"the reference {model} holds no float ONNX graphs; name the model that was quantised."
+            f"the reference {model} holds no float ONNX graphs; name the model that was quantized."
         )
     return Pipeline.from_pretrained(
         artifact.folder, precision=held[0], backend="onnxruntime", threads=threads

@@ -44,7 +44,7 @@ def source_of(artifact: Artifact, profile: Profile) -> str:
     if source is None:
         held = ", ".join(artifact.manifest.variants) if artifact.manifest else "none"
         how = (
-            "quantise it first (sdlite quantize)"
+            "quantize it first (sdlite quantize)"
             if profile.precision.startswith("int8")
             else "export the float model"
         )

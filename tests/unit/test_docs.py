@@ -40,7 +40,7 @@ SUBSTITUTIONS = {
 RUN = ("generate", "info", "verify", "models", "quantize")
 LISTED = ["export", "--list"]
 JAVASCRIPT = ("sdlite.js", "Pipeline.load")
-FILES = ("sdlite.h", "sdlite.json",)
+FILES = ("sdlite.h", "sdlite.json")
 
 
 def blocks(document: str) -> list[tuple[str, str]]:

@@ -418,7 +418,7 @@ def test_float16_of_a_model_that_holds_float32_only(target, wide, tmp_path):
     )  # 5.4 million weights of two bytes
     assert report["parity"]["networks"]["unet"]["sqnr"] < 100  # rounded
     assert min(report["parity"]["psnr"]) >= 40
-    with pytest.raises(PrecisionError, match="wants int8-static: quantise it first"):
+    with pytest.raises(PrecisionError, match="wants int8-static: quantize it first"):
         export(wide, tmp_path / "x", target="onnx-int8")
 
 

@@ -1,14 +1,13 @@
 """a16w8: 16 bits of activation, 8 of weight, in the QDQ form that Qualcomm's HTP takes as one
-    integer operator.
+integer operator.
 
 A layer becomes integer when its inputs come from DequantizeLinear and its output goes to
 QuantizeLinear alone: uint16 asymmetric activations, int8 symmetric weights, int32 bias at input
 scale x weight scale. Convolutions have a weight scale for each output channel. MatMul and Gemm have
 one: with a scale for each channel the HTP simulator gives 7 dB for a feed-forward that is 55 dB on
 onnxruntime's CPU, with one scale both give over 44 dB (emoji, 2026-11-25). What is not a layer
-stays float, which the HTP computes in float16. Ranges are seen over the student's own loop, as for
-`sdlite.quantize`; they are the
-extremes: with 65,536 levels rounding is small and clipping is not.
+stays float, which the HTP computes in float16. Ranges are seen over the model's own loop, as for
+`sdlite.quantize`. They are the extremes: with 65,536 levels rounding is small and clipping is not.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def choose(
 
     Args:
         graph: fixed shapes; its weights may have lost their names in folding.
-        original: the artefact's graph, which has them; onnxruntime's fusions keep the node's name
+        original: the model's graph, which has them; onnxruntime's fusions keep the node's name
             in front of a slash.
         operators: of Conv, MatMul and Gemm.
         keep: regular expressions of module names that stay float.
@@ -64,8 +63,8 @@ def observe(
     threads: int | None,
     **arguments: Any,
 ) -> dict[str, dict[str, Range]]:
-    """Ranges of the layers' inputs and outputs while the pipeline paints `prompts` (seed 1000 + i
-    for prompt i), zero included.
+    """Ranges of the layers' inputs and outputs, zero included, while the pipeline makes images of
+    `prompts` (seed 1000 + i for prompt i).
 
     Args:
         graphs: part -> graph of batch 1.
@@ -120,9 +119,8 @@ def parameters(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
 class _Inserter:
     def __init__(self, graph: Graph, ranges: Mapping[str, Range], chosen: Mapping[str, Layer]):
         self.graph, self.out, self.ranges, self.chosen = graph, graph.copy(), ranges, chosen
-        self.results = {
-            x.output for x in chosen.values()
-        }  # every reader sees the integer value: else no unit is made
+        # every reader sees the integer value: else no unit is made
+        self.results = {x.output for x in chosen.values()}
         self.final = {o.name for o in graph.proto.graph.output}
         self.made: set[str] = set()
 
@@ -163,7 +161,7 @@ class _Inserter:
         return name
 
     def _pair(self, x: str, source: str, target: str) -> list[NodeProto]:
-        """Quantise `source` with the parameters of `x`, and back; once for each tensor."""
+        """Quantize `source` with the parameters of `x`, and back; once for each tensor."""
         if f"{x}/q" in self.made:
             return []
         self.made.add(f"{x}/q")
@@ -197,23 +195,23 @@ class _Inserter:
                 else scale
             )
             new.append(
-                self._dequantise(
+                self._dequantize(
                     name, np.clip(np.round(w / steps), -127, 127).astype(np.int8), scale, layer.axis
                 )
             )
         return scale
 
     def _bias(self, layer: Layer, name: str, scale: np.ndarray, new: list[NodeProto]) -> str:
-        """int32 bias with its DequantizeLinear; returns the dequantised tensor."""
+        """int32 bias with its DequantizeLinear; returns the dequantized tensor."""
         both = np.asarray(scale * parameters(*self.ranges[layer.input])[0], np.float32)
         limit = 2**31 - 1
         q = np.clip(
             np.round(self.graph.weights[name].array().astype(np.float64) / both), -limit, limit
         ).astype(np.int32)
-        new.append(self._dequantise(f"{layer.node}/bias", q, both, 0))
+        new.append(self._dequantize(f"{layer.node}/bias", q, both, 0))
         return f"{layer.node}/bias/dq"
 
-    def _dequantise(self, stem: str, q: np.ndarray, scale: np.ndarray, axis: int) -> NodeProto:
+    def _dequantize(self, stem: str, q: np.ndarray, scale: np.ndarray, axis: int) -> NodeProto:
         zero = np.zeros(scale.shape, q.dtype)
         held = [
             self._constant(f"{stem}/{k}", v)

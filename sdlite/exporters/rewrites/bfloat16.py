@@ -1,8 +1,8 @@
 """bfloat16 arithmetic: a graph that computes in float32 to one that computes in bfloat16, inputs
 and outputs staying float32.
 
-onnxruntime's CPU has no bfloat16 kernels. For the gate there is a second graph with the same casts,
-which computes in float32 and rounds to bfloat16 wherever the first one stores bfloat16.
+onnxruntime's CPU has no bfloat16 kernels. For the quality check there is a second graph with the
+same casts, which computes in float32 and rounds to bfloat16 wherever the first one stores bfloat16.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sdlite.errors import ExportError
 from sdlite.exporters.rewrites.float16 import FLOAT32
 from sdlite.onnx_graph import Graph
 
-BFLOAT_CONV = 22  # the first opset whose Conv and normalisations take bfloat16
+BFLOAT_CONV = 22  # the first opset whose Conv and normalizations take bfloat16
 CONSTANTS = ("Cast", "Constant", "ConstantOfShape", "Range")
 
 
@@ -39,9 +39,8 @@ def to_bfloat(graph: Path, out: Path, *, rounded: bool = False) -> Path:
     if not rounded:
         for opset in source.proto.opset_import:
             if opset.domain == "":
-                opset.version = max(
-                    opset.version, BFLOAT_CONV
-                )  # later versions differ in types only, for the operators of our networks
+                # later versions differ in types only, for the operators of our networks
+                opset.version = max(opset.version, BFLOAT_CONV)
     source.save(out)
     try:
         onnx.checker.check_model(str(out))
@@ -56,10 +55,8 @@ def _wide(graph: Graph) -> set[str]:
     """Names of nodes that stay float32: see `FLOAT32`, what makes constants, and all that leads to
     a sine (8 bits do not tell steps apart).
     """
-    producers, out = (
-        graph.producers(),
-        {n.name for n in graph.nodes if n.op_type in (*FLOAT32, *CONSTANTS)},
-    )
+    producers = graph.producers()
+    out = {n.name for n in graph.nodes if n.op_type in (*FLOAT32, *CONSTANTS)}
     ahead = [n for n in graph.nodes if n.op_type in ("Sin", "Cos")]
     while ahead:
         ahead = [

@@ -15,7 +15,7 @@ from sdlite.onnx_graph import Graph
 
 def fix(graph: Graph, shapes: dict[str, tuple[int | str, ...]], out: Path) -> Path:
     """Write `graph` with these input shapes (numbers, or names that stay free) to `out` (weights
-    beside it), shape arithmetic folded by onnxruntime's basic optimisation.
+    beside it), shape arithmetic folded by onnxruntime's basic optimization.
 
     Raises:
         InputError: an input has another rank.

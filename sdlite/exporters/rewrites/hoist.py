@@ -1,7 +1,7 @@
 """Fixed-schedule graphs: what depends on the timestep alone, on the prompt alone, and the rest, as
 three graphs.
 
-Over a sampling loop the time embedding and its projections are the same for every picture, and the
+Over a sampling loop the time embedding and its projections are the same for every image, and the
 cross-attention keys and values of a prompt are the same in every step. `hoist` cuts a UNet where
 such values meet the latents; `sdlite.backends.fused` runs them.
 """
@@ -16,10 +16,8 @@ from onnx import helper
 from sdlite.errors import ExportError
 from sdlite.onnx_graph import Graph
 
-PARTS = {
-    "time": "timestep",
-    "prompt": "encoder_hidden_states",
-}  # graph -> the one input it depends on
+# graph -> the one input it depends on
+PARTS = {"time": "timestep", "prompt": "encoder_hidden_states"}
 
 
 def hoist(

@@ -209,7 +209,7 @@ def _symmetric(part: str, graph: Path) -> None:
     ]
     if any(z.dtype != np.int8 or z.array().any() for z in zeros):
         raise PrecisionError(
-            f"{part} was quantised with unsigned activations; TensorRT takes symmetric int8: sdlite"
+            f"{part} was quantized with unsigned activations; TensorRT takes symmetric int8: sdlite"
             " quantize MODEL --precision int8-static --scheme s8s8."
         )
 
