@@ -77,16 +77,16 @@ FEW: dict[str, Any] = {"lr": 2e-4, "guidance": 1.0}
 STEPS = {
     "guidance": Strategy("guidance", {"guidance_scale": 2.0}, **FEW),
     "progressive 8": Strategy(
-        "progressive", {"num_inference_steps": 8}, steps=8, after="guidance", **FEW
+        "progressive", {"steps": (8,), "guidance_scale": 1.0}, steps=8, after="guidance", **FEW
     ),
     "progressive 4": Strategy(
-        "progressive", {"num_inference_steps": 4}, steps=4, after="progressive 8", **FEW
+        "progressive", {"steps": (4,), "guidance_scale": 1.0}, steps=4, after="progressive 8", **FEW
     ),
     "progressive 2": Strategy(
-        "progressive", {"num_inference_steps": 2}, steps=2, after="progressive 4", **FEW
+        "progressive", {"steps": (2,), "guidance_scale": 1.0}, steps=2, after="progressive 4", **FEW
     ),
     "progressive 1": Strategy(
-        "progressive", {"num_inference_steps": 1}, steps=1, after="progressive 2", **FEW
+        "progressive", {"steps": (1,), "guidance_scale": 1.0}, steps=1, after="progressive 2", **FEW
     ),
     # its target is the student itself: at 2e-4 it drifts to a grey mean within 200 steps, as LCM's
     # reports of its touchy rate say
@@ -124,6 +124,7 @@ class Bench:
         from transformers import CLIPTextModel
 
         from benchmarks.quality import Protocol
+        from sdlite.distill.preview import Samples
         from sdlite.tokenizer import ClipTokenizer
 
         torch.set_num_threads(args.threads)
@@ -135,7 +136,7 @@ class Bench:
         tokenizer = ClipTokenizer.from_pretrained(emoji.TOKENIZER)
         self.source = EmojiLatents(self.vae, tokenizer, emoji.load(), args.latents)
         self.parts = {"vae": self.vae, "tokenizer": tokenizer, "tokenizer_folder": emoji.TOKENIZER}
-        self.preview = {"prompts": PREVIEW}
+        self.samples = Samples(tuple(PREVIEW))
         self.protocol = Protocol(args.prompts, args.heldout)
         self.paired: dict[int, np.ndarray] = {}
 
@@ -168,8 +169,9 @@ class Bench:
         return self.paired[seed]
 
     def train(self, name: str, s: Strategy, seed: int, folder: Path) -> dict[str, Any]:
-        from sdlite.distill.recipe import KINDS
         from sdlite.distill.students import PRESETS, build
+        from sdlite.distill.tasks import KINDS
+        from sdlite.distill.tasks.base import V_ZERO_SNR, Given
         from sdlite.distill.train import TrainConfig, fit
 
         self.torch.manual_seed(seed)
@@ -187,15 +189,9 @@ class Bench:
         else:
             start = self.run_folder(s.after, seed) / "model" if s.after else self.args.student
             student, master = self.load(start / "unet"), self.load(start / "unet")
-        task = KINDS[s.kind](
-            student,
-            master,
-            self.text_encoder,
-            self.source,
-            parts=self.parts,
-            preview=self.preview,
-            **options,
-        )
+        networks = (student, master, self.text_encoder)
+        given = Given(*networks, self.source, self.parts, V_ZERO_SNR, self.samples)
+        task = KINDS[s.kind](**options).task(given)
         config = TrainConfig(
             max_images=self.args.images,
             batch_size=32,
@@ -294,11 +290,9 @@ def chain(table: str, name: str) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for s in done:
         if s.kind == "progressive" and out and out[-1]["kind"] == "progressive":
-            out[-1]["steps"].append(s.options["num_inference_steps"])
+            out[-1]["steps"] += s.options["steps"]
         elif s.kind == "progressive":
-            out.append(
-                {"kind": "progressive", "steps": [s.options["num_inference_steps"]], "lr": s.lr}
-            )
+            out.append({"kind": "progressive", "steps": [*s.options["steps"]], "lr": s.lr})
         else:
             out.append({"kind": s.kind, **s.options, "lr": s.lr})
     return out

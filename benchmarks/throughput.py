@@ -50,23 +50,15 @@ class Setup:
     student: Callable[[], Any]
     pictures: Callable[[dict[str, Any]], Any]
     scheduler: dict[str, Any]
-    preview: dict[str, Any]
 
 
 def task_of(setup: Setup) -> Any:
-    from sdlite.distill.tasks.student import StudentTask
+    from sdlite.distill.tasks.base import Given
+    from sdlite.distill.tasks.student import Output
 
-    return StudentTask(
-        setup.student(),
-        setup.teacher,
-        setup.text_encoder,
-        setup.source,
-        parts=setup.parts,
-        preview=setup.preview,
-        feature_weight=0.0,
-        caption_dropout=0.0,
-        scheduler=setup.scheduler,
-    )
+    networks = (setup.student(), setup.teacher, setup.text_encoder)
+    given = Given(*networks, setup.source, setup.parts, setup.scheduler)
+    return Output(feature_weight=0.0, caption_dropout=0.0).task(given)
 
 
 def timed(task: Any, begins: list[float]) -> Any:
@@ -90,7 +82,7 @@ def plain_loop(
     import torch
     import torch.nn.functional as F
 
-    from sdlite.distill.tasks.student import Forward
+    from sdlite.distill.tasks.base import Forward
     from sdlite.distill.train import step_generator
     from sdlite.sampling import Schedule
 
@@ -232,7 +224,7 @@ def emoji_setup(teacher: Path, latents: Path) -> Setup:
     from transformers import CLIPTextModel
 
     from sdlite.distill.students import PRESETS, build
-    from sdlite.distill.tasks.student import V_ZERO_SNR
+    from sdlite.distill.tasks.base import V_ZERO_SNR
     from sdlite.tokenizer import ClipTokenizer
 
     data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(emoji.TOKENIZER)
@@ -252,7 +244,6 @@ def emoji_setup(teacher: Path, latents: Path) -> Setup:
         student,
         lambda batch: data.composite(batch["ids"], batch["colours"]),
         V_ZERO_SNR,
-        {},
     )
 
 

@@ -97,6 +97,29 @@ def read(cls: type[T], raw: Mapping[str, Any], label: str) -> T:
         raise InputError(_line(cls, label, e.errors(include_url=False)[0])) from None
 
 
+def check(made: object) -> None:
+    """Refuse what `read` would: for the `__post_init__` of a dataclass that people also make in
+    Python.
+
+    Raises:
+        InputError: the first value of another type or out of range, named as `read` names it.
+        MissingExtraError: pydantic is not installed.
+    """
+    cls = type(made)
+    given = dataclasses.asdict(cast(Any, made))
+    read(_unchecked(cast(Hashable, cls)), given, cls.__name__)
+
+
+@functools.cache
+def _unchecked(cls: Any) -> Any:
+    """A dataclass of the same fields whose `__post_init__` does not check again."""
+    import typing
+
+    kinds = typing.get_type_hints(cls, include_extras=True)
+    own = [(f.name, kinds[f.name]) for f in dataclasses.fields(cls)]
+    return settings(dataclasses.make_dataclass(cls.__name__, own))
+
+
 def _line(cls: Any, label: str, error: Mapping[str, Any]) -> str:
     key = ".".join(printable(x, 80) for x in error["loc"] if not str(x).startswith("function-"))
     kind, about = error["type"], error.get("ctx", {})

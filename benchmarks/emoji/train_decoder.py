@@ -26,9 +26,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from sdlite.distill.tasks.base import V_ZERO_SNR, CachedEncoder
 from sdlite.distill.tasks.few_step import Solver, trailing_timesteps
-from sdlite.distill.tasks.student import V_ZERO_SNR, CachedEncoder
-from sdlite.distill.train import Batch, TrainConfig, fit
+from sdlite.distill.train import Batch, Task, TrainConfig, fit
 from sdlite.images import to_uint8
 from sdlite.sampling import Schedule
 from sdlite.tokenizer import ClipTokenizer
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         return out
 
 
-class DecoderTask:
+class DecoderTask(Task):
     def __init__(
         self,
         model: Path,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import emoji
 import torch
@@ -21,9 +20,20 @@ from latents import EmojiLatents
 from train_teacher import PREVIEW
 from transformers import CLIPTextModel
 
-from sdlite.distill.recipe import KINDS
+from sdlite.distill.preview import Samples
+from sdlite.distill.tasks.base import V_ZERO_SNR, Given, StageKind
+from sdlite.distill.tasks.few_step import Adversarial, Guidance, Progressive
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.tokenizer import ClipTokenizer
+
+
+def kind(args: argparse.Namespace) -> StageKind:
+    """The stage with the options of the command line."""
+    if args.kind == "guidance":
+        return Guidance(args.guidance)
+    if args.kind == "progressive":
+        return Progressive((args.steps,), guidance_scale=args.guidance)
+    return Adversarial(args.steps, args.weight, guidance_scale=args.guidance)
 
 
 def main() -> None:
@@ -69,21 +79,11 @@ def main() -> None:
     text_encoder = CLIPTextModel.from_pretrained(args.student / "text_encoder").eval()
     student = UNet2DConditionModel.from_pretrained(args.student / "unet")
     teacher = UNet2DConditionModel.from_pretrained((args.teacher or args.student) / "unet")
-    steps = 25 if args.kind == "guidance" else args.steps
-    options: dict[str, Any] = {"guidance_scale": args.guidance}
-    if args.kind != "guidance":
-        options["num_inference_steps"] = args.steps
-    if args.kind == "adversarial":
-        options["weight"] = args.weight
-    task = KINDS[args.kind](
-        student,
-        teacher,
-        text_encoder,
-        EmojiLatents(vae, tokenizer, data, args.latents),
-        parts={"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": emoji.TOKENIZER},
-        preview={"prompts": PREVIEW, "num_inference_steps": steps, "guidance_scale": 1.0},
-        **options,
-    )
+    source = EmojiLatents(vae, tokenizer, data, args.latents)
+    parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": emoji.TOKENIZER}
+    samples = Samples(tuple(PREVIEW))
+    given = Given(student, teacher, text_encoder, source, parts, V_ZERO_SNR, samples)
+    task = kind(args).task(given)
     if args.kind == "guidance":
         task.timestep_power = args.timestep_power
     bf16 = args.mixed_precision == "bf16"

@@ -17,8 +17,10 @@ from latents import EmojiLatents
 from train_teacher import PREVIEW
 from transformers import CLIPTextModel
 
+from sdlite.distill.preview import Samples
 from sdlite.distill.students import PRESETS, build
-from sdlite.distill.tasks.student import StudentTask
+from sdlite.distill.tasks.base import V_ZERO_SNR, Given
+from sdlite.distill.tasks.student import Output
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.tokenizer import ClipTokenizer
 
@@ -81,17 +83,13 @@ def main() -> None:
     )
     parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_folder": emoji.TOKENIZER}
     source = EmojiLatents(vae, tokenizer, data, args.latents)
-    task = StudentTask(
-        student,
-        teacher,
-        text_encoder,
-        source,
-        parts=parts,
-        preview={"prompts": PREVIEW},
+    samples = Samples(tuple(PREVIEW))
+    given = Given(student, teacher, text_encoder, source, parts, V_ZERO_SNR, samples)
+    task = Output(
         output_weight=args.output_weight,
         feature_weight=args.feature_weight,
         timestep_power=args.timestep_power,
-    )
+    ).task(given)
     config = TrainConfig(
         max_images=args.images,
         batch_size=args.batch_size,

@@ -17,6 +17,7 @@ from latents import EmojiLatents, encode_all, fold_normalisation
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from sdlite.distill.preview import Samples
 from sdlite.distill.tasks.student import TeacherTask
 from sdlite.distill.train import TrainConfig, fit
 from sdlite.tokenizer import ClipTokenizer
@@ -156,7 +157,7 @@ def main() -> None:
         text_encoder,
         source,
         parts=parts,
-        preview={"prompts": PREVIEW},
+        samples=Samples(tuple(PREVIEW)),
         train_text_encoder=not args.freeze_text_encoder,
         timestep_power=args.timestep_power,
     )

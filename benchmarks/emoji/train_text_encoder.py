@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from train_teacher import PREVIEW, build_text_encoder, normalised_vae
 from transformers import CLIPTextModel
 
-from sdlite.distill.train import Batch, TrainConfig, fit
+from sdlite.distill.train import Batch, Task, TrainConfig, fit
 from sdlite.images import to_uint8
 from sdlite.tokenizer import ClipTokenizer
 
@@ -47,7 +47,7 @@ class CaptionToLatent(nn.Module):
         return self.head(self.text_encoder(input_ids[:, :end]).pooler_output).view(-1, *self.shape)
 
 
-class TextTask:
+class TextTask(Task):
     def __init__(
         self,
         network: CaptionToLatent,

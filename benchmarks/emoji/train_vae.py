@@ -17,7 +17,7 @@ from features import LiteFeatures
 from PIL import Image
 from torch import Tensor, nn
 
-from sdlite.distill.train import Batch, TrainConfig, fit
+from sdlite.distill.train import Batch, Task, TrainConfig, fit
 
 
 class Wrapped(nn.Module):
@@ -33,7 +33,7 @@ class Wrapped(nn.Module):
         return self.vae.decode(z).sample, q.mean, q.logvar
 
 
-class AutoencoderTask:
+class AutoencoderTask(Task):
     def __init__(
         self,
         data: emoji.Emoji,

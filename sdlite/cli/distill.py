@@ -70,13 +70,15 @@ def _run_wrong(args: argparse.Namespace) -> str:
 
 def _run(args: argparse.Namespace) -> None:
     with _extra():
-        from sdlite.distill import recipe
+        from sdlite.distill.recipe import Recipe
+        from sdlite.distill.run import plan, run
+        from sdlite.distill.teacher import Teacher
 
-    read = recipe.Recipe.load(args.recipe)
+    read = Recipe.load(args.recipe)
     if args.dry_run:
-        terminal.say(*str(recipe.plan(read, recipe.Teacher(args.teacher))).split("\n"))
+        terminal.say(*plan(read, Teacher(args.teacher)).split("\n"))
         return
-    done = recipe.run(
+    done = run(
         read,
         teacher=args.teacher,
         data=args.data,

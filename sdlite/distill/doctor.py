@@ -1,5 +1,5 @@
-"""`doctor`: why would this distillation not converge? Looks at teacher, student and data, and
-    measures one batch.
+"""`doctor`: why would this distillation not converge? It looks at teacher, student and data, and
+measures one batch.
 
 Each finding is (level, check, text): "ok", "warn" (works, not well) or "fail" (cannot work), with
 the figure and what to change.
@@ -9,25 +9,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from sdlite.distill.recipe import Recipe, Teacher, packages
+from sdlite.distill.features import Taps
+from sdlite.distill.latent_cache import CachedLatents
+from sdlite.distill.preview import Config, decode_scaled
+from sdlite.distill.recipe import Recipe, Stage
+from sdlite.distill.run import packages
 from sdlite.distill.students import build, parameters
-from sdlite.distill.tasks.student import StudentTask, decode_scaled
+from sdlite.distill.tasks.base import Given
+from sdlite.distill.tasks.student import Output, StudentTask
+from sdlite.distill.teacher import Teacher
 from sdlite.distill.train import step_generator
 from sdlite.errors import MissingExtraError
 from sdlite.sampling import Schedule, guided
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
 
 @dataclass(frozen=True)
 class Finding:
-    level: str
+    """One check's outcome: `level`, the check's name, and what was found."""
+
+    level: Literal["ok", "warn", "fail"]
     check: str
     text: str
 
@@ -35,7 +47,12 @@ class Finding:
         return f"{self.level:<4} {self.check}: {self.text}"
 
 
-def architecture(student: Any, teacher: Any, text_encoder: Any, vae: Any) -> list[Finding]:
+def architecture(
+    student: UNet2DConditionModel,
+    teacher: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    vae: AutoencoderKL,
+) -> list[Finding]:
     """Do the interfaces agree: latent channels, text width, sizes?"""
     s, t, out = student.config, teacher.config, []
     pairs = [
@@ -65,7 +82,7 @@ def architecture(student: Any, teacher: Any, text_encoder: Any, vae: Any) -> lis
             Finding(
                 "warn",
                 "architecture",
-                f"the student has {ratio:.1%} of the teacher's parameters: distil through a"
+                f"the student has {ratio:.1%} of the teacher's parameters: distill through a"
                 " middle-sized one first",
             )
         )
@@ -78,7 +95,7 @@ def architecture(student: Any, teacher: Any, text_encoder: Any, vae: Any) -> lis
     return out
 
 
-def target(scheduler: dict[str, Any], few_steps: bool) -> list[Finding]:
+def target(scheduler: Config, few_steps: bool) -> list[Finding]:
     """Prediction type, terminal signal-to-noise ratio and spacing: what few-step students trip
     over.
     """
@@ -90,7 +107,7 @@ def target(scheduler: dict[str, Any], few_steps: bool) -> list[Finding]:
             Finding(
                 "fail",
                 "target",
-                "epsilon prediction with zero terminal SNR says nothing about the picture at the"
+                "epsilon prediction with zero terminal SNR says nothing about the image at the"
                 " last timestep; use v_prediction",
             )
         )
@@ -164,7 +181,7 @@ def prediction(
 
 
 @torch.no_grad()
-def round_trip(latents: Tensor, vae: Any) -> list[Finding]:
+def round_trip(latents: Tensor, vae: AutoencoderKL) -> list[Finding]:
     """Latents (B, C, h, w) decoded and encoded again: the same, if scale, shift and pixel range are
     one convention.
     """
@@ -194,56 +211,47 @@ def round_trip(latents: Tensor, vae: Any) -> list[Finding]:
 def settings(recipe: Recipe, samples: int) -> list[Finding]:
     """What a recipe says that works against itself."""
     out = []
-    for s in recipe.stages:
-        c = s.config
-        if c.mixed_precision == "fp16" and not torch.cuda.is_available():
-            out.append(
-                Finding(
-                    "fail", "settings", f"{s.name}: fp16 needs CUDA; use mixed_precision = 'bf16'"
-                )
-            )
-        if c.micro_batch_size and c.batch_size % min(c.micro_batch_size, c.batch_size):
-            out.append(
-                Finding(
-                    "fail",
-                    "settings",
-                    f"{s.name}: batch_size={c.batch_size} does not split into parts of"
-                    f" {c.micro_batch_size}",
-                )
-            )
-        if (draws := s.options.get("cache_targets")) and draws < 2 * samples:
-            out.append(
-                Finding(
-                    "warn",
-                    "settings",
-                    f"{s.name}: cache_targets={draws} for {samples} samples: each is seen at one or"
-                    " two noise levels only",
-                )
-            )
-        if s.options.get("article"):
-            out.append(
-                Finding(
-                    "warn",
-                    "settings",
-                    f"{s.name}: article = true is for comparison; its soft term does not see an"
-                    " offset that all channels share",
-                )
-            )
-        later = recipe.stages[recipe.stages.index(s) + 1 :]
-        if (
-            s.kind == "output"
-            and s.options.get("caption_dropout", 0.1) == 0
-            and not any(guided(o.guidance) for o in later)
-        ):
-            out.append(
-                Finding(
-                    "warn",
-                    "settings",
-                    f"{s.name}: caption_dropout = 0, so the student knows no empty caption, and"
-                    " guidance needs one",
-                )
-            )
+    for n, stage in enumerate(recipe.stages):
+        later = recipe.stages[n + 1 :]
+        out += [*_training(stage), *_options(stage, samples, later)]
     return out or [Finding("ok", "settings", "nothing works against itself")]
+
+
+def _training(stage: Stage) -> Iterator[Finding]:
+    c = stage.config
+    if c.mixed_precision == "fp16" and not torch.cuda.is_available():
+        text = f"{stage.name}: fp16 needs CUDA; use mixed_precision = 'bf16'"
+        yield Finding("fail", "settings", text)
+    if c.micro_batch_size and c.batch_size % min(c.micro_batch_size, c.batch_size):
+        text = (
+            f"{stage.name}: batch_size={c.batch_size} does not split into parts of"
+            f" {c.micro_batch_size}"
+        )
+        yield Finding("fail", "settings", text)
+
+
+def _options(stage: Stage, samples: int, later: Sequence[Stage]) -> Iterator[Finding]:
+    draws = stage.kind.draws
+    if draws and draws < 2 * samples:
+        text = (
+            f"{stage.name}: cache_targets={draws} for {samples} samples: each is seen at one or"
+            " two noise levels only"
+        )
+        yield Finding("warn", "settings", text)
+    if not isinstance(stage.kind, Output):
+        return
+    if stage.kind.article:
+        text = (
+            f"{stage.name}: article = true is for comparison; its soft term does not see an"
+            " offset that all channels share"
+        )
+        yield Finding("warn", "settings", text)
+    if stage.kind.caption_dropout == 0 and not any(guided(s.kind.guidance) for s in later):
+        text = (
+            f"{stage.name}: caption_dropout = 0, so the student knows no empty caption, and"
+            " guidance needs one"
+        )
+        yield Finding("warn", "settings", text)
 
 
 def preprocessing(latents: Tensor, used: int, skipped: int, truncated: int) -> list[Finding]:
@@ -258,7 +266,7 @@ def preprocessing(latents: Tensor, used: int, skipped: int, truncated: int) -> l
             Finding(
                 "fail",
                 "preprocessing",
-                "latents hold NaN or infinity: the VAE overflows (fp16?) or a picture is damaged",
+                "latents hold NaN or infinity: the VAE overflows (fp16?) or an image is damaged",
             )
         )
     elif not 0.5 < std < 2 or abs(mean) > 0.5:
@@ -314,86 +322,77 @@ def left_out(skipped: dict[str, str], shown: int = 5) -> list[Finding]:
     return out
 
 
+class Pull(TypedDict):
+    """A term of the loss at the start, and the norm of its gradient."""
+
+    loss: float
+    gradient: float
+
+
 def gradients(
     task: StudentTask, batch_size: int, seed: int = 0
-) -> tuple[list[Finding], dict[str, dict[str, float]]]:
+) -> tuple[list[Finding], dict[str, Pull]]:
     """Loss and gradient norm of each term at the start, on one batch; how hard each pulls, and the
     weight at which it would pull as the output.
     """
+    measured, weights = _pulls(task, batch_size, seed), task.weights()
+    out = [
+        Finding(
+            "ok",
+            "gradients",
+            f"{k}: loss {m['loss']:.4g}, gradient norm {m['gradient']:.4g}, weight {weights[k]:g}",
+        )
+        for k, m in measured.items()
+    ]
+    bad = [k for k, m in measured.items() if not all(math.isfinite(v) for v in _figures(m))]
+    if bad:
+        text = f"{', '.join(bad)} not finite at the first batch; check the teacher and the dtype"
+        return [Finding("fail", "gradients", text), *out], measured
+    return out + _scales(measured, weights), measured
+
+
+def _figures(pull: Pull) -> tuple[float, float]:
+    return pull["loss"], pull["gradient"]
+
+
+def _pulls(task: StudentTask, batch_size: int, seed: int) -> dict[str, Pull]:
+    """term -> what it pulls at the student's own weights."""
     batch = task.batch(batch_size, step_generator(seed, 0))
-    modules = task.modules
-    student = [p for p in modules["student"].unet.parameters() if p.requires_grad]
-    measured: dict[str, dict[str, float]] = {}
-    terms = {k: v for k, v in task.loss(modules, batch, 0).items() if k != "loss"}
+    student = [p for p in task.modules["student"].unet.parameters() if p.requires_grad]
+    terms = task.loss(task.modules, batch, 0)
+    del terms["loss"]
+    out: dict[str, Pull] = {}
     for name, value in terms.items():
         grads = torch.autograd.grad(value, student, retain_graph=True, allow_unused=True)
-        norm = torch.sqrt(
-            sum((g.float().pow(2).sum() for g in grads if g is not None), torch.zeros(()))
-        )
-        measured[name] = {"loss": value.item(), "gradient": norm.item()}
+        squares = (g.float().pow(2).sum() for g in grads if g is not None)
+        norm = torch.sqrt(sum(squares, torch.zeros(())))
+        out[name] = {"loss": value.item(), "gradient": norm.item()}
+    return out
+
+
+def _scales(measured: dict[str, Pull], weights: dict[str, float]) -> list[Finding]:
+    """How hard each term pulls against the first of output, article and task."""
+    pulling = {k: weights[k] * m["gradient"] for k, m in measured.items()}
+    pulling = {k: pull for k, pull in pulling.items() if pull > 0}
+    first = next((k for k in ("output", "article", "task") if k in pulling), None)
+    if first is None:
+        return []
     out = []
-    weights = {
-        "article": 1.0,
-        **{
-            k: getattr(task, f"{k}_weight")
-            for k in ("task", "output", "feature", "multi_scale", "channel")
-        },
-    }
-    if task.article:
-        weights |= {"task": 0.0, "output": 0.0}
-    bad = [k for k, m in measured.items() if not all(map(math.isfinite, m.values()))]
-    if bad:
-        out.append(
-            Finding(
-                "fail",
-                "gradients",
-                f"{', '.join(bad)} not finite at the first batch; check the teacher and the dtype",
-            )
-        )
-    for k, m in measured.items():
-        out.append(
-            Finding(
-                "ok",
-                "gradients",
-                f"{k}: loss {m['loss']:.4g}, gradient norm {m['gradient']:.4g}, weight"
-                f" {weights[k]:g}",
-            )
-        )
-    first = next(
-        (
-            k
-            for k in ("output", "article", "task")
-            if weights[k] and measured.get(k, {}).get("gradient", 0) > 0
-        ),
-        None,
-    )
     for k in ("task", "feature", "multi_scale", "channel"):
-        if (
-            bad
-            or first is None
-            or k == first
-            or not weights[k]
-            or not measured.get(k, {}).get("gradient", 0) > 0
-        ):
+        if k == first or k not in pulling:
             continue
-        pull = weights[first] * measured[first]["gradient"]
-        share, equal = weights[k] * measured[k]["gradient"] / pull, pull / measured[k]["gradient"]
-        level = "warn" if share > 3 or share < 1 / 30 else "ok"
-        out.append(
-            Finding(
-                level,
-                "loss scales",
-                f"the {k} term pulls {share:.2g} times as hard as the {first} term; equal at"
-                f" {k}_weight={equal:.2g}"
-                + (
-                    " (BK-SDM's unweighted feature loss outgrew the others: Nota-NetsPresso/BK-SDM"
-                    " issue 21)"
-                    if k == "feature"
-                    else ""
-                ),
-            )
+        share, equal = pulling[k] / pulling[first], pulling[first] / measured[k]["gradient"]
+        text = (
+            f"the {k} term pulls {share:.2g} times as hard as the {first} term; equal at"
+            f" {k}_weight={equal:.2g}"
         )
-    return out, measured
+        if k == "feature":
+            text += (
+                " (BK-SDM's unweighted feature loss outgrew the others: Nota-NetsPresso/BK-SDM"
+                " issue 21)"
+            )
+        out.append(Finding("warn" if share > 3 or share < 1 / 30 else "ok", "loss scales", text))
+    return out
 
 
 def first_step(task: StudentTask, lr: float, batch_size: int, seed: int = 0) -> list[Finding]:
@@ -434,15 +433,10 @@ def temperature(features: Tensor, of_recipe: Sequence[float] = (1.0, 2.0, 4.0)) 
     for t in sorted(set(of_recipe)):
         log = torch.log_softmax(flat / t, -1)
         share = float(-(log.exp() * log).sum(-1).mean()) / max(top, 1e-9)
-        level = "ok" if 0.3 < share < 0.98 else "warn"
-        out.append(
-            Finding(
-                level,
-                "temperature",
-                f"T={t:g}: entropy {share:.0%} of uniform"
-                + ("" if level == "ok" else "; the channel loss teaches little here"),
-            )
-        )
+        good = 0.3 < share < 0.98
+        text = f"T={t:g}: entropy {share:.0%} of uniform"
+        text += "" if good else "; the channel loss teaches little here"
+        out.append(Finding("ok" if good else "warn", "temperature", text))
     return out
 
 
@@ -471,56 +465,51 @@ def examine(
         InputError, ArtifactError: the folders or the data cannot be read at all.
     """
     taught = Teacher(teacher)
-    student = build(
-        taught.unet, dataclasses.replace(recipe.student, score="l1")
-    )  # which channels stay changes none of these checks
-    few = any(s.kind in ("progressive", "consistency", "adversarial") for s in recipe.stages)
-    out = architecture(student, taught.unet, taught.text_encoder, taught.vae) + target(
-        taught.scheduler, few
-    )
+    # which channels stay changes none of these checks
+    student = build(taught.unet, dataclasses.replace(recipe.student, score="l1"))
+    few = any(s.kind.sampling_steps is not None for s in recipe.stages)
+    out = architecture(student, taught.unet, taught.text_encoder, taught.vae)
+    out += target(taught.scheduler, few)
     if any(f.level == "fail" for f in out):
         return out
     out += installed(export)
     source = taught.source(data, cache, progress)
-    ends = (source.ids == taught.tokenizer.eos).int().argmax(1)
     out += settings(recipe, len(source))
-    out += preprocessing(
-        source.latents[:512],
-        len(source),
-        len(source.skipped),
-        int((ends == source.ids.shape[1] - 1).sum()),
-    )
+    ends = (source.ids == taught.tokenizer.eos).int().argmax(1)
+    truncated = int((ends == source.ids.shape[1] - 1).sum())
+    out += preprocessing(source.latents[:512], len(source), len(source.skipped), truncated)
     out += left_out(source.skipped)
-    first = next((s for s in recipe.stages if s.kind == "output"), None)
-    if first is not None:
-        parts = {"vae": taught.vae, "tokenizer": taught.tokenizer}
-        task = StudentTask(
-            student,
-            taught.unet,
-            taught.text_encoder,
-            source,
-            parts=parts,
-            preview={},
-            scheduler=taught.scheduler,
-            **{k: v for k, v in first.options.items() if k != "cache_targets"},
-        )
-        out += prediction(task, taught.unet, batch_size) + round_trip(
-            source.latents[:2], taught.vae
-        )
-        found, _ = gradients(task, batch_size)
-        out += found + first_step(task, first.config.lr, batch_size)
-        if task.teacher_taps:
-            at = task.temperature if task.channel_weight else (1.0, 2.0, 4.0)
-            out += temperature(_one_feature(task, taught.unet), at)
+    for stage in recipe.stages:
+        if isinstance(stage.kind, Output):
+            given = Given(
+                student,
+                taught.unet,
+                taught.text_encoder,
+                source,
+                parts={"vae": taught.vae, "tokenizer": taught.tokenizer},
+                scheduler=taught.scheduler,
+            )
+            return out + _batch(stage.kind.task(given), source, stage.config.lr, batch_size)
+    return out
+
+
+def _batch(task: StudentTask, source: CachedLatents, lr: float, batch_size: int) -> list[Finding]:
+    """The checks that measure one batch of an output stage."""
+    out = prediction(task, task.teacher, batch_size)
+    out += round_trip(source.latents[:2], task.parts["vae"])
+    out += gradients(task, batch_size)[0]
+    out += first_step(task, lr, batch_size)
+    if task.teacher_taps:
+        o = task.options
+        at = o.temperature if o.channel_weight else (1.0, 2.0, 4.0)
+        out += temperature(_one_feature(task), at)
     return out
 
 
 @torch.no_grad()
-def _one_feature(task: StudentTask, teacher: nn.Module) -> Tensor:
-    from sdlite.distill.features import Taps
-
+def _one_feature(task: StudentTask) -> Tensor:
     name, module = next(iter(task.teacher_taps.items()))
     batch = task.batch(2, step_generator(0, 1))
-    with Taps(teacher, {name: module}) as tapped:
-        teacher(batch["latents"], batch["t"], task.encode(batch["input_ids"]))
+    with Taps(task.teacher, {name: module}) as tapped:
+        task.teacher(batch["latents"], batch["t"], task.encode(batch["input_ids"]))
     return tapped.features[name]

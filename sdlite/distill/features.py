@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from sdlite.errors import InputError
+from sdlite.spec import latent_size
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from torch.utils.hooks import RemovableHandle
 
 
-def block_taps(unet: Any) -> dict[str, str]:
+def block_taps(unet: UNet2DConditionModel) -> dict[str, str]:
     """tap name -> module name: the outputs of every down, middle and up block, counted from the
     outside so that students match.
     """
@@ -20,7 +26,9 @@ def block_taps(unet: Any) -> dict[str, str]:
     return taps | {f"up{up - 1 - i}": f"up_blocks.{i}" for i in range(up)}
 
 
-def matched_taps(student: Any, teacher: Any) -> tuple[dict[str, str], dict[str, str]]:
+def matched_taps(
+    student: UNet2DConditionModel, teacher: UNet2DConditionModel
+) -> tuple[dict[str, str], dict[str, str]]:
     """The taps that both have, student's and teacher's modules. Where the student's down block is
     its last, and so does not halve the picture as the teacher's does (bk-tiny: the inner stage is
     gone), both are tapped before the halving, as BK-SDM does (Kim et al. 2023, arXiv:2305.15798;
@@ -36,6 +44,38 @@ def matched_taps(student: Any, teacher: Any) -> tuple[dict[str, str], dict[str, 
     return {k: mine[k] for k in both}, {k: theirs[k] for k in both}
 
 
+@torch.no_grad()
+def probe(unet: UNet2DConditionModel) -> None:
+    """One forward of zeros at the network's own size, where it is: for what hooks want to see."""
+    c, device = unet.config, next(unet.parameters()).device
+    unet(
+        torch.zeros(1, c.in_channels, *latent_size(c), device=device),
+        0,
+        torch.zeros(1, 2, c.cross_attention_dim, device=device),
+    )
+
+
+@torch.no_grad()
+def tap_channels(
+    student: UNet2DConditionModel,
+    teacher: UNet2DConditionModel,
+    mine: dict[str, str],
+    theirs: dict[str, str],
+) -> dict[str, tuple[int, int]]:
+    """tap -> (student channels, teacher channels), found by one forward of each."""
+    shapes = []
+    for network, taps in ((student, mine), (teacher, theirs)):
+        with Taps(network, taps) as tapped:
+            probe(network)
+        shapes.append({k: f.shape for k, f in tapped.features.items()})
+    if bad := [k for k in mine if shapes[0][k][2:] != shapes[1][k][2:]]:
+        raise InputError(
+            f"feature taps {bad} have different resolutions in student and teacher; choose other"
+            " taps."
+        )
+    return {k: (shapes[0][k][1], shapes[1][k][1]) for k in mine}
+
+
 class _Keep:
     """Forward hook that keeps a module's output. An object, not a closure: a deep copy of the
     network keeps features of its own.
@@ -44,7 +84,9 @@ class _Keep:
     def __init__(self, features: dict[str, Tensor], tap: str):
         self.features, self.tap = features, tap
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(
+        self, module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]
+    ) -> None:
         self.features[self.tap] = output[0] if isinstance(output, tuple) else output
 
 
@@ -58,7 +100,7 @@ class Taps:
     """
 
     def __init__(self, network: nn.Module, modules: dict[str, str]):
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         known = dict(network.named_modules())
         if missing := [m for m in modules.values() if m not in known]:
             raise InputError(f"no module {missing} to tap; taps must name modules of the network.")

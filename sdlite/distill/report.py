@@ -1,4 +1,4 @@
-"""`report.md` of a distillation run: what was trained, its curves, its pictures; made from the
+"""`report.md` of a distillation run: what was trained, its curves, its images; made from the
 files that the stages left.
 """
 
@@ -7,11 +7,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from torch import nn
+
+from sdlite.distill.students import parameters
 from sdlite.errors import MissingExtraError
 from sdlite.io import replacing
 from sdlite.io import write as write_text
+
+if TYPE_CHECKING:
+    from sdlite.distill.latent_cache import CachedLatents
+    from sdlite.distill.recipe import Recipe
+    from sdlite.distill.teacher import Teacher
 
 REPORT, CURVES = "report.md", "curves.png"
 SHOWN = 20  # of the samples that were left out
@@ -128,20 +136,17 @@ def write(
     if drawn:
         lines += [f"![loss of each stage]({CURVES})", ""]
     for stage in stages:
-        pictures = sorted(stage.glob("sample-*.png"))
-        if pictures:
+        images = sorted(stage.glob("sample-*.png"))
+        if images:
             lines += [
                 f"## {stage.name}",
                 "",
-                (
-                    "![pictures at the end of"
-                    f" {stage.name}]({pictures[-1].relative_to(out).as_posix()})"
-                ),
+                (f"![images at the end of {stage.name}]({images[-1].relative_to(out).as_posix()})"),
                 "",
             ]
             earlier = ", ".join(
                 f"[{p.stem.removeprefix('sample-')}]({p.relative_to(out).as_posix()})"
-                for p in pictures[:-1]
+                for p in images[:-1]
             )
             lines += [f"Earlier, by step: {earlier}", ""] if earlier else []
     if left_out:
@@ -153,16 +158,16 @@ def write(
     return path
 
 
-def about_run(recipe: Any, taught: Any, student: Any, source: Any, data: Path) -> dict[str, str]:
+def about_run(
+    recipe: Recipe, taught: Teacher, student: nn.Module, source: CachedLatents, data: Path
+) -> dict[str, str]:
     """The report's first table."""
-    from sdlite.distill.students import parameters
-
     mine, theirs = parameters(student), parameters(taught.unet)
     return {
         "student": f"{mine:,} UNet parameters, {mine / theirs:.1%} of the teacher's {theirs:,}",
         "teacher": taught.artifact.name,
         "data": (
-            f"{len(source):,} pictures of {data.name}, {len(source.skipped)} left out,"
+            f"{len(source):,} images of {data.name}, {len(source.skipped)} left out,"
             f" {taught.shown_size}"
         ),
         "recipe": ", ".join(s.name for s in recipe.stages),

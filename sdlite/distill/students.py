@@ -1,10 +1,9 @@
 """Smaller UNets out of a teacher: blocks removed, channels sliced, weights kept.
 
 `StudentSpec` is the one table of what a student is; surgery, feature taps, checkpoints and tests
-read it. Two steps, each usable
-alone: `remove_blocks` (BK-SDM, arXiv:2305.15798: down stages keep their first layer, up stages
-    their first and last) and `slice_width` (equal count inside every norm group, whole attention
-    heads, concatenated inputs followed).
+read it. There are two steps, each usable alone: `remove_blocks` (BK-SDM, arXiv:2305.15798: down
+stages keep their first layer, up stages their first and last) and `slice_width` (equal count inside
+every norm group, whole attention heads, concatenated inputs followed).
 """
 
 from __future__ import annotations
@@ -12,15 +11,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sdlite.arguments import number, truth
 from sdlite.errors import InputError
+from sdlite.settings import At, check, settings
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel as UNet
+
+Config = dict[str, Any]  # of a diffusers network
 
 
+@settings
 @dataclass(frozen=True)
 class StudentSpec:
     """What is taken away from a teacher.
@@ -36,18 +41,12 @@ class StudentSpec:
     one_layer: bool = False
     drop_mid: bool = False
     drop_inner: bool = False
-    width: float = 1.0
-    weights: str = "teacher"
-    score: str = "l1"
+    width: Annotated[float, At(0.01, 1)] = 1.0
+    weights: Literal["teacher", "random"] = "teacher"
+    score: Literal["l1", "taylor"] = "l1"
 
     def __post_init__(self) -> None:
-        for name in ("one_layer", "drop_mid", "drop_inner"):
-            truth(name, getattr(self, name))
-        number("width", self.width, 0.01, 1)
-        if self.score not in ("l1", "taylor"):
-            raise InputError(f"score={self.score!r}; choose l1 or taylor.")
-        if self.weights not in ("teacher", "random"):
-            raise InputError(f"weights={self.weights!r}; choose teacher or random.")
+        check(self)
 
 
 PRESETS: dict[str, StudentSpec] = {
@@ -62,7 +61,7 @@ PRESETS: dict[str, StudentSpec] = {
 }
 
 
-def build(teacher: Any, spec: StudentSpec, gradients: dict[str, Tensor] | None = None) -> Any:
+def build(teacher: UNet, spec: StudentSpec, gradients: dict[str, Tensor] | None = None) -> UNet:
     """A student UNet2DConditionModel with the teacher's weights (or `spec.weights`); the teacher is
     not changed. `StudentSpec()` gives an equal copy.
 
@@ -92,7 +91,7 @@ def build(teacher: Any, spec: StudentSpec, gradients: dict[str, Tensor] | None =
 # --- blocks
 
 
-def remove_blocks(teacher: Any, spec: StudentSpec) -> Any:
+def remove_blocks(teacher: UNet, spec: StudentSpec) -> UNet:
     """Block removal with by-name copies: `up_blocks.i.*.1 <- .2`, and with `drop_inner` the up
     stages shift by one.
     """
@@ -103,7 +102,7 @@ def remove_blocks(teacher: Any, spec: StudentSpec) -> Any:
     return student
 
 
-def shape(like: Any, spec: StudentSpec) -> Any:
+def shape(like: UNet, spec: StudentSpec) -> UNet:
     """A student of the teacher's class on the meta device: its size and its work, without memory or
     weights.
 
@@ -115,7 +114,7 @@ def shape(like: Any, spec: StudentSpec) -> Any:
         return type(like)(**{k: v for k, v in config.items() if not k.startswith("_")})
 
 
-def _fewer_blocks(config: dict[str, Any], spec: StudentSpec) -> dict[str, Any]:
+def _fewer_blocks(config: Config, spec: StudentSpec) -> Config:
     stages = len(config["block_out_channels"])
     layers = config["layers_per_block"]
     if spec.one_layer:
@@ -161,7 +160,7 @@ def block_names(spec: StudentSpec) -> Callable[[str], str]:
     return rename
 
 
-def _from_config(like: Any, config: dict[str, Any]) -> Any:
+def _from_config(like: UNet, config: Config) -> UNet:
     settings = {k: v for k, v in config.items() if not k.startswith("_")}
     student = type(like)(**settings)
     one = next(like.parameters())
@@ -173,7 +172,7 @@ def _from_config(like: Any, config: dict[str, Any]) -> Any:
 # --- width
 
 
-def slice_width(unet: Any, width: float, gradients: dict[str, Tensor] | None = None) -> Any:
+def slice_width(unet: UNet, width: float, gradients: dict[str, Tensor] | None = None) -> UNet:
     """Keep a share of every residual stream's channels, of the attention heads and of the
     feed-forward units.
 
@@ -199,7 +198,7 @@ def slice_width(unet: Any, width: float, gradients: dict[str, Tensor] | None = N
     return student
 
 
-def _streams(config: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+def _streams(config: Config) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Channels and heads of each stage, and the number of norm groups."""
     channels, heads = tuple(config["block_out_channels"]), config["attention_head_dim"]
     return (
@@ -209,7 +208,7 @@ def _streams(config: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...], 
     )
 
 
-def _thinner(config: dict[str, Any], width: float) -> dict[str, Any]:
+def _thinner(config: Config, width: float) -> Config:
     if width == 1:
         return config
     config = dict(config)
@@ -233,7 +232,7 @@ class _Plan:
 
     def __init__(
         self,
-        unet: Any,
+        unet: UNet,
         channels: tuple[int, ...],
         heads: tuple[int, ...],
         groups: int,

@@ -18,13 +18,13 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sdlite.distill import tensors
+from sdlite.distill.tasks.base import Denoising
 from sdlite.distill.train import Batch, step_generator
 from sdlite.errors import InputError, SdliteWarning
 
@@ -52,7 +52,7 @@ class Pool:
 
 
 def cache_targets(
-    task: Any,
+    task: Denoising,
     size: int,
     path: str | Path,
     *,
@@ -64,8 +64,7 @@ def cache_targets(
     computed (float32) and written there.
 
     Args:
-        task: one with `targets(batch) -> (B, C, h, w)` and `settings()`; see
-            `sdlite.distill.tasks.student`.
+        task: one whose `targets` are all that it needs of its teacher (`not_cacheable`).
         size: number of draws, at least 1; a float32 row is three latents: 0.2 MB for SD at 512 px,
             6 KB for the emoji student.
         batch: draws that the teacher sees at once.
@@ -75,7 +74,7 @@ def cache_targets(
     """
     if size < 1:
         raise InputError(
-            f"cache_targets={size}; accepted: at least 1 draw, better several for each picture."
+            f"cache_targets={size}; accepted: at least 1 draw, better several for each image."
         )
     if (why := task.not_cacheable()) is not None:
         raise InputError(f"cache_targets: {why}; leave cache_targets out.")
@@ -84,11 +83,11 @@ def cache_targets(
     pool = _read(path, stamp) or _write(
         path, stamp, {**drawn, TARGET: _answers(task, drawn, batch, progress)}
     )
-    task.batch = pool.draw
+    task.batch = pool.draw  # type: ignore[method-assign]
     return pool
 
 
-def _draws(task: Any, size: int, seed: int, batch: int) -> dict[str, Tensor]:
+def _draws(task: Denoising, size: int, seed: int, batch: int) -> dict[str, Tensor]:
     """`size` rows of `task.batch`, ordered by noise level."""
     parts = [
         task.batch(min(batch, size - i), step_generator(_POOL_SEED + seed, i))
@@ -102,7 +101,7 @@ def _draws(task: Any, size: int, seed: int, batch: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _answers(task: Any, drawn: dict[str, Tensor], batch: int, progress: bool) -> Tensor:
+def _answers(task: Denoising, drawn: dict[str, Tensor], batch: int, progress: bool) -> Tensor:
     device, out = next(task.teacher.parameters()).device, []
     for i in tqdm(
         range(0, len(drawn["t"]), batch), desc="teacher targets", unit="batch", disable=not progress
@@ -113,7 +112,7 @@ def _answers(task: Any, drawn: dict[str, Tensor], batch: int, progress: bool) ->
     return torch.cat(out)
 
 
-def _stamp(task: Any, drawn: dict[str, Tensor]) -> str:
+def _stamp(task: Denoising, drawn: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(
         json.dumps([type(task).__name__, task.settings()], sort_keys=True, default=str).encode()
     )

@@ -16,84 +16,81 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import FrameType, MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdlite.arguments import integer, number, one_of, optional, truth
 from sdlite.distill import checkpoints, fsdp
-from sdlite.errors import InputError, TrainingError
+from sdlite.errors import TrainingError
 from sdlite.io import append
+from sdlite.settings import At, check, settings
 
-Batch = dict[str, Any]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Batch = dict[str, Tensor]  # (B, ...) each
+Modules = dict[str, nn.Module]
 
 
-class Task(Protocol):
-    """What is trained. `modules` are the trained networks by name; `fit` prepares them and hands
-    them back to `loss`.
+class Task(ABC):
+    """What is trained.
+
+    Attributes:
+        modules: the trained networks by name; `fit` prepares them and hands them back to `loss`.
+        frozen: networks that only run, such as a teacher; they are compiled with the others.
+        shardable: whether the trained networks may be sharded over processes (`fsdp`).
     """
 
-    modules: dict[str, nn.Module]
-    # frozen: dict[str, nn.Module]  (optional) networks that only run, such as a teacher: compiled
-    # with the others to(device)                    (optional) moves all networks that are not in
-    # `modules`
+    modules: Modules
+    frozen: Mapping[str, nn.Module] = MappingProxyType({})
+    shardable: bool = True
 
+    @abstractmethod
     def batch(self, size: int, generator: torch.Generator) -> Batch:
-        """Draw `size` samples and all the noise they need; values are tensors (B, ...) or lists of
-        length B.
-        """
+        """Draw `size` samples and all the noise they need."""
 
-    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
-        """Scalar terms by name; `loss` is what is minimised, the others are logged."""
+    @abstractmethod
+    def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Scalar terms by name; `loss` is what is minimized, the others are logged."""
 
-    def save(self, modules: dict[str, nn.Module], folder: Path) -> None:
+    @abstractmethod
+    def save(self, modules: Modules, folder: Path) -> None:
         """Write the (EMA) networks as a user would load them."""
 
-    def sample(self, modules: dict[str, nn.Module], path: Path) -> None:
-        """Write a picture that shows how far training is."""
+    @abstractmethod
+    def sample(self, modules: Modules, path: Path) -> None:
+        """Write an image that shows how far training is."""
+
+    def to(self, device: torch.device) -> None:  # noqa: B027  (most tasks have nothing to move)
+        """In place: the networks that are not in `modules` go to `device`."""
 
 
-def _betas(name: str, value: Any) -> None:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise InputError(
-            f"{name}={value!r}; accepted: two numbers, 0 to {_BELOW_ONE}, such as [0.9, 0.99]."
-        )
-    for i, v in enumerate(value):
-        number(f"{name}[{i}]", v, 0, _BELOW_ONE)
+class Trained(TypedDict):
+    """What a training came to; `loss` is a running mean, None where no step was made."""
+
+    images: int
+    step: int
+    seconds: float
+    finished: bool
+    loss: float | None
 
 
-_COUNT, _BELOW_ONE = 10**12, 0.999999
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "max_images": lambda n, v: integer(n, v, 1, _COUNT),
-    "batch_size": lambda n, v: integer(n, v, 1, 1_000_000),
-    "micro_batch_size": lambda n, v: optional(integer, n, v, 1, 1_000_000),
-    "lr": lambda n, v: number(n, v, 1e-12, 100),
-    "final_lr": lambda n, v: number(n, v, 0, 100),
-    "warmup_images": lambda n, v: integer(n, v, 0, _COUNT),
-    "decay_from": lambda n, v: number(n, v, 0, 1),
-    "betas": _betas,
-    "weight_decay": lambda n, v: number(n, v, 0, 100),
-    "grad_clip": lambda n, v: number(n, v, 1e-12, 1e12),
-    "ema_decay": lambda n, v: number(n, v, 0, _BELOW_ONE),
-    "mixed_precision": lambda n, v: one_of(n, v, ("no", "bf16", "fp16")),
-    "gradient_checkpointing": truth,
-    "compile": truth,
-    "plain_attention": truth,
-    "seed": lambda n, v: integer(n, v, 0, 2**63 - 1),
-    "log_every": lambda n, v: integer(n, v, 1, _COUNT),
-    "sample_every": lambda n, v: integer(n, v, 0, _COUNT),
-    "checkpoint_minutes": lambda n, v: number(n, v, 0, 1e12),
-    "keep_checkpoints": lambda n, v: integer(n, v, 1, 1_000_000),
-}
+_Count = Annotated[int, At(1, 10**12)]
+_Share = Annotated[float, At(0, 1)]
+_BelowOne = Annotated[float, At(0, 0.999999)]
+_Batch = Annotated[int, At(1, 1_000_000)]
 
 
+@settings
 @dataclass(frozen=True)
 class TrainConfig:
     """How long and how fast. Lengths are counted in images, so that they do not depend on the batch
@@ -103,37 +100,37 @@ class TrainConfig:
         InputError: a value is not accepted; the message names it and what is.
     """
 
-    max_images: int
-    batch_size: int = 64  # over all processes
+    max_images: _Count
+    batch_size: _Batch = 64  # over all processes
     # gradient accumulation when smaller than batch_size; None = no accumulation
-    micro_batch_size: int | None = None
-    lr: float = 3e-4
-    final_lr: float = 1e-5
-    warmup_images: int = 5_000
-    decay_from: float = 0.5  # constant until this share of max_images, then cosine to final_lr
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    ema_decay: float = 0.999
-    # "no", "bf16" or "fp16" (CUDA only); weights, optimizer and EMA stay float32
-    mixed_precision: str = "no"
+    micro_batch_size: _Batch | None = None
+    lr: Annotated[float, At(1e-12, 100)] = 3e-4
+    final_lr: Annotated[float, At(0, 100)] = 1e-5
+    warmup_images: Annotated[int, At(0, 10**12)] = 5_000
+    decay_from: _Share = 0.5  # constant until this share of max_images, then cosine to final_lr
+    betas: tuple[_BelowOne, _BelowOne] = (0.9, 0.99)
+    weight_decay: Annotated[float, At(0, 100)] = 0.01
+    grad_clip: Annotated[float, At(1e-12, 1e12)] = 1.0
+    ema_decay: _BelowOne = 0.999
+    # "fp16" needs CUDA; weights, optimizer and EMA stay float32
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     # activations of blocks are computed again in the backward: less memory, about a third more time
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile the networks: minutes at the start, then faster steps
     # matrix products and softmax instead of torch's fused kernel, whose bfloat16 backward is slow
     # on CPUs
     plain_attention: bool = False
-    seed: int = 0
-    log_every: int = 20  # steps
-    sample_every: int = 2_000  # steps; 0 = never
-    checkpoint_minutes: float = 5.0
-    keep_checkpoints: int = 2
+    seed: Annotated[int, At(0, 2**63 - 1)] = 0
+    log_every: _Count = 20  # steps
+    sample_every: Annotated[int, At(0, 10**12)] = 2_000  # steps; 0 = never
+    checkpoint_minutes: Annotated[float, At(0, 1e12)] = 5.0
+    keep_checkpoints: _Batch = 2
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            _CHECKS[f.name](f.name, getattr(self, f.name))
+        check(self)
 
     def lr_at(self, images: int) -> float:
+        """The learning rate after so many images: warmup, constant, cosine."""
         if images < self.warmup_images:
             return self.lr * (images + 1) / self.warmup_images
         share = images / self.max_images
@@ -144,6 +141,7 @@ class TrainConfig:
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
+    """The one source of randomness of a step."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
 
 
@@ -160,7 +158,7 @@ class _State:
     or not.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], config: TrainConfig, sharded: bool = False):
+    def __init__(self, modules: Modules, config: TrainConfig, sharded: bool = False):
         self.modules = modules
         self.ema = {k: copy.deepcopy(m).eval().requires_grad_(False) for k, m in modules.items()}
         self._plain = (
@@ -197,7 +195,7 @@ class _State:
             k: fsdp.whole(t.detach()).contiguous() for k, t in out.items()
         }  # no copies: they would be the peak of memory
 
-    def averaged(self) -> dict[str, nn.Module]:
+    def averaged(self) -> Modules:
         """The EMA as whole networks; when it is sharded all processes must call it."""
         if self._plain is not self.ema:
             for k, m in self.ema.items():
@@ -248,7 +246,7 @@ class _StopSignal:
     def __init__(self) -> None:
         self.asked = False
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
@@ -275,7 +273,7 @@ def _resumed(out: Path, main: bool) -> checkpoints.Checkpoint | None:
     """The newest whole checkpoint, as the main process finds it: all take the same."""
     from accelerate.utils import broadcast_object_list
 
-    said: list[Any] = [None]
+    said: list[checkpoints.Checkpoint | TrainingError | None] = [None]
     if main:
         try:
             said = [checkpoints.newest(out)]
@@ -354,12 +352,9 @@ def use_gradient_checkpointing(networks: Iterable[nn.Module]) -> int:
 
 
 def _networks(task: Task) -> list[nn.Module]:
-    """Trained ones, and the frozen ones that the task holds."""
-    return [
-        *task.modules.values(),
-        *getattr(task, "frozen", {}).values(),
-        *(m for m in vars(task).values() if isinstance(m, nn.Module)),
-    ]
+    """The trained networks, and the frozen ones that the task holds."""
+    held = (m for m in vars(task).values() if isinstance(m, nn.Module))
+    return [*task.modules.values(), *task.frozen.values(), *held]
 
 
 def _any(asked: list[bool], world: int, device: torch.device) -> list[bool]:
@@ -380,19 +375,16 @@ def fit(
     *,
     resume: bool = False,
     max_minutes: float | None = None,
-) -> dict[str, Any]:
+) -> Trained:
     """Train `task` until `max_images`, an interrupt, or `max_minutes`; always leaves a checkpoint
     and the EMA networks.
 
     Args:
-        out: folder for checkpoints, `stats.jsonl`, sample pictures and, at the end, what
+        out: folder for checkpoints, `stats.jsonl`, sample images and, at the end, what
             `task.save` writes in `model/`.
         resume: go on from the newest whole checkpoint in `out`. Without it a folder that has one is
             refused.
         max_minutes: stop after this wall time; 0 stops at once, None never.
-
-    Returns:
-        {"images", "step", "seconds", "finished", "loss"}.
 
     Raises:
         TrainingError: loss or gradient are not finite (names step and sample ids); memory ran out;
@@ -400,51 +392,250 @@ def fit(
             another network, batch size or seed; the precision or the sharding does not go with
             device or task. What was kept, and how to go on, is said.
     """
+    loop = _Loop(task, config, Path(out), resume)
+    with _StopSignal() as stop, _memory(loop.out, lambda: loop.step):
+        while loop.images < config.max_images:
+            if loop.ended(stop.asked, max_minutes):
+                break
+            loop.report(loop.train_step())
+            loop.sample()
+    loop.checkpoint()
+    if stop.asked:
+        print(f"asked to stop: wrote a checkpoint at step {loop.step}")
+    return loop.finish()
+
+
+class _Loop:
+    """A training in one process: where it stands, and the parts of its steps in their order."""
+
+    def __init__(self, task: Task, config: TrainConfig, out: Path, resume: bool):
+        self.task, self.config, self.out = task, config, out
+        self.accelerator = _accelerator(config)
+        self.world, self.device = self.accelerator.num_processes, self.accelerator.device
+        self.main = self.accelerator.is_main_process
+        self.share, self.micro = _batches(config, self.world)
+        self.sharded = _sharded(task, self.world)
+        begun = _begun(out, resume, config, self.main)
+        out.mkdir(parents=True, exist_ok=True)
+        task.to(self.device)
+        modules = {k: m.to(self.device) for k, m in task.modules.items()}
+        self.state = _State(modules, config, self.sharded)
+        self.step = self.images = 0
+        if begun is not None:
+            self.state.restore(begun.folder / checkpoints.STATE)
+            self.step, self.images = begun.step, begun.images
+        self.first = self.step
+        _adapt(task, config)
+        self.prepared = self._prepared()
+        self.optimizer = self.accelerator.prepare_optimizer(
+            self.state.optimizer, device_placement=False
+        )
+        self.start = self.last_checkpoint = time.monotonic()
+        self.log = _Log(out, config, self.images, self.main)
+
+    def _prepared(self) -> Modules:
+        modules = {k: m.train() for k, m in self.task.modules.items()}
+        if self.sharded:
+            return modules
+        return {k: self.accelerator.prepare_model(m) for k, m in modules.items()}
+
+    def ended(self, asked: bool, max_minutes: float | None) -> bool:
+        """Whether to stop before the next step; writes a checkpoint where one is due."""
+        now = time.monotonic()
+        late = max_minutes is not None and now - self.start >= max_minutes * 60
+        due = now - self.last_checkpoint >= self.config.checkpoint_minutes * 60
+        ended, due = _any([late or asked, due], self.world, self.device)
+        if due and not ended and self.step > self.first:
+            self.checkpoint()
+            self.last_checkpoint = time.monotonic()
+        return ended
+
+    def train_step(self) -> dict[str, float]:
+        """One step on one batch: the terms of its loss, and "lr" and "grad_norm"."""
+        config, lr = self.config, self.config.lr_at(self.images)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batch = self._batch()
+        terms = self._backward(batch)
+        norm = float(self.accelerator.clip_grad_norm_(self.state.parameters, config.grad_clip))
+        # the scaler of fp16 skips a step that is not finite
+        if config.mixed_precision != "fp16" and not math.isfinite(norm):
+            raise self._diverged(f"the gradient's norm is {norm}", terms, batch)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.update_ema(min(config.ema_decay, (1 + self.step) / (10 + self.step)))
+        self.step, self.images = self.step + 1, self.images + config.batch_size
+        return {**terms, "grad_norm": norm, "lr": lr}
+
+    def _batch(self) -> Batch:
+        """This process' share of the step's batch."""
+        generator = step_generator(self.config.seed, self.step)
+        batch = self.task.batch(self.config.batch_size, generator)
+        begin = self.accelerator.process_index * self.share
+        return _to(_split(batch, begin, begin + self.share), self.device)
+
+    def _backward(self, batch: Batch) -> dict[str, float]:
+        """Gradients of the batch, a part at a time; the mean of each term."""
+        terms: dict[str, float] = {}
+        for i in range(0, self.share, self.micro):
+            part = _split(batch, i, i + self.micro)
+            with self.accelerator.autocast():
+                losses = self.task.loss(self.prepared, part, self.step)
+            for k, v in losses.items():
+                terms[k] = terms.get(k, 0.0) + v.item() * self.micro / self.share
+            if not math.isfinite(terms["loss"]):
+                raise self._diverged(f"loss is {terms['loss']}", terms, part)
+            self.accelerator.backward(losses["loss"] * (self.micro / self.share))
+        return terms
+
+    def _diverged(self, what: str, terms: dict[str, float], batch: Batch) -> TrainingError:
+        return TrainingError(_diverged(what, self.step, terms, batch, self.out))
+
+    def report(self, terms: dict[str, float]) -> None:
+        """Show the step's terms, and write them every `log_every` steps."""
+        self.log.add(self.step, self.images, terms)
+
+    def sample(self) -> None:
+        """Write sample images every `sample_every` steps."""
+        if self.config.sample_every and self.step % self.config.sample_every == 0:
+            averaged = self._averaged()
+            if self.main:
+                self.task.sample(averaged, self.out / f"sample-{self.step:08d}.png")
+
+    def _averaged(self) -> Modules:
+        return self.state.averaged() if self.sharded or self.main else {}
+
+    def checkpoint(self) -> None:
+        """Write one; all processes must call it."""
+        tensors = self.state.tensors() if self.sharded or self.main else {}
+        if self.main:
+            meta = {"step": self.step, "images": self.images, "config": asdict(self.config)}
+            checkpoints.write(self.out, tensors, meta, self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> Trained:
+        """Save the networks and their last images."""
+        self.log.close()
+        averaged, loss = self._averaged(), self.log.loss
+        if self.main:
+            self.task.save(averaged, self.out / "model")
+            self.task.sample(averaged, self.out / "sample-last.png")
+            print(
+                f"{self.out}: {self.images} images, step {self.step}, loss"
+                f" {math.nan if loss is None else loss:.4f}; networks in {self.out / 'model'}"
+            )
+        return {
+            "images": self.images,
+            "step": self.step,
+            "seconds": time.monotonic() - self.start,
+            "finished": self.images >= self.config.max_images,
+            "loss": loss,
+        }
+
+
+class _Log:
+    """`stats.jsonl` and the progress bar: running means of what the steps say."""
+
+    def __init__(self, out: Path, config: TrainConfig, images: int, main: bool):
+        self.path, self.every, self.main = out / "stats.jsonl", config.log_every, main
+        self.running: dict[str, float] = {}
+        self.written, self.written_images = time.monotonic(), images
+        self.images = images
+        self.bar = tqdm(
+            total=config.max_images,
+            initial=images,
+            unit="img",
+            disable=not main,
+            mininterval=5,
+            smoothing=0.05,
+        )
+
+    @property
+    def loss(self) -> float | None:
+        return self.running.get("loss")
+
+    def add(self, step: int, images: int, terms: dict[str, float]) -> None:
+        """Take a step's terms and "lr"; write a row where one is due."""
+        for k, v in terms.items():
+            if k != "lr":
+                before = self.running.get(k)
+                self.running[k] = v if before is None else 0.95 * before + 0.05 * v
+        self.bar.update(images - self.images)
+        self.images = images
+        if self.main and step % self.every == 0:
+            self._write(step, terms["lr"])
+
+    def _write(self, step: int, lr: float) -> None:
+        now = time.monotonic()
+        row = {
+            "step": step,
+            "images": self.images,
+            "lr": lr,
+            "images_per_second": (self.images - self.written_images) / (now - self.written),
+            **self.running,
+        }
+        self.written, self.written_images = now, self.images
+        append(self.path, json.dumps(row) + "\n")
+        self.bar.set_postfix(loss=f"{self.running['loss']:.4f}")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    out = Path(out)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise TrainingError(
             "mixed_precision='fp16' needs CUDA, and there is none; use 'bf16' or 'no'."
         )
     AcceleratorState._reset_state()  # another stage of this process may have had another precision
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    micro = config.micro_batch_size or config.batch_size
-    if config.batch_size % world or config.batch_size // world % min(
-        micro, config.batch_size // world
-    ):
+    return Accelerator(mixed_precision=config.mixed_precision)
+
+
+def _batches(config: TrainConfig, world: int) -> tuple[int, int]:
+    """Images of a step in each process, and of each part of it."""
+    share, micro = config.batch_size // world, config.micro_batch_size or config.batch_size
+    if config.batch_size % world or share % min(micro, share):
         raise TrainingError(
             f"batch_size={config.batch_size} does not split over {world} processes into parts of"
             f" {micro}; choose a multiple."
         )
-    sharded = fsdp.asked(world)
-    if sharded and not getattr(task, "shardable", True):
+    return share, min(micro, share)
+
+
+def _sharded(task: Task, world: int) -> bool:
+    """Whether the networks are sharded over the processes."""
+    asked = fsdp.asked(world)
+    if asked and not task.shardable:
         raise TrainingError(
             f"a {type(task).__name__} cannot be sharded; start it without --use_fsdp."
         )
+    return asked
+
+
+def _begun(
+    out: Path, resume: bool, config: TrainConfig, main: bool
+) -> checkpoints.Checkpoint | None:
+    """The checkpoint to go on from."""
     if not resume and (there := checkpoints.folders(out)):
         raise TrainingError(
             f"{out} already holds {there[-1].name}; pass resume=True to go on from it, or choose"
             " another folder."
         )
-    begun = _resumed(out, accelerator.is_main_process)
-    for field in ("batch_size", "seed"):
-        if begun is not None and begun.config.get(field) != getattr(config, field):
+    begun = _resumed(out, main)
+    for name in ("batch_size", "seed"):
+        if begun is not None and begun.config.get(name) != getattr(config, name):
             raise TrainingError(
-                f"{begun.folder} was made with {field}={begun.config.get(field)}, now"
-                f" {getattr(config, field)}; an exact resume needs the same."
+                f"{begun.folder} was made with {name}={begun.config.get(name)}, now"
+                f" {getattr(config, name)}; an exact resume needs the same."
             )
-    out.mkdir(parents=True, exist_ok=True)
+    return begun
 
-    if hasattr(task, "to"):
-        task.to(device)
-    state = _State({k: m.to(device) for k, m in task.modules.items()}, config, sharded)
-    step = images = 0
-    if begun is not None:
-        state.restore(begun.folder / checkpoints.STATE)
-        step, images = begun.step, begun.images
+
+def _adapt(task: Task, config: TrainConfig) -> None:
+    """In place: the networks compute as `config` says, with the weights that they have."""
     if config.plain_attention:
         use_plain_attention(_networks(task))
     if config.gradient_checkpointing and not use_gradient_checkpointing(_networks(task)):
@@ -452,117 +643,7 @@ def fit(
             f"gradient_checkpointing: no network of {type(task).__name__} has it; leave it out."
         )
     if config.compile:
-        for m in task.modules.values():
-            # in place, and after the EMA copies were made: names in checkpoints stay, samples run
-            # eagerly
+        # in place, and after the EMA copies were made: names in checkpoints stay, samples run
+        # eagerly
+        for m in (*task.modules.values(), *task.frozen.values()):
             m.compile()
-        for m in getattr(task, "frozen", {}).values():
-            m.compile()
-    prepared = {
-        k: m.train() if sharded else accelerator.prepare_model(m.train())
-        for k, m in task.modules.items()
-    }
-    optimizer = accelerator.prepare_optimizer(state.optimizer, device_placement=False)
-
-    def checkpoint() -> None:
-        tensors = state.tensors() if sharded or accelerator.is_main_process else {}
-        if accelerator.is_main_process:
-            checkpoints.write(
-                out,
-                tensors,
-                {"step": step, "images": images, "config": asdict(config)},
-                config.keep_checkpoints,
-            )
-        accelerator.wait_for_everyone()
-
-    start = last_checkpoint = last_log = time.monotonic()
-    first = step
-    share = config.batch_size // world
-    micro = min(micro, share)
-    running: dict[str, float] = {}
-    logged_images = images
-    bar = tqdm(
-        total=config.max_images,
-        initial=images,
-        unit="img",
-        disable=not accelerator.is_main_process,
-        mininterval=5,
-        smoothing=0.05,
-    )
-    with _StopSignal() as stop, _memory(out, lambda: step):
-        while images < config.max_images:
-            late = max_minutes is not None and time.monotonic() - start >= max_minutes * 60
-            due = time.monotonic() - last_checkpoint >= config.checkpoint_minutes * 60
-            ended, due = _any([late or stop.asked, due], world, device)
-            if ended:
-                break
-            if due and step > first:
-                checkpoint()
-                last_checkpoint = time.monotonic()
-            lr = config.lr_at(images)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch = task.batch(config.batch_size, step_generator(config.seed, step))
-            batch = _to(_split(batch, rank * share, (rank + 1) * share), device)
-            terms: dict[str, float] = {}
-            for i in range(0, share, micro):
-                part = _split(batch, i, i + micro)
-                with accelerator.autocast():
-                    losses = task.loss(prepared, part, step)
-                for k, v in losses.items():
-                    terms[k] = terms.get(k, 0.0) + v.item() * micro / share
-                if not math.isfinite(terms["loss"]):
-                    raise TrainingError(
-                        _diverged(f"loss is {terms['loss']}", step, terms, part, out)
-                    )
-                accelerator.backward(losses["loss"] * (micro / share))
-            norm = float(accelerator.clip_grad_norm_(state.parameters, config.grad_clip))
-            if config.mixed_precision != "fp16" and not math.isfinite(
-                norm
-            ):  # the scaler of fp16 skips such a step
-                raise TrainingError(
-                    _diverged(f"the gradient's norm is {norm}", step, terms, batch, out)
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            state.update_ema(min(config.ema_decay, (1 + step) / (10 + step)))
-            step, images = step + 1, images + config.batch_size
-            terms["grad_norm"] = norm
-            for k, v in terms.items():
-                running[k] = v if k not in running else 0.95 * running[k] + 0.05 * v
-            bar.update(config.batch_size)
-            if accelerator.is_main_process and step % config.log_every == 0:
-                now = time.monotonic()
-                row = {
-                    "step": step,
-                    "images": images,
-                    "lr": lr,
-                    "images_per_second": (images - logged_images) / (now - last_log),
-                    **running,
-                }
-                last_log, logged_images = now, images
-                append(out / "stats.jsonl", json.dumps(row) + "\n")
-                bar.set_postfix(loss=f"{running['loss']:.4f}")
-            if config.sample_every and step % config.sample_every == 0:
-                averaged = state.averaged() if sharded or accelerator.is_main_process else {}
-                if accelerator.is_main_process:
-                    task.sample(averaged, out / f"sample-{step:08d}.png")
-    checkpoint()
-    bar.close()
-    if stop.asked:
-        print(f"asked to stop: wrote a checkpoint at step {step}")
-    averaged = state.averaged() if sharded or accelerator.is_main_process else {}
-    if accelerator.is_main_process:
-        task.save(averaged, out / "model")
-        task.sample(averaged, out / "sample-last.png")
-        print(
-            f"{out}: {images} images, step {step}, loss {running.get('loss', float('nan')):.4f};"
-            f" networks in {out / 'model'}"
-        )
-    return {
-        "images": images,
-        "step": step,
-        "seconds": time.monotonic() - start,
-        "finished": images >= config.max_images,
-        "loss": running.get("loss"),
-    }

@@ -267,35 +267,35 @@ def test_a_closed_terminal_asks_for_a_checkpoint_and_nohup_is_respected(tmp_path
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("max_images", 0, "a whole number, 1 to"),
-        ("batch_size", -8, "a whole number, 1 to"),
+        ("max_images", 0, "at least 1"),
+        ("batch_size", -8, "at least 1"),
         ("batch_size", 4.0, "a whole number"),
         ("batch_size", True, "a whole number"),
-        ("micro_batch_size", 0, "a whole number, 1 to"),
+        ("micro_batch_size", 0, "at least 1"),
         ("lr", float("nan"), "a finite number"),
-        ("lr", 0, "a finite number, 1e-12 to"),
+        ("lr", 0, "at least 1e-12"),
         ("lr", "1e-4", "a finite number"),
-        ("final_lr", -1, "a finite number, 0 to"),
-        ("warmup_images", -1, "a whole number, 0 to"),
-        ("decay_from", 1.5, "a finite number, 0 to 1"),
-        ("betas", 0.9, "two numbers"),
-        ("betas", (0.9, 1.0), "a finite number, 0 to 0.999999"),
+        ("final_lr", -1, "at least 0"),
+        ("warmup_images", -1, "at least 0"),
+        ("decay_from", 1.5, "at most 1"),
+        ("betas", 0.9, "a list"),
+        ("betas", (0.9, 1.0), "at most 0.999999"),
         ("weight_decay", float("inf"), "a finite number"),
-        ("grad_clip", 0, "a finite number"),
-        ("ema_decay", 1, "a finite number, 0 to 0.999999"),
+        ("grad_clip", 0, "at least 1e-12"),
+        ("ema_decay", 1, "at most 0.999999"),
         ("compile", 1, "true or false"),
-        ("seed", -1, "a whole number, 0 to"),
-        ("log_every", 0, "a whole number, 1 to"),
-        ("sample_every", -1, "a whole number, 0 to"),
+        ("seed", -1, "at least 0"),
+        ("log_every", 0, "at least 1"),
+        ("sample_every", -1, "at least 0"),
         ("checkpoint_minutes", None, "a finite number"),
-        ("keep_checkpoints", 0, "a whole number, 1 to"),
+        ("keep_checkpoints", 0, "at least 1"),
     ],
 )
 def test_values_that_cannot_be_are_named_with_what_is_accepted(field, value, words):
-    with pytest.raises(InputError, match=rf"^{field}.*; accepted: {words}"):
+    with pytest.raises(InputError, match=rf"^TrainConfig: {field}.*; accepted: {words}"):
         TrainConfig(**{"max_images": 8, field: value})
 
 
 def test_an_unknown_precision():
-    with pytest.raises(SdliteError, match="choose one of no, bf16, fp16"):
+    with pytest.raises(SdliteError, match="accepted: 'no', 'bf16' or 'fp16'"):
         TrainConfig(max_images=8, mixed_precision="fp8")

@@ -217,7 +217,8 @@ def test_folder_without_a_tokenizer_is_not_converted(damaged, tmp_path):
 
 def test_teacher_whose_weights_are_not_its_own_is_not_trained_on(damaged, tmp_path):
     pytest.importorskip("accelerate", reason="needs the distill extra")
-    from sdlite.distill.recipe import Recipe, run
+    from sdlite.distill.recipe import Recipe
+    from sdlite.distill.run import run
 
     folders.change(
         damaged,
@@ -232,7 +233,7 @@ def test_teacher_whose_weights_are_not_its_own_is_not_trained_on(damaged, tmp_pa
 
 def test_teacher_with_published_taesd_has_its_size(damaged):
     pytest.importorskip("accelerate", reason="needs the distill extra")
-    from sdlite.distill.recipe import Teacher
+    from sdlite.distill.teacher import Teacher
 
     shutil.rmtree(damaged / "vae")
     blocks = {"encoder_block_out_channels": [8] * 4, "decoder_block_out_channels": [8] * 4}

@@ -474,7 +474,7 @@ ADAPTER = {
 
 def every_way_to_open(folder, out):
     """What opens the networks of a folder."""
-    from sdlite.distill.recipe import Teacher
+    from sdlite.distill.teacher import Teacher
 
     return [
         lambda: sdlite.Pipeline.from_pretrained(folder, backend="torch"),

@@ -148,7 +148,7 @@ def test_an_export_names_an_extra_that_brings_what_is_missing(name, monkeypatch)
 
 
 def test_distill_brings_its_last_step():
-    training = foreign("sdlite.distill.recipe") | foreign("sdlite.distill.doctor")
+    training = foreign("sdlite.distill.run") | foreign("sdlite.distill.doctor")
     assert {*CONVERT_NEEDS, "accelerate", "matplotlib"} | training <= modules("distill")
     assert {*CONVERT_NEEDS} | foreign("sdlite.converter") <= modules("export")
 
@@ -164,7 +164,9 @@ def test_targets_are_all_but_those_that_need_a_package_index_of_their_own():
 )
 def test_distilling_says_what_is_missing_before_it_trains(export, missing, monkeypatch, tmp_path):
     pytest.importorskip("torch", reason="needs the distill extra")
-    from sdlite.distill import doctor, recipe
+    from sdlite.distill import doctor
+    from sdlite.distill.recipe import Recipe
+    from sdlite.distill.run import run
 
     found = importlib.util.find_spec
 
@@ -172,9 +174,9 @@ def test_distilling_says_what_is_missing_before_it_trains(export, missing, monke
         return None if name == missing else found(name, *package)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    read = recipe.Recipe.parse({"stage": [{"kind": "output", "images": 1}]})
+    read = Recipe.parse({"stage": [{"kind": "output", "images": 1}]})
     with pytest.raises(errors.MissingExtraError, match=rf"{missing}.*sdlite\[distill\]"):
-        recipe.run(
+        run(
             read,
             teacher=tmp_path / "none",
             data=tmp_path / "none",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,15 +17,18 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from sdlite import Pipeline  # noqa: E402
 from sdlite.artifact import Artifact  # noqa: E402
-from sdlite.distill.recipe import Recipe, Teacher, plan, run  # noqa: E402
+from sdlite.distill.preview import decode_scaled  # noqa: E402
+from sdlite.distill.recipe import Recipe  # noqa: E402
+from sdlite.distill.run import plan, run  # noqa: E402
 from sdlite.distill.students import StudentSpec, build, parameters  # noqa: E402
+from sdlite.distill.tasks.base import V_ZERO_SNR, Given  # noqa: E402
 from sdlite.distill.tasks.other_networks import (  # noqa: E402
-    TextEncoderTask,
-    TinyDecoderTask,
+    TextEncoder,
+    TinyDecoder,
     smaller_text_encoder,
     tiny_vae,
 )
-from sdlite.distill.tasks.student import decode_scaled  # noqa: E402
+from sdlite.distill.teacher import Teacher  # noqa: E402
 from sdlite.distill.train import step_generator  # noqa: E402
 from sdlite.errors import ArtifactError, InputError  # noqa: E402
 from sdlite.tokenizer import ClipTokenizer  # noqa: E402
@@ -194,18 +198,21 @@ class Ramp(torch.nn.Module):
         return type("Out", (), {"sample": z.clone()})
 
 
+def untrained(source):
+    """What a tiny decoder of `Ramp` is given."""
+    network = torch.nn.Identity()
+    return Given(network, network, network, source, {"vae": Ramp()}, V_ZERO_SNR)
+
+
+def given_of(teacher, source, parts, timesteps=None):
+    networks = (teacher.unet, teacher.unet, teacher.text_encoder)
+    return Given(*networks, source, parts, V_ZERO_SNR, timesteps=timesteps)
+
+
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_the_target_is_the_picture_of_the_unscaled_latents(forgotten):
     source = type("S", (), {"empty_ids": torch.zeros(4, dtype=torch.int64)})()
-    stage = TinyDecoderTask(
-        torch.nn.Identity(),
-        torch.nn.Identity(),
-        source,
-        parts={"vae": Ramp()},
-        preview={},
-        width=4,
-        blocks=1,
-    )
+    stage = TinyDecoder(width=4, blocks=1).task(untrained(source))
     batch = {"latents": torch.randn(2, 3, 4, 4), "noise": torch.randn(2, 3, 4, 4)}
     wanted = batch["latents"] if forgotten else batch["latents"] / 0.25 + 0.5
     loss = stage.loss({"decoder": lambda z: wanted}, batch, 0)["loss"]
@@ -216,16 +223,7 @@ def test_latent_noise_reaches_the_student_alone():
     source = type("S", (), {"empty_ids": torch.zeros(4, dtype=torch.int64)})()
     batch, seen = {"latents": torch.zeros(2, 3, 4, 4), "noise": torch.ones(2, 3, 4, 4)}, []
     for noise in (0.0, 0.3):
-        stage = TinyDecoderTask(
-            torch.nn.Identity(),
-            torch.nn.Identity(),
-            source,
-            parts={"vae": Ramp()},
-            preview={},
-            width=4,
-            blocks=1,
-            latent_noise=noise,
-        )
+        stage = TinyDecoder(width=4, blocks=1, latent_noise=noise).task(untrained(source))
         stage.loss({"decoder": lambda z: seen.append(z) or z}, batch, 0)
     assert [float(z.mean()) for z in seen] == pytest.approx([0.0, 0.3])
 
@@ -233,15 +231,8 @@ def test_latent_noise_reaches_the_student_alone():
 def test_tiny_decoder_learns_the_teachers_pictures(small, prompts, tmp_path):
     teacher, source, parts = pieces(small, prompts, tmp_path)
     torch.manual_seed(0)
-    stage = TinyDecoderTask(
-        teacher.unet,
-        teacher.text_encoder,
-        source,
-        parts=parts,
-        preview={},
-        width=16,
-        blocks=1,
-        multi_scale_weight=0,
+    stage = TinyDecoder(width=16, blocks=1, multi_scale_weight=0).task(
+        given_of(teacher, source, parts)
     )
     optimizer = torch.optim.Adam(stage.modules["decoder"].parameters(), 3e-3)
     losses = []
@@ -282,16 +273,9 @@ def test_text_encoder_terms_are_zero_for_the_teacher_itself_and_reach_the_studen
 ):
     teacher, source, parts = pieces(small, prompts, tmp_path)
 
-    def stage(layers, **options):
-        return TextEncoderTask(
-            teacher.unet,
-            teacher.text_encoder,
-            source,
-            parts=parts,
-            preview={},
-            layers=layers,
-            **options,
-        )
+    def stage(layers, timesteps=None, **options):
+        given = given_of(teacher, source, parts, timesteps)
+        return TextEncoder(layers, **options).task(given)
 
     same, less = stage(3), stage(1)
     batch = same.batch(4, step_generator(0, 0))
@@ -325,7 +309,7 @@ def test_text_encoder_terms_are_zero_for_the_teacher_itself_and_reach_the_studen
             "[[stage]]\nkind='tiny-decoder'\nimages=1\n[[stage]]\nkind='tiny-decoder'\nimages=1",
             "at most once",
         ),
-        ("[[stage]]\nkind='text-encoder'\nimages=1", "does not say layers: how many"),
+        ("[[stage]]\nkind='text-encoder'\nimages=1", "layers is missing; give it"),
         ("[[stage]]\nkind='tiny-decoder'\nimages=1\nlayers=2", "layers is not known"),
     ],
 )
@@ -457,16 +441,8 @@ def test_a_teacher_with_a_tiny_autoencoder_takes_prompts_and_refuses_pictures(
 def test_tiny_decoder_of_a_copy_is_saved_not_the_network_in_training(small, prompts, tmp_path):
     """`fit` hands the EMA to `save`: it must be what is written."""
     teacher, source, parts = pieces(small, prompts, tmp_path)
-    stage = TinyDecoderTask(
-        teacher.unet,
-        teacher.text_encoder,
-        source,
-        parts=parts,
-        preview={},
-        width=4,
-        blocks=1,
-        scheduler=teacher.scheduler,
-    )
+    given = given_of(teacher, source, parts)
+    stage = TinyDecoder(width=4, blocks=1).task(replace(given, scheduler=teacher.scheduler))
     averaged = copy.deepcopy(stage.modules["decoder"])
     for p in averaged.parameters():
         p.data.zero_()

@@ -17,8 +17,11 @@ from sdlite import Pipeline  # noqa: E402
 from sdlite.cli import main  # noqa: E402
 from sdlite.distill import data  # noqa: E402
 from sdlite.distill.latent_cache import to_square  # noqa: E402
-from sdlite.distill.recipe import Recipe, Teacher, plan, run  # noqa: E402
-from sdlite.distill.tasks.student import StudentTask  # noqa: E402
+from sdlite.distill.recipe import Recipe  # noqa: E402
+from sdlite.distill.run import plan, run  # noqa: E402
+from sdlite.distill.tasks.base import Given  # noqa: E402
+from sdlite.distill.tasks.student import Output  # noqa: E402
+from sdlite.distill.teacher import Teacher  # noqa: E402
 from sdlite.errors import InputError, UnknownNameError  # noqa: E402
 
 RECIPE = """
@@ -157,7 +160,7 @@ def test_recipe_is_read():
             "[[stage]]\nkind='magic'\nimages=1",
             "'magic' is not known; choose one of output, guidance",
         ),
-        ("[[stage]]\nkind='output'", "no images"),
+        ("[[stage]]\nkind='output'", "images is missing"),
         ("[[stage]]\nkind='output'\nimages=1\nguidance_scale=3", "guidance_scale is not known"),
         ("[[stage]]\nkind='progressive'\nimages=1\nsteps=[8,3]", "halve"),
         ("[[stage]]\nkind='output'\nimages=1\ncache_targets=9", "set feature_weight = 0"),
@@ -167,7 +170,7 @@ def test_recipe_is_read():
         ),
         (
             "[student]\nweights='old'\n[[stage]]\nkind='output'\nimages=1",
-            "weights='old'; choose teacher or random",
+            "weights='old'; accepted: 'teacher' or 'random'",
         ),
         ("[student]\ndepth=2\n[[stage]]\nkind='output'\nimages=1", "depth is not known"),
         ("[preview]\nsize=1\n[[stage]]\nkind='output'\nimages=1", "size is not known"),
@@ -203,22 +206,23 @@ def test_sampler_knows_which_stages_put_guidance_into_the_student():
 
 
 def test_halvings_after_the_first_do_not_guide_again(plain, pictures, tmp_path):
-    from sdlite.distill.recipe import _task
-
     teacher = Teacher(plain)
     source = teacher.source(pictures, tmp_path / "c.safetensors", False)
     first, second = parse(
         "[[stage]]\nkind='progressive'\nsteps=[4, 2]\nimages=1\nguidance_scale=3.0"
     ).stages
-    made = [
-        _task(s, teacher.unet, teacher, source, {}, ["a"], guided)
-        for s, guided in ((first, False), (second, True))
-    ]
+
+    def made_by(stage, guided):
+        networks = (teacher.unet, teacher.unet, teacher.text_encoder)
+        given = Given(*networks, source, {}, teacher.scheduler, guided=guided)
+        return stage.kind.task(given)
+
+    made = [made_by(first, False), made_by(second, True)]
     assert [m.guidance_scale for m in made] == [3.0, 1.0]
     assert made[0].teacher is teacher.unet
     assert made[1].teacher is not teacher.unet
     judged = parse("[[stage]]\nkind='adversarial'\nimages=1").stages[0]
-    stage = _task(judged, teacher.unet, teacher, source, {}, ["a"], True)
+    stage = made_by(judged, True)
     assert stage.teacher is teacher.unet  # features of the real teacher
     assert stage.start is not None  # and the student as it was
     assert stage.start is not teacher.unet
@@ -383,16 +387,8 @@ def test_doctor_measures_the_pull_of_each_term(plain, pictures, tmp_path):
     teacher = Teacher(plain)
     source = teacher.source(pictures, tmp_path / "c.safetensors", False)
     student = type(teacher.unet).from_config(teacher.unet.config)
-    task = StudentTask(
-        student,
-        teacher.unet,
-        teacher.text_encoder,
-        source,
-        parts={},
-        preview={},
-        scheduler=teacher.scheduler,
-        feature_weight=1e4,
-    )
+    given = Given(student, teacher.unet, teacher.text_encoder, source, {}, teacher.scheduler)
+    task = Output(feature_weight=1e4).task(given)
     found, measured = doctor.gradients(task, 4)
     assert set(measured) == {"task", "output", "feature"}
     assert levels(found, "loss scales")[-1] == "warn"
@@ -401,7 +397,7 @@ def test_doctor_measures_the_pull_of_each_term(plain, pictures, tmp_path):
 def small_task(**options):
     from tests.unit.test_stages import real
 
-    return real(StudentTask, **options)
+    return real(Output, **options)
 
 
 def test_doctor_finds_a_wrong_prediction_type():
@@ -409,7 +405,7 @@ def test_doctor_finds_a_wrong_prediction_type():
     two halves of the loss contradict.
     """
     from sdlite.distill import doctor
-    from sdlite.distill.tasks.student import V_ZERO_SNR
+    from sdlite.distill.tasks.base import V_ZERO_SNR
     from sdlite.sampling import Schedule
     from tests.unit.test_stages import Perfect, Solver
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("pydantic", reason="needs the quantize extra")
 
 from sdlite.errors import InputError
-from sdlite.settings import At, read, settings
+from sdlite.settings import At, check, read, settings
 
 
 @settings
@@ -67,3 +67,28 @@ def test_what_is_wrong_is_one_line(given, line):
         read(Settings, given, "recipe")
     assert str(refused.value).startswith(line)
     assert "\n" not in str(refused.value)
+
+
+@settings
+@dataclass(frozen=True)
+class Checked:
+    images: Annotated[int, At(1)]
+    share: Annotated[float, At(0, 1)] = 0.5
+    gate: Gate = field(default_factory=Gate)
+
+    def __post_init__(self):
+        check(self)
+
+
+def test_what_is_made_in_python_is_checked_as_a_table_is():
+    assert Checked(2, share=1).gate == Gate()
+    assert read(Checked, {"images": 2}, "x") == Checked(2)
+    for given, words in (
+        ({"images": 0}, "Checked: images=0; accepted: at least 1."),
+        ({"images": 1, "share": "all"}, "Checked: share='all'; accepted: a finite number."),
+    ):
+        with pytest.raises(InputError) as refused:
+            Checked(**given)
+        assert str(refused.value) == words
+    with pytest.raises(InputError, match=r"^recipe: images=0; accepted: at least 1"):
+        read(Checked, {"images": 0}, "recipe")

@@ -11,15 +11,16 @@ pytest.importorskip("accelerate", reason="needs the distill extra")
 pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from sdlite.distill.features import Taps  # noqa: E402
+from sdlite.distill.tasks.base import V_ZERO_SNR, Forward, Given  # noqa: E402
 from sdlite.distill.tasks.few_step import (  # noqa: E402
-    AdversarialTask,
-    ConsistencyTask,
-    GuidanceTask,
-    ProgressiveTask,
+    Adversarial,
+    Consistency,
+    Guidance,
+    Progressive,
     Solver,
     trailing_timesteps,
 )
-from sdlite.distill.tasks.student import V_ZERO_SNR, Forward, StudentTask  # noqa: E402
+from sdlite.distill.tasks.student import Output  # noqa: E402
 from sdlite.distill.train import TrainConfig, fit  # noqa: E402
 from sdlite.errors import InputError  # noqa: E402
 from sdlite.sampling import Schedule  # noqa: E402
@@ -59,24 +60,15 @@ class OnePoint(Source):
 def perfect(cls, kind="v_prediction", **kwargs):
     solver = Solver(Schedule.from_config(schedule(kind)))
     network = Perfect(solver, torch.full((1, 4, 4, 4), 0.7))
-    return (
-        cls(
-            network,
-            Perfect(solver, network.point),
-            Text(),
-            OnePoint(),
-            parts={},
-            preview={},
-            scheduler=schedule(kind),
-            **kwargs,
-        ),
-        network,
-    )
+    teacher = Perfect(solver, network.point)
+    given = Given(network, teacher, Text(), OnePoint(), {}, schedule(kind))
+    return cls(**kwargs).task(given), network
 
 
-def real(cls, **kwargs):
+def real(cls, scheduler=V_ZERO_SNR, **options):
+    """The task of a stage kind, on tiny networks."""
     student, teacher = task().modules["unet"], task().modules["unet"]
-    made = cls(student, teacher, Text(), Source(), parts={}, preview={}, **kwargs)
+    made = cls(**options).task(Given(student, teacher, Text(), Source(), {}, scheduler))
     made.save = lambda modules, folder: folder.mkdir(parents=True, exist_ok=True)
     made.sample = lambda modules, path: None
     return made
@@ -128,23 +120,21 @@ def test_one_step_to_the_halved_target_equals_two_steps(kind):
 @pytest.mark.parametrize("loss_type", ["v", "x0"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_progressive_loss_is_zero_for_the_exact_network(kind, loss_type):
-    stage, network = perfect(ProgressiveTask, kind, num_inference_steps=4, loss_type=loss_type)
+    stage, network = perfect(Progressive, kind, steps=(4,), loss_type=loss_type)
     batch = batch_of(stage)
     assert set(batch["index"].tolist()) == {0, 2, 4, 6}
     assert stage.loss(stage.modules, batch, 0)["loss"] < 1e-4
     network.point = network.point + 0.1
     assert stage.loss(stage.modules, batch, 0)["loss"] > 1e-4
-    with pytest.raises(InputError, match="v or x0"):
-        perfect(ProgressiveTask, num_inference_steps=4, loss_type="eps")
 
 
 def test_guidance_target():
-    stage = real(GuidanceTask, guidance_scale=1.0)
+    stage = real(Guidance, guidance_scale=1.0)
     batch = batch_of(stage)
     assert (
         stage.loss(stage.modules, batch, 0)["loss"] == 0
     )  # the student is a copy, and 1 is no guidance
-    stage = real(GuidanceTask, guidance_scale=3.0)
+    stage = real(Guidance, guidance_scale=3.0)
     loss = stage.loss(stage.modules, batch, 0)["loss"]
     x, _ = stage.forward(batch["latents"], batch["noise"], batch["t"])
     with torch.no_grad():
@@ -160,7 +150,7 @@ def test_guidance_scale_is_lcms_w_plus_one(scale):
     """LCM says c + w (c - u); its pipeline is given guidance_scale = w + 1. Ours is guidance_scale
     everywhere; below 1 it is none.
     """
-    stage = real(GuidanceTask, guidance_scale=scale)
+    stage = real(Guidance, guidance_scale=scale)
     x, t, w = torch.randn(3, 4, 4, 4), torch.tensor([3, 500, 999]), max(scale, 1) - 1
     embeds = stage.embeds(torch.arange(12).view(3, 4))
     with torch.no_grad():
@@ -174,7 +164,7 @@ def test_guidance_scale_is_lcms_w_plus_one(scale):
 def test_reconstruction_keeps_to_the_start_when_there_is_one():
     import copy
 
-    plain, kept = real(AdversarialTask), real(AdversarialTask)
+    plain, kept = real(Adversarial), real(Adversarial)
     for p in kept.modules["unet"].parameters():
         p.data += 0.1
     plain.modules["unet"].load_state_dict(kept.modules["unet"].state_dict())
@@ -185,12 +175,12 @@ def test_reconstruction_keeps_to_the_start_when_there_is_one():
 
 
 def test_consistency_boundary_and_exact_network():
-    stage, network = perfect(ConsistencyTask, grid=10)
+    stage, network = perfect(Consistency, grid=10)
     x = torch.randn(3, 4, 4, 4)
     clean = torch.full((3,), -1)
     assert torch.equal(stage.consistency(network, x, clean, torch.zeros(3, 4, 8)), x)
     assert stage.loss(stage.modules, batch_of(stage), 0)["loss"] < 1e-3
-    stage = real(ConsistencyTask, grid=10)
+    stage = real(Consistency, grid=10)
     loss = stage.loss(stage.modules, batch_of(stage), 0)["loss"]
     loss.backward()
     assert loss > 0
@@ -198,7 +188,7 @@ def test_consistency_boundary_and_exact_network():
 
 
 def test_adversarial_terms_reach_only_their_own_network():
-    stage = real(AdversarialTask, weight=1.0, ramp=0, reconstruction=0.0)
+    stage = real(Adversarial, weight=1.0, ramp=0, reconstruction=0.0)
     unet, judge = stage.modules["unet"], stage.modules["discriminator"]
     batch = batch_of(stage)
     terms = stage.loss(stage.modules, batch, 0)
@@ -213,7 +203,7 @@ def test_adversarial_terms_reach_only_their_own_network():
 
 
 def test_discriminator_learns_to_tell_and_the_generator_term_rises():
-    stage = real(AdversarialTask, weight=0.0, reconstruction=0.0)
+    stage = real(Adversarial, weight=0.0, reconstruction=0.0)
     judge = stage.modules["discriminator"]
     optimizer = torch.optim.Adam(judge.parameters(), 1e-2)
     first = last = None
@@ -230,10 +220,10 @@ def test_discriminator_learns_to_tell_and_the_generator_term_rises():
 @pytest.mark.parametrize(
     "stage",
     [
-        (GuidanceTask, {"guidance_scale": 2.0}),
-        (ProgressiveTask, {"num_inference_steps": 4}),
-        (ConsistencyTask, {}),
-        (AdversarialTask, {}),
+        (Guidance, {"guidance_scale": 2.0}),
+        (Progressive, {"steps": (4,)}),
+        (Consistency, {}),
+        (Adversarial, {}),
     ],
 )
 def test_every_stage_trains_in_the_loop(stage, tmp_path):
@@ -255,7 +245,7 @@ def test_teacher_gradients_are_the_mean_over_batches_and_leave_the_teacher():
     found = teacher_gradients(unet, text, Source(), V_ZERO_SNR, batches=2, size=4)
     assert not any(p.requires_grad for p in unet.parameters())
     made = TeacherTask(
-        unet.requires_grad_(True), text, Source(), parts={}, preview={}, train_text_encoder=False
+        unet.requires_grad_(True), text, Source(), parts={}, train_text_encoder=False
     )
     sum(made.loss(made.modules, batch_of(made, 4, k), 0)["loss"] for k in range(2)).backward()
     for k, p in unet.named_parameters():
@@ -268,7 +258,7 @@ def test_teacher_gradients_are_the_mean_over_batches_and_leave_the_teacher():
 
 
 def student_task(**kwargs):
-    made = real(StudentTask, **kwargs)
+    made = real(Output, **kwargs)
     return made, made.loss(made.modules, batch_of(made), 0)
 
 
@@ -292,7 +282,7 @@ def test_terms_of_the_output_stage(options, terms):
 
 
 def test_task_loss_alone_does_not_run_the_teacher():
-    made = real(StudentTask, output_weight=0, feature_weight=0)
+    made = real(Output, output_weight=0, feature_weight=0)
     made.teacher = None
     made.loss(made.modules, batch_of(made), 0)
 
@@ -310,7 +300,7 @@ def test_each_term_counts_with_its_weight():
 
 
 def test_temperature_falls_with_the_step():
-    made = real(StudentTask, channel_weight=1.0, temperature=(4.0, 1.0), temperature_steps=10)
+    made = real(Output, channel_weight=1.0, temperature=(4.0, 1.0), temperature_steps=10)
     torch.manual_seed(0)
     for p in made.modules["student"].parameters():
         p.data += 0.1 * torch.randn_like(p)
@@ -323,13 +313,13 @@ def test_tap_weights_choose_the_taps():
     made, _ = student_task(tap_weights={"mid": 1.0})
     assert set(made.teacher_taps) == {"mid"}
     with pytest.raises(InputError, match=r"'middle'.*known:.*mid"):
-        real(StudentTask, tap_weights={"middle": 1.0})
+        real(Output, tap_weights={"middle": 1.0})
 
 
 def test_a_copy_of_the_student_keeps_features_of_its_own_and_the_teacher_is_left_without_hooks():
     import copy
 
-    made = real(StudentTask)
+    made = real(Output)
     student, twin = made.modules["student"], copy.deepcopy(made.modules["student"])
     x, t, embeds = torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), torch.randn(2, 4, 8)
     _, mine = student(x, t, embeds)
@@ -357,7 +347,7 @@ def test_attached_taps_go_with_their_owner():
 
 @pytest.mark.slow
 def test_compiled_distillation_compiles_once():
-    made = real(StudentTask)
+    made = real(Output)
     for m in (made.modules["student"], made.teacher):
         m.compile()
     torch._dynamo.reset()

@@ -17,13 +17,14 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from sdlite.distill import doctor  # noqa: E402
 from sdlite.distill.latent_cache import to_size  # noqa: E402
-from sdlite.distill.recipe import Teacher, plan, run  # noqa: E402
-from sdlite.distill.tasks.student import save_pipeline  # noqa: E402
+from sdlite.distill.preview import Samples, save_pipeline  # noqa: E402
+from sdlite.distill.run import plan, run  # noqa: E402
+from sdlite.distill.teacher import Teacher  # noqa: E402
 from sdlite.sampling import Schedule  # noqa: E402
 from sdlite.sampling.schedule import DEFAULTS  # noqa: E402
 from tests.unit.test_recipe import parse  # noqa: E402
 
-PROMPTS = ["red apple", "pizza on a blue background"]
+PROMPTS = ("red apple", "pizza on a blue background")
 
 
 @pytest.fixture
@@ -56,12 +57,12 @@ def test_what_a_teacher_paints_does_not_depend_on_its_schedulers_class(teacher):
     taught = Teacher(teacher({"_class_name": "DDIMScheduler", **shared}))
     for name in DEFAULTS:
         taught.scheduler = {"_class_name": name, **shared}
-        made[name] = taught.make(PROMPTS, num_inference_steps=3, guidance_scale=3.0, seed=0)
+        made[name] = taught.make(Samples(PROMPTS, 3, 3.0))
     first = made["DDIMScheduler"]
     assert first.abs().max() > 1.2
     assert all(torch.equal(x, first) for x in made.values())
     same = Teacher(teacher({"_class_name": "DDIMScheduler", **shared, "clip_sample": True}))
-    assert torch.equal(same.make(PROMPTS, num_inference_steps=3, guidance_scale=3.0, seed=0), first)
+    assert torch.equal(same.make(Samples(PROMPTS, 3, 3.0)), first)
 
 
 def test_painted_data_of_another_scheduler_is_made_anew(teacher, tmp_path):

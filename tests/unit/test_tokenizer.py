@@ -419,7 +419,8 @@ def test_a_student_has_the_tokenizer_files_of_its_teacher(tmp_path):
     torch = pytest.importorskip("torch", reason="needs the distill extra")
     diffusers = pytest.importorskip("diffusers", reason="needs the distill extra")
     transformers = pytest.importorskip("transformers", reason="needs the distill extra")
-    from sdlite.distill.tasks.student import V_ZERO_SNR, save_pipeline
+    from sdlite.distill.preview import save_pipeline
+    from sdlite.distill.tasks.base import V_ZERO_SNR
 
     torch.manual_seed(0)
     teacher = write(tmp_path / "tokenizer", **LAYOUTS["both"], other={})

@@ -22,13 +22,13 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from sdlite.distill.tasks.student import (  # noqa: E402
+from sdlite.distill.tasks.base import (  # noqa: E402
     V_ZERO_SNR,
     CachedEncoder,
     Forward,
-    TeacherTask,
     stratified_timesteps,
 )
+from sdlite.distill.tasks.student import TeacherTask  # noqa: E402
 from sdlite.distill.train import TrainConfig, fit  # noqa: E402
 from sdlite.errors import SdliteError, TrainingError  # noqa: E402
 from sdlite.sampling import Schedule  # noqa: E402
@@ -76,7 +76,7 @@ def task():
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=2,
     )
-    return Task(unet, Text(), Source(), parts={}, preview={})
+    return Task(unet, Text(), Source(), parts={})
 
 
 @pytest.fixture(autouse=True)
@@ -395,7 +395,8 @@ def test_bfloat16_keeps_float32_weights_and_comes_near(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("precision", "words"), [("fp16", "'fp16' needs CUDA"), ("fp8", "choose one of no, bf16, fp16")]
+    ("precision", "words"),
+    [("fp16", "'fp16' needs CUDA"), ("fp8", "accepted: 'no', 'bf16' or 'fp16'")],
 )
 def test_precisions_that_cannot_be(precision, words, tmp_path):
     if precision == "fp16" and torch.cuda.is_available():

@@ -12,9 +12,9 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from benchmarks import real_teacher, throughput  # noqa: E402
 from sdlite.distill.latent_cache import CachedLatents  # noqa: E402
-from sdlite.distill.recipe import Teacher  # noqa: E402
 from sdlite.distill.students import StudentSpec, build  # noqa: E402
-from sdlite.distill.tasks.student import V_ZERO_SNR  # noqa: E402
+from sdlite.distill.tasks.base import V_ZERO_SNR  # noqa: E402
+from sdlite.distill.teacher import Teacher  # noqa: E402
 from tests.unit.test_parts import small  # noqa: E402, F401
 
 
@@ -42,7 +42,6 @@ def setup(small):  # noqa: F811
         student,
         lambda batch: pictures[batch["ids"]],
         V_ZERO_SNR,
-        {},
     )
 
 

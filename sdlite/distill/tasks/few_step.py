@@ -1,7 +1,7 @@
-"""Fewer steps and no guidance pass: guidance, progressive, consistency and adversarial
-distillation, as `Task`s for `fit`.
+"""Fewer steps and no guidance pass: the stages `guidance`, `progressive`, `consistency` and
+`adversarial`.
 
-All of them start from a student that already makes pictures (see `tasks.StudentTask`), use a frozen
+All of them start from a student that already makes images (see `student.StudentTask`), use a frozen
 teacher and text encoder, and work in x_0 and noise, so that epsilon, v and sample prediction are
 one code. Shape letters: B batch, C channels, h,w latent size.
 
@@ -10,25 +10,39 @@ one code. Shape letters: B batch, C channels, h,w latent size.
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdlite.distill.features import Taps
+from sdlite.distill.features import Taps, probe
 from sdlite.distill.losses import huber_loss, output_loss
-from sdlite.distill.tasks.student import (
-    V_ZERO_SNR,
+from sdlite.distill.tasks.base import (
     CachedEncoder,
+    Count,
+    Denoising,
     Forward,
-    LatentSource,
-    _Denoising,
-    probe,
+    Given,
+    Options,
+    Scale,
+    StageKind,
+    Steps,
+    Weight,
 )
-from sdlite.distill.train import Batch
-from sdlite.errors import InputError
+from sdlite.distill.train import Batch, Modules
 from sdlite.sampling import guided
+from sdlite.settings import At, settings
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+GUIDANCE = 4.0  # the scale that a stage puts into its student unless its recipe says another
+LCM_STEPS = 4  # of a consistency student
+JUDGED_AT = (10, 250, 500, 750)  # timesteps at which a discriminator looks
 
 
 class Solver(Forward):
@@ -83,37 +97,43 @@ def trailing_timesteps(steps: int, total: int) -> Tensor:
     return torch.cat([t[:steps], torch.tensor([-1])])
 
 
-class _FromTeacher(_Denoising):
+@settings
+@dataclass(frozen=True)
+class FewStep(StageKind):
+    """A kind whose students run without a guidance pass, most of them in few steps."""
+
+    def for_few_steps(self, given: Given) -> Given:
+        """With a schedule that begins at the last timestep (arXiv:2305.08891), and samples as its
+        students are sampled.
+        """
+        samples = replace(
+            given.samples,
+            guidance_scale=1.0,
+            sampler=self.sampler or given.samples.sampler,
+            num_inference_steps=self.sampling_steps or given.samples.num_inference_steps,
+        )
+        scheduler = {**given.scheduler, "timestep_spacing": "trailing"}
+        return replace(given, scheduler=scheduler, samples=samples)
+
+
+class FromTeacher(Denoising):
     """A student UNet of the teacher's interface, and a frozen teacher that may be guided."""
 
-    def __init__(
-        self,
-        student: Any,
-        teacher: Any,
-        text_encoder: nn.Module,
-        source: LatentSource,
-        *,
-        parts: dict[str, Any],
-        preview: dict[str, Any],
-        guidance_scale: float = 1.0,
-        scheduler: dict[str, Any] = V_ZERO_SNR,
-        caption_dropout: float = 0.0,
-    ):
-        super().__init__(
-            source, scheduler, {**parts, "text_encoder": text_encoder}, caption_dropout, preview
-        )
-        self.teacher, self.encode = (
-            teacher.eval().requires_grad_(False),
-            CachedEncoder(text_encoder),
-        )
+    teacher: UNet2DConditionModel
+
+    def __init__(self, given: Given, guidance_scale: float):
+        parts = {**given.parts, "text_encoder": given.text_encoder}
+        super().__init__(given.source, given.scheduler, parts, given.samples)
+        self.teacher = given.teacher.eval().requires_grad_(False)
+        self.encode = CachedEncoder(given.text_encoder)
         self.guidance_scale, self.solver = guidance_scale, Solver(self.schedule)
-        self.modules: dict[str, nn.Module] = {"unet": student}
-        self.frozen: dict[str, nn.Module] = {"teacher": self.teacher}
+        self.modules = {"unet": given.student}
+        self.frozen = {"teacher": self.teacher}
 
     def not_cacheable(self) -> str | None:
         return None
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         return {
             **super().settings(),
             "guidance_scale": self.guidance_scale,
@@ -122,8 +142,8 @@ class _FromTeacher(_Denoising):
 
     @torch.no_grad()
     def embeds(self, ids: Tensor) -> Tensor:
-        out: Tensor = self.encode(ids)
-        return out
+        """Token ids (B, L) -> (B, L, D)."""
+        return self.encode(ids)
 
     @torch.no_grad()
     def teach(self, x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
@@ -136,51 +156,132 @@ class _FromTeacher(_Denoising):
         without, with_prompt = both.chunk(2)
         return without + self.guidance_scale * (with_prompt - without)
 
-    def save(self, modules: dict[str, nn.Module], folder: Any) -> None:
+    def save(self, modules: Modules, folder: Path) -> None:
         super().save({"unet": modules["unet"]}, folder)
 
-    def sample(self, modules: dict[str, nn.Module], path: Any) -> None:
+    def sample(self, modules: Modules, path: Path) -> None:
         super().sample({"unet": modules["unet"]}, path)
 
 
-class GuidanceTask(_FromTeacher):
+def frozen_copy(network: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The network as it is now, on its own weights."""
+    out = type(network).from_config(network.config)
+    out.load_state_dict(network.state_dict())
+    return out.eval().requires_grad_(False)
+
+
+@settings
+@dataclass(frozen=True)
+class Guidance(FewStep):
     """One network call instead of two: the student learns the guided output at one scale.
 
     Source: Meng et al. 2023, arXiv:2210.03142, stage 1, with a fixed scale instead of an embedded
         one: the student keeps the plain SD interface and runs at guidance_scale=1.
     """
 
+    name = "guidance"
+    becomes_teacher = True
+
+    guidance_scale: Scale = GUIDANCE
+    cache_targets: Count | None = None
+
+    @property
+    def guidance(self) -> float:
+        return self.guidance_scale
+
+    @property
+    def draws(self) -> int | None:
+        return self.cache_targets
+
+    def task(self, given: Given) -> GuidanceTask:
+        return GuidanceTask(self.for_few_steps(given), self.guidance_scale)
+
+
+class GuidanceTask(FromTeacher):
+    """The task of the stage `guidance`."""
+
     def targets(self, batch: Batch) -> Tensor:
         """The teacher's guided output."""
         x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
         return self.teach(x, batch["t"], self.embeds(batch["input_ids"]))
 
-    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+    def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
         wanted = batch["wanted"] if "wanted" in batch else self.targets(batch)
         out = modules["unet"](x, batch["t"], self.embeds(batch["input_ids"])).sample
         return {"loss": output_loss(out, wanted)}
 
 
-class ProgressiveTask(_FromTeacher):
-    """A student of N steps from a teacher of 2N (Salimans and Ho 2022, arXiv:2202.00512). Start it
-    from the teacher's weights.
+@settings
+@dataclass(frozen=True)
+class Progressive(FewStep):
+    """Students of N steps from a teacher of 2N, one training for each halving (Salimans and Ho
+    2022, arXiv:2202.00512).
 
-    Args:
-        num_inference_steps: N; the teacher takes two DDIM steps in each.
+    Attributes:
+        steps: N of each training; the teacher takes two DDIM steps in each.
         loss_type: "v" (MSE of v: max(SNR, 1)-like at every step, and finite at zero SNR) or "x0"
             (MSE of x_0).
+        guidance_scale: of the teacher; None is 4, or none where the student has it already.
     """
 
-    def __init__(self, *args: Any, num_inference_steps: int, loss_type: str = "v", **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if loss_type not in ("v", "x0"):
-            raise InputError(f"loss_type={loss_type!r}; choose v or x0.")
-        if num_inference_steps < 1:
-            raise InputError(f"num_inference_steps={num_inference_steps}; at least 1.")
+    name = "progressive"
+    becomes_teacher = True
+    keeps_to_student = True
+
+    steps: tuple[Steps, ...] = (4,)
+    loss_type: Literal["v", "x0"] = "v"
+    guidance_scale: Scale | None = None
+    cache_targets: Count | None = None
+
+    @property
+    def guidance(self) -> float:
+        return GUIDANCE if self.guidance_scale is None else self.guidance_scale
+
+    @property
+    def more_guidance(self) -> float:
+        return 1.0 if self.guidance_scale is None else self.guidance_scale
+
+    @property
+    def sampling_steps(self) -> int:
+        return self.steps[-1]
+
+    @property
+    def draws(self) -> int | None:
+        return self.cache_targets
+
+    def timesteps(self, total: int) -> Tensor:
+        return trailing_timesteps(self.sampling_steps, total)[:-1]
+
+    def conflict(self) -> str | None:
+        if self.steps and all(a == 2 * b for a, b in itertools.pairwise(self.steps)):
+            return None
+        return (
+            f"steps={list(self.steps)}; accepted: a list that halves each time, such as [16, 8, 4]"
+        )
+
+    def trainings(self, said: Options) -> list[tuple[str, StageKind, Options]]:
+        rest = {k: v for k, v in said.items() if k != "steps"}
+        return [
+            (f"{self.name}-{n}", replace(self, steps=(n,)), {**rest, "num_inference_steps": n})
+            for n in self.steps
+        ]
+
+    def task(self, given: Given) -> ProgressiveTask:
+        given = self.for_few_steps(given)
+        if given.guided:
+            given = replace(given, teacher=frozen_copy(given.student))
+        return ProgressiveTask(given, self, 1.0 if given.guided else self.guidance)
+
+
+class ProgressiveTask(FromTeacher):
+    """One training of the stage `progressive`. Start it from the teacher's weights."""
+
+    def __init__(self, given: Given, options: Progressive, guidance_scale: float):
+        super().__init__(given, guidance_scale)
         total = self.schedule.num_train_timesteps
-        self.num_inference_steps, self.loss_type = num_inference_steps, loss_type
-        self.fine = trailing_timesteps(2 * num_inference_steps, total)
+        self.num_inference_steps, self.loss_type = options.sampling_steps, options.loss_type
+        self.fine = trailing_timesteps(2 * self.num_inference_steps, total)
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         out = super().batch(size, generator)
@@ -193,7 +294,7 @@ class ProgressiveTask(_FromTeacher):
         out["index"] = step.clamp(max=self.num_inference_steps - 1)[order] * 2
         return out
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         return {**super().settings(), "num_inference_steps": self.num_inference_steps}
 
     def _point(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -211,7 +312,7 @@ class ProgressiveTask(_FromTeacher):
         z = self.solver.ddim(self.teach(z, half, embeds), z, half, end)
         return self.solver.halved_target(x, z, t, end)
 
-    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+    def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         x, t, _, _ = self._point(batch)
         x0 = batch["wanted"] if "wanted" in batch else self.targets(batch)
         out = modules["unet"](x, t, self.embeds(batch["input_ids"])).sample
@@ -225,32 +326,56 @@ class ProgressiveTask(_FromTeacher):
         return {"loss": output_loss(a * noise - s * mine, a * wanted - s * x0)}
 
 
-class ConsistencyTask(_FromTeacher):
+@settings
+@dataclass(frozen=True)
+class Consistency(FewStep):
     """Latent consistency (Luo et al. 2023, arXiv:2310.04378): f(x_t) = f(x_s) for s one teacher
     DDIM step of 1000/`grid` below t.
 
     The target network is the student itself without gradient, as in diffusers' LoRA example; with
     `fit`'s EMA the shipped weights are averaged. Sample it with the `lcm` sampler. As nothing but
     the last step to the clean latent anchors it, a high learning rate makes it drift to a mean
-    picture (embedded student: 2e-4 did within 200 steps of batch 32 while the loss rose from 0.01
+    image (embedded student: 2e-4 did within 200 steps of batch 32 while the loss rose from 0.01
     to 0.04; 2e-5 did not).
 
-    Args:
+    Attributes:
         grid: steps of the teacher's solver over the whole range (LCM: 50).
         sigma_data, timestep_scaling: of the boundary condition f(x, 0) = x (LCM: 0.5 and 10).
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        grid: int = 50,
-        sigma_data: float = 0.5,
-        timestep_scaling: float = 10.0,
-        **kwargs: Any,
-    ):
-        super().__init__(*args, **kwargs)
-        self.points = trailing_timesteps(grid, self.schedule.num_train_timesteps)
-        self.sigma_data, self.timestep_scaling = sigma_data, timestep_scaling
+    name = "consistency"
+    sampler = "lcm"
+    becomes_teacher = True
+
+    grid: Steps = 50
+    sigma_data: Annotated[float, At(1e-6, 1e6)] = 0.5
+    timestep_scaling: Weight = 10.0
+    guidance_scale: Scale = GUIDANCE
+    cache_targets: Count | None = None
+
+    @property
+    def guidance(self) -> float:
+        return self.guidance_scale
+
+    @property
+    def sampling_steps(self) -> int:
+        return LCM_STEPS
+
+    @property
+    def draws(self) -> int | None:
+        return self.cache_targets
+
+    def task(self, given: Given) -> ConsistencyTask:
+        return ConsistencyTask(self.for_few_steps(given), self)
+
+
+class ConsistencyTask(FromTeacher):
+    """The task of the stage `consistency`."""
+
+    def __init__(self, given: Given, options: Consistency):
+        super().__init__(given, options.guidance_scale)
+        self.points = trailing_timesteps(options.grid, self.schedule.num_train_timesteps)
+        self.options = options
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         out = super().batch(size, generator)
@@ -260,13 +385,14 @@ class ConsistencyTask(_FromTeacher):
     def consistency(self, unet: nn.Module, x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
         """f(x, t) = c_skip x + c_out x_0; exactly x at the clean timestep."""
         x0, _ = self.solver.x0_noise(unet(x, t.clamp(min=0), embeds).sample, x, t)
-        scaled = (t.clamp(min=0).float() * self.timestep_scaling).view(-1, 1, 1, 1)
-        skip = self.sigma_data**2 / (scaled**2 + self.sigma_data**2)
-        out = scaled / (scaled**2 + self.sigma_data**2).sqrt()
+        sigma = self.options.sigma_data
+        scaled = (t.clamp(min=0).float() * self.options.timestep_scaling).view(-1, 1, 1, 1)
+        skip = sigma**2 / (scaled**2 + sigma**2)
+        out = scaled / (scaled**2 + sigma**2).sqrt()
         clean = (t < 0).view(-1, 1, 1, 1)
         return torch.where(clean, x, skip * x + out * x0)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         return {**super().settings(), "points": self.points.tolist()}
 
     def _point(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,7 +407,7 @@ class ConsistencyTask(_FromTeacher):
         x, t, end = self._point(batch)
         return self.solver.ddim(self.teach(x, t, self.embeds(batch["input_ids"])), x, t, end)
 
-    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+    def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         x, t, end = self._point(batch)
         embeds = self.embeds(batch["input_ids"])
         with torch.no_grad():
@@ -319,46 +445,78 @@ class Discriminator(nn.Module):
         return torch.cat([head(features[k]).flatten(1) for k, head in self.heads.items()], 1)
 
 
-class AdversarialTask(_FromTeacher):
+@settings
+@dataclass(frozen=True)
+class Adversarial(FewStep):
     """Few steps with a discriminator in latent space; one optimizer for both, each term reaching
     only its own network.
 
     The student maps noise at one of its N sampling timesteps to x_0; it and the real latent are
-    noised again to a level drawn from `discriminator_timesteps` and judged by heads on the frozen
-    teacher's features. Hinge loss; the student also keeps near its start by `reconstruction` x MSE
-    to the (guided) teacher's x_0 at that point.
+    noised again to one of the timesteps `JUDGED_AT` and judged by heads on the frozen teacher's
+    features. Hinge loss; the student also keeps near its start by `reconstruction` x MSE to the
+    (guided) teacher's x_0 at that point, or to the student as it was, once guidance is in it: its
+    guess is sharper than the one-step guess of a teacher that was made for many.
+
+    Attributes:
+        num_inference_steps: N.
+        weight, ramp: adversarial weight, and the steps over which it rises to it.
+    """
+
+    name = "adversarial"
+    keeps_to_student = True
+
+    num_inference_steps: Steps = 4
+    weight: Weight = 0.1
+    ramp: Annotated[int, At(0, 10**12)] = 500
+    reconstruction: Weight = 1.0
+    guidance_scale: Scale = 1.0
+
+    @property
+    def guidance(self) -> float:
+        return self.guidance_scale
+
+    @property
+    def more_guidance(self) -> float:
+        return self.guidance_scale
+
+    @property
+    def sampling_steps(self) -> int:
+        return self.num_inference_steps
+
+    def timesteps(self, total: int) -> Tensor:
+        return trailing_timesteps(self.num_inference_steps, total)[:-1]
+
+    def task(self, given: Given) -> AdversarialTask:
+        given = self.for_few_steps(given)
+        if not given.guided:
+            return AdversarialTask(given, self, self.guidance)
+        return AdversarialTask(given, self, 1.0, frozen_copy(given.student))
+
+
+class AdversarialTask(FromTeacher):
+    """The task of the stage `adversarial`.
 
     Args:
-        num_inference_steps: N.
-        taps: tap name -> teacher module whose output is judged; default: its down blocks.
-        weight, ramp: adversarial weight, and the steps over which it rises to it.
         start: what the reconstruction term keeps to, when that is not the (guided) teacher: a
-            frozen copy of a few-step student, whose guess is sharper than the one-step guess of a
-            teacher that was made for many.
+            frozen copy of a few-step student.
     """
+
+    shardable = False  # the discriminator runs with other weights in one term
 
     def __init__(
         self,
-        *args: Any,
-        num_inference_steps: int = 4,
-        taps: dict[str, str] | None = None,
-        weight: float = 0.1,
-        ramp: int = 500,
-        reconstruction: float = 1.0,
-        discriminator_timesteps: tuple[int, ...] = (10, 250, 500, 750),
-        start: Any = None,
-        **kwargs: Any,
+        given: Given,
+        options: Adversarial,
+        guidance_scale: float = 1.0,
+        start: UNet2DConditionModel | None = None,
     ):
-        super().__init__(*args, **kwargs)
-        self.start = None if start is None else start.eval().requires_grad_(False)
+        super().__init__(given, guidance_scale)
+        self.options, self.start = options, start
         self.frozen = {}  # its hooks come and go: not for torch.compile
-        self.shardable = False  # the discriminator runs with other weights in one term
-        self.points = trailing_timesteps(num_inference_steps, self.schedule.num_train_timesteps)
-        self.weight, self.ramp, self.reconstruction = weight, ramp, reconstruction
-        self.judged_at = torch.tensor(discriminator_timesteps)
-        self.taps = taps or {
-            f"down{i}": f"down_blocks.{i}" for i in range(len(self.teacher.down_blocks))
-        }
+        total = self.schedule.num_train_timesteps
+        self.points = trailing_timesteps(options.num_inference_steps, total)
+        self.judged_at = torch.tensor(JUDGED_AT)
+        self.taps = {f"down{i}": f"down_blocks.{i}" for i in range(len(self.teacher.down_blocks))}
         self.modules["discriminator"] = Discriminator(self._channels())
 
     def not_cacheable(self) -> str | None:
@@ -373,9 +531,8 @@ class AdversarialTask(_FromTeacher):
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         out = super().batch(size, generator)
         out["index"] = torch.randint(0, len(self.points) - 1, (size,), generator=generator)
-        out["judged_at"] = self.judged_at[
-            torch.randint(0, len(self.judged_at), (size,), generator=generator)
-        ]
+        levels = torch.randint(0, len(self.judged_at), (size,), generator=generator)
+        out["judged_at"] = self.judged_at[levels]
         out["judge_noise"] = torch.randn(out["latents"].shape, generator=generator)
         return out
 
@@ -386,17 +543,13 @@ class AdversarialTask(_FromTeacher):
             self.teacher(x, batch["judged_at"], embeds)
         return dict(tapped.features)
 
-    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
-        points = self.points.to(batch["index"].device)
-        t = points[batch["index"]]
+    def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
+        t = self.points.to(batch["index"].device)[batch["index"]]
         x, _ = self.forward(batch["latents"], batch["noise"], t)
         embeds = self.embeds(batch["input_ids"])
         made, _ = self.solver.x0_noise(modules["unet"](x, t, embeds).sample, x, t)
         with torch.no_grad():
-            kept = (
-                self.teach(x, t, embeds) if self.start is None else self.start(x, t, embeds).sample
-            )
-            wanted, _ = self.solver.x0_noise(kept, x, t)
+            wanted, _ = self.solver.x0_noise(self._kept(x, t, embeds), x, t)
             real = self.features(batch["latents"], batch, embeds)
         judge = modules["discriminator"]
         fake = self.features(made, batch, embeds)
@@ -408,10 +561,18 @@ class AdversarialTask(_FromTeacher):
             "generator": -fooled.mean(),
             "discriminator": F.relu(1 - judge(real)).mean() + F.relu(1 + seen_fake).mean(),
         }
-        ramp = min(1.0, step / self.ramp) if self.ramp else 1.0
+        o = self.options
+        ramp = min(1.0, step / o.ramp) if o.ramp else 1.0
         loss = (
-            self.reconstruction * terms["reconstruction"]
-            + self.weight * ramp * terms["generator"]
+            o.reconstruction * terms["reconstruction"]
+            + o.weight * ramp * terms["generator"]
             + terms["discriminator"]
         )
         return {"loss": loss, **terms}
+
+    def _kept(self, x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
+        """The output that the student keeps near to."""
+        if self.start is None:
+            return self.teach(x, t, embeds)
+        out: Tensor = self.start(x, t, embeds).sample
+        return out

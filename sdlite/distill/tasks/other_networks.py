@@ -1,39 +1,46 @@
-"""Students of the other two networks: a tiny VAE decoder and a text encoder of fewer layers. Both
-leave the UNet as it is.
+"""The stages `tiny-decoder` and `text-encoder`: a tiny VAE decoder and a text encoder of fewer
+layers. Both leave the UNet as it is.
 
-Recipe stages `tiny-decoder` and `text-encoder`; they come after the stages of the UNet. What they
-save is a whole diffusers folder. Shape letters: B batch, C latent channels, h,w latent size, H,W
-pixels, L tokens, D text width.
+They come after the stages of the UNet. What they save is a whole diffusers folder. Shape letters:
+B batch, C latent channels, h,w latent size, H,W pixels, L tokens, D text width.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdlite.distill.losses import multi_scale_loss, output_loss
-from sdlite.distill.tasks.student import (
-    V_ZERO_SNR,
+from sdlite.distill.preview import decode_scaled, save_grid
+from sdlite.distill.students import parameters
+from sdlite.distill.tasks.base import (
     CachedEncoder,
-    LatentSource,
-    _Denoising,
-    decode_scaled,
+    Denoising,
+    Given,
+    Share,
+    StageKind,
+    Steps,
+    Weight,
 )
-from sdlite.distill.train import Batch
+from sdlite.distill.train import Batch, Modules
 from sdlite.errors import InputError
-from sdlite.images import grid, save, to_pil
+from sdlite.settings import At, settings
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+    from transformers import CLIPTextModel
 
 
-def tiny_vae(vae: Any, width: int = 64, blocks: int = 3) -> Any:
+def tiny_vae(vae: AutoencoderKL, width: int = 64, blocks: int = 3) -> AutoencoderTiny:
     """An untrained `AutoencoderTiny` for the latents of `vae`, as the UNet sees them: TAESD's
     decoder (convolutions and ReLU only).
 
@@ -72,12 +79,12 @@ def tiny_vae(vae: Any, width: int = 64, blocks: int = 3) -> Any:
     )
 
 
-class TinyDecoder(nn.Module):
-    """The half of an `AutoencoderTiny` that makes pictures: scaled latents (B, C, h, w) -> (B, 3,
+class Decoder(nn.Module):
+    """The half of an `AutoencoderTiny` that makes images: scaled latents (B, C, h, w) -> (B, 3,
     H, W) in [-1, 1].
     """
 
-    def __init__(self, vae: Any):
+    def __init__(self, vae: AutoencoderTiny):
         super().__init__()
         self.decoder = vae.decoder
 
@@ -90,91 +97,83 @@ class TinyDecoder(nn.Module):
         return out
 
 
-class TinyDecoderTask(_Denoising):
-    """Train a tiny decoder on the pictures that the teacher's decoder makes of the data's latents.
+@settings
+@dataclass(frozen=True)
+class TinyDecoder(StageKind):
+    """Train a tiny decoder on the images that the teacher's decoder makes of the data's latents.
 
-    The loss is L1 + `multi_scale_weight` x `losses.multi_scale_loss` of the pictures; TAESD adds
-    LPIPS and a discriminator, which this does
-    not: `perceptual` takes any function (wanted, made) -> scalar.
+    The loss is L1 + `multi_scale_weight` x `losses.multi_scale_loss` of the images; TAESD adds
+    LPIPS and a discriminator, which this does not.
 
-    Args:
-        unet, text_encoder, parts: of the pipeline that is saved and sampled; parts["vae"] is the
-            teacher's autoencoder.
+    Attributes:
         width, blocks: see `tiny_vae`.
         latent_noise: standard deviation of what is added to the latents, so that the decoder
             forgives small errors of the UNet.
     """
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        text_encoder: nn.Module,
-        source: LatentSource,
-        *,
-        parts: dict[str, Any],
-        preview: dict[str, Any],
-        width: int = 64,
-        blocks: int = 3,
-        latent_noise: float = 0.0,
-        multi_scale_weight: float = 1.0,
-        perceptual: Any = None,
-        perceptual_weight: float = 1.0,
-        scheduler: dict[str, Any] = V_ZERO_SNR,
-    ):
-        super().__init__(
-            source, scheduler, {**parts, "text_encoder": text_encoder, "unet": unet}, 0.0, preview
+    name = "tiny-decoder"
+    makes = "vae"
+
+    width: Annotated[int, At(1, 4096)] = 64
+    blocks: Annotated[int, At(1, 64)] = 3
+    latent_noise: Annotated[float, At(0, 100)] = 0.0
+    multi_scale_weight: Weight = 1.0
+
+    def made_size(self, text_encoder: CLIPTextModel, vae: AutoencoderKL) -> str:
+        tiny = tiny_vae(vae, self.width, self.blocks)
+        return (
+            f"decoder {parameters(tiny.decoder):,} parameters of the teacher's"
+            f" {parameters(vae.decoder):,}"
         )
+
+    def task(self, given: Given) -> TinyDecoderTask:
+        return TinyDecoderTask(given, self)
+
+
+class TinyDecoderTask(Denoising):
+    """The task of the stage `tiny-decoder`; `given.parts["vae"]` is the teacher's autoencoder."""
+
+    def __init__(self, given: Given, options: TinyDecoder):
+        parts = {"text_encoder": given.text_encoder, "unet": given.student, **given.parts}
+        super().__init__(given.source, given.scheduler, parts, given.samples)
         self.teacher = parts["vae"].eval().requires_grad_(False)
-        self.latent_noise, self.multi_scale_weight = latent_noise, multi_scale_weight
-        self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
-        self.vae = tiny_vae(self.teacher, width, blocks)
-        self.modules: dict[str, nn.Module] = {"decoder": TinyDecoder(self.vae)}
-        self.frozen: dict[str, nn.Module] = {}
+        self.options, self.vae = options, tiny_vae(self.teacher, options.width, options.blocks)
+        self.modules = {"decoder": Decoder(self.vae)}
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         batch = self.source.draw(size, generator)
         batch["noise"] = torch.randn(batch["latents"].shape, generator=generator)
         return batch
 
-    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+    def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         z = batch["latents"]
         with torch.no_grad():
             wanted = decode_scaled(self.teacher, z)
-        made = modules["decoder"](z + self.latent_noise * batch["noise"])
+        made = modules["decoder"](z + self.options.latent_noise * batch["noise"])
         terms = {"l1": (made - wanted).abs().mean(), "multi_scale": multi_scale_loss(made, wanted)}
-        loss = terms["l1"] + self.multi_scale_weight * terms["multi_scale"]
-        if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(wanted, made)
-            loss = loss + self.perceptual_weight * terms["perceptual"]
+        loss = terms["l1"] + self.options.multi_scale_weight * terms["multi_scale"]
         return {"loss": loss, **terms}
 
-    def _with(self, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    def _with(self, modules: Modules) -> Modules:
         vae = copy.deepcopy(self.vae).eval()
         vae.decoder.load_state_dict(modules["decoder"].decoder.state_dict())
         return {"vae": vae}
 
-    def save(self, modules: dict[str, nn.Module], folder: Path) -> None:
+    def save(self, modules: Modules, folder: Path) -> None:
         super().save(self._with(modules), folder)
 
     @torch.no_grad()
-    def sample(self, modules: dict[str, nn.Module], path: Path) -> None:
-        """Rows of the teacher's pictures of the same latents, then the tiny decoder's."""
+    def sample(self, modules: Modules, path: Path) -> None:
+        """Rows of the teacher's images of the same latents, then the tiny decoder's."""
         z = self.batch(8, torch.Generator().manual_seed(0))["latents"].to(
             next(modules["decoder"].parameters()).device
         )
         wanted = decode_scaled(self.teacher, z)
         both = torch.cat([wanted, modules["decoder"](z)]).clamp(-1, 1)
-        picture = grid(
-            to_pil(((both + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()), 8
-        )
-        if picture.width < 1024:
-            picture = picture.resize(
-                (picture.width * 2, picture.height * 2), Image.Resampling.NEAREST
-            )
-        save(picture, path)
+        save_grid(((both + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy(), path)
 
 
-def smaller_text_encoder(teacher: Any, layers: int) -> Any:
+def smaller_text_encoder(teacher: CLIPTextModel, layers: int) -> CLIPTextModel:
     """A `CLIPTextModel` of `layers` layers: evenly spaced ones of the teacher's, with its first and
     last (1: its last), and all other weights.
 
@@ -206,7 +205,7 @@ def smaller_text_encoder(teacher: Any, layers: int) -> Any:
 class TextForward(nn.Module):
     """The student's last hidden state (B, L, D)."""
 
-    def __init__(self, text_encoder: nn.Module):
+    def __init__(self, text_encoder: CLIPTextModel):
         super().__init__()
         self.text_encoder = text_encoder
 
@@ -215,7 +214,9 @@ class TextForward(nn.Module):
         return out
 
 
-class TextEncoderTask(_Denoising):
+@settings
+@dataclass(frozen=True)
+class TextEncoder(StageKind):
     """Train a text encoder of fewer layers to say what the teacher's says, and to make the UNet
     predict the same.
 
@@ -223,35 +224,46 @@ class TextEncoderTask(_Denoising):
     the MSE of the UNet's outputs under both (Wang et al. 2025, arXiv:2503.19897: what counts is
     what the diffusion model sees, not the distance of embeddings).
 
-    Args:
-        unet: the one that will read the student, already distilled. text_encoder: the teacher's.
-        layers: of the student.
+    Attributes:
+        layers: how many of the teacher's text encoder stay.
         output_weight: of the second term; 0 does not run the UNet.
-        timesteps: (N,) those that a few-step UNet knows; None is all of them.
+        caption_dropout: share of the captions that are left empty, so that guidance works.
     """
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        text_encoder: nn.Module,
-        source: LatentSource,
-        *,
-        parts: dict[str, Any],
-        preview: dict[str, Any],
-        layers: int,
-        output_weight: float = 1.0,
-        caption_dropout: float = 0.1,
-        timesteps: Tensor | None = None,
-        scheduler: dict[str, Any] = V_ZERO_SNR,
-    ):
-        super().__init__(source, scheduler, {**parts, "unet": unet}, caption_dropout, preview)
-        self.timesteps = timesteps
-        self.unet, self.output_weight = unet.eval().requires_grad_(False), output_weight
-        self.encode = CachedEncoder(text_encoder)
-        self.modules: dict[str, nn.Module] = {
-            "text": TextForward(smaller_text_encoder(text_encoder, layers).requires_grad_(True))
-        }
-        self.frozen: dict[str, nn.Module] = {"unet": self.unet} if output_weight else {}
+    name = "text-encoder"
+    makes = "text_encoder"
+
+    layers: Steps
+    output_weight: Weight = 1.0
+    caption_dropout: Share = 0.1
+
+    def made_size(self, text_encoder: CLIPTextModel, vae: AutoencoderKL) -> str:
+        made = smaller_text_encoder(text_encoder, self.layers)
+        return (
+            f"text encoder {parameters(made):,} parameters of the teacher's"
+            f" {parameters(text_encoder):,}"
+        )
+
+    def task(self, given: Given) -> TextEncoderTask:
+        return TextEncoderTask(given, self)
+
+
+class TextEncoderTask(Denoising):
+    """The task of the stage `text-encoder`; `given.student` is the distilled UNet that will read
+    the text encoder, at `given.timesteps`.
+    """
+
+    def __init__(self, given: Given, options: TextEncoder):
+        parts = {**given.parts, "unet": given.student}
+        super().__init__(
+            given.source, given.scheduler, parts, given.samples, options.caption_dropout
+        )
+        self.options, self.timesteps = options, given.timesteps
+        self.unet = given.student.eval().requires_grad_(False)
+        self.encode = CachedEncoder(given.text_encoder)
+        fewer = smaller_text_encoder(given.text_encoder, options.layers)
+        self.modules = {"text": TextForward(fewer.requires_grad_(True))}
+        self.frozen = {"unet": self.unet} if options.output_weight else {}
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         out = super().batch(size, generator)
@@ -261,21 +273,21 @@ class TextEncoderTask(_Denoising):
             ]
         return out
 
-    def loss(self, modules: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+    def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         wanted = self.encode(batch["input_ids"])
         made = modules["text"](batch["input_ids"])
         terms = {"embedding": F.mse_loss(made.float(), wanted) / wanted.pow(2).mean()}
         loss = terms["embedding"]
-        if self.output_weight:
+        if self.options.output_weight:
             x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
             with torch.no_grad():
                 teacher = self.unet(x, batch["t"], wanted).sample
             terms["output"] = output_loss(self.unet(x, batch["t"], made).sample, teacher)
-            loss = loss + self.output_weight * terms["output"]
+            loss = loss + self.options.output_weight * terms["output"]
         return {"loss": loss, **terms}
 
-    def save(self, modules: dict[str, nn.Module], folder: Path) -> None:
+    def save(self, modules: Modules, folder: Path) -> None:
         super().save({"text_encoder": modules["text"].text_encoder}, folder)
 
-    def sample(self, modules: dict[str, nn.Module], path: Path) -> None:
+    def sample(self, modules: Modules, path: Path) -> None:
         super().sample({"text_encoder": modules["text"].text_encoder}, path)

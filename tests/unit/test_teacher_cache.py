@@ -12,12 +12,12 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from sdlite.distill import teacher_cache  # noqa: E402
 from sdlite.distill.tasks.few_step import (  # noqa: E402
-    AdversarialTask,
-    ConsistencyTask,
-    GuidanceTask,
-    ProgressiveTask,
+    Adversarial,
+    Consistency,
+    Guidance,
+    Progressive,
 )
-from sdlite.distill.tasks.student import StudentTask  # noqa: E402
+from sdlite.distill.tasks.student import Output  # noqa: E402
 from sdlite.distill.teacher_cache import cache_targets  # noqa: E402
 from sdlite.distill.train import TrainConfig, fit, step_generator  # noqa: E402
 from sdlite.errors import InputError  # noqa: E402
@@ -25,12 +25,12 @@ from tests.unit.test_stages import real  # noqa: E402
 from tests.unit.test_train import interrupt_after, last  # noqa: E402
 
 STAGES = [
-    (StudentTask, {"feature_weight": 0.0}),
-    (StudentTask, {"feature_weight": 0.0, "mask": True, "timestep_power": 0.6}),
-    (StudentTask, {"feature_weight": 0.0, "article": True}),
-    (GuidanceTask, {"guidance_scale": 3.0}),
-    (ProgressiveTask, {"num_inference_steps": 4, "guidance_scale": 2.0}),
-    (ConsistencyTask, {"grid": 10, "guidance_scale": 2.0}),
+    (Output, {"feature_weight": 0.0}),
+    (Output, {"feature_weight": 0.0, "mask": True, "timestep_power": 0.6}),
+    (Output, {"feature_weight": 0.0, "article": True}),
+    (Guidance, {"guidance_scale": 3.0}),
+    (Progressive, {"steps": (4,), "guidance_scale": 2.0}),
+    (Consistency, {"grid": 10, "guidance_scale": 2.0}),
 ]
 
 
@@ -73,8 +73,8 @@ def test_losses_with_the_cache_equal_those_without_and_the_teacher_does_not_run(
 
 
 def test_file_is_read_again_and_not_computed_again(tmp_path):
-    first = cache_targets(real(GuidanceTask, guidance_scale=2.0), 20, tmp_path / "t.safetensors")
-    again = real(GuidanceTask, guidance_scale=2.0)
+    first = cache_targets(real(Guidance, guidance_scale=2.0), 20, tmp_path / "t.safetensors")
+    again = real(Guidance, guidance_scale=2.0)
     again.teacher.forward = forbid
     second = cache_targets(again, 20, tmp_path / "t.safetensors")
     assert all(torch.equal(first.tensors[k], v) for k, v in second.tensors.items())
@@ -84,8 +84,8 @@ def test_file_is_read_again_and_not_computed_again(tmp_path):
 @pytest.mark.parametrize("what", ["guidance", "teacher", "text encoder", "data", "size", "seed"])
 def test_another_teacher_data_or_option_makes_it_anew(what, tmp_path):
     path = tmp_path / "t.safetensors"
-    before = cache_targets(real(GuidanceTask, guidance_scale=2.0), 20, path)
-    other = real(GuidanceTask, guidance_scale=3.0 if what == "guidance" else 2.0)
+    before = cache_targets(real(Guidance, guidance_scale=2.0), 20, path)
+    other = real(Guidance, guidance_scale=3.0 if what == "guidance" else 2.0)
     if what == "teacher":
         next(other.teacher.parameters()).data += 0.5
     if what == "text encoder":
@@ -107,14 +107,14 @@ def test_another_teacher_data_or_option_makes_it_anew(what, tmp_path):
 def test_a_key_that_forgets_the_options_would_be_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_cache, "_stamp", lambda task, drawn: "always the same")
     path = tmp_path / "t.safetensors"
-    cache_targets(real(GuidanceTask, guidance_scale=2.0), 20, path)
-    other = real(GuidanceTask, guidance_scale=5.0)
+    cache_targets(real(Guidance, guidance_scale=2.0), 20, path)
+    other = real(Guidance, guidance_scale=5.0)
     batch = cache_targets(other, 20, path).draw(8, step_generator(0, 0))
     assert (batch["wanted"] - other.targets(batch)).abs().max() > 1e-3
 
 
 def test_draws_are_one_from_each_noise_level_and_depend_on_the_generator_alone(tmp_path):
-    made = real(GuidanceTask, guidance_scale=2.0)
+    made = real(Guidance, guidance_scale=2.0)
     pool = cache_targets(made, 50, tmp_path / "t.safetensors")
     a, b = (made.batch(10, step_generator(0, 4)) for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -134,7 +134,7 @@ def test_interrupted_training_with_the_cache_resumes_bit_for_bit(tmp_path):
     )
 
     def task():
-        made = changed(real(GuidanceTask, guidance_scale=2.0))
+        made = changed(real(Guidance, guidance_scale=2.0))
         cache_targets(made, 32, tmp_path / "t.safetensors")
         return made
 
@@ -148,20 +148,20 @@ def test_interrupted_training_with_the_cache_resumes_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     ("cls", "options", "words"),
     [
-        (StudentTask, {}, "feature_weight = 0"),
-        (StudentTask, {"feature_weight": 0.0, "output_weight": 0.0}, "no term needs the teacher"),
-        (AdversarialTask, {}, "what the student makes"),
+        (Output, {}, "feature_weight = 0"),
+        (Output, {"feature_weight": 0.0, "output_weight": 0.0}, "no term needs the teacher"),
+        (Adversarial, {}, "what the student makes"),
     ],
 )
 def test_stages_that_need_the_teacher_itself_refuse(cls, options, words, tmp_path):
     with pytest.raises(InputError, match=words):
         cache_targets(real(cls, **options), 8, tmp_path / "t.safetensors")
     with pytest.raises(InputError, match="at least 1 draw"):
-        cache_targets(real(GuidanceTask), 0, tmp_path / "t.safetensors")
+        cache_targets(real(Guidance), 0, tmp_path / "t.safetensors")
 
 
 def test_frozen_networks_go_to_the_device_together():
-    made = real(GuidanceTask)
+    made = real(Guidance)
     made.encode(torch.zeros(1, 4, dtype=torch.int64))
     made.parts = {"vae": torch.nn.Linear(2, 2)}
     made.to(torch.device("meta"))

@@ -1,0 +1,144 @@
+"""A teacher: a diffusers folder opened for training, and the data as its networks see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sdlite import families
+from sdlite.artifact import Artifact
+from sdlite.distill import data
+from sdlite.distill.latent_cache import CachedLatents
+from sdlite.distill.preview import Samples, paint
+from sdlite.errors import InputError
+from sdlite.io import sha256
+from sdlite.sampling import Schedule
+from sdlite.spec import latent_size
+from sdlite.tokenizer import ClipTokenizer
+from sdlite.torch_networks import open_network
+from sdlite.weights import weight_files
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+PAINTED = Samples()  # how the teacher makes images where the data are prompts alone
+
+
+class Teacher:
+    """A diffusers SD-1.x/2.x folder, opened for training.
+
+    Attributes:
+        size: of its images, height and width in pixels.
+
+    Raises:
+        InputError: it is no folder. ArtifactError: it is not a whole model.
+    """
+
+    def __init__(self, folder: str | Path):
+        if not Path(folder).is_dir():
+            raise InputError(
+                f"teacher {folder} is no folder; give that of a diffusers Stable Diffusion"
+                " pipeline: a hub model is made one by `hf download ORG/NAME --local-dir DIR`."
+            )
+        self.artifact, self._stamps = Artifact.open(folder), dict[str, str]()
+        part = self.artifact.files.part
+        self.scheduler = self.artifact.config("scheduler")
+        self.unet: UNet2DConditionModel = open_network(part("unet"))
+        self.text_encoder: CLIPTextModel = open_network(part("text_encoder"))
+        self.vae: AutoencoderKL = open_network(part("vae")).eval().requires_grad_(False)
+        config = self.artifact.config("text_encoder")
+        self.tokenizer = ClipTokenizer.from_pretrained(part("tokenizer"), config)
+        self.tokenizer_folder = part("tokenizer")
+        height, width = latent_size(self.unet.config)
+        self.unet.register_to_config(
+            sample_size=height if height == width else [height, width]
+        )  # students have it from here
+        stride = families.vae_stride(self.vae.config)
+        self.size = (height * stride, width * stride)
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """float32 arrays (3, H, W) in [-1, 1] -> scaled posterior means (B, C, h, w)."""
+        pixels = torch.stack([torch.from_numpy(p) for p in images])
+        z = self.vae.encode(pixels).latent_dist.mean
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        out: torch.Tensor = (z - shift) * self.vae.config.scaling_factor
+        return out
+
+    @property
+    def shown_size(self) -> str:
+        """The size of its images, as people say it."""
+        height, width = self.size
+        return f"{height} px" if height == width else f"{height}x{width} px"
+
+    def make(self, samples: Samples) -> torch.Tensor:
+        """Latents (B, C, h, w) that the teacher makes for prompts: data when there is none."""
+        parts = {
+            "unet": self.unet.eval(),
+            "text_encoder": self.text_encoder.eval(),
+            "vae": self.vae,
+            "tokenizer": self.tokenizer,
+        }
+        return paint(parts, Schedule.from_config(self.scheduler), samples)
+
+    def stamp(self, part: str) -> str:
+        """What tells one network's weights from another's: the hash of its file, or of all its
+        shards.
+        """
+        if part not in self._stamps:
+            files = weight_files(self.artifact.files.part(part))
+            self._stamps[part] = "".join(sha256(f) for f in files)
+        return self._stamps[part]
+
+    def source(self, path: str | Path, cache: Path, progress: bool) -> CachedLatents:
+        """`latents` of what `data.read` finds at `path`."""
+        return self.latents(data.read(path), cache, progress)
+
+    def latents(self, found: data.Captions, cache: Path, progress: bool) -> CachedLatents:
+        """Read `cache`, or make it: latents by the VAE, or made by the teacher where there are only
+        prompts.
+
+        Raises:
+            InputError: no image can be read, or this teacher cannot encode.
+        """
+        if not found.prompts_only and not hasattr(self.vae, "quant_conv"):
+            raise InputError(
+                f"{self.artifact.folder} has a {type(self.vae).__name__}, whose encoder need not be"
+                " trained; give a teacher with an AutoencoderKL to train on images, or prompts"
+                " alone."
+            )
+        # images at once: 16 to 256 px, 4 at 512 px
+        few = max(1, min(16, 2**20 // (self.size[0] * self.size[1])))
+        return CachedLatents.build(
+            found,
+            self.tokenizer,
+            self._painted if found.prompts_only else self._encoded,
+            cache,
+            key=self._key(found.prompts_only),
+            size=self.size,
+            batch=few,
+            progress=progress,
+        )
+
+    def _key(self, prompts_only: bool) -> dict[str, object]:
+        """What determines the latents besides the data."""
+        key = {"vae": self.stamp("vae"), "scale": self.vae.config.scaling_factor}
+        if not prompts_only:
+            return key
+        return key | {
+            "made_by": self.stamp("unet"),
+            "steps": PAINTED.num_inference_steps,
+            "guidance_scale": PAINTED.guidance_scale,
+            "scheduler": self.scheduler,
+        }
+
+    def _encoded(self, images: Sequence[np.ndarray], before: int) -> torch.Tensor:
+        return self.encode(images)
+
+    def _painted(self, prompts: Sequence[str], before: int) -> torch.Tensor:
+        return self.make(Samples(tuple(prompts), seed=before + len(prompts)))
