@@ -312,7 +312,7 @@ def test_run_json_has_the_keys_that_runs_of_today_were_begun_with(begun):
     assert list(said["teacher"]) == ["unet", "text_encoder", "vae", "scheduler", "tokenizer"]
     own = {k: v for k, v in said["recipe"].items() if not k.startswith("0-output.")}
     assert {k for k in own if k.startswith("student.")} == {
-        f"student.{k}" for k in "one_layer drop_mid drop_inner width weights score".split()
+        f"student.{k}" for k in ["one_layer", "drop_mid", "drop_inner", "width", "weights", "score"]
     }
     assert own["1-guidance.kind"] == "guidance"
     assert own["1-guidance.max_images"] == 2

@@ -325,8 +325,7 @@ def test_random_weights_keep_the_shape_alone():
 
 
 def test_features_of_bk_tiny_are_compared_before_the_halving_that_it_has_lost():
-    from sdlite.distill.features import block_taps, matched_taps
-    from sdlite.distill.features import tap_channels
+    from sdlite.distill.features import block_taps, matched_taps, tap_channels
 
     torch.manual_seed(0)
     teacher = UNet2DConditionModel(
