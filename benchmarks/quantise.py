@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,8 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
+    """The command line."""
     ap = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -135,71 +138,58 @@ def main() -> None:
     ap.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sdlite-bench")
     ap.add_argument("--out", type=Path, default=RESULTS)
     ap.add_argument("--worker", help=argparse.SUPPRESS)
-    args = ap.parse_args()
+    return ap.parse_args()
+
+
+def jobs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What each process does: every model with every precision, scheme, observer and sample
+    count.
+    """
+    for model in args.models:
+        folder = model_folder(Case(model, "sdlite-ort", 4, args.size), args.cache)
+        about = {"model": model, "folder": str(folder), "size": args.size, "threads": args.threads}
+        for p, s, o, n in product(args.precision, args.scheme, args.observer, args.samples):
+            yield {"precision": p, "scheme": s, "observer": o, "samples": n, **about}
+
+
+def measured(job: dict[str, Any]) -> dict[str, Any]:
+    """The row of a job, made in a process of its own; or its error."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.quantise", "--worker"]
+    out = subprocess.run([*command, json.dumps(job)], capture_output=True, text=True)
+    lines = [line for line in out.stdout.splitlines() if line.startswith("{")]
+    if out.returncode or not lines:
+        return {"error": (out.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+    row: dict[str, Any] = json.loads(lines[-1])
+    return row
+
+
+def show(job: dict[str, Any], row: dict[str, Any]) -> None:
+    """A row in a few lines."""
+    what = [job[k] for k in ("model", "precision", "scheme", "observer", "samples")]
+    print(*what, row.get("error") or f"{row['seconds']:.0f} s, peak {row['peak_mib']:.0f} MiB")
+    for e in row.get("engines", []):
+        print(
+            f"  {e['engine']}: PSNR mean {e['psnr_mean']:.1f} worst {e['psnr_worst']:.1f} dB, SSIM"
+            f" {e['ssim_mean']:.4f}, {e['networks']}"
+        )
+    alone = {p: "equal" if v is None else f"{v:.1f} dB" for p, v in row.get("alone", {}).items()}
+    if alone:
+        print("  integer alone: " + ", ".join(f"{p} {v}" for p, v in alone.items()))
+
+
+def main() -> None:
+    args = options()
     if args.worker:
         print(json.dumps(worker(json.loads(args.worker))))
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {**environment(), "command": "python -m benchmarks.quantise " + " ".join(sys.argv[1:])}
-    for model in args.models:
-        folder = model_folder(Case(model, "sdlite-ort", 4, args.size), args.cache)
-        jobs = [
-            {"precision": p, "scheme": s, "observer": o, "samples": n}
-            for p in args.precision
-            for s in args.scheme
-            for o in args.observer
-            for n in args.samples
-        ]
-        for job in jobs:
-            job |= {
-                "model": model,
-                "folder": str(folder),
-                "size": args.size,
-                "threads": args.threads,
-            }
-            out = subprocess.run(
-                [
-                    sys.executable,
-                    "-W",
-                    "ignore",
-                    "-m",
-                    "benchmarks.quantise",
-                    "--worker",
-                    json.dumps(job),
-                ],
-                capture_output=True,
-                text=True,
-            )
-            lines = [line for line in out.stdout.splitlines() if line.startswith("{")]
-            row = (
-                json.loads(lines[-1])
-                if lines and not out.returncode
-                else {"error": (out.stderr.strip().splitlines() or ["no output"])[-1][:300]}
-            )
-            job.pop("folder")
-            with open(args.out, "a") as f:
-                f.write(json.dumps({**job, **row, **about}) + "\n")
-            print(
-                model,
-                job["precision"],
-                job["scheme"],
-                job["observer"],
-                job["samples"],
-                row.get("error") or f"{row['seconds']:.0f} s, peak {row['peak_mib']:.0f} MiB",
-            )
-            for e in row.get("engines", []):
-                print(
-                    f"  {e['engine']}: PSNR mean {e['psnr_mean']:.1f} worst {e['psnr_worst']:.1f}"
-                    f" dB, SSIM {e['ssim_mean']:.4f}, {e['networks']}"
-                )
-            if "alone" in row:
-                print(
-                    "  integer alone: "
-                    + ", ".join(
-                        f"{p} {'equal' if v is None else f'{v:.1f} dB'}"
-                        for p, v in row["alone"].items()
-                    )
-                )
+    for job in jobs(args):
+        row = measured(job)
+        job.pop("folder")
+        with open(args.out, "a") as f:
+            f.write(json.dumps({**job, **row, **about}) + "\n")
+        show(job, row)
 
 
 if __name__ == "__main__":
