@@ -408,6 +408,7 @@ class Artifact:
             )
 
     def loose_pickles(self) -> list[str]:
+        """Pickles below the folder that no listing names, as relative paths."""
         # an OpenVINO or ncnn network ends in .bin
         listed = self.export.files if self.export else {}
         found = (

@@ -1,4 +1,4 @@
-"""What this machine's processor has, as far as the system tells."""
+"""Name and instruction sets of this machine's processor, as far as the system tells."""
 
 from __future__ import annotations
 

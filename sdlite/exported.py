@@ -114,10 +114,12 @@ class Export:
 
     @property
     def target(self) -> str:
+        """Runtime that the folder was exported for."""
         return str(self.report["profile"]["target"])
 
     @property
     def precision(self) -> str:
+        """Precision that it was exported in."""
         return str(self.report["profile"]["precision"])
 
     @property

@@ -1,4 +1,4 @@
-"""The files of a model folder: what the model lists is verified before it is read.
+"""The files of a model folder. Listed files are verified before they are read.
 
 Every file that a model consists of is read through `Files`, so that none can be forgotten. Where a
 manifest or an export's report lists the files, one that it does not list is an error, and so is
@@ -53,22 +53,24 @@ class Files:
 
     @property
     def folder(self) -> Path:
+        """Where its files are."""
         return self.root / self.under
 
     @property
     def name(self) -> str:
+        """Last part of the folder's path."""
         return self.folder.name
 
     def path(self, name: str) -> Path:
-        """Where a file is, for messages: `file` is for those that open it."""
+        """Path of a file, for messages; `file` is for opening it."""
         return self.root / (self.under + name)
 
     def has(self, name: str) -> bool:
-        """Whether the file is listed or there; a link that leads nowhere is."""
+        """Whether the file is listed or exists; a broken link exists."""
         return self.under + name in (self.listed or ()) or os.path.lexists(self.path(name))
 
     def names(self) -> list[str]:
-        """Files that are listed or there, sorted."""
+        """Names of files that are listed or exist, sorted."""
         try:
             there = {e.name for e in os.scandir(self.folder) if not e.is_dir()}
         except (FileNotFoundError, NotADirectoryError):
@@ -78,7 +80,7 @@ class Files:
         return sorted(there.union(n for n in self._listed() if "/" not in n))
 
     def read(self, name: str, most: int = JSON_BYTES) -> bytes:
-        """The content of a file of at most `most` bytes; what is verified is what is returned.
+        """The content of a file of at most `most` bytes. The returned bytes are the verified ones.
 
         Raises:
             ArtifactError: the file is missing, no plain file, larger, changed or not listed.
@@ -99,7 +101,7 @@ class Files:
         return json_of(self.read_text(name), self.path(name), infinity)
 
     def copy(self, name: str, out: Path) -> None:
-        """Write the file's content to a new file `out`; what is verified is what is written.
+        """Write the file's content to a new file `out`. The written bytes are the verified ones.
 
         Raises:
             ArtifactError: see `read`. OSError: `out` cannot be written.
@@ -120,7 +122,7 @@ class Files:
             self._compare(path, entry, size, digest.hexdigest())
 
     def file(self, name: str) -> Path:
-        """The path of a whole file, for those who open it themselves: weights and graphs.
+        """The path of a verified file, for engines that open weights and graphs themselves.
 
         A file that was verified and has not been written since is not hashed again.
 
@@ -130,7 +132,7 @@ class Files:
         return self.verified(name, again=False)
 
     def verified(self, name: str, *, again: bool = True) -> Path:
-        """`file`; `again`: hash the file whether or not that was done before."""
+        """As `file`; `again` hashes the file even if that was done before."""
         path, entry = self._entry(name)
         about = plain(path)
         now = (about.st_ino, about.st_size, about.st_mtime_ns)

@@ -1,12 +1,12 @@
-"""What an ONNX file may hold, read from its bytes before an engine opens it.
+"""Check what an ONNX file holds, from its bytes, before an engine opens it.
 
 An engine follows what a graph says: other files, loops, operators of its own. So the file is walked
 as protobuf here, without the onnx package, and refused where it holds what no exporter of ours
 writes: weights outside the listed files, or of another length than their shape; graphs in graphs
-(If, Loop, Scan); local functions; sparse tensors; operators of unknown domains. What is merged or
-repeated in protobuf is looked at each time that it occurs. Source of the numbers: onnx.proto.
+(If, Loop, Scan); local functions; sparse tensors; operators of unknown domains. Fields that
+protobuf merges or repeats are checked each time that they occur. Source of the numbers: onnx.proto.
 
-Not bounded: how much a graph computes. Its shapes may ask for any memory and time.
+How much a graph computes is not bounded: its shapes may ask for any memory and time.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def check_row(folder: Path, files: Sequence[str]) -> None:
         files: names of the network's files: what the engine is given, then what that reads.
 
     Raises:
-        ArtifactError: see `check`; or a file of another kind, which engines would take for what it
-            is.
+        ArtifactError: see `check`; or a file of another kind, which an engine would
+            open too.
     """
     paths = [folder / f for f in files]
     if paths[0].suffix not in (".onnx", ".xml"):

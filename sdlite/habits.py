@@ -200,6 +200,7 @@ class GeneratorNoise:
         self.generator = generator
 
     def normal(self, shape: Sequence[int]) -> np.ndarray:
+        """float32 of `shape`, the generator's next draws."""
         out: np.ndarray = sys.modules["torch"].randn(tuple(shape), generator=self.generator).numpy()
         return out
 

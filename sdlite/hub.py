@@ -1,4 +1,4 @@
-"""Names to folders: an embedded model, a local folder, or a hub id."""
+"""Find the folder of a model by an embedded name, a path or a hub id."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ _SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
 def embedded_models() -> list[str]:
+    """Names of the models that are part of the package."""
     return (
         sorted(p.name for p in EMBEDDED.iterdir() if (p / "model_index.json").exists())
         if EMBEDDED.is_dir()

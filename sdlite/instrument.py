@@ -53,6 +53,7 @@ class NamedOutputs:
         return dict(zip(names, session.run(None, inputs), strict=True))
 
     def close(self) -> None:
+        """Free the session or network until the next call."""
         if self._open is not None:
             self._open = None
             memory.trim()
@@ -108,6 +109,7 @@ class OnDemand:
         return out
 
     def close(self) -> None:
+        """Free the session or network until the next call."""
         if self._network is not None:
             self._network = None
             memory.trim()  # SD-1.4's shape: 1.5 GB that onnxruntime freed and the C library kept

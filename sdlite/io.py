@@ -1,4 +1,4 @@
-"""Files: looked at before they are opened, read strictly, and written whole or not at all.
+"""Files are checked before they are opened, read strictly, and written whole or not at all.
 
 What is half written lies in a folder `.sdlite-work-*` beside its place. The process that writes
 holds a lock in it; the system frees the lock when the process ends, however it ends. So the next
@@ -61,12 +61,12 @@ _KINDS = {
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
-    """A plain file of a model, opened for reading. A link is followed; where it may lead is its
-    caller's to say.
+    """A plain file of a model, opened for reading. A link is followed; the caller checks
+    where it leads.
 
     Raises:
-        ArtifactError: it is missing, or a folder, pipe, socket or device, which would never end or
-            never begin; it is not opened then.
+        ArtifactError: it is missing, or is a folder, pipe, socket or device. Those are not opened,
+            for reading them might never end.
     """
     with _readable(path):
         f = regular(path)
@@ -75,7 +75,7 @@ def opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def plain(path: Path) -> os.stat_result:
-    """What the system says of a plain file. Raises: see `opened`."""
+    """Status of a plain file (`os.stat`). Raises: see `opened`."""
     with _readable(path):
         about = os.stat(path)
         _refuse(path, about.st_mode)
@@ -163,7 +163,7 @@ def read_text(path: Path, most: int = JSON_BYTES) -> str:
 
 
 def decoded(raw: bytes, path: Path) -> str:
-    """UTF-8 text, which stands in `path`. Raises: ArtifactError."""
+    """Decode UTF-8 text that was read from `path`. Raises: ArtifactError."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
@@ -184,7 +184,7 @@ def read_json(path: Path) -> Json:
 
 
 def json_of(text: str, path: Path, infinity: bool = False) -> Json:
-    """The object of a JSON text, which stands in `path`. Raises: see `read_json`."""
+    """Parse the JSON object that was read from `path`. Raises: see `read_json`."""
     try:
         out = parse_json(text, infinity)
     except ValueError as e:
@@ -239,7 +239,7 @@ def _number(text: str) -> float:
 
 
 def read_toml(path: str | Path, kind: str, hint: str) -> Json:
-    """What a TOML file that a user wrote says.
+    """Read a TOML file that a user wrote.
 
     Args:
         kind: what errors call it. hint: what they say is accepted.
@@ -278,7 +278,7 @@ def sha256(path: Path) -> str:
 
 
 def cache_root() -> Path:
-    """Where sdlite keeps what it can make again: `$SDLITE_CACHE`, or `~/.cache/sdlite`.
+    """Folder of what sdlite can make again: `$SDLITE_CACHE`, or `~/.cache/sdlite`.
 
     Raises:
         InputError: the user has no home folder.
@@ -295,11 +295,10 @@ def cache_root() -> Path:
 
 @contextmanager
 def replacing(path: str | Path, *, lasting: bool = True) -> Iterator[Path]:
-    """A file of the same name in a folder of its own, which the block writes, takes the place of
-    `path`.
+    """Yield a temporary file of the same name, which replaces `path` when the block ends.
 
     Args:
-        lasting: it is there after a power cut, which costs about 10 ms on a disk.
+        lasting: flush it to disk, so that it survives a power cut; this costs about 10 ms.
 
     Raises:
         OSError: the place cannot be written; its `filename` is `path`.
@@ -395,7 +394,7 @@ def _free(folder: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    """What was written there survives a power cut. Folders too, where the system can."""
+    """Flush a file to disk, so that it survives a power cut; a folder too, where the system can."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError:  # Windows opens no folder
@@ -442,8 +441,8 @@ _clean_once = functools.lru_cache(maxsize=64)(clean)  # a folder may hold 100,00
 
 
 def working(place: Path, purpose: str = "") -> AbstractContextManager[Path]:
-    """A new folder in `place`, gone after the block. Removes those that killed processes left
-    there.
+    """Yield a new folder in `place` and remove it after the block. Folders that killed processes
+    left there are removed first.
 
     Raises:
         OSError: `place` cannot be written, or is full; its `filename` is `place`.
@@ -531,9 +530,7 @@ def _abandoned(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of ours, folders in it that are read only too. What cannot be removed
-    stays.
-    """
+    """Remove a folder of ours, including read-only folders in it. What cannot be removed stays."""
     with suppress(OSError):
         folder.chmod(0o700)
     for name, folders, _ in os.walk(folder):
@@ -549,7 +546,7 @@ def alone(place: Path) -> Iterator[None]:
     """Wait until no other process or thread that calls this holds `place`, a folder that may be
     missing yet.
 
-    A process that ends, however it ends, lets go. Where there are no locks, nobody waits.
+    The hold ends with the process, however that ends. Without file locks this does not wait.
 
     Raises:
         OSError: `place` cannot be written.
@@ -573,7 +570,7 @@ def alone(place: Path) -> Iterator[None]:
 
 
 def check_file(path: str | Path) -> None:
-    """Whether a file can be written, looked at before the work begins.
+    """Check that a file can be written, before the work begins.
 
     Raises:
         InputError: it is a folder, or its folder is not there or cannot be written.
@@ -593,7 +590,7 @@ def check_file(path: str | Path) -> None:
 
 
 def check_out(out: str | Path) -> Path:
-    """Whether a new folder can be written, looked at before the work begins. Nothing is left there.
+    """Check that a new folder can be written, before the work begins. Nothing is left there.
 
     Returns:
         `out`, with its links followed.
@@ -625,7 +622,7 @@ def check_out(out: str | Path) -> Path:
 
 
 def check_writable(out: str | Path) -> None:
-    """Whether files can be made in `out`, a folder that is there or can be made. Nothing is left
+    """Check that files can be made in `out`, a folder that exists or can be made. Nothing is left
     there.
 
     Raises:
@@ -680,8 +677,8 @@ def _purpose(real: Path) -> str:
 
 @contextmanager
 def writing(out: str | Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well, and vanishes when it does
-    not.
+    """Yield a temporary folder that becomes `out` when the block ends without an error, and is
+    removed otherwise.
 
     A folder that exists and is empty is filled: it may be the current one, or a mount point, which
     cannot be renamed to. model_index.json is moved last, so that a half-filled folder is no model.

@@ -1,5 +1,5 @@
-"""Weights that an engine has read through a memory map need not stay in memory: the engine keeps a
-packed copy, the file keeps the first.
+"""Memory of this process. Weights that an engine has read through a memory map need not stay in
+memory: the engine keeps a packed copy, and the file keeps the original.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def resident() -> int:
 
 
 def trim() -> None:
-    """The heap's free pages go back to the system, where the C library is glibc; others do so by
-    themselves.
+    """Give the heap's free pages back to the system. Only glibc needs to be asked; other C
+    libraries do so by themselves.
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -64,8 +64,8 @@ def trim() -> None:
 
 @contextmanager
 def released(*folders: Path) -> Iterator[None]:
-    """`release` while an engine compiles whenever file pages become many, so that they and the
-    packed weights are not both in memory, and once at the end; then `trim`.
+    """While an engine compiles, `release` file pages whenever they become many, so that they and
+    the packed weights are not both in memory; and once more at the end, then `trim`.
     """
     done, before = threading.Event(), resident()  # other libraries' pages are not ours to count
 

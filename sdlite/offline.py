@@ -1,4 +1,4 @@
-"""Engines that report home are told not to, before they are imported.
+"""Tell engines that send telemetry not to, before they are imported.
 
 - onnxruntime writes a device id and a queue of events into the user's cache folder and uploads
   them; `ORT_DISABLE_TELEMETRY=1` stops it (its Privacy.md).
@@ -6,7 +6,7 @@
   into `~/intel`. Where that package cannot be imported OpenVINO takes its own stub
   (`openvino.tools.ovc.telemetry_stub`), so here it cannot.
 
-`SDLITE_TELEMETRY=1` in the environment leaves both as they come.
+`SDLITE_TELEMETRY=1` in the environment leaves both unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import sys
 
 
 def switch_off() -> None:
-    """At `import sdlite`: the user's settings and what is already imported stay as they are."""
+    """Switch telemetry off at `import sdlite`. The user's own settings and engines that are
+    imported already are left alone.
+    """
     if os.environ.get("SDLITE_TELEMETRY") == "1":
         return
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -49,14 +49,17 @@ class Weight:
     origin: str = ""  # name of the stored tensor that it comes from
 
     def array(self) -> np.ndarray:
+        """The values, contiguous, read now."""
         return np.ascontiguousarray(self.read(), dtype=self.dtype)
 
     @property
     def size(self) -> int:
+        """How many numbers it has."""
         return int(np.prod(self.shape, dtype=np.int64))
 
 
 def constant(array: np.ndarray, half: bool = False, origin: str = "") -> Weight:
+    """A weight that is in memory."""
     return Weight(array.shape, array.dtype, lambda: array, half, origin)
 
 
@@ -103,6 +106,7 @@ class Graph:
 
     @property
     def weights(self) -> Constants:
+        """Constants by name."""
         return self._weights
 
     def readers(self, name: str) -> int:
@@ -164,6 +168,7 @@ class Graph:
         return graph
 
     def copy(self) -> Graph:
+        """The same graph with nodes of its own; constants are shared."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         return Graph(proto, self.weights)
@@ -175,6 +180,7 @@ class Graph:
         return nodes
 
     def replace(self, nodes: Iterable[NodeProto]) -> None:
+        """In place: other nodes, in order."""
         nodes = list(nodes)
         del self.proto.graph.node[:]
         self.proto.graph.node.extend(nodes)
@@ -253,9 +259,11 @@ class Graph:
         return out
 
     def producers(self) -> dict[str, NodeProto]:
+        """Tensor -> the node that makes it."""
         return {o: n for n in self.nodes for o in n.output}
 
     def consumers(self) -> dict[str, list[NodeProto]]:
+        """Tensor -> the nodes that read it."""
         out: dict[str, list[NodeProto]] = {}
         for n in self.nodes:
             for x in n.input:
@@ -263,6 +271,7 @@ class Graph:
         return out
 
     def total_bytes(self) -> int:
+        """Bytes of the constants as they are stored."""
         return sum(w.size * (2 if w.half else w.dtype.itemsize) for w in self.weights.values())
 
 

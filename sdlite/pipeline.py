@@ -281,6 +281,7 @@ class Pipeline(metaclass=_Class):
         self._set_tiling(chosen)
 
     def disable_vae_tiling(self) -> None:
+        """Decode every image at once again."""
         self._set_tiling(None)
 
     def _set_tiling(self, chosen: tiling.Tiling | None) -> None:

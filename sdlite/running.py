@@ -1,9 +1,9 @@
-"""A pipeline's call while it runs: cancelled from any thread, and open to signals while an engine
-computes.
+"""A pipeline's call while it runs: any thread can cancel it, and signals are handled while an
+engine computes.
 
-An engine's run cannot be left by an exception: Python sees a Ctrl-C only when it has returned. So
-long runs are waited for in short pieces, in which the flag of `Pipeline.cancel` and signals are
-seen, and the engine is told to stop (onnxruntime: RunOptions.terminate; OpenVINO:
+An exception cannot interrupt an engine's run: Python handles a Ctrl-C only when the run has
+returned. So long runs are waited for in short pieces, between which `Pipeline.cancel` and signals
+are noticed and the engine is told to stop (onnxruntime: RunOptions.terminate; OpenVINO:
 InferRequest.cancel; both end with the node that they are at).
 """
 
@@ -29,7 +29,7 @@ GRACE = 1.0
 
 
 class Call:
-    """One call. `said` is what its networks have to say about it, in sentences."""
+    """One call. `said` holds sentences of its networks for the report."""
 
     def __init__(self) -> None:
         self.cancelled = False
@@ -41,7 +41,7 @@ _here: ContextVar[Call | None] = ContextVar("sdlite_call", default=None)
 
 @contextmanager
 def entered(call: Call) -> Iterator[Call]:
-    """`call` is what `check` and `say` are about, in this thread."""
+    """Make `call` the one that `check` and `say` refer to in this thread."""
     token = _here.set(call)
     try:
         yield call
@@ -55,7 +55,7 @@ def inside() -> bool:
 
 
 def check() -> None:
-    """Between two pieces of work.
+    """Stop a cancelled call; for use between two pieces of work.
 
     Raises:
         Cancelled: the call of this thread was cancelled.
@@ -66,14 +66,14 @@ def check() -> None:
 
 
 def say(text: str) -> None:
-    """A sentence for the report of the call of this thread."""
+    """Add a sentence to the report of this thread's call."""
     call = _here.get()
     if call is not None and text not in call.said:
         call.said.append(text)
 
 
 def waited(work: Callable[[], T], stop: Callable[[], None]) -> T:
-    """`work()`, in a thread of its own, while this one looks for a cancel and for signals.
+    """Run `work()` in a thread of its own, while this thread watches for a cancel and for signals.
 
     Args:
         work: a run of an engine; costs 0.13 ms more than calling it here.
@@ -81,8 +81,8 @@ def waited(work: Callable[[], T], stop: Callable[[], None]) -> T:
 
     Raises:
         Cancelled, KeyboardInterrupt, what a signal's handler raises: when the run has ended, or
-        after `GRACE` seconds. What still
-            runs then ends with its node, and the interpreter waits for it before it exits.
+            after `GRACE` seconds. A run that goes on ends with its node, and the interpreter waits
+            for it before it exits.
     """
     done, out, failed = threading.Event(), [], []
 
@@ -109,9 +109,9 @@ def waited(work: Callable[[], T], stop: Callable[[], None]) -> T:
 
 
 class Runs:
-    """The runs of one network: those that will be long, or nobody knows, are waited for; the others
-    are made in the caller's thread, as before there was any waiting (and as processes need it that
-    are forked from one that has run).
+    """The runs of one network. A run that is expected to be long, or whose length is not known, is
+    made in a thread of its own and waited for. Others are made in the caller's thread, which
+    processes need that are forked from one that has run.
     """
 
     def __init__(self) -> None:
@@ -119,7 +119,9 @@ class Runs:
         self.seconds = 0.0  # of the last run
 
     def __call__(self, work: Callable[[], T], stop: Callable[[], None], elements: int) -> T:
-        """`waited`, where it takes `LONG` or more. `elements`: of the inputs."""
+        """Run `work`, by `waited` where it takes `LONG` or more. `elements`: how many numbers the
+        inputs have.
+        """
         start = time.perf_counter()
         try:
             if self._pace is not None and self._pace * elements < LONG:
@@ -134,4 +136,5 @@ class Runs:
 
 
 def elements(inputs: Mapping[str, np.ndarray]) -> int:
+    """How many numbers the inputs have together."""
     return sum(v.size for v in inputs.values())

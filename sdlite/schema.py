@@ -80,6 +80,7 @@ def unclean(value: str) -> bool:
 
 
 def one_of(names: Collection[str]) -> Rule:
+    """A string that is one of `names`."""
     return rule(", ".join(names), lambda v: isinstance(v, str) and v in names)
 
 

@@ -15,6 +15,8 @@ from sdlite.schema import Json
 
 @dataclass(frozen=True)
 class Tensor:
+    """One input or output: name, shape letters, dtype and range of its values."""
+
     name: str
     shape: tuple[str, ...]  # () is a scalar
     dtype: str
@@ -23,6 +25,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class IOSpec:
+    """What one network takes and gives."""
+
     part: str  # our name, and the folder of its model.onnx
     source: str  # the folder of its config and safetensors in a diffusers pipeline
     inputs: tuple[Tensor, ...]

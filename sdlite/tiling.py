@@ -29,6 +29,11 @@ class Tiling:
     overlap: float = 0.25
 
     def check(self, stride: int) -> None:
+        """Whether the tiles fit a VAE of `stride` pixels per latent.
+
+        Raises:
+            InputError: not a multiple of the stride, or an overlap outside 0 to 1.
+        """
         if self.size_px < stride or self.size_px % stride:
             low = max(self.size_px // stride * stride, stride)
             raise InputError(

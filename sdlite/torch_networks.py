@@ -1,5 +1,5 @@
-"""The networks of a diffusers folder as torch modules: opened here and nowhere else, and only when
-every tensor is in its file.
+"""The networks of a diffusers folder as torch modules. They are opened here and nowhere else, and
+only if every tensor is in its file.
 
 diffusers and transformers fill what they do not find with random numbers and leave out what they do
 not know; both are errors here. Used by the torch backend, the converter, the exporters that start
@@ -213,7 +213,7 @@ def _misfit(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What the libraries would warn of is an error of ours, in one line."""
+    """Silence the libraries: what they would warn of is an error of ours, in one line."""
     import transformers
 
     loggers = [logging.getLogger(n) for n in ("diffusers", "transformers")]

@@ -1,4 +1,4 @@
-"""Whether a model that was just written can be used: opened, and each network called once."""
+"""Try a model that was just written: open it and call each network once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from sdlite.tokenizer import ClipTokenizer
 
 
 def try_out(folder: Path) -> None:
-    """Open a model that was just written and call each network once, small, before it may be called
-    done.
+    """Open a model that was just written and call each network once on small inputs, before it
+    counts as done.
 
-    On the first installed engine that has its graphs, else torch; one network in memory at a time.
+    It runs on the first installed backend that runs graphs, else on torch, with one network in
+    memory at a time.
 
     Raises:
         ArtifactError, and what the backend raises: it does not open, or a network answers NaN,
@@ -44,7 +45,7 @@ def try_out(folder: Path) -> None:
 
 
 def _answer(artifact: Artifact, part: str, **inputs: np.ndarray) -> np.ndarray:
-    """One network's answer, which is then let go."""
+    """One network's answer; the network is freed then."""
     name = next((n for n in backends.installed_with("fp32") if artifact.has_onnx("fp32")), "torch")
     backend = backends.ready(name)
     network, _ = backend.load_part(artifact, part, "fp32", "cpu", None)

@@ -65,7 +65,7 @@ class Stored:
     length: int
 
     def read(self, *at: slice) -> np.ndarray:
-        """Its values, or those at `at`, as float32, which holds each accepted dtype exactly."""
+        """The values, or those at `at`, as float32, which holds each accepted dtype exactly."""
         kind = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[self.dtype]
         raw = np.memmap(self.path, dtype=kind, mode="r", offset=self.offset, shape=self.shape)[at]
         if self.dtype == "BF16":
@@ -74,7 +74,9 @@ class Stored:
 
 
 def stem(part: str) -> str:
-    """How the weights of a folder of a pipeline are called: by transformers' rule or diffusers'."""
+    """File name, without its ending, of the weights in a pipeline's folder: transformers' or
+    diffusers'.
+    """
     return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
@@ -162,7 +164,7 @@ def weight_files(folder: Path | Files) -> list[Path]:
 
 
 def model_files(files: Files) -> list[str]:
-    """What a plain diffusers folder runs with, and what says who may: paths, sorted.
+    """Files of a plain diffusers folder that a model runs with, and its licenses: paths, sorted.
 
     Raises:
         ArtifactError: weights or a configuration are missing, see `select`.
@@ -232,7 +234,9 @@ def dtypes(index: dict[str, Stored]) -> list[str]:
 
 
 def cause(names: Collection[str]) -> str:
-    """Why a file's names may not be the network's, and what to do; "" where it is not known."""
+    """Why the names of a file may differ from the network's, and what to do; "" where that is not
+    known.
+    """
     for trait, text in _CAUSES:
         if any(n.startswith(trait) if trait == "module." else trait in n for n in names):
             return text

@@ -45,6 +45,7 @@ class Rule:
     rows: tuple[str, str, str, int]
 
     def holds(self, artifact: Artifact, precision: str) -> bool:
+        """Whether the rule is about this precision, processor, model and size."""
         return (
             precision == self.precision
             and self.feature in cpu.features()

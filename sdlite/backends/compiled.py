@@ -28,6 +28,7 @@ _GROWS = 2  # a blob holds float32 where the file has float16
 
 
 def root() -> Path:
+    """The folder of all entries."""
     return cache_root() / "openvino"
 
 

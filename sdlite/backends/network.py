@@ -60,6 +60,7 @@ class RowByRow:
         return np.concatenate(out)
 
     def close(self) -> None:
+        """Free what the networks inside hold."""
         close(self.network)
 
 
@@ -91,5 +92,6 @@ class Overflowing:
         return out
 
     def close(self) -> None:
+        """Free what the networks inside hold."""
         close(self.half)
         close(self._float32)

@@ -15,6 +15,8 @@ STORAGE = "fp16 on the CPU is storage: weights are float16 on disk, arithmetic i
 
 
 class OnnxRuntime(Backend):
+    """ONNX graphs on onnxruntime."""
+
     name = "onnxruntime"
     package = "onnxruntime"
     precisions = ("fp32", "fp16", "int8-dynamic", "int8-static")

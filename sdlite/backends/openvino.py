@@ -22,6 +22,8 @@ STORAGE = "fp16 on this CPU is storage: weights are float16 on disk, arithmetic 
 
 
 class OpenVINO(Backend):
+    """ONNX graphs on OpenVINO, compiled for each shape."""
+
     name = "openvino"
     package = "openvino"
     precisions = ("fp32", "fp16", "int8-static")

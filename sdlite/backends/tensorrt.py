@@ -76,6 +76,7 @@ class Buffers:
         return True
 
     def close(self) -> None:
+        """Free device memory."""
         for address in self.address.values():
             self.cuda.cudaFree(address)
         self.address, self.size = {}, {}
@@ -188,6 +189,7 @@ class Engine:
         self.graph, self.calls = None, 0
 
     def close(self) -> None:
+        """Free device memory."""
         with self._lock:
             self._forget()
             self.buffers.close()
@@ -197,6 +199,8 @@ class Engine:
 
 
 class TensorRT(Backend):
+    """Engines that were built on this GPU."""
+
     name = "tensorrt"
     package = "tensorrt"
     precisions = ("fp32", "fp16", "bf16", "int8-static")

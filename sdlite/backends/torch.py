@@ -16,6 +16,8 @@ LINEAR = "int8-dynamic: Linear layers by torchao, made while loading; convolutio
 
 
 class Torch(Backend):
+    """Weights of a diffusers folder on torch."""
+
     name = "torch"
     package = "torch"
     precisions = ("fp32", "fp16", "int8-dynamic")

@@ -60,6 +60,7 @@ class Histogram:
 
     @property
     def centers(self) -> np.ndarray:
+        """Middle of each bin, (BINS,)."""
         return (np.arange(BINS) + 0.5) * (2 * self.bound / BINS) - self.bound
 
 
@@ -75,6 +76,7 @@ class ChannelMax:
     shape: tuple[int, ...] = field(default=())
 
     def add(self, x: np.ndarray) -> None:
+        """Look at the values of `x` (..., D)."""
         self.shape = x.shape
         if x.ndim < 2:
             return

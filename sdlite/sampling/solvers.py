@@ -49,6 +49,7 @@ class Sampler:
         return len(self.timesteps)
 
     def scale_model_input(self, i: int, x: Array) -> Array:
+        """x (B, C, h, w) as the network takes it at call i."""
         return x
 
     def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
@@ -77,6 +78,7 @@ class Sampler:
 
     @property
     def timestep_spacing(self) -> str:
+        """How timesteps are spread: "linspace", "leading" or "trailing" (arXiv:2305.08891)."""
         return str(self._setting("timestep_spacing"))
 
     def _grid(self) -> Array:
@@ -356,6 +358,7 @@ class _KDiffusion(SigmaSampler):
         return 0.0
 
     def scale_model_input(self, i: int, x: Array) -> Array:
+        """x (B, C, h, w) as the network takes it at call i."""
         return x / np.sqrt(self.sigmas[i] ** 2 + F32(1))
 
     def _slope(self, s: F32, output: Array, x: Array) -> Array:
