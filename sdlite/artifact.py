@@ -40,6 +40,7 @@ from sdlite.manifest import (
     SamplerRow,
 )
 from sdlite.sampling import known_sampler, sampler_of
+from sdlite.spec import IOSpec
 from sdlite.weights import model_files, stem
 
 GRAPH_BYTES = 64 << 20  # more than a graph has whose weights stand elsewhere
@@ -161,6 +162,15 @@ class Artifact:
         return families.refusal(str(self.folder), self.index, self.config)
 
     @property
+    def family(self) -> families.Family:
+        """The family of models that it is of."""
+        return families.family_of(self.index, self.config)
+
+    def spec(self, part: str) -> IOSpec:
+        """What one of its networks takes and gives."""
+        return self.family.spec(part, self.config("unet"))
+
+    @property
     def name(self) -> str:
         """What the manifest or the report calls the model, else the folder's name."""
         given = self.manifest.name if self.manifest else self._report.get("model")
@@ -203,8 +213,10 @@ class Artifact:
     @property
     def sampler_defaults(self) -> SamplerDefaults:
         """The model's own steps and guidance, or those of diffusers' pipeline."""
-        own = self.sampler
-        return SamplerDefaults(own.get("num_inference_steps", 50), own.get("guidance_scale", 7.5))
+        own, (steps, guidance) = self.sampler, self.family.defaults(self.index)
+        return SamplerDefaults(
+            own.get("num_inference_steps", steps), own.get("guidance_scale", guidance)
+        )
 
     @property
     def samples_with(self) -> SamplerRow:

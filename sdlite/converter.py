@@ -23,7 +23,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from sdlite import arguments
+from sdlite import arguments, families
 from sdlite._version import __version__
 from sdlite.artifact import Artifact
 from sdlite.checkpoints import PICKLED, is_file, sources
@@ -33,14 +33,15 @@ from sdlite.files import Files
 from sdlite.io import alone, cache_root, check_out, read_json, scratch, writing
 from sdlite.manifest import Manifest, NetworkRow, SamplerRow, write_manifest
 from sdlite.sampling import known_sampler
-from sdlite.spec import SPECS, IOSpec, latent_size
+from sdlite.spec import IOSpec, latent_size, spec_of
+from sdlite.spec import Tensor as SpecTensor
 from sdlite.tokenizer import ClipTokenizer
 from sdlite.torch_networks import open_network
 from sdlite.tryout import try_out
 from sdlite.weights import Stored, dtypes, stem, weight_files, weight_index, widen
 
 # input -> its free axes by torch.export.Dim; None: none
-FreeShapes = dict[str, dict[int, Any] | None]
+FreeShapes = dict[str, dict[int, Any] | tuple[dict[int, Any], ...] | None]
 log = logging.getLogger("sdlite")
 OPSET = 18
 _COPIED = ("tokenizer", "scheduler", "text_encoder", "unet", "vae")
@@ -58,12 +59,18 @@ class _TextEncoder(nn.Module):
 
 
 class _Unet(nn.Module):
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
+    """`conditions`: names of what it is given besides latents, timestep and hidden states."""
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        out: Tensor = self.module(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+    def __init__(self, module: nn.Module, conditions: Sequence[str] = ()):
+        super().__init__()
+        self.module, self.conditions = module, conditions
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *more: Tensor
+    ) -> Tensor:
+        named = families.unet_arguments(dict(zip(self.conditions, more, strict=True)))
+        first = (sample, timestep, encoder_hidden_states)
+        out: Tensor = self.module(*first, return_dict=False, **named)[0]
         return out
 
 
@@ -121,22 +128,25 @@ def free_sizes(unet: nn.Module) -> bool:
     return True
 
 
-def networks(folder: Path | Files) -> dict[str, nn.Module]:
-    """part -> wrapped network in float32, called with the arrays of its `IOSpec`. `folder`: of an
-    opened model its `files`.
+def networks(folder: Path | Files, conditions: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """part -> wrapped network in float32, called with the arrays of its `IOSpec`.
+
+    Args:
+        folder: of an opened model its `files`.
+        conditions: names of the UNet's inputs after the first three.
     """
     part = Files.of(folder).part
     return {
         "text_encoder": _TextEncoder(
             open_network(part("text_encoder"), attn_implementation="eager")
         ),
-        "unet": _Unet(open_network(part("unet"))),
+        "unet": _Unet(open_network(part("unet")), conditions),
         "vae_decoder": _VaeDecoder(open_network(part("vae"))),
     }
 
 
 def _examples(
-    parts: Mapping[str, nn.Module], multiple: int
+    parts: Mapping[str, nn.Module], multiple: int, conditions: Sequence[SpecTensor]
 ) -> dict[str, tuple[tuple[Tensor, ...], FreeShapes]]:
     """part -> example inputs and the shapes that stay free. `multiple`: of latents, that the UNet
     can be called with.
@@ -157,22 +167,36 @@ def _examples(
     return {
         "text_encoder": ((torch.zeros(2, length, dtype=torch.int64),), {"input_ids": {0: b}}),
         "unet": (
-            (sample, torch.tensor(500.0), embeds),
-            {"sample": free, "timestep": None, "encoder_hidden_states": {0: b}},
+            (sample, torch.tensor(500.0), embeds, *(_example(t) for t in conditions)),
+            {
+                "sample": free,
+                "timestep": None,
+                "encoder_hidden_states": {0: b},
+                **({"more": tuple({0: b} for _ in conditions)} if conditions else {}),
+            },
         ),
         "vae_decoder": ((sample,), {"latent_sample": {0: b, 2: h, 3: w}}),
     }
 
 
+def _example(tensor: SpecTensor) -> Tensor:
+    """Noise of a condition's shape, for two images; zeros where it is whole numbers."""
+    shape = (2, *map(int, tensor.shape[1:]))
+    kind = getattr(torch, tensor.dtype)
+    return torch.randn(shape) if kind.is_floating_point else torch.zeros(shape, dtype=kind)
+
+
 def trace(
-    part: str,
+    part: str | IOSpec,
     wrapped: nn.Module,
     inputs: tuple[Tensor, ...],
     shapes: FreeShapes,
     opset: int = OPSET,
 ) -> ir.Model:
-    """torch network -> ONNX model whose initializers keep their torch names."""
-    spec = SPECS[part]
+    """torch network -> ONNX model whose initializers keep their torch names. `part`: a name, or the
+    model's own spec.
+    """
+    spec = spec_of(part)
     program = torch.onnx.export(
         wrapped.eval(),
         inputs,
@@ -401,7 +425,7 @@ def _write(source: Artifact, out: Path, manifest: Manifest, student: Mapping[str
     ClipTokenizer.from_pretrained(source.files.part("tokenizer"), source.config("text_encoder"))
     with writing(out) as tmp:
         _copy(source, tmp)
-        manifest.student = {**_write_graphs(tmp, manifest), **student}
+        manifest.student = {**_write_graphs(tmp, manifest, source.family), **student}
         write_manifest(tmp, manifest)
         try_out(tmp)
 
@@ -431,16 +455,19 @@ def _copy(source: Artifact, out: Path) -> None:
         _drop_paths(path)
 
 
-def _write_graphs(root: Path, manifest: Manifest) -> dict[str, int]:
+def _write_graphs(root: Path, manifest: Manifest, family: families.Family) -> dict[str, int]:
     """The graphs of the networks in `root`, and what the manifest says of them. Returns their
     parameters.
     """
-    parts = networks(root)
-    unet = parts["unet"].module
-    multiple = 1 if free_sizes(unet) else 2 ** (len(unet.config.block_out_channels) - 1)
+    unet = read_json(root / "unet" / "config.json")
+    conditions = family.unet_inputs(unet)
+    parts = networks(root, [t.name for t in conditions])
+    module = parts["unet"].module
+    multiple = 1 if free_sizes(module) else 2 ** (len(module.config.block_out_channels) - 1)
     manifest.size_multiple = vae_stride(read_json(root / "vae" / "config.json")) * multiple
-    examples = _examples(parts, multiple)
-    entries = {p: _write_part(root, p, SPECS[p], parts[p], *examples[p]) for p in parts}
+    examples = _examples(parts, multiple, conditions)
+    specs = {p: family.spec(p, unet) for p in parts}
+    entries = {p: _write_part(root, p, specs[p], parts[p], *examples[p]) for p in parts}
     # float16 storage is exact in float32: one set of files is both variants.
     held = ("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",)
     manifest.variants = dict.fromkeys(held, entries)
@@ -525,7 +552,7 @@ def _write_part(
 ) -> NetworkRow:
     weights = weight_files(root / spec.source)
     [dtype] = dtypes(weight_index(weights))
-    model = ir.to_proto(trace(part, wrapped, inputs, shapes))
+    model = ir.to_proto(trace(spec, wrapped, inputs, shapes))
     _strip(model)
     (root / part).mkdir(exist_ok=True)
     if part == "vae_decoder":

@@ -31,6 +31,7 @@ from sdlite.errors import (
     need,
 )
 from sdlite.errors import Cancelled as Cancelled
+from sdlite.families import Conditions
 from sdlite.habits import Generators
 from sdlite.io import writing
 from sdlite.sampling import Draws, Noise, Sampler, Schedule, denoise, get_sampler, guided
@@ -166,6 +167,7 @@ class Pipeline(metaclass=_Class):
             families.vae_config(artifact.config("vae")),
         )
         self.stride = families.vae_stride(self.vae_config)
+        self.family = artifact.family
         self.defaults = artifact.sampler_defaults
         self.tiling: tiling.Tiling | None = None
         self.max_pixels: int | None = None  # no limit, for pipelines that are made of networks
@@ -377,6 +379,22 @@ class Pipeline(metaclass=_Class):
             self.networks.text_encoder(input_ids=ids), "the embeddings of the text encoder"
         )
 
+    def conditions(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str],
+        guidance_scale: float,
+        height: int,
+        width: int,
+    ) -> tuple[Conditions, Conditions | None]:
+        """What the UNet is given of prompts, guidance and size: name -> array with a row for each
+        image; and the same of the negative prompts where guidance makes two rows of each image.
+        """
+        twice = guided(guidance_scale) and not self.family.guides_itself(self.unet_config)
+        negatives = negatives if twice else []
+        call = families.Call(prompts, negatives, guidance_scale, height, width)
+        return self.family.conditions(self, call)
+
     def init_latents(self, noise: Sequence[Draws], height: int, width: int) -> np.ndarray:
         """One generator per image -> unit normal latents float32 (B, C, height/8, width/8)."""
         shape = (self.unet_config["in_channels"], height // self.stride, width // self.stride)
@@ -385,25 +403,26 @@ class Pipeline(metaclass=_Class):
     def denoise(
         self,
         latents: np.ndarray,
-        embeds: np.ndarray,
+        conditions: np.ndarray | Conditions,
         noise: Sequence[Draws],
         solver: Sampler,
         *,
-        uncond: np.ndarray | None = None,
+        uncond: np.ndarray | Conditions | None = None,
         guidance_scale: float = 1.0,
     ) -> Iterator[np.ndarray]:
-        """Unit normal latents (B, C, h, w) and embeds (B, L, D) -> latents after each step of
-        `solver`.
+        """Unit normal latents (B, C, h, w) and conditions -> latents after each step of `solver`.
 
         Args:
-            uncond: embeds (B, L, D) of the negative prompt; None runs without guidance, one network
-                row per image.
+            conditions: what the family makes of the prompts; an array alone is their embeds
+                (B, L, D).
+            uncond: the same of the negative prompts; None runs without guidance, one network row
+                per image.
             noise: the images' generators, for samplers that draw again.
         """
         return denoise(
             self.networks.unet,
             latents,
-            embeds,
+            conditions,
             noise,
             solver,
             uncond=uncond,
@@ -487,11 +506,7 @@ class Pipeline(metaclass=_Class):
         prompts = [p for p in arguments.texts("prompt", prompt) for _ in range(repeat)]
         negatives = self._negatives(negative_prompt, len(prompts), repeat)
         steps, scale = self._steps(num_inference_steps), self._guidance(guidance_scale)
-        if any(negatives) and not guided(scale):
-            raise InputError(
-                f"negative_prompt has no effect at guidance_scale={scale:g}, which is no guidance;"
-                " raise it above 1, or leave the prompt out."
-            )
+        self._refuse_negatives(negatives, scale)
         name = self.default_sampler if sampler is None else arguments.text("sampler", sampler)
         solver = get_sampler(name, self.schedule, steps)
         seeds, noise = self._noise(seed, generator, len(prompts))
@@ -502,10 +517,10 @@ class Pipeline(metaclass=_Class):
         about = self._metadata(prompts, negatives, seeds, name, steps, scale)
         with self._call() as call:
             begin = time.perf_counter()
-            embeds, uncond = self._embeds(prompts, negatives if guided(scale) else [])
+            cond, uncond = self.conditions(prompts, negatives, scale, height, width)
             encoded = time.perf_counter()
             x = self.init_latents(noise, height, width) if start is None else start
-            run = self.denoise(x, embeds, noise, solver, uncond=uncond, guidance_scale=scale)
+            run = self.denoise(x, cond, noise, solver, uncond=uncond, guidance_scale=scale)
             for step, x in enumerate(self._bar(run, len(solver), progress), 1):
                 listen(step, x)
                 running.check()
@@ -519,16 +534,6 @@ class Pipeline(metaclass=_Class):
             "total": end - begin,
         }
         return PipelineOutput(made, seeds, timings, _with_notes(call.report, call.said), about)
-
-    def _embeds(
-        self, prompts: Sequence[str], negatives: Sequence[str]
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Of the prompts, and of as many negative ones, or none; one call of the text encoder."""
-        embeds = self.encode_text(self.tokenize([*prompts, *negatives]))
-        if not negatives:
-            return embeds, None
-        with_prompt, without = np.split(embeds, 2)
-        return with_prompt, without
 
     def _images(
         self,
@@ -599,6 +604,19 @@ class Pipeline(metaclass=_Class):
                 " one for each."
             )
         return out
+
+    def _refuse_negatives(self, negatives: Sequence[str], scale: float) -> None:
+        """Raises InputError where negative prompts would change nothing."""
+        if any(negatives) and not guided(scale):
+            raise InputError(
+                f"negative_prompt has no effect at guidance_scale={scale:g}, which is no guidance;"
+                " raise it above 1, or leave the prompt out."
+            )
+        if any(negatives) and self.family.guides_itself(self.unet_config):
+            raise InputError(
+                f"negative_prompt has no effect: {self.report.model} takes its guidance as an input"
+                " of the UNet, so there is no second call for it; leave the prompt out."
+            )
 
     def _steps(self, steps: object) -> int:
         return (

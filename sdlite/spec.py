@@ -96,3 +96,8 @@ def latent_size(unet: Json) -> tuple[int, int]:
 
 
 SPECS: dict[str, IOSpec] = {s.part: s for s in (TEXT_ENCODER, UNET, VAE_DECODER)}
+
+
+def spec_of(part: str | IOSpec) -> IOSpec:
+    """A model's own spec as it is; of a name the one that all models share."""
+    return SPECS[part] if isinstance(part, str) else part

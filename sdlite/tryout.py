@@ -34,8 +34,12 @@ def try_out(folder: Path) -> None:
     shape = (1, unet["in_channels"], side // stride, side // stride)
     latents = np.stack([Noise(0).normal(shape[1:])])
     embeds = _answer(artifact, "text_encoder", input_ids=ids)
-    time = np.array(500, np.float32)
-    _answer(artifact, "unet", sample=latents, timestep=time, encoder_hidden_states=embeds)
+    more = {
+        t.name: np.zeros([1, *map(int, t.shape[1:])], t.dtype)
+        for t in artifact.family.unet_inputs(unet)
+    }
+    given = {"timestep": np.array(500, np.float32), "encoder_hidden_states": embeds, **more}
+    _answer(artifact, "unet", sample=latents, **given)
     image = _answer(artifact, "vae_decoder", latent_sample=latents)
     if image.shape != (1, 3, side, side):
         raise ArtifactError(
@@ -50,7 +54,7 @@ def _answer(artifact: Artifact, part: str, **inputs: np.ndarray) -> np.ndarray:
     backend = backends.ready(name)
     network, _ = backend.load_part(artifact, part, "fp32", "cpu", None)
     stride = vae_stride(artifact.config("vae"))
-    checked = backends.Checked(network, part, stride, backend.engine())
+    checked = backends.Checked(network, artifact.spec(part), stride, backend.engine())
     out: np.ndarray = checked(**inputs)
     if not np.isfinite(out).all():
         raise ArtifactError(

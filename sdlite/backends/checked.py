@@ -1,4 +1,4 @@
-"""What a network is given and gives, against `SPECS`: as its engine declares it, and at each
+"""What a network is given and gives, against its `IOSpec`: as its engine declares it, and at each
 call.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sdlite.errors import ArtifactError, EngineError, SdliteError, printable
-from sdlite.spec import SPECS
+from sdlite.spec import IOSpec, spec_of
 
 if TYPE_CHECKING:
     from sdlite.backends import Network
@@ -50,14 +50,15 @@ def words_of(e: Exception) -> str:
 
 
 def declared(
-    path: str | Path, part: str, inputs: Sequence[Declared], outputs: Sequence[Declared]
+    path: str | Path, part: str | IOSpec, inputs: Sequence[Declared], outputs: Sequence[Declared]
 ) -> None:
     """Compare what an engine says of a graph with what the network is.
 
     Raises:
         ArtifactError: another name, type, number of axes or fixed size.
     """
-    spec = SPECS[part]
+    spec = spec_of(part)
+    part = spec.part
     names = [t.name for t in spec.inputs]
     if sorted(given := [name for name, _, _ in inputs]) != sorted(names):
         _refuse(path, part, f"takes {', '.join(given) or 'nothing'}", f"takes {', '.join(names)}")
@@ -70,7 +71,9 @@ def declared(
             f"gives {spec.output.name}",
         )
     tensors = {t.name: t for t in (*spec.inputs, spec.output)}
-    sides: dict[str, int] = {"3": 3}
+    sides = {
+        letter: int(letter) for t in tensors.values() for letter in t.shape if letter.isdigit()
+    }
     for name, kind, shape in (*inputs, *answer):
         tensor, kind = tensors[name], kind.removeprefix("tensor(").removesuffix(")")
         fits = _TYPES.get(kind) == tensor.dtype and (
@@ -109,9 +112,10 @@ class Checked:
     Everything else is the network's own.
     """
 
-    def __init__(self, inner: Network, part: str, stride: int, engine: str):
+    def __init__(self, inner: Network, part: str | IOSpec, stride: int, engine: str):
         """`stride`: pixels per latent. `engine`: what errors call it."""
-        self.inner, self.part, self.stride, self.engine = inner, part, stride, engine
+        self.spec = spec_of(part)
+        self.inner, self.part, self.stride, self.engine = inner, self.spec.part, stride, engine
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
@@ -138,13 +142,13 @@ class Checked:
             raise EngineError(
                 f"{self.part} with {_shapes(inputs)} gave"
                 f" {getattr(out, 'dtype', type(out).__name__)} {list(np.shape(out))}, not float32"
-                f" {_shown(SPECS[self.part].output.shape)}; the file is not of this model. Fetch it"
+                f" {_shown(self.spec.output.shape)}; the file is not of this model. Fetch it"
                 " again."
             )
         return out
 
     def _fits(self, inputs: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> bool:
-        spec, sides = SPECS[self.part], {"3": 3}
+        spec, sides = self.spec, {"3": 3}
         for tensor in spec.inputs:
             sides |= zip(tensor.shape, np.shape(inputs[tensor.name]), strict=False)
         sides |= {k.upper(): sides[k] * self.stride for k in ("h", "w") if k in sides}

@@ -84,7 +84,7 @@ def load(
     for part in PARTS:
         start = time.perf_counter()
         opened, row = chosen.load_part(artifact, part, precision, device, threads, arithmetic)
-        loaded[part] = Checked(opened, part, stride, report.engine)
+        loaded[part] = Checked(opened, artifact.spec(part), stride, report.engine)
         seconds = time.perf_counter() - start
         report.networks.append(dataclasses.replace(row, load_seconds=seconds))
     size = artifact.export.size if artifact.export else None

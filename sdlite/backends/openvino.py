@@ -82,7 +82,7 @@ class OpenVINO(Backend):
         def compiling(arithmetic: str) -> CompiledNetwork:
             return CompiledNetwork(
                 str(artifact.folder / row["file"]),
-                part,
+                artifact.spec(part),
                 device,
                 threads,
                 precision,

@@ -21,7 +21,7 @@ from sdlite.backends import compiled
 from sdlite.backends.checked import Declared, declared, words_of
 from sdlite.errors import ArtifactError, InputError, SdliteError, UnknownNameError
 from sdlite.io import scratch, working
-from sdlite.spec import SPECS
+from sdlite.spec import SPECS, IOSpec, spec_of
 
 log = logging.getLogger("sdlite")
 Shapes = tuple[tuple[int, ...], ...]
@@ -87,11 +87,11 @@ def _active(graph: ov.Model) -> int:
     )
 
 
-def _ends(ports: Sequence[Any]) -> list[Declared]:
+def _ends(ports: Sequence[Any], spec: IOSpec) -> list[Declared]:
     """What a graph says of its inputs or outputs; of several names of one tensor, the one that
-    SPECS has.
+    a spec has.
     """
-    known = {t.name for s in SPECS.values() for t in (*s.inputs, s.output)}
+    known = {t.name for s in (*SPECS.values(), spec) for t in (*s.inputs, s.output)}
     out: list[Declared] = []
     for port in ports:
         names, shape = (
@@ -170,7 +170,7 @@ class CompiledNetwork:
     def __init__(
         self,
         path: str,
-        part: str,
+        part: str | IOSpec,
         device: str,
         threads: int | None,
         precision: str,
@@ -199,7 +199,8 @@ class CompiledNetwork:
         }
         if threads is not None and device == "cpu":
             self.options["INFERENCE_NUM_THREADS"] = threads
-        self.output = SPECS[part].output.name
+        spec = spec_of(part)
+        self.output = spec.output.name
         self.half = arithmetic != "float32"
         self.requests: OrderedDict[Shapes, ov.InferRequest] = OrderedDict()
         self.active: dict[Shapes, int] = {}  # bytes of their tensors
@@ -208,7 +209,7 @@ class CompiledNetwork:
         self._lock = threading.Lock()
         self.mapped = self.files[0].parent  # what the weights are mapped from
         self._graph: ov.Model | None = self._read()
-        declared(path, part, _ends(self._graph.inputs), _ends(self._graph.outputs))
+        declared(path, spec, _ends(self._graph.inputs, spec), _ends(self._graph.outputs, spec))
 
     @property
     def model(self) -> ov.CompiledModel:

@@ -172,5 +172,5 @@ def open_network(
         return hoisted(path.parent, threads, SPECS[part].output.name), row, size
     network = (BoundSession if device == "cuda" else Session)(str(path), device, threads, size)
     ends = (network.session.get_inputs(), network.session.get_outputs())
-    declared(path, part, *([(t.name, t.type, t.shape) for t in end] for end in ends))
+    declared(path, artifact.spec(part), *([(t.name, t.type, t.shape) for t in end] for end in ends))
     return network, row, size

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdlite import running
+from sdlite import families, running
 from sdlite.artifact import Artifact
 from sdlite.backends.network import Network, Overflowing, RowByRow
 from sdlite.backends.report import NetworkReport
@@ -89,7 +89,8 @@ class Module:
         if self.part == "text_encoder":
             out = m(t["input_ids"])[0]
         elif self.part == "unet":
-            out = m(t["sample"], t["timestep"], t["encoder_hidden_states"], return_dict=False)[0]
+            first = [t.pop(k) for k in ("sample", "timestep", "encoder_hidden_states")]
+            out = m(*first, return_dict=False, **families.unet_arguments(t))[0]
         else:
             out = m.decode(t["latent_sample"], return_dict=False)[0]
         result: np.ndarray = out.float().cpu().numpy()

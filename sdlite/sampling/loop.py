@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -42,11 +42,11 @@ def guided(guidance_scale: float) -> bool:
 def denoise(
     unet: Callable[..., Array],
     latents: Array,
-    embeds: Array,
+    conditions: Array | Mapping[str, Array],
     noise: Sequence[Draws],
     solver: Sampler,
     *,
-    uncond: Array | None = None,
+    uncond: Array | Mapping[str, Array] | None = None,
     guidance_scale: float = 1.0,
 ) -> Iterator[Array]:
     """The sampling loop: unit normal latents (B, C, h, w) -> latents after each network call.
@@ -54,21 +54,30 @@ def denoise(
     Args:
         unet: called with the names of the U-Net's IOSpec; guided steps are one call with 2 B rows,
             the negative prompt's first.
-        embeds: (B, L, D) of the prompts.
+        conditions: name -> array with a row for each image, all that the U-Net is given besides
+            latents and timestep; an array alone is `encoder_hidden_states` (B, L, D).
         noise: the images' generators, for samplers that draw again.
-        uncond: embeds (B, L, D) of the negative prompt; None runs without guidance.
+        uncond: the same of the negative prompt; None runs without guidance.
         guidance_scale: 0 to 1 runs without guidance too.
     """
     x = latents * np.float32(solver.init_noise_sigma)
-    if not guided(guidance_scale):
-        uncond = None
-    both = embeds if uncond is None else np.concatenate([uncond, embeds])
+    cond, without = _named(conditions), None if uncond is None else _named(uncond)
+    if without is None or not guided(guidance_scale):
+        without, both = None, cond
+    else:
+        both = {k: np.concatenate([without[k], cond[k]]) for k in cond}
     for i, t in enumerate(solver.timesteps):
         scaled = solver.scale_model_input(i, x)
-        rows = scaled if uncond is None else np.concatenate([scaled, scaled])
-        out = unet(sample=rows, timestep=np.array(t, np.float32), encoder_hidden_states=both)
-        if uncond is not None:
-            without, with_prompt = np.split(out, 2)
-            out = guide(without, with_prompt, guidance_scale)
+        rows = scaled if without is None else np.concatenate([scaled, scaled])
+        out = unet(sample=rows, timestep=np.array(t, np.float32), **both)
+        if without is not None:
+            without_prompt, with_prompt = np.split(out, 2)
+            out = guide(without_prompt, with_prompt, guidance_scale)
         x = solver.step(i, out, x, noise)
         yield x
+
+
+def _named(conditions: Array | Mapping[str, Array]) -> Mapping[str, Array]:
+    if isinstance(conditions, Mapping):
+        return conditions
+    return {"encoder_hidden_states": conditions}

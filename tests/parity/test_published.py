@@ -24,7 +24,6 @@ pytestmark = [
     ),
 ]
 REFUSED = {  # model -> what the line must name
-    "lcm-dreamshaper": "time_cond_proj_dim",
     "sdxl": "StableDiffusionXLPipeline",
     "sd-inpainting": "StableDiffusionInpaintPipeline",
     "instruct-pix2pix": "StableDiffusionInstructPix2PixPipeline",

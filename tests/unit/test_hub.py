@@ -335,12 +335,12 @@ def test_shards_are_fetched_as_the_index_lists_them(hub, tmp_path):
             "StableDiffusionXLPipeline",
         ),
         (
-            {"_class_name": "LatentConsistencyModelPipeline"},
-            {"time_cond_proj_dim": 256},
-            "guidance embedding",
+            {"_class_name": "StableUnCLIPPipeline"},
+            {"class_embed_type": "projection"},
+            "class embedding",
         ),
     ],
-    ids=["sdxl", "lcm"],
+    ids=["sdxl", "unclip"],
 )
 def test_other_kinds_are_refused_before_their_weights_are_fetched(hub, tmp_path, index, unet, says):
     said = resolve(hub, tmp_path, pipeline(SD | index, unet))

@@ -306,12 +306,6 @@ OTHERS = [
         {"in_channels": 7, "num_class_embeds": 1000},
         r"noise level \(num_class_embeds=1000\)",
     ),
-    (
-        "LatentConsistencyModelPipeline",
-        {},
-        {"time_cond_proj_dim": 256},
-        r"guidance embedding \(time_cond_proj_dim=256\)",
-    ),
     ("StableUnCLIPPipeline", {}, {"class_embed_type": "projection"}, "class embedding"),
     (
         "StableDiffusionPipeline",
@@ -349,7 +343,10 @@ def test_other_kinds_are_refused_in_one_line_by_everything_that_opens_a_model(ot
 
 
 @pytest.mark.parametrize(
-    "other", OTHERS[:1] + OTHERS[6:7] + OTHERS[9:10], indirect=True, ids=["sdxl", "inpaint", "lcm"]
+    "other",
+    OTHERS[:1] + OTHERS[6:7] + OTHERS[9:10],
+    indirect=True,
+    ids=["sdxl", "inpaint", "unclip"],
 )
 def test_other_kinds_are_refused_by_every_command(other, tmp_path, capsys):
     pytest.importorskip("onnxscript", reason="needs the export extra")

@@ -1,10 +1,7 @@
-"""Which kind of model a pipeline folder is, and whether sdlite runs it: read from its JSON files,
-before any weights.
-"""
+"""What the configurations of a pipeline's networks may say, and what they mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -12,27 +9,6 @@ from typing import Any, TypeVar, cast
 from sdlite.schema import BOOL, Json, Rule, each, either, number, optional, record, text, whole
 
 T = TypeVar("T")
-RUNS = (
-    "sdlite runs text-to-image models with the parts of Stable Diffusion 1.x and 2.x: a"
-    " CLIPTextModel, a UNet2DConditionModel that is told latents, timestep and text, and an"
-    " AutoencoderKL or AutoencoderTiny"
-)
-PARTS = {
-    "text_encoder": ("CLIPTextModel",),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-}
-# Components of a pipeline that change nothing in its images, or that we have our own of.
-UNUSED = ("tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
-# Keys of a UNet's config that mean an input which nobody feeds.
-UNFED = {
-    "time_cond_proj_dim": "a guidance embedding",
-    "addition_embed_type": "further embeddings (SDXL: pooled text and sizes)",
-    "class_embed_type": "a class embedding",
-    "num_class_embeds": "a class or noise level",
-    "encoder_hid_dim_type": "image embeddings",
-    "encoder_hid_dim": "projected embeddings",
-}
 
 # What values may be that sdlite, torch or diffusers reserve memory for or count to: several times
 # those of any published model (SD-2.1: 1280 channels, 24 heads of text; latents of 128 are 1024
@@ -70,6 +46,7 @@ SCHEMAS: dict[str, dict[str, Rule]] = {
         "transformer_layers_per_block": optional(_LAYERS_BY_BLOCK),
         "reverse_transformer_layers_per_block": optional(_LAYERS_BY_BLOCK),
         "time_embedding_dim": optional(_CHANNELS),
+        "time_cond_proj_dim": optional(whole(4, 16384)),
         "conv_in_kernel": whole(1, 31),
         "conv_out_kernel": whole(1, 31),
     },
@@ -107,12 +84,6 @@ def check_config(part: str, path: Path, config: Json) -> None:
         ArtifactError: one is not what it may be.
     """
     record(SCHEMAS.get(part, {}))(path, "", config)
-
-
-def class_name(index: Json) -> str:
-    """The pipeline's class as model_index.json names it."""
-    name = index.get("_class_name") or "pipeline of no named class"
-    return str(name[-1] if isinstance(name, list) else name)  # a custom pipeline is [module, class]
 
 
 def vae_config(config: Json) -> Json:
@@ -159,77 +130,3 @@ def vae_stride(config: Json) -> int:
     vae/config.json.
     """
     return int(2 ** (len(vae_config(config)["block_out_channels"]) - 1))
-
-
-# in model_index.json: the folder has a list of its files; diffusers and optimum pass over it
-MARK = "_sdlite"
-
-
-def own_index(index: Json) -> Json:
-    """model_index.json of a folder that holds what a model runs with and nothing else: other
-    components are none.
-    """
-    kept = (*PARTS, "tokenizer", "scheduler")
-    out = {
-        k: [None, None] if isinstance(v, list) and k not in kept and not k.startswith("_") else v
-        for k, v in index.items()
-    }
-    return {**out, **({"requires_safety_checker": False} if "safety_checker" in index else {})}
-
-
-def listed_index(index: Json) -> Json:
-    """`own_index` of a folder whose files are listed: without its list it is refused."""
-    return {**own_index(index), MARK: "1.0"}
-
-
-def unknown_parts(index: Json) -> str:
-    """Why the components that model_index.json names are not those that we run; "" where they
-    are.
-    """
-    named = {
-        k: v for k, v in index.items() if isinstance(v, list) and any(v) and not k.startswith("_")
-    }
-    if missing := [p for p in PARTS if p not in named]:
-        more = sorted(set(named) - set(PARTS) - set(UNUSED))
-        return f"it has no {missing[0]}" + (f", but {', '.join(more)}" if more else "")
-    if more := sorted(set(named) - set(PARTS) - set(UNUSED)):
-        return f"it also has {', '.join(more)}"
-    for part, accepted in PARTS.items():
-        if (kind := str(named[part][-1])) not in accepted:
-            return f"its {part} is of class {kind}"
-    return ""
-
-
-def unfed_inputs(unet: Json, vae: Json, text: Json) -> str:
-    """Why the UNet cannot be called with latents, timestep and text alone; "" where it can."""
-    for key, what in UNFED.items():
-        if unet.get(key) is not None:
-            return f"its UNet wants {what} ({key}={unet[key]!r})"
-    takes, gives = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if takes != gives:
-        return f"its UNet takes {takes} channels, the latents have {gives}"
-    if (out := unet.get("out_channels", 4)) != gives:
-        return f"its UNet gives {out} channels, the latents have {gives}"
-    if (rgb := vae.get("out_channels", 3)) != 3:
-        return f"its VAE gives {rgb} channels instead of 3"
-    wide, width = unet.get("cross_attention_dim"), text.get("hidden_size")
-    if isinstance(wide, int) and isinstance(width, int) and wide != width:
-        return f"its UNet reads text of width {wide}, its text encoder gives {width}"
-    return ""
-
-
-def refusal(folder: str, index: Json, config: Callable[[str], Json]) -> str:
-    """One line that says why sdlite does not run a pipeline; "" where it does.
-
-    Args:
-        folder: what the line calls the model.
-        index: content of model_index.json.
-        config: part -> content of its config.json; asked only where the parts are those that we
-            run.
-    """
-    why = unknown_parts(index) or unfed_inputs(
-        *(config(p) for p in ("unet", "vae", "text_encoder"))
-    )
-    return (
-        f"{folder} is a {class_name(index)}, which is not supported: {why}. {RUNS}." if why else ""
-    )

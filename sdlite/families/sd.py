@@ -1,0 +1,118 @@
+"""Stable Diffusion 1.x and 2.x and their students: one CLIP text encoder, a UNet that reads its
+hidden states, a VAE of either kind. With `time_cond_proj_dim` (LCM) the guidance goes into the
+UNet instead of a second call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from sdlite.families.base import Call, Conditions, Config, Configs, Encoders, Family
+from sdlite.spec import Tensor
+
+RUNS = (
+    "sdlite runs text-to-image models with the parts of Stable Diffusion 1.x and 2.x: a"
+    " CLIPTextModel, a UNet2DConditionModel that is told latents, timestep and text, and an"
+    " AutoencoderKL or AutoencoderTiny"
+)
+# Components of a pipeline that change nothing in its images, or that we have our own of.
+UNUSED = ("tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
+# Keys of a UNet's config that mean an input which this family does not have.
+UNFED = {
+    "addition_embed_type": "further embeddings (SDXL: pooled text and sizes)",
+    "class_embed_type": "a class embedding",
+    "num_class_embeds": "a class or noise level",
+    "encoder_hid_dim_type": "image embeddings",
+    "encoder_hid_dim": "projected embeddings",
+}
+
+
+class StableDiffusion(Family):
+    """See the module docstring."""
+
+    name = "sd"
+    networks: Mapping[str, tuple[str, ...]] = {
+        "text_encoder": ("CLIPTextModel",),
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    }
+
+    def refusal(self, index: Config, configs: Configs) -> str:
+        return _unknown_parts(index, self.networks) or _unfed_inputs(
+            *(configs(p) for p in ("unet", "vae", "text_encoder"))
+        )
+
+    def unet_inputs(self, unet: Config) -> tuple[Tensor, ...]:
+        width = unet.get("time_cond_proj_dim")
+        if width is None:
+            return ()
+        return (Tensor("timestep_cond", ("B", str(width)), "float32", "guidance, embedded"),)
+
+    def guides_itself(self, unet: Config) -> bool:
+        return unet.get("time_cond_proj_dim") is not None
+
+    def defaults(self, index: Config) -> tuple[int, float]:
+        if "LatentConsistency" in str(index.get("_class_name")):
+            return 4, 8.5
+        return super().defaults(index)
+
+    def conditions(self, encoders: Encoders, call: Call) -> tuple[Conditions, Conditions | None]:
+        cond, uncond = super().conditions(encoders, call)
+        width = encoders.unet_config.get("time_cond_proj_dim")
+        if width is not None:
+            row = guidance_embedding(call.guidance_scale, width)
+            cond["timestep_cond"] = np.repeat(row, len(call.prompts), axis=0)
+        return cond, uncond
+
+
+def guidance_embedding(guidance_scale: float, width: int) -> np.ndarray:
+    """float32 (1, `width`): sines and cosines of guidance_scale - 1.
+
+    Source: diffusers 0.39 `LatentConsistencyModelPipeline.get_guidance_scale_embedding`, after
+    Luo et al. 2023, arXiv:2310.04378.
+    """
+    half = width // 2
+    step = np.log(np.float32(10000.0), dtype=np.float32) / np.float32(half - 1)
+    powers = np.arange(half, dtype=np.float32) * -step
+    frequencies = np.exp(powers.astype(np.float64)).astype(np.float32)  # nearer to torch's
+    angles = np.float32(1000 * (guidance_scale - 1)) * frequencies[None]
+    out = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    return np.pad(out, ((0, 0), (0, width % 2)))
+
+
+def _unknown_parts(index: Config, networks: Mapping[str, tuple[str, ...]]) -> str:
+    """Why the components that model_index.json names are not those that we run; "" where they
+    are.
+    """
+    named = {
+        k: v for k, v in index.items() if isinstance(v, list) and any(v) and not k.startswith("_")
+    }
+    if missing := [p for p in networks if p not in named]:
+        more = sorted(set(named) - set(networks) - set(UNUSED))
+        return f"it has no {missing[0]}" + (f", but {', '.join(more)}" if more else "")
+    if more := sorted(set(named) - set(networks) - set(UNUSED)):
+        return f"it also has {', '.join(more)}"
+    for part, accepted in networks.items():
+        if (kind := str(named[part][-1])) not in accepted:
+            return f"its {part} is of class {kind}"
+    return ""
+
+
+def _unfed_inputs(unet: Config, vae: Config, text: Config) -> str:
+    """Why the UNet cannot be called with latents, timestep and text alone; "" where it can."""
+    for key, what in UNFED.items():
+        if unet.get(key) is not None:
+            return f"its UNet wants {what} ({key}={unet[key]!r})"
+    takes, gives = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if takes != gives:
+        return f"its UNet takes {takes} channels, the latents have {gives}"
+    if (out := unet.get("out_channels", 4)) != gives:
+        return f"its UNet gives {out} channels, the latents have {gives}"
+    if (rgb := vae.get("out_channels", 3)) != 3:
+        return f"its VAE gives {rgb} channels instead of 3"
+    wide, width = unet.get("cross_attention_dim"), text.get("hidden_size")
+    if isinstance(wide, int) and isinstance(width, int) and wide != width:
+        return f"its UNet reads text of width {wide}, its text encoder gives {width}"
+    return ""

@@ -1,0 +1,150 @@
+"""What a family of models is: LCM's guidance embedding, and a family that is registered from
+outside.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import sdlite
+from sdlite import families
+from sdlite.artifact import Artifact
+from sdlite.errors import InputError
+from sdlite.families.sd import StableDiffusion, guidance_embedding
+from sdlite.spec import Tensor
+from tests import folders
+
+pytest.importorskip("torch", reason="needs the torch extra")
+pytest.importorskip("diffusers", reason="needs the torch extra")
+
+
+@pytest.mark.parametrize(("guidance", "width"), [(8.5, 256), (1.0, 8), (0.0, 7), (7.3, 32)])
+def test_guidance_embedding_is_diffusers(guidance, width):
+    import torch
+    from diffusers import LatentConsistencyModelPipeline as Pipe
+
+    right = Pipe.get_guidance_scale_embedding(None, torch.tensor([guidance - 1]), width).numpy()
+    np.testing.assert_allclose(
+        guidance_embedding(guidance, width), right, atol=1e-3
+    )  # ulp of an angle of 7500: 5e-4
+
+
+@pytest.fixture(scope="module")
+def lcm(tmp_path_factory, plain):
+    """The tiny pipeline with a guidance embedding."""
+    return remade(plain, tmp_path_factory.mktemp("lcm") / "lcm", time_cond_proj_dim=16)
+
+
+def remade(plain, out, pipeline="StableDiffusionPipeline", **unet):
+    """A copy of a folder whose UNet is made anew with other keys."""
+    import shutil
+
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(plain, out)
+    config = json.loads((out / "unet" / "config.json").read_text()) | unet
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config(config).save_pretrained(out / "unet")
+    folders.configure(out / "model_index.json", _class_name=pipeline)
+    return out
+
+
+def images(folder, backend="torch", **call):
+    with sdlite.Pipeline.from_pretrained(folder, backend=backend, threads=1) as pipe:
+        call = {"seed": 0, "num_inference_steps": 2} | call
+        return np.asarray(pipe(["a fox", "a cat"], **call).images)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_guidance_goes_into_the_unet_and_makes_no_second_row(lcm):
+    rows = []
+    with sdlite.Pipeline.from_pretrained(lcm, backend="torch", threads=1) as pipe:
+        inner = pipe.networks.unet.inner
+
+        def watched(**inputs):
+            rows.append({k: v.shape for k, v in inputs.items()})
+            return inner(**inputs)
+
+        pipe.networks.unet.inner = watched
+        pipe(["a fox", "a cat"], seed=0, num_inference_steps=2, guidance_scale=8.0)
+    assert rows[0]["timestep_cond"] == (2, 16)
+    assert rows[0]["sample"][0] == 2
+    assert (images(lcm, guidance_scale=8.0) != images(lcm, guidance_scale=3.0)).any()
+    with pytest.raises(InputError, match=r"no effect: .* takes its guidance as an input"):
+        images(lcm, negative_prompt="a dog", guidance_scale=8.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_converted_lcm_is_torchs_on_every_engine_and_in_int8(lcm, tmp_path):
+    for package in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason="needs the dev extra")
+    sdlite.convert(lcm, tmp_path / "model")
+    right = images(lcm, guidance_scale=8.0).astype(int)
+    for backend in ("onnxruntime", "openvino"):
+        got = images(tmp_path / "model", backend, guidance_scale=8.0)
+        assert np.abs(right - got).max() <= 1, backend
+    from sdlite.quant import Calibration, Gate
+
+    gate = Gate(prompts=["a fox"], seeds=[0], engines=["onnxruntime"], psnr_mean=20, psnr_worst=20)
+    sdlite.quantize(
+        tmp_path / "model",
+        "int8-static",
+        out=tmp_path / "int8",
+        calibration=Calibration(prompts=["a fox"], samples=1, num_inference_steps=2),
+        gate=gate,
+        threads=1,
+    )
+    assert Artifact.open(tmp_path / "int8").spec("unet").inputs[-1].name == "timestep_cond"
+
+
+def test_steps_and_guidance_of_a_folder_that_does_not_say(lcm, plain, tmp_path):
+    assert Artifact.open(plain).sampler_defaults.num_inference_steps == 50
+    folder = remade(plain, tmp_path / "x", "LatentConsistencyModelPipeline", time_cond_proj_dim=16)
+    own = Artifact.open(folder).sampler_defaults
+    assert (own.num_inference_steps, own.guidance_scale) == (4, 8.5)
+
+
+class Labelled(StableDiffusion):
+    """UNets with a class label: every image is of class 3."""
+
+    name = "labelled"
+
+    def refusal(self, index, configs):
+        unet = dict(configs("unet"))
+        if unet.pop("num_class_embeds", None) is None:
+            return "it has no class labels"
+        return super().refusal(index, lambda part: unet if part == "unet" else configs(part))
+
+    def unet_inputs(self, unet):
+        return (Tensor("class_labels", ("B",), "int64", "0 to num_class_embeds - 1"),)
+
+    def conditions(self, encoders, call):
+        both = super().conditions(encoders, call)
+        for rows in filter(None, both):
+            rows["class_labels"] = np.full(len(call.prompts), 3, np.int64)
+        return both
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("convert", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_family_from_outside_is_one_class(plain, tmp_path, monkeypatch, convert):
+    folder = remade(plain, tmp_path / "labelled", num_class_embeds=5)
+    with pytest.raises(sdlite.errors.ArtifactError, match="num_class_embeds=5"):
+        Artifact.open(folder)
+    monkeypatch.setattr(families, "_FAMILIES", list(families._FAMILIES))
+    families.register(Labelled())
+    assert families.known() == ["labelled", "sd"]
+    right = images(folder, guidance_scale=4.0).astype(int)
+    if convert:
+        pytest.importorskip("onnxscript", reason="needs the export extra")
+        sdlite.convert(folder, tmp_path / "model")
+        got = images(tmp_path / "model", "onnxruntime", guidance_scale=4.0)
+        assert np.abs(right - got).max() <= 1
+    monkeypatch.setattr(Labelled, "conditions", StableDiffusion.conditions)  # without its label
+    with pytest.raises(sdlite.errors.SdliteError):
+        images(folder, guidance_scale=4.0)
+    assert Artifact.open(plain).family.name == "sd"
