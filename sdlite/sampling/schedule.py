@@ -8,8 +8,9 @@ them whatever the file says, so neither is read: `steps_offset` is 1, `clip_samp
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Never
+from typing import Any, Never
 
 import numpy as np
 
@@ -209,7 +210,7 @@ _ACCEPTED: dict[str, Rule] = {
 }
 
 
-def _check(config: Json, defaults: Json) -> None:
+def _check(config: Mapping[str, Any], defaults: Json) -> None:
     """Every value that is there, used or not.
 
     A null has no meaning where the class's default is not off: diffusers would take it for false.
@@ -269,7 +270,7 @@ class Schedule:
     settings: Json = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config: Json) -> Schedule:
+    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
         """A scheduler_config.json, of any class.
 
         Raises:
