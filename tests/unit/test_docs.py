@@ -311,13 +311,21 @@ def test_ci_runs_the_readmes_test_command():
     assert "bash tests/run.sh" in (ROOT / ".ci/run").read_text()
 
 
-def test_documents_name_every_sampler_backend_and_extra():
+def test_documents_name_whatever_the_registries_hold():
+    pytest.importorskip("torch", reason="needs the distill extra")
     from sdlite import backends
+    from sdlite.distill.students import PRESETS
+    from sdlite.distill.tasks import KINDS
+    from sdlite.exporters import targets
     from sdlite.sampling import SAMPLERS
 
     use, install = ((ROOT / "docs" / n).read_text() for n in ("use.md", "install.md"))
     assert all(f"`{s}`" in use for s in SAMPLERS)
     assert all(name in use for name in backends.names())
+    distill_md = (ROOT / "docs" / "distill.md").read_text()
+    assert all(f"`{name}`" in distill_md for name in KINDS)
+    assert all(name in distill_md for name in PRESETS)
+    assert all(name in install for name in targets.names())
     extras = re.search(
         r"\[project\.optional-dependencies\](.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.S
     )[1]
