@@ -15,6 +15,7 @@ from typing import Any
 from sdlite.errors import ArtifactError, printable
 
 Json = dict[str, Any]  # content of a JSON or TOML file
+Config = Mapping[str, Any]  # the same, to be read only
 Rule = Callable[[str | Path, str, object], object]  # (file, key, value); raises ArtifactError
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from sdlite.errors import ArtifactError
-from sdlite.schema import Json
+from sdlite.schema import Config
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ VAE_DECODER = IOSpec(
 )
 
 
-def latent_size(unet: Json) -> tuple[int, int]:
+def latent_size(unet: Config) -> tuple[int, int]:
     """(height, width) of the latents that a U-Net was made for, from its config.json.
 
     As diffusers' pipeline has it: in files from before diffusers 0.9 a size below 64 is an

@@ -28,6 +28,7 @@ from sdlite.distill.tasks.student import Output, StudentTask
 from sdlite.distill.teacher import Teacher
 from sdlite.distill.train import step_generator
 from sdlite.errors import MissingExtraError
+from sdlite.families import LatentScale
 from sdlite.sampling import Schedule, guided
 
 if TYPE_CHECKING:
@@ -193,10 +194,9 @@ def round_trip(latents: Tensor, vae: AutoencoderKL) -> list[Finding]:
                 f"{type(vae).__name__}: no round trip, its encoder need not be trained",
             )
         ]
-    z, shift = latents.float(), getattr(vae.config, "shift_factor", None) or 0.0
-    again = (
-        vae.encode(decode_scaled(vae, z).clamp(-1, 1)).latent_dist.mean - shift
-    ) * vae.config.scaling_factor
+    z = latents.float()
+    pixels = decode_scaled(vae, z).clamp(-1, 1)
+    again = LatentScale.of(vae.config).from_encoder(vae.encode(pixels).latent_dist.mean)
     error = float((again - z).pow(2).mean() / z.pow(2).mean())
     text = f"latents decoded and encoded again differ by {error:.0%} of their mean square"
     return [

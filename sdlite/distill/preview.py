@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sdlite.families import LatentScale
 from sdlite.files import TOKENIZER_FILES, Files
 from sdlite.images import grid, save, to_pil, to_uint8
 from sdlite.sampling import Noise, Schedule, denoise, get_sampler
@@ -78,8 +79,7 @@ def decode_scaled(vae: AutoencoderKL | AutoencoderTiny, z: Tensor) -> Tensor:
     """Latents (B, C, h, w) scaled as the UNet sees them -> pixels (B, 3, H, W), about -1 to 1, by
     any of diffusers' autoencoders.
     """
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    out: Tensor = vae.decode(z / vae.config.scaling_factor + shift).sample
+    out: Tensor = vae.decode(LatentScale.of(vae.config).to_decoder(z)).sample
     return out
 
 

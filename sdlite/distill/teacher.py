@@ -65,10 +65,8 @@ class Teacher:
     def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """float32 arrays (3, H, W) in [-1, 1] -> scaled posterior means (B, C, h, w)."""
         pixels = torch.stack([torch.from_numpy(p) for p in images])
-        z = self.vae.encode(pixels).latent_dist.mean
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        out: torch.Tensor = (z - shift) * self.vae.config.scaling_factor
-        return out
+        z: torch.Tensor = self.vae.encode(pixels).latent_dist.mean
+        return families.LatentScale.of(self.vae.config).from_encoder(z)
 
     @property
     def shown_size(self) -> str:

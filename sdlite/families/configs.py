@@ -6,7 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from sdlite.schema import BOOL, Json, Rule, each, either, number, optional, record, text, whole
+from sdlite.schema import (
+    BOOL,
+    Config,
+    Json,
+    Rule,
+    each,
+    either,
+    number,
+    optional,
+    record,
+    text,
+    whole,
+)
 
 T = TypeVar("T")
 
@@ -77,7 +89,7 @@ SCHEMAS: dict[str, dict[str, Rule]] = {
 }
 
 
-def check_config(part: str, path: Path, config: Json) -> None:
+def check_config(part: str, path: Path, config: Config) -> None:
     """Look at the values of a network's config.json before anything uses them.
 
     Raises:
@@ -86,7 +98,7 @@ def check_config(part: str, path: Path, config: Json) -> None:
     record(SCHEMAS.get(part, {}))(path, "", config)
 
 
-def vae_config(config: Json) -> Json:
+def vae_config(config: Config) -> Json:
     """vae/config.json with the keys that diffusers adds in memory and other readers miss.
 
     SD-1.4's has no `scaling_factor` (optimum takes 8 then), TAESD's no `block_out_channels`: its
@@ -111,7 +123,7 @@ class LatentScale:
     shift: float = 0.0
 
     @classmethod
-    def of(cls, config: Json) -> LatentScale:
+    def of(cls, config: Config) -> LatentScale:
         """`config`: content of vae/config.json."""
         known = vae_config(config)
         return cls(known["scaling_factor"], known.get("shift_factor") or 0.0)
@@ -125,7 +137,7 @@ class LatentScale:
         return cast(T, (cast(Any, latents) - self.shift) * self.factor)
 
 
-def vae_stride(config: Json) -> int:
+def vae_stride(config: Config) -> int:
     """Pixels per latent: each block of a VAE but one halves the size. `config`: content of
     vae/config.json.
     """

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from sdlite.errors import InputError, UnknownNameError, printable
 from sdlite.sampling import exponential, solvers
 from sdlite.sampling.schedule import DEFAULTS, HARMLESS, KEYS, Schedule
-from sdlite.schema import Json, shown
+from sdlite.schema import Config, shown
 
 
 def _with_karras(plain: dict[str, type[solvers.SigmaSampler]]) -> dict[str, type[solvers.Sampler]]:
@@ -103,7 +103,7 @@ def _way_out(nearest: str) -> str:
     return f"choose another with sampler= (--sampler); the nearest is {nearest!r}, all are {every}."
 
 
-def sampler_of(config: Json) -> str:
+def sampler_of(config: Config) -> str:
     """diffusers' scheduler config -> our sampler's name.
 
     Raises:
@@ -127,7 +127,7 @@ def sampler_of(config: Json) -> str:
     return name
 
 
-def _refuse(kind: str, settings: Mapping[str, object], config: Json, nearest: str) -> None:
+def _refuse(kind: str, settings: Mapping[str, object], config: Config, nearest: str) -> None:
     for key, accepted in {**_ONLY, **_ONLY_OF.get(kind, {})}.items():
         if nearest.startswith("dpm++2m-sde") and key == "solver_order":
             accepted = (2,)

@@ -8,16 +8,15 @@ them whatever the file says, so neither is read: `steps_offset` is 1, `clip_samp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Never
+from typing import Never
 
 import numpy as np
 
 from sdlite.errors import ArtifactError, InputError, UnknownNameError
 from sdlite.schema import (
     BOOL,
-    Json,
+    Config,
     Rule,
     each,
     either,
@@ -210,7 +209,7 @@ _ACCEPTED: dict[str, Rule] = {
 }
 
 
-def _check(config: Mapping[str, Any], defaults: Json) -> None:
+def _check(config: Config, defaults: Config) -> None:
     """Every value that is there, used or not.
 
     A null has no meaning where the class's default is not off: diffusers would take it for false.
@@ -267,10 +266,10 @@ class Schedule:
     trained_betas: tuple[float, ...] | None = None
     prediction_type: str = "epsilon"
     rescale_betas_zero_snr: bool = False
-    settings: Json = field(default_factory=dict)
+    settings: Config = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
+    def from_config(cls, config: Config) -> Schedule:
         """A scheduler_config.json, of any class.
 
         Raises:

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import sdlite
 from sdlite.errors import InputError, UnknownNameError
+from sdlite.families import LatentScale
 from sdlite.sampling import (
     SAMPLERS,
     Noise,
@@ -187,3 +192,39 @@ def test_lcm_takes_at_most_its_training_grid():
 
 def test_heun_calls_the_network_twice_a_step():
     assert get_sampler("heun", EPS, 3).timesteps.tolist() == [999, 499.5, 499.5, 0, 0]
+
+
+# --- conventions that occur once
+
+
+def test_latents_go_to_the_decoder_and_back():
+    scale = LatentScale.of({"scaling_factor": 0.5, "shift_factor": 0.25})
+    latents = np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3)
+    there = scale.to_decoder(latents)
+    np.testing.assert_array_equal(there, latents * 2 + 0.25)
+    assert there.dtype == np.float32
+    np.testing.assert_array_equal(scale.from_encoder(there), latents)
+    assert LatentScale.of({}).factor == 0.18215, "SD-1.4's file has none"
+    assert LatentScale.of({"_class_name": "AutoencoderTiny"}).factor == 1
+
+
+def test_guidance_of_arrays_and_tensors_is_one_formula():
+    u, c = np.array([1, 2], np.float32), np.array([3, 0], np.float32)
+    np.testing.assert_array_equal(guide(u, c, 7.5), [16, -13])
+    np.testing.assert_array_equal(guide(u, c, 1.0), c)
+    assert guide(u, c, 7.1).dtype == np.float32
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    made = guide(torch.from_numpy(u), torch.from_numpy(c), 7.5)
+    np.testing.assert_array_equal(made.numpy(), [16, -13])
+
+
+def test_no_other_line_scales_latents_or_guides():
+    """Each of the two formulas is written once in the package."""
+    formulas = {
+        r"[*/] *[\w.]*scaling_factor": [],
+        r"\* \((cast\(Any, )?(cond|with_prompt|text)\)? - (u|uncond|without)": ["loop.py"],
+    }
+    root = Path(sdlite.__file__).parent
+    for formula, expected in formulas.items():
+        files = [f.name for f in sorted(root.rglob("*.py")) if re.search(formula, f.read_text())]
+        assert files == expected, formula

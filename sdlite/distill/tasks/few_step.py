@@ -34,7 +34,7 @@ from sdlite.distill.tasks.base import (
     Weight,
 )
 from sdlite.distill.train import Batch, Modules
-from sdlite.sampling import guided
+from sdlite.sampling import guide, guided
 from sdlite.settings import At, settings
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class FromTeacher(Denoising):
         empty = self.embeds(self.source.empty_ids[None].to(x.device)).expand_as(embeds)
         both = self.teacher(torch.cat([x, x]), torch.cat([t, t]), torch.cat([empty, embeds])).sample
         without, with_prompt = both.chunk(2)
-        return without + self.guidance_scale * (with_prompt - without)
+        return guide(without, with_prompt, self.guidance_scale)
 
     def save(self, modules: Modules, folder: Path) -> None:
         super().save({"unet": modules["unet"]}, folder)
