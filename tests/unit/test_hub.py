@@ -77,6 +77,28 @@ def commit(revision: str, files: dict[str, bytes]) -> str:
     return hashlib.sha1("\n".join([revision, *sorted(files)]).encode()).hexdigest()
 
 
+def refs(repo: dict[str, dict[str, bytes]]) -> dict[str, list[dict[str, str]]]:
+    """Branches, tags and pull requests, as the hub lists them."""
+    kinds = {"branches": "main", "tags": "v", "pullRequests": "refs/"}
+    rows = {
+        kind: [
+            {"name": r, "ref": r, "targetCommit": commit(r, files)}
+            for r, files in repo.items()
+            if r.startswith(start)
+        ]
+        for kind, start in kinds.items()
+    }
+    return {**rows, "converts": []}
+
+
+def tree(files: dict[str, bytes]) -> list[dict[str, object]]:
+    """Files of a revision, as the hub lists them."""
+    return [
+        {"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+        for f, d in files.items()
+    ]
+
+
 class Handler(BaseHTTPRequestHandler):
     server: Hub
 
@@ -98,16 +120,7 @@ class Handler(BaseHTTPRequestHandler):
         if repo is None:
             return self.error("RepoNotFound", body)
         if what == "refs":
-            kinds = {"branches": "main", "tags": "v", "pullRequests": "refs/"}
-            rows = {
-                k: [
-                    {"name": r, "ref": r, "targetCommit": commit(r, f)}
-                    for r, f in repo.items()
-                    if r.startswith(v)
-                ]
-                for k, v in kinds.items()
-            }
-            return self.json({**rows, "converts": []}, body)
+            return self.json(refs(repo), body)
         revision, _, name = rest[0].partition("/") if what == "resolve" else (rest[0], "", "")
         revision = unquote(revision)
         revision = next((r for r in repo if revision in (r, commit(r, repo[r]))), None)
@@ -115,47 +128,43 @@ class Handler(BaseHTTPRequestHandler):
             return self.error("RevisionNotFound", body)
         files = repo[revision]
         if what == "revision":
-            return self.json(
-                {
-                    "id": path,
-                    "sha": commit(revision, files),
-                    "siblings": [{"rfilename": f} for f in files],
-                },
-                body,
-            )
+            siblings = [{"rfilename": f} for f in files]
+            about = {"id": path, "sha": commit(revision, files), "siblings": siblings}
+            return self.json(about, body)
         if what == "tree":
-            rows = [
-                {"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
-                for f, d in files.items()
-            ]
-            return self.json(rows, body)
-        data = files[unquote(name)]
+            return self.json(tree(files), body)
+        return self.file(name, files[unquote(name)], commit(revision, files), body)
+
+    def file(self, name: str, data: bytes, sha: str, body: bool):
         if name in self.server.refused:
             return self.error("Forbidden", body, 403)
+        tag = hashlib.sha1(data).hexdigest()
         if name in self.server.change:
             data = data[:-1] + bytes([data[-1] ^ 1])
-        start = 0
-        if "Range" in self.headers:
-            start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         if body:
             self.server.served.append((name, self.command, self.headers.get("Range")))
         self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha1(files[unquote(name)]).hexdigest()}"')
-        self.send_header("X-Repo-Commit", commit(revision, files))
+        self.send_header("ETag", f'"{tag}"')
+        self.send_header("X-Repo-Commit", sha)
         self.send_header("Content-Length", str(len(data) - start))
         self.send_header("Accept-Ranges", "bytes")
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         if body:
-            if self.server.cut.get(name, 0) > 0:
-                self.server.cut[name] -= 1
-                self.wfile.write(data[start : start + (len(data) - start) // 2])
-                self.wfile.flush()
-                self.connection.close()
-                return None
-            self.wfile.write(data[start:])
+            self.send(name, data[start:])
         return None
+
+    def send(self, name: str, data: bytes):
+        """All of it, or half where the connection breaks off."""
+        if self.server.cut.get(name, 0) <= 0:
+            self.wfile.write(data)
+            return
+        self.server.cut[name] -= 1
+        self.wfile.write(data[: len(data) // 2])
+        self.wfile.flush()
+        self.connection.close()
 
     def json(self, value, body):
         data = json.dumps(value).encode()
