@@ -20,6 +20,7 @@ PUBLISHED = {
     "bk-sdm-v2-tiny": "nota-ai/bk-sdm-v2-tiny",
     "tiny-sd": "segmind/tiny-sd",
     "small-sd": "segmind/small-sd",
+    "lcm-dreamshaper": "SimianLuo/LCM_Dreamshaper_v7",
     "sdxs-09": "IDKiro/sdxs-512-0.9",
     "sdxs-dreamshaper": "IDKiro/sdxs-512-dreamshaper",
 }
@@ -106,7 +107,7 @@ def published() -> list[str]:
             f"{float(last[name]['runs']['onnxruntime fp16']):.1f}",
         ]
         for name, hub in PUBLISHED.items()
-        if name in last
+        if name in last and not isinstance(last[name].get("runs", {}).get("torch fp32", ""), str)
     ]
     refused = sorted(
         name for name, r in last.items() if "refused" in str(r.get("runs", {}).get("torch fp32"))
