@@ -321,6 +321,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
                     k: last[k]
                     for k in ("parameters", "macs", "calls", "steps", "guidance", "sampler")
                 },
+                "kids": {str(r["seed"]): r["kid"] for r in found},
                 "teacher_macs": teachers.get(table),
                 "minutes": float(
                     np.median([r["minutes"] for r in found])
@@ -353,7 +354,7 @@ def summary_text(results: Path) -> str:
     return json.dumps(summary(_rows(results)), indent=1) + "\n"
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     ap = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -382,9 +383,7 @@ def main() -> None:
     ap.add_argument("--results", type=Path, default=RESULTS)
     args = ap.parse_args()
     if args.table == "summary":
-        write_summary(args.results, SUMMARY)
-        print(f"{SUMMARY}: {len(json.loads(SUMMARY.read_text())['rows'])} rows")
-        return
+        return args
     if missing := [f"--{k}" for k in ("teacher", "latents", "out") if getattr(args, k) is None]:
         ap.error(f"{args.table} needs {', '.join(missing)}")
     strategies = SIZE if args.table == "size" else STEPS
@@ -392,82 +391,102 @@ def main() -> None:
         ap.error(f"{sorted(unknown)} are not in {args.table}; choose of {', '.join(strategies)}")
     if args.table == "steps" and args.student is None:
         ap.error("steps needs --student")
+    return args
 
-    from benchmarks.env import environment
 
-    about = {**environment(), "command": "python -m benchmarks.distil " + " ".join(sys.argv[1:])}
-    before = _rows(args.results)
-    done = {(r["table"], r["strategy"], r["seed"], r["images"]) for r in before}
-    bench = Bench(args)
-    reference = {
-        "teacher": (args.teacher, Strategy("", steps=50)),
-        "teacher, 4 steps": (args.teacher, Strategy("", steps=4)),
-    }
-    if args.student is not None:
-        reference |= {
-            "start": (args.student, Strategy("", steps=25)),
-            "start, 4 steps": (args.student, Strategy("", steps=4)),
+class Rows:
+    """The results file: what is measured already, and what is added."""
+
+    def __init__(self, args: argparse.Namespace):
+        from benchmarks.env import environment
+
+        command = "python -m benchmarks.distil " + " ".join(sys.argv[1:])
+        self.args, self.about = args, {**environment(), "command": command}
+        self.before = _rows(args.results)
+        self.done = {(r["table"], r["strategy"], r["seed"], r["images"]) for r in self.before}
+
+    def has(self, name: str, seed: int, images: int) -> bool:
+        return (self.args.table, name, seed, images) in self.done
+
+    def of_other_table(self, name: str, seed: int) -> dict[str, Any] | None:
+        """The teacher's row with the same protocol; the teacher is the same in both tables."""
+        wanted = (name, seed, self.args.prompts, self.args.heldout)
+        known = [
+            r
+            for r in self.before
+            if (r["strategy"], r["seed"], r["prompts"], r["heldout"]) == wanted
+        ]
+        return known[-1] if known and name.startswith("teacher") else None
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.args.results.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.args.results, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def write(self, name: str, seed: int, images: int, row: dict[str, Any]) -> None:
+        protocol = {
+            "table": self.args.table,
+            "strategy": name,
+            "seed": seed,
+            "images": images,
+            "prompts": self.args.prompts,
+            "heldout": self.args.heldout,
         }
-
-    def write(name: str, seed: int, images: int, row: dict[str, Any]) -> None:
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.results, "a") as f:
-            protocol = {
-                "table": args.table,
-                "strategy": name,
-                "seed": seed,
-                "images": images,
-                "prompts": args.prompts,
-                "heldout": args.heldout,
-            }
-            f.write(json.dumps({**protocol, **row, **about}) + "\n")
+        self.append({**protocol, **row, **self.about})
         print(
             f"{name} (seed {seed}): identity {row['identity@1']:.1%}, KID {row['kid']:.1f}, PSNR to"
             f" teacher {row['paired_psnr']:.2f} dB",
             flush=True,
         )
 
+
+def _measure_references(bench: Bench, rows: Rows, seed: int) -> None:
+    """Rows of what is not trained here: the teacher, and the student that `steps` starts from."""
+    args = rows.args
+    reference = {"teacher": (args.teacher, 50), "teacher, 4 steps": (args.teacher, 4)}
+    if args.student is not None:
+        reference |= {"start": (args.student, 25), "start, 4 steps": (args.student, 4)}
+    for name, (folder, steps) in reference.items():
+        if rows.has(name, seed, 0):
+            continue
+        if (known := rows.of_other_table(name, seed)) is not None:
+            rows.append({**known, "table": args.table})
+        else:
+            measured = bench.measure(folder, Strategy("", steps=steps), seed)
+            rows.write(name, seed, 0, {"minutes": 0.0, "loss": None, **measured})
+
+
+def _measure_strategy(bench: Bench, rows: Rows, name: str, s: Strategy, seed: int) -> None:
+    """Train one strategy and write its row."""
+    folder = bench.run_folder(name, seed)
+    trained = bench.train(name, s, seed, folder)
+    if not trained["finished"]:  # interrupted: a row would claim the whole budget
+        raise SystemExit(
+            f"{name} (seed {seed}) was stopped after {trained['images']} images; start again to go"
+            " on from there."
+        )
+    row = {
+        "minutes": trained["seconds"] / 60,
+        "loss": trained["loss"],
+        "mixed_precision": rows.args.mixed_precision,
+        **bench.measure(folder / "model", s, seed),
+    }
+    rows.write(name, seed, rows.args.images, row)
+
+
+def main() -> None:
+    args = _arguments()
+    if args.table == "summary":
+        write_summary(args.results, SUMMARY)
+        print(f"{SUMMARY}: {len(json.loads(SUMMARY.read_text())['rows'])} rows")
+        return
+    bench, rows = Bench(args), Rows(args)
+    strategies = SIZE if args.table == "size" else STEPS
     for seed in range(args.seeds):
-        for name, (folder, s) in reference.items():
-            known = [
-                r
-                for r in before
-                if (r["strategy"], r["seed"], r["prompts"], r["heldout"])
-                == (name, seed, args.prompts, args.heldout)
-            ]
-            if (
-                (args.table, name, seed, 0) not in done and name.startswith("teacher") and known
-            ):  # of the other table
-                with open(args.results, "a") as f:
-                    f.write(json.dumps({**known[-1], "table": args.table}) + "\n")
-            elif (args.table, name, seed, 0) not in done:
-                write(
-                    name, seed, 0, {"minutes": 0.0, "loss": None, **bench.measure(folder, s, seed)}
-                )
-        for name, s in strategies.items():
-            if (args.table, name, seed, args.images) in done or (
-                args.only and name not in args.only
-            ):
-                continue
-            folder = bench.run_folder(name, seed)
-            trained = bench.train(name, s, seed, folder)
-            if not trained["finished"]:  # interrupted: a row would claim the whole budget
-                raise SystemExit(
-                    f"{name} (seed {seed}) was stopped after {trained['images']} images; start"
-                    " again to go on from there."
-                )
-            row = bench.measure(folder / "model", s, seed)
-            write(
-                name,
-                seed,
-                args.images,
-                {
-                    "minutes": trained["seconds"] / 60,
-                    "loss": trained["loss"],
-                    "mixed_precision": args.mixed_precision,
-                    **row,
-                },
-            )
+        _measure_references(bench, rows, seed)
+        for name in args.only or strategies:
+            if not rows.has(name, seed, args.images):
+                _measure_strategy(bench, rows, name, strategies[name], seed)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

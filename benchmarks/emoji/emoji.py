@@ -4,16 +4,19 @@ sampling weights.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from sdlite.distill.data import read_shards
+from sdlite.distill import pixels, shards
 
 SHARD = Path(__file__).parent / "emoji-000000.tar.gz"
 STUDENT = Path(__file__).parents[2] / "sdlite" / "models" / "emoji"
@@ -95,8 +98,35 @@ class Emoji:
         return [str(t) for t in np.random.default_rng(int(u * 2**32)).permutation(tags)[:n]]
 
 
+@dataclass
+class Sample:
+    """An image of the shard and what its .json says."""
+
+    key: str
+    image: Image.Image
+    meta: dict[str, Any]
+
+
+def read_shard(path: Path) -> list[Sample]:
+    """Every pair of <key>.webp and <key>.json.
+
+    Raises:
+        ValueError: the shard holds anything else, or is damaged.
+    """
+    left: list[str] = []
+    reader, out = shards.Reader(), []
+    for key, files in shards.samples(path, lambda name, why: left.append(f"{name} {why}")):
+        if set(files) != {"webp", "json"}:
+            raise ValueError(f"{key} has {sorted(files)}, not a .webp and a .json")
+        image = pixels.decode(reader.read(path, files["webp"]))
+        out.append(Sample(key, image, json.loads(files["json"].text or b"")))
+    if left:
+        raise ValueError(f"{path}: {left[0]}")
+    return out
+
+
 def load(shard: Path = SHARD) -> Emoji:
-    samples = read_shards(shard).samples
+    samples = read_shard(shard)
     return Emoji(
         rgba=torch.from_numpy(np.stack([np.asarray(s.image.convert("RGBA")) for s in samples]))
         .permute(0, 3, 1, 2)

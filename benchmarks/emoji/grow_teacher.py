@@ -12,9 +12,8 @@ import argparse
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
+from grow import grow
 from train_teacher import build_unet
-
-from sdlite.distill.grow import grow
 
 
 def main() -> None:

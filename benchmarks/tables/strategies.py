@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.tables.rows import RESULTS, read, table
+from sdlite.distill.evidence import DRAWS, judge
 
 STRATEGIES = [  # the article's second table: strategy, fewer parameters, faster, FID
     ["feature", "40%", "2.5x", "18.2"],
@@ -27,7 +28,6 @@ AIDS = (
     "feature + output + mask",
     "feature + output + channel, temperature 4 to 1",
 )  # against feature + output
-RECOGNISABLE = 0.05  # identity@1 below this is chance and luck
 SCORES = {  # column -> (key of a row, factor, digits)
     "KID x1000": ("kid", 1, 1),
     "FID": ("fid", 1, 1),
@@ -117,7 +117,7 @@ def _note(mine: list[Row]) -> str:
         f"No student of this budget draws recognizable images (identity@1 {best:.1%} at best): the"
         " table ranks losses, it does not promise students. "
     )
-    return (short if best < RECOGNISABLE else "") + (
+    return (short if best < DRAWS else "") + (
         f"Mean ± standard deviation over seeds; {r['prompts']} prompts and {r['heldout']}"
         " held-out ones a seed; s/image: torch, batch 1, float32, the fastest of the rows with the"
         " same network and calls. FID is biased at this N, and not comparable with the article's."
@@ -152,20 +152,7 @@ def aids(groups: dict[tuple[str, int], list[dict[str, Any]]]) -> list[str]:
         against, base = (
             ("feature + output", plain) if name in AIDS else ("task", by_name.get("task", {}))
         )
-        both = sorted(set(base) & set(by_name.get(name, {})))
-        if len(both) < 2:
-            continue
-        gains = [base[s] - by_name[name][s] for s in both]
-        mean, spread_ = float(np.mean(gains)), float(np.std(gains, ddof=1))
-        said = (
-            "helps"
-            if mean > spread_
-            else "harms"
-            if mean < -spread_
-            else "makes no difference beyond the seeds' spread"
-        )
-        out.append(
-            f"- {name} against {against}: KID lower by {mean:.1f} ± {spread_:.1f}, the same"
-            f" {len(both)} seeds: it {said}."
-        )
+        verdict = judge(base, by_name.get(name, {}))
+        if verdict is not None:
+            out.append(f"- {name} against {against}: {verdict}.")
     return out

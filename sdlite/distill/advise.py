@@ -1,26 +1,36 @@
 """`advise`: which strategy? From device, memory, time and wish to a recipe, with the measured table
-    as evidence.
+as evidence.
 
 The table is `measured.json` beside this file: what `python -m benchmarks.distil summary` made of
-`benchmarks/results/distil.jsonl`. Nothing measured stands in this code; where the table has no row,
-the advice says "not measured yet" and what it rests on instead. What is computed here and now are
-parameters, bytes and multiply-accumulates, from the teacher's configuration.
+`benchmarks/results/distil.jsonl`. Nothing measured stands in this code. Only rows in which students
+draw something count as evidence (`sdlite.distill.evidence`); where there is none, the advice is the
+published recipe with its source and cost. Where the time is too short for it, the advice says so.
+What is computed here and now are parameters, bytes and multiply-accumulates, from the teacher's
+configuration.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdlite.distill.evidence import DRAWS, Verdict, judge
 from sdlite.distill.recipe import Recipe
 from sdlite.distill.students import PRESETS, StudentSpec, parameters, shape
 from sdlite.errors import InputError, UnknownNameError
 from sdlite.spec import latent_size
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+Row = dict[str, Any]  # of measured.json
+Said = dict[str, Any]  # a [[stage]] of a recipe
 
 TABLE = Path(__file__).parent / "measured.json"
 # device -> precision, bytes of a weight in it, the next command
@@ -49,6 +59,15 @@ WISHES = ("quality", "balanced", "speed")
 # How much worse than the student before its step distillation (KID) a few-step student may be, for
 # each wish.
 ALLOWED = {"quality": 1.0, "balanced": 1.15, "speed": 1.3}
+# The fewest network calls for each wish. The measured students of few steps began as a four-step
+# student, on images of 64 pixels: what a fresh one loses in one step they do not show.
+LEAST_CALLS = {"quality": 8, "balanced": 4, "speed": 1}
+PUBLISHED = (
+    "BK-SDM, arXiv:2305.15798: 50,000 steps of 256 images of 0.22M LAION pairs, 13 days of an A100"
+)
+PUBLISHED_IMAGES = 50_000 * 256
+USUAL_IMAGES = 50_000  # of a stage for fewer steps or another part; a convention, not measured
+UNMEASURED = "not measured yet by us"
 UNMEASURED_STEPS = {
     "quality": [16, 8],
     "balanced": [16, 8, 4],
@@ -90,70 +109,61 @@ class Advice:
 class Table:
     """The measured rows, and what they say beyond their spread."""
 
-    def __init__(self, data: dict[str, Any]):
-        self.rows: list[dict[str, Any]] = data.get("rows", [])
+    def __init__(self, data: Mapping[str, Any]):
+        self.rows: list[Row] = data.get("rows", [])
 
     @classmethod
     def load(cls, path: Path = TABLE) -> Table:
         return cls(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
 
-    def find(self, table: str, strategy: str) -> dict[str, Any] | None:
+    def find(self, table: str, strategy: str) -> Row | None:
         """The row of a strategy with the largest budget."""
         found = [r for r in self.rows if (r["table"], r["strategy"]) == (table, strategy)]
         return max(found, key=lambda r: r["images"], default=None)
 
-    def trained(self, table: str) -> list[dict[str, Any]]:
+    def trained(self, table: str) -> list[Row]:
         names = dict.fromkeys(
             r["strategy"] for r in self.rows if r["table"] == table and r["images"]
         )
         return [r for n in names if (r := self.find(table, n)) is not None]
 
-    def difference(
-        self, table: str, one: str, other: str, metric: str = "kid"
-    ) -> tuple[float, float] | None:
-        """(mean of `one` minus mean of `other`, standard error of it over seeds); None when either
-        is not measured.
-        """
-        a, b = self.find(table, one), self.find(table, other)
-        if a is None or b is None:
-            return None
-        error = math.sqrt(sum(r["std"][metric] ** 2 / max(r["seeds"], 1) for r in (a, b)))
-        return a["mean"][metric] - b["mean"][metric], error
+    def drawing(self, table: str) -> list[Row]:
+        """`trained`, of students that draw something (`evidence.DRAWS`)."""
+        return [r for r in self.trained(table) if r["mean"]["identity@1"] >= DRAWS]
+
+    def verdict(self, table: str, one: str, against: str) -> Verdict | None:
+        """`one` against another strategy; None when either is not measured, or in one seed only."""
+        a, b = self.find(table, one), self.find(table, against)
+        return None if a is None or b is None else judge(_kids(b), _kids(a))
 
     def aids(self) -> list[str]:
-        """A line for each strategy of size: does it help beyond the spread, against the plain
-        task's loss or what it adds to?
+        """A line for each loss: does it help beyond the spread, against the plain task's loss or
+        what it adds to?
         """
-        pairs = [
-            ("from scratch", "task"),
-            ("output", "task"),
-            ("feature", "task"),
-            ("feature + output", "task"),
-            ("feature + output + multi-scale", "feature + output"),
-            ("feature + output + mask", "feature + output"),
-            ("feature + output + channel, temperature 4 to 1", "feature + output"),
-            ("article's literal loss", "task"),
-        ]
-        return [f"{one}, against {other}: {self._verdict(one, other)}" for one, other in pairs]
+        plain, both = "task", "feature + output"
+        against = {
+            "from scratch": plain,
+            "output": plain,
+            "feature": plain,
+            both: plain,
+            f"{both} + multi-scale": both,
+            f"{both} + mask": both,
+            f"{both} + channel, temperature 4 to 1": both,
+            "article's literal loss": plain,
+        }
+        return [f"{one} against {base}: {self._said(one, base)}" for one, base in against.items()]
 
-    def _verdict(self, one: str, other: str) -> str:
-        found = self.difference("size", one, other)
-        if found is None:
+    def _said(self, one: str, against: str) -> str:
+        if self.find("size", one) is None or self.find("size", against) is None:
             return "not measured yet"
-        d, error = found
-        if min(r["seeds"] for n in (one, other) if (r := self.find("size", n))) < 2:
-            return f"KID {d:+.2f}, of one seed: no verdict"
-        said = f"KID {d:+.2f} ± {error:.2f}"
-        return said + (
-            ", no difference beyond the seeds' spread"
-            if abs(d) <= 2 * error
-            else ", helps"
-            if d < 0
-            else ", harms"
-        )
+        return str(self.verdict("size", one, against) or "measured in one seed: no verdict")
 
 
-def macs(network: Any, tokens: int = 77) -> int:
+def _kids(row: Row) -> dict[int, float]:
+    return {int(seed): kid for seed, kid in row["kids"].items()}
+
+
+def macs(network: UNet2DConditionModel, tokens: int = 77) -> int:
     """Multiply-accumulates of one call of a UNet, batch 1, at its own size with `tokens` of text.
 
     Counted on the meta device: torch's counter does not see the fused attention of CPUs (torch
@@ -172,8 +182,8 @@ def macs(network: Any, tokens: int = 77) -> int:
     return int(counter.get_total_flops() // 2)
 
 
-def decoder_macs(vae: Any, size: tuple[int, int]) -> int:
-    """Multiply-accumulates of decoding one picture of latents of `size`, height and width."""
+def decoder_macs(vae: AutoencoderKL, size: tuple[int, int]) -> int:
+    """Multiply-accumulates of decoding one image of latents of `size`, height and width."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -248,13 +258,13 @@ def advise(
     return Advice(recipe, reasons, then)
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parsed(text: str) -> Said:
     import tomllib
 
     return tomllib.loads(text)
 
 
-def _teacher(folder: str | Path | None) -> tuple[Any, Any, int]:
+def _teacher(folder: str | Path | None) -> tuple[UNet2DConditionModel, AutoencoderKL, int]:
     """Its UNet and VAE on the meta device, and the parameters of text encoder and VAE decoder."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -278,7 +288,7 @@ def _teacher(folder: str | Path | None) -> tuple[Any, Any, int]:
 
 
 def _size(
-    unet: Any, rest: int, device: str, memory_gb: float, wish: str
+    unet: UNet2DConditionModel, rest: int, device: str, memory_gb: float, wish: str
 ) -> tuple[str | None, list[str]]:
     """The preset (None: the teacher's own size) and why."""
     sizes: dict[str | None, int] = {None: parameters(unet)}
@@ -318,7 +328,7 @@ def _size(
 
 
 def _decoder(
-    stages: list[dict[str, Any]], vae: Any, size: tuple[int, int], work: int, calls: int, wish: str
+    stages: list[Said], vae: AutoencoderKL, size: tuple[int, int], work: int, calls: int, wish: str
 ) -> list[str]:
     """In place: a tiny-decoder stage where decoding is most of the work and the wish is speed.
     Returns why.
@@ -340,47 +350,49 @@ def _decoder(
     return [text + "; the wish is speed, so it is trained"]
 
 
-def _stages(
-    table: Table, wish: str, preset: str | None
-) -> tuple[list[dict[str, Any]], int, list[str]]:
-    """Stages without images, network calls of a picture, and why."""
-    stages: list[dict[str, Any]] = []
-    reasons: list[str] = []
-    if preset is not None:
-        rows = [
-            r
-            for r in table.trained("size")
-            if all(s.get("kind") == "output" and not s.get("article") for s in r["stages"])
-        ]
-        rows = [r for r in rows if r["strategy"] != "from scratch"]
-        if rows:
-            best = min(rows, key=lambda r: r["mean"]["kid"])
-            equal = [
-                r
-                for r in rows
-                if (d := table.difference("size", r["strategy"], best["strategy"]))
-                and d[0] <= 2 * d[1]
-            ]
-            chosen = min(equal or [best], key=lambda r: r["minutes"])
-            reasons.append(
-                f"losses: {chosen['strategy']}: KID {_figure(chosen, 'kid')}, best is"
-                f" {best['strategy']} with {_figure(best, 'kid')}; of those within the spread the"
-                f" one that trains fastest ({chosen['minutes']:.0f} min for {chosen['images']:,}"
-                " images)"
-            )
-            stages += [_plain(s) for s in chosen["stages"]]
-        else:
-            reasons.append(
-                "losses: task + output + feature, as BK-SDM (arXiv:2305.15798); not measured yet"
-                " by us"
-            )
-            stages.append({"kind": "output", "feature_weight": 0.1})
+def _stages(table: Table, wish: str, preset: str | None) -> tuple[list[Said], int, list[str]]:
+    """Stages without images, network calls of an image, and why."""
+    stages, reasons = _losses(table) if preset is not None else ([], [])
     few, calls, said = _few_steps(table, wish)
     return stages + few, calls, [*reasons, said]
 
 
-def _few_steps(table: Table, wish: str) -> tuple[list[dict[str, Any]], int, str]:
-    rows, start = table.trained("steps"), table.find("steps", "start")
+def _losses(table: Table) -> tuple[list[Said], list[str]]:
+    """The stage that makes the student smaller, and why: of measured students that draw something
+    the best, or the one that trains fastest of those that it does not beat; else as published.
+    """
+    rows = [r for r in table.drawing("size") if _distills(r)]
+    if not rows:
+        measured = "no measured student draws anything" if table.trained("size") else UNMEASURED
+        return [{"kind": "output", "feature_weight": 0.1}], [
+            f"losses: task + output + feature, as published ({PUBLISHED}); {measured}"
+        ]
+    best = min(rows, key=lambda r: float(r["mean"]["kid"]))
+
+    def beaten(row: Row) -> bool:
+        verdict = table.verdict("size", best["strategy"], row["strategy"])
+        return verdict is None or verdict.word == "helps"
+
+    equal = [r for r in rows if r is best or not beaten(r)]
+    chosen = min(equal, key=lambda r: float(r["minutes"]))
+    return [_plain(s) for s in chosen["stages"]], [
+        f"losses: {chosen['strategy']}: KID {_figure(chosen, 'kid')}, best is"
+        f" {best['strategy']} with {_figure(best, 'kid')}; of those that it does not beat beyond"
+        f" the seeds' spread the one that trains fastest ({chosen['minutes']:.0f} min for"
+        f" {chosen['images']:,} images)"
+    ]
+
+
+def _distills(row: Row) -> bool:
+    """Whether a teacher's output or features were learned, and not the article's literal loss."""
+    return row["strategy"] not in ("from scratch", "task") and not any(
+        s.get("article") for s in row["stages"]
+    )
+
+
+def _few_steps(table: Table, wish: str) -> tuple[list[Said], int, str]:
+    rows, start = table.drawing("steps"), table.find("steps", "start")
+    rows = [r for r in rows if r["calls"] >= LEAST_CALLS[wish]]
     if not rows or start is None:
         halvings = UNMEASURED_STEPS[wish]
         return (
@@ -402,7 +414,8 @@ def _few_steps(table: Table, wish: str) -> tuple[list[dict[str, Any]], int, str]
         else min(rows, key=lambda r: r["mean"]["kid"])
     )
     why = (
-        f"the fewest network calls with KID within {ALLOWED[wish]:g}x of"
+        f"the fewest network calls of {LEAST_CALLS[wish]} or more with KID within"
+        f" {ALLOWED[wish]:g}x of"
         if good
         else "no strategy is within the allowed KID; the best one against"
     )
@@ -417,7 +430,7 @@ def _few_steps(table: Table, wish: str) -> tuple[list[dict[str, Any]], int, str]
     )
 
 
-def _plain(stage: dict[str, Any]) -> dict[str, Any]:
+def _plain(stage: Said) -> Said:
     return {
         k: v
         for k, v in stage.items()
@@ -425,63 +438,77 @@ def _plain(stage: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _figure(row: dict[str, Any], metric: str) -> str:
+def _figure(row: Row, metric: str) -> str:
     return f"{row['mean'][metric]:.2f} ± {row['std'][metric]:.2f}"
 
 
 def _budget(
-    table: Table, stages: list[dict[str, Any]], minutes: float, rate: float | None, work: list[int]
+    table: Table, stages: list[Said], minutes: float, rate: float | None, work: list[int]
 ) -> list[str]:
-    """In place: `images` of each stage. Returns why. A step costs about the teacher's forward and
-    three of the student's.
-    """
-    cost = work[0] + 3 * work[1]
+    """In place: `images` of each stage. Returns why."""
     said = "as given"
-    measured = [r for r in table.trained("size") if r.get("teacher_macs") and r["minutes"]]
-    if rate is None and measured:
-        rates = [
-            r["images"] / r["minutes"] / 60 * (r["teacher_macs"] + 3 * r["macs"]) / cost
-            for r in measured
-        ]
-        rate = sorted(rates)[len(rates) // 2]
-        said = (
-            f"from {len(rates)} measured rows by multiply-accumulates ({measured[0]['cpu']});"
-            " another machine differs: check stats.jsonl"
-        )
-    trainings = sum(len(s.get("steps", [0])) for s in stages)
     if rate is None:
-        for s in stages:
-            s["images"] = 200_000 if s["kind"] == "output" else 50_000
+        rate, said = _rate(table, work)
+    trainings = [len(s.get("steps", [0])) for s in stages]
+    least = [_least(table, s) for s in stages]
+    needed = sum(n * images for n, images in zip(trainings, least, strict=True))
+    for s, images in zip(stages, least, strict=True):
+        s["images"] = images
+    if rate is None:
         return [
             "images: not measured yet, so the time of this recipe is not known; run it with"
             " --max-minutes 2, read images_per_second in stats.jsonl, and ask again with"
             f" --images-per-second for a recipe of {minutes:g} minutes"
         ]
     total = rate * minutes * 60
-    first = 0.5 if len(stages) > 1 and stages[0]["kind"] == "output" else 1.0
-    for n, s in enumerate(stages):
-        output = n == 0 and s["kind"] == "output"
-        share = (
-            first
-            if output
-            else (1 - first * (stages[0]["kind"] == "output"))
-            / max(trainings - (stages[0]["kind"] == "output"), 1)
-        )
-        s["images"] = max(1, round(total * share))
-    lines = [
-        f"images: {total:,.0f} in {minutes:g} minutes at {rate:.2f} images/s ({said}); half for the"
-        f" size, the rest for {trainings} trainings alike"
+    if total < needed:
+        return [
+            f"not on this machine in {minutes:g} minutes: the recipe needs {needed:,} images, which"
+            f" take {_time(needed / rate)} at {rate:.2f} images/s ({said}); the time is enough for"
+            f" {total:,.0f}. Give it more time, a faster machine or a smaller teacher: with fewer"
+            " images no student is known to draw anything"
+        ]
+    for s, images in zip(stages, least, strict=True):
+        s["images"] = int(images * total / needed)
+    return [
+        f"images: {total:,.0f} in {minutes:g} minutes at {rate:.2f} images/s ({said}), shared in"
+        f" proportion to what each stage needs ({needed:,} in all)"
     ]
-    least = min((r["images"] for r in table.trained("size")), default=0)
-    if least and min(s["images"] for s in stages) < least:
-        lines.append(
-            f"short: some stages get fewer images than the {least:,} of the measured rows; expect"
-            " less than they show"
-        )
-    return lines
 
 
-def _toml(name: str, preset: str | None, stages: list[dict[str, Any]], lr: float | None) -> str:
+def _rate(table: Table, work: list[int]) -> tuple[float | None, str]:
+    """Images a second by the measured rows, and how that is known. A step costs about the teacher's
+    forward and three of the student's.
+    """
+    cost = work[0] + 3 * work[1]
+    measured = [r for r in table.trained("size") if r.get("teacher_macs") and r["minutes"]]
+    rates = sorted(
+        r["images"] / r["minutes"] / 60 * (r["teacher_macs"] + 3 * r["macs"]) / cost
+        for r in measured
+    )
+    if not rates:
+        return None, ""
+    return rates[len(rates) // 2], (
+        f"from {len(rates)} measured rows by multiply-accumulates ({measured[0]['cpu']}); another"
+        " machine differs: check stats.jsonl"
+    )
+
+
+def _least(table: Table, stage: Said) -> int:
+    """Images of one training of the stage below which no student is known to draw anything."""
+    if stage["kind"] in ("text-encoder", "tiny-decoder"):
+        return USUAL_IMAGES
+    size = stage["kind"] == "output"
+    measured = [int(r["images"]) for r in table.drawing("size" if size else "steps")]
+    return min(measured, default=PUBLISHED_IMAGES if size else USUAL_IMAGES)
+
+
+def _time(seconds: float) -> str:
+    days = seconds / 86_400
+    return f"{days:,.1f} days" if days >= 1 else f"{seconds / 3600:.1f} hours"
+
+
+def _toml(name: str, preset: str | None, stages: list[Said], lr: float | None) -> str:
     lines = [
         f'name = "{name}"',
         "[student]",
@@ -493,5 +520,5 @@ def _toml(name: str, preset: str | None, stages: list[dict[str, Any]], lr: float
     return "\n".join(lines) + "\n"
 
 
-def _value(v: Any) -> str:
+def _value(v: object) -> str:
     return json.dumps(v) if isinstance(v, (str, list, tuple, bool)) else repr(v)

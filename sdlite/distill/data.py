@@ -42,13 +42,6 @@ MANY = 0.01  # of the samples left out: worth a warning
 _BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
-@dataclass
-class Sample:
-    key: str
-    image: Image.Image
-    meta: dict[str, Any]
-
-
 class _Left:
     """What was left out, and why, by a name that is used once."""
 
@@ -59,14 +52,6 @@ class _Left:
         self.skipped[key if key not in self.skipped else f"{key} ({len(self.skipped)})"] = (
             printable(why)
         )
-
-
-@dataclass
-class Shards(_Left):
-    """Samples of one or more shards, and what was left out of them and why."""
-
-    samples: list[Sample] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -133,30 +118,6 @@ def read(path: str | Path) -> Captions:
             f"data {path} holds no usable sample ({len(out.skipped)} left out; first: {first[0]}"
             f" {first[1]})."
         )
-    return out
-
-
-def read_shards(paths: list[Path] | Path) -> Shards:
-    """Read `<key>.(webp|png|jpg)` + `<key>.json` pairs from tar or tar.gz files; bad pairs are
-    skipped and listed.
-    """
-    out, reader = Shards(), shards.Reader()
-    for path in [paths] if isinstance(paths, Path) else paths:
-        for stem, files in shards.samples(path, out.leave):
-            image = next((files[s] for s in PICTURES if s in files), None)
-            if image is None or "json" not in files:
-                out.leave(stem, f"has {sorted(files)}, needs a picture and a .json")
-                continue
-            try:
-                out.samples.append(
-                    Sample(
-                        stem,
-                        pixels.decode(reader.read(path, image)),
-                        _object(files["json"].text or b""),
-                    )
-                )
-            except InputError as e:
-                out.leave(stem, str(e))
     return out
 
 

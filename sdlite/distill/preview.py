@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 # A pipeline's parts by name: networks "unet", "text_encoder" and "vae", a `ClipTokenizer`
 # "tokenizer", and its folder, "tokenizer_folder".
 Parts = dict[str, Any]
-Config = Mapping[str, object]  # a scheduler_config.json
+Config = dict[str, object]  # a scheduler_config.json
 SHOWN = 16  # images of a sample grid
 WIDE = 1024  # pixels: narrower grids are shown at twice their size
 

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from sdlite.distill import data, shards
-from sdlite.distill.data import read_shards
 from sdlite.errors import InputError
 
 
@@ -28,24 +27,14 @@ def shard(path, files):
             tar.addfile(info, io.BytesIO(data))
 
 
-def test_bad_and_missing_pictures_are_skipped_and_listed(tmp_path):
-    png = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(png, "PNG")
+def test_bad_and_missing_images_are_skipped_and_listed(tmp_path):
     meta = json.dumps({"caption": "x"}).encode()
-    files = {
-        "a.png": png.getvalue(),
-        "a.json": meta,
-        "b.png": b"no picture",
-        "b.json": meta,
-        "c.json": meta,
-        "d.png": png.getvalue(),
-        "d.json": b"{",
-    }
+    files = {"a.png": picture(), "a.json": meta, "c.json": meta, "d.png": picture(), "d.json": b"{"}
     shard(tmp_path / "s.tar.gz", files)
-    out = read_shards(tmp_path / "s.tar.gz")
-    assert [s.key for s in out.samples] == ["a"]
-    assert set(out.skipped) == {"b", "c", "d"}
-    assert "needs a picture" in out.skipped["c"]
+    captions, skipped = found(tmp_path / "s.tar.gz")
+    assert captions == ["x"]
+    assert set(skipped) == {"s.tar.gz: c", "s.tar.gz: d"}
+    assert "needs an image" in skipped["s.tar.gz: c"]
 
 
 def picture(color="red") -> bytes:
@@ -382,3 +371,12 @@ def test_names_that_are_no_path(tmp_path):
         data.read(tmp_path / "p.tar")
     (tmp_path / "data[1]").mkdir()
     assert found(folder(tmp_path / "data[1]"))[0] == ["good"]
+
+
+def test_the_benchmark_of_memory_reads_every_image(tmp_path):
+    from benchmarks import data_memory
+
+    row = data_memory.measure(data_memory.write_shard(tmp_path / "s.tar", 3))
+    assert (row["images"], row["skipped"]) == (2, 0)
+    assert 2 < row["shard_mib"] < 3.1
+    assert row["started_mib"] <= row["indexed_mib"] <= row["opened_mib"]

@@ -7,7 +7,7 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from diffusers import UNet2DConditionModel  # noqa: E402
 
-from sdlite.distill.grow import grow  # noqa: E402
+from benchmarks.emoji.grow import grow  # noqa: E402
 from sdlite.distill.students import (  # noqa: E402
     PRESETS,
     StudentSpec,
@@ -264,7 +264,7 @@ def test_grown_network_with_a_wrong_split_differs(monkeypatch):
     large = small(block_out_channels=(32, 64, 64), attention_head_dim=8)
     student = build(large, StudentSpec(width=0.5)).eval()
     monkeypatch.setattr(
-        "sdlite.distill.grow._Spread._head", lambda self, name: 1
+        "benchmarks.emoji.grow._Spread._head", lambda self, name: 1
     )  # heads torn apart
     assert (run(grow(student, dict(large.config)).eval()) - run(student)).abs().max() > 1e-3
 
