@@ -484,9 +484,10 @@ def main() -> None:
     strategies = SIZE if args.table == "size" else STEPS
     for seed in range(args.seeds):
         _measure_references(bench, rows, seed)
-        for name in args.only or strategies:
-            if not rows.has(name, seed, args.images):
-                _measure_strategy(bench, rows, name, strategies[name], seed)
+        for name, s in strategies.items():
+            asked = not args.only or name in args.only
+            if asked and not rows.has(name, seed, args.images):
+                _measure_strategy(bench, rows, name, s, seed)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
