@@ -4,6 +4,7 @@ half-written.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -36,6 +37,7 @@ from sdlite.io import sha256
 from sdlite.onnx_graph import Graph, constant
 from sdlite.pipeline import Pipeline
 from sdlite.settings import At, settings
+from sdlite.spec import Tensor
 from tests.conftest import EMOJI
 from tests.folders import relist
 
@@ -468,6 +470,19 @@ def test_a_target_from_outside_is_one_class(tmp_path, monkeypatch):
     path.write_text("target = 'copied'\n[options]\nlevel = 10\n")
     with pytest.raises(InputError, match="profile p, options: level=10; accepted: at most 9"):
         export(EMOJI, tmp_path / "x", target=path, **given)
+
+
+def test_a_unet_with_more_inputs_is_refused_before_any_work(tmp_path, monkeypatch):
+    right = Artifact.spec
+    more = Tensor("timestep_cond", ("B", "16"), "float32", "guidance, embedded")
+
+    def spec(self, part):
+        found = right(self, part)
+        return dataclasses.replace(found, inputs=(*found.inputs, more))
+
+    monkeypatch.setattr(Artifact, "spec", spec)
+    with pytest.raises(InputError, match="a UNet that takes timestep_cond too, which no export"):
+        export(EMOJI, tmp_path / "x", target="onnx")
 
 
 def test_every_target_says_which_backends_open_it():
