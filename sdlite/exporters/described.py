@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict
 from sdlite.exporters.parity import Recording
 from sdlite.exporters.targets.base import Runtime, Target
 from sdlite.manifest import PARTS
-from sdlite.spec import SPECS, Tensor
+from sdlite.spec import Tensor
 
 STEP = "step.onnx"  # of three graphs, see `sdlite.exporters.rewrites.hoist`
 
@@ -64,9 +64,10 @@ def networks(
             "storage": _storage(target, str(source[part]["storage"])),
             "arithmetic": str(source[part]["arithmetic"]),
             "inputs": [
-                tensors.input(t, given[t.name].shape, i) for i, t in enumerate(SPECS[part].inputs)
+                tensors.input(t, given[t.name].shape, i)
+                for i, t in enumerate(recording.specs[part].inputs)
             ],
-            "output": tensors.row(SPECS[part].output, answer.shape, "out0"),
+            "output": tensors.row(recording.specs[part].output, answer.shape, "out0"),
         }
         if not profile.dynamic:
             out[part]["batch"] = profile.rows

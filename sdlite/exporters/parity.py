@@ -17,6 +17,7 @@ from sdlite.instrument import Call, Tape, with_networks
 from sdlite.manifest import PARTS
 from sdlite.metrics import psnr, sqnr
 from sdlite.pipeline import Pipeline
+from sdlite.spec import SPECS, IOSpec
 
 MOST_PSNR, MOST_SQNR = 100.0, 200.0  # dB that stand for equal
 
@@ -46,6 +47,7 @@ class Recording:
     images: np.ndarray  # uint8 (N, H, W, 3)
     prompts: list[str]
     arguments: CallArguments
+    specs: dict[str, IOSpec] = field(default_factory=lambda: dict(SPECS))  # of the networks
 
 
 def record(pipe: Pipeline, prompts: Sequence[str], arguments: CallArguments) -> Recording:
@@ -54,7 +56,9 @@ def record(pipe: Pipeline, prompts: Sequence[str], arguments: CallArguments) -> 
     """
     calls: dict[str, list[Call]] = {p: [] for p in PARTS}
     taped = with_networks(pipe, {p: Tape(getattr(pipe.networks, p), calls[p]) for p in PARTS})
-    return Recording(calls, make_images(taped, prompts, arguments), list(prompts), arguments)
+    specs = {p: pipe.artifact.spec(p) for p in PARTS}
+    images = make_images(taped, prompts, arguments)
+    return Recording(calls, images, list(prompts), arguments, specs)
 
 
 def make_images(pipe: Pipeline, prompts: Sequence[str], arguments: CallArguments) -> np.ndarray:

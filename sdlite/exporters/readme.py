@@ -10,6 +10,7 @@ from sdlite.exporters.parity import Recording
 from sdlite.exporters.snippets import IMAGE, ONE
 from sdlite.exporters.targets.base import Runtime, Target
 from sdlite.pipeline import Pipeline
+from sdlite.spec import Tensor
 
 FILE = "README.md"
 _DPM = "DPMSolverMultistepScheduler"
@@ -102,6 +103,11 @@ def _table(about: Mapping[str, NetworkRow]) -> list[str]:
     return [*lines, ""]
 
 
+def _zeros(tensor: Tensor) -> str:
+    shape = (1, *map(int, tensor.shape[1:]))
+    return f"\n    {tensor.name}=np.zeros({shape}, np.{tensor.dtype}),"
+
+
 def _numbers(pipe: Pipeline, recording: Recording) -> dict[str, str]:
     """Placeholder -> Python code."""
     vae, name = pipe.vae_config, pipe.default_sampler
@@ -115,9 +121,15 @@ def _numbers(pipe: Pipeline, recording: Recording) -> dict[str, str]:
     if cls not in _NO_OFFSET:
         told["steps_offset"] = 1
     shift = vae.get("shift_factor") or 0.0
+    prepared, more = pipe.family.snippet(pipe.unet_config)
+    further = pipe.family.unet_inputs(pipe.unet_config)
     return {
         "LATENTS": repr((1, *given["sample"].shape[1:])),
         "EMBEDS": repr((1, *given["encoder_hidden_states"].shape[1:])),
+        "FURTHER": "".join(_zeros(t) for t in further),
+        "GUIDED": "False" if pipe.family.guides_itself(pipe.unet_config) else "guidance > 1",
+        "PREPARED": prepared,
+        "MORE": more,
         "CLASS": cls,
         "SETTINGS": "".join(f", {k}={v!r}" for k, v in told.items()),
         "PROMPT": repr(recording.prompts[0]),

@@ -12,7 +12,7 @@ unet = load("unet")
 noise = unet(
     sample=np.zeros(@LATENTS@, np.float32),
     timestep=np.array(500, np.float32),
-    encoder_hidden_states=np.zeros(@EMBEDS@, np.float32),
+    encoder_hidden_states=np.zeros(@EMBEDS@, np.float32),@FURTHER@
 )
 print(noise.shape, noise.dtype)
 """
@@ -37,15 +37,16 @@ def encode(text):
     return text_encoder(input_ids=ids.astype(np.int64))
 
 
-guided = guidance > 1
+guided = @GUIDED@
 conditions = [encode(prompt), encode(negative_prompt)] if guided else [encode(prompt)]
 scheduler.set_timesteps(steps)
 generator = torch.Generator("cpu").manual_seed(seed)
 latents = torch.randn(@LATENTS@, generator=generator) * scheduler.init_noise_sigma
-for t in scheduler.timesteps:
+@PREPARED@for t in scheduler.timesteps:
     sample = scheduler.scale_model_input(latents, t).numpy()
     timestep = np.array(t, np.float32)
-    answers = [unet(sample=sample, timestep=timestep, encoder_hidden_states=c) for c in conditions]
+    given = dict(sample=sample, timestep=timestep@MORE@)
+    answers = [unet(encoder_hidden_states=c, **given) for c in conditions]
     noise = answers[1] + guidance * (answers[0] - answers[1]) if guided else answers[0]
     latents = scheduler.step(torch.from_numpy(noise), t, latents@NOISY@).prev_sample
 pixels = vae_decoder(latent_sample=latents.numpy() / np.float32(@SCALING@)@SHIFT@)

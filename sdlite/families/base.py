@@ -83,6 +83,12 @@ class Family:
         """Steps and guidance of a folder that does not say, as diffusers' pipeline has them."""
         return 50, 7.5
 
+    def snippet(self, unet: Config) -> tuple[str, str]:
+        """Python code of an export's README: lines that make the further inputs of the UNet from
+        `guidance`, and how they are handed over, such as ", class_labels=labels".
+        """
+        return "", ""
+
     def conditions(self, encoders: Encoders, call: Call) -> tuple[Conditions, Conditions | None]:
         """The conditions of the prompts, and of the negative ones where there are some."""
         embeds = encoders.encode_text(encoders.tokenize([*call.prompts, *call.negatives]))

@@ -28,6 +28,12 @@ UNFED = {
     "encoder_hid_dim": "projected embeddings",
 }
 
+# `guidance_embedding` without sdlite
+SNIPPET = """half = %d // 2
+angles = np.exp(np.arange(half) * -np.log(10000) / (half - 1)) * 1000 * (guidance - 1)
+timestep_cond = np.concatenate([np.sin(angles), np.cos(angles)])[None].astype(np.float32)
+"""
+
 
 class StableDiffusion(Family):
     """See the module docstring."""
@@ -57,6 +63,10 @@ class StableDiffusion(Family):
         if "LatentConsistency" in str(index.get("_class_name")):
             return 4, 8.5
         return super().defaults(index)
+
+    def snippet(self, unet: Config) -> tuple[str, str]:
+        width = unet.get("time_cond_proj_dim")
+        return (SNIPPET % width, ", timestep_cond=timestep_cond") if width else ("", "")
 
     def conditions(self, encoders: Encoders, call: Call) -> tuple[Conditions, Conditions | None]:
         cond, uncond = super().conditions(encoders, call)

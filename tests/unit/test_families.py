@@ -5,9 +5,13 @@ outside.
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import sdlite
 from sdlite import families
@@ -87,6 +91,7 @@ def test_a_converted_lcm_is_torchs_on_every_engine_and_in_int8(lcm, tmp_path):
     for backend in ("onnxruntime", "openvino"):
         got = images(tmp_path / "model", backend, guidance_scale=8.0)
         assert np.abs(right - got).max() <= 1, backend
+    exported(tmp_path)
     from sdlite.quant import Calibration, Gate
 
     gate = Gate(prompts=["a fox"], seeds=[0], engines=["onnxruntime"], psnr_mean=20, psnr_worst=20)
@@ -99,6 +104,36 @@ def test_a_converted_lcm_is_torchs_on_every_engine_and_in_int8(lcm, tmp_path):
         threads=1,
     )
     assert Artifact.open(tmp_path / "int8").spec("unet").inputs[-1].name == "timestep_cond"
+
+
+def exported(tmp_path):
+    """Exports that feed it make the model's images, by the code of their README too; others say
+    which do.
+    """
+    from sdlite.exporters.export import export
+
+    call = {"num_inference_steps": 2, "guidance_scale": 8.0}
+    right = images(tmp_path / "model", "onnxruntime", **call).astype(int)[:1]
+    for target in ("onnx-fixed", "openvino"):
+        folder = tmp_path / target
+        export(tmp_path / "model", folder, target=target, num_inference_steps=2, threads=1)
+        got = images(folder, "auto", **call)[:1]
+        assert np.abs(right - got).max() <= 1, target
+    text = (folder / "README.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.S))
+    code = re.sub(r"steps, guidance = .*", "steps, guidance = 2, 8.0", code)
+    asked = r"prompt, negative_prompt, seed = "
+    code = re.sub(f"{asked}.*", f'{asked}"a fox", "", 0', code)
+    run = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = np.asarray(Image.open(folder / "image.png")).astype(int)
+    assert np.abs(right[0] - made).max() <= 1
+    for target in ("ncnn", "web"):
+        with pytest.raises(
+            InputError, match=r"given timestep_cond .* choose one of onnx, openvino"
+        ):
+            export(tmp_path / "model", tmp_path / target, target=target)
 
 
 def test_steps_and_guidance_of_a_folder_that_does_not_say(lcm, plain, tmp_path):

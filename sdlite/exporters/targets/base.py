@@ -19,6 +19,7 @@ from sdlite import settings
 from sdlite.artifact import Artifact
 from sdlite.backends import Network
 from sdlite.errors import InputError, MissingExtraError, PrecisionError
+from sdlite.spec import SPECS, IOSpec
 
 if TYPE_CHECKING:
     import torch
@@ -113,10 +114,12 @@ class Target(Generic[Options]):
         free_size: False where only the batch can stay free.
         from_torch: whether `convert_torch` is called, with torch networks, in place of `convert`.
         opened_by: names of the backends with which `Pipeline.from_pretrained` opens the export.
+        conditions: whether it feeds what some UNets are given besides latents, timestep and hidden
+            states (`Family.unet_inputs`).
         sample: its file in `export/samples`, in C++; the export holds what that reads, see
             `sdlite.exporters.device`. "": none.
         options_type: dataclass of what a profile's `[options]` may say, see `sdlite.settings`.
-        profile, options: of this export.
+        profile, options: of this export. specs: part -> what the model's own takes and gives.
     """
 
     name: ClassVar[str]
@@ -127,11 +130,13 @@ class Target(Generic[Options]):
     free_size: ClassVar[bool] = True
     from_torch: ClassVar[bool] = False
     opened_by: ClassVar[tuple[str, ...]] = ()
+    conditions: ClassVar[bool] = False
     sample: ClassVar[str] = ""
     options_type: ClassVar[type] = NoOptions
 
     def __init__(self, profile: Profile):
         """Raises: InputError, PrecisionError: the target cannot do what the profile asks for."""
+        self.specs: Mapping[str, IOSpec] = SPECS
         if profile.precision not in self.precisions:
             raise PrecisionError(
                 f"target {self.name} makes {', '.join(self.precisions)}, not {profile.precision}."

@@ -83,6 +83,7 @@ class Onnx(Target[Options]):
     packages = ("onnx", "onnxruntime")
     precisions = ("fp32", "fp16", "int8-static")
     dynamic = True
+    conditions = True
     opened_by = ("onnxruntime", "openvino")
     options_type = Options
 
@@ -204,6 +205,11 @@ def _hoisted(source: Graph, graph: Path, out: Path) -> list[Path]:
         raise InputError(
             "fuse_schedule needs fixed shapes; choose a profile with dynamic = false, such as"
             " onnx-fixed."
+        )
+    if further := sorted(set(shapes) - {t.name for t in SPECS["unet"].inputs}):
+        raise InputError(
+            f"fuse_schedule cuts UNets that are given latents, timestep and text alone; this one is"
+            f" given {', '.join(further)} too. Export without it."
         )
     inputs = {
         t.name: np.zeros([int(d) for d in shapes[t.name]], t.dtype) for t in SPECS["unet"].inputs

@@ -30,6 +30,7 @@ class OpenVINO(Target[NoOptions]):
     packages = ("openvino",)
     precisions = ("fp32", "fp16", "int8-static")
     dynamic = True
+    conditions = True
     opened_by = ("openvino",)
 
     def runtime(self) -> Runtime:
@@ -49,4 +50,5 @@ class OpenVINO(Target[NoOptions]):
         """The network on this machine's CPU."""
         from sdlite.backends.openvino_network import CompiledNetwork
 
-        return CompiledNetwork(str(files[0]), part, "cpu", threads, self.profile.precision)
+        spec, precision = self.specs[part], self.profile.precision
+        return CompiledNetwork(str(files[0]), spec, "cpu", threads, precision)
