@@ -211,7 +211,7 @@ def _json(text: str) -> dict[str, Any]:
     return out
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     """What JSON calls a value."""
     kinds = {
         str: "a string",

@@ -489,13 +489,14 @@ def examine(
                 parts={"vae": taught.vae, "tokenizer": taught.tokenizer},
                 scheduler=taught.scheduler,
             )
-            return out + _batch(stage.kind.task(given), source, stage.config.lr, batch_size)
+            task = stage.kind.task(given)
+            return [*out, *_batch(task, source, stage.config.lr, batch_size)]
     return out
 
 
 def _batch(task: StudentTask, source: CachedLatents, lr: float, batch_size: int) -> list[Finding]:
     """The checks that measure one batch of an output stage."""
-    out = prediction(task, task.teacher, batch_size)
+    out: list[Finding] = prediction(task, task.teacher, batch_size)
     out += round_trip(source.latents[:2], task.parts["vae"])
     out += gradients(task, batch_size)[0]
     out += first_step(task, lr, batch_size)

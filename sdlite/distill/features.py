@@ -30,7 +30,7 @@ def matched_taps(
     student: UNet2DConditionModel, teacher: UNet2DConditionModel
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The taps that both have, student's and teacher's modules. Where the student's down block is
-    its last, and so does not halve the picture as the teacher's does (bk-tiny: the inner stage is
+    its last, and so does not halve the image as the teacher's does (bk-tiny: the inner stage is
     gone), both are tapped before the halving, as BK-SDM does (Kim et al. 2023, arXiv:2305.15798;
     `down_blocks.2.attentions` in its training script).
     """

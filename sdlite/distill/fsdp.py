@@ -15,7 +15,6 @@ can be resumed with another number of processes, or with one.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +72,11 @@ def local(t: Tensor) -> Tensor:
     return out
 
 
-def like(value: Tensor, target: Any) -> Tensor:
+def like(value: Tensor, target: Tensor | None) -> Tensor:
     """A whole tensor, shared out as `target` is; as it is when `target` is whole or of another
     shape (an optimizer's step).
     """
-    if not hasattr(target, "placements") or value.shape != target.shape:
+    if target is None or not hasattr(target, "placements") or value.shape != target.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 

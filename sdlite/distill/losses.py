@@ -30,7 +30,7 @@ def feature_loss(
     The mean square is taken over the samples given: a batch in parts (accumulation, several
     processes) has slightly other weights than whole.
 
-    Source: BK-SDM (arXiv:2305.15798) eq. 3; the normalisation is ours: without it one deep tap
+    Source: BK-SDM (arXiv:2305.15798) eq. 3; the normalization is ours: without it one deep tap
         outweighs all others (BK-SDM issue 21).
 
     Raises:

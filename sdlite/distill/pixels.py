@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sdlite.errors import InputError, printable
 
@@ -36,7 +36,7 @@ def decode(raw: bytes) -> Image.Image:
         return plain(image)
     except InputError:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise InputError(
             f"is no readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
         ) from None

@@ -353,7 +353,7 @@ class _Plan:
         return w[:, self.stream[stage]]
 
     def _sinusoids(self, w: Tensor) -> Tensor:
-        """Half as many frequencies are every second one: each takes its neighbour's weight too,
+        """Half as many frequencies are every second one: each takes its neighbor's weight too,
         whose sinusoid is alike.
         """
         if self.width != 0.5:
