@@ -158,12 +158,6 @@ def _exportable(
             f"{artifact.folder} failed its quality check ({'; '.join(artifact.failed)}); export a"
             " model that holds it."
         )
-    known = {t.name for t in SPECS["unet"].inputs}
-    if more := [t.name for t in artifact.spec("unet").inputs if t.name not in known]:
-        raise InputError(
-            f"{artifact.folder} has a UNet that takes {', '.join(more)} too, which no export feeds;"
-            " run it with Pipeline.from_pretrained."
-        )
     artifact = artifact.with_sampler(arguments.optional(arguments.text, "sampler", sampler))
     assert artifact.manifest is not None
     known_sampler(artifact.sampler_name)  # before any work
