@@ -15,6 +15,8 @@ torch = pytest.importorskip("torch", reason="needs the distill extra")
 pytest.importorskip("accelerate", reason="needs the distill extra")
 pytest.importorskip("diffusers", reason="needs the distill extra")
 
+from diffusers.configuration_utils import FrozenDict  # noqa: E402
+
 from sdlite import Pipeline  # noqa: E402
 from sdlite.artifact import Artifact  # noqa: E402
 from sdlite.distill.preview import decode_scaled  # noqa: E402
@@ -183,15 +185,13 @@ class Ramp(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.config = type(
-            "C",
-            (),
+        self.config = FrozenDict(
             {
                 "scaling_factor": 0.25,
                 "shift_factor": 0.5,
                 "block_out_channels": (8,),
                 "latent_channels": 3,
-            },
+            }
         )
 
     def decode(self, z):
