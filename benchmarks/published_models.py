@@ -324,6 +324,9 @@ MODELS: dict[str, Published] = {
         safety_checker=False,
         vae=VAE_SD1 | {"scaling_factor": 0.18215, "sample_size": 768},
     ),
+    "bk-sdm-base": Published(
+        UNET_SD1 | BK_SMALL | {"mid_block_type": "UNetMidBlock2DCrossAttn"}, "sd14"
+    ),
     "bk-sdm-small": Published(UNET_SD1 | BK_SMALL, "sd14"),
     "bk-sdm-tiny": Published(UNET_SD1 | BK_TINY | {"block_out_channels": [32, 64, 128]}, "sd14"),
     "bk-sdm-v2-tiny": Published(

@@ -15,6 +15,7 @@ PUBLISHED = {
     "sd21": "stabilityai/stable-diffusion-2-1",
     "sd21-base": "stabilityai/stable-diffusion-2-1-base",
     "sd-turbo": "stabilityai/sd-turbo",
+    "bk-sdm-base": "nota-ai/bk-sdm-base",
     "bk-sdm-small": "nota-ai/bk-sdm-small",
     "bk-sdm-tiny": "nota-ai/bk-sdm-tiny",
     "bk-sdm-v2-tiny": "nota-ai/bk-sdm-v2-tiny",
