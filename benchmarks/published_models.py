@@ -67,6 +67,7 @@ BK_SMALL = {
     "mid_block_type": None,
     "up_block_types": [UP, UP_CROSS, UP_CROSS, UP_CROSS],
 }
+BK_BASE = BK_SMALL | {"mid_block_type": "UNetMidBlock2DCrossAttn"}
 BK_TINY = BK_SMALL | {"down_block_types": [CROSS] * 3, "up_block_types": [UP_CROSS] * 3}
 VAE_SD1: dict[str, Any] = {
     "_diffusers_version": "0.2.2",
@@ -324,9 +325,7 @@ MODELS: dict[str, Published] = {
         safety_checker=False,
         vae=VAE_SD1 | {"scaling_factor": 0.18215, "sample_size": 768},
     ),
-    "bk-sdm-base": Published(
-        UNET_SD1 | BK_SMALL | {"mid_block_type": "UNetMidBlock2DCrossAttn"}, "sd14"
-    ),
+    "bk-sdm-base": Published(UNET_SD1 | BK_BASE, "sd14"),
     "bk-sdm-small": Published(UNET_SD1 | BK_SMALL, "sd14"),
     "bk-sdm-tiny": Published(UNET_SD1 | BK_TINY | {"block_out_channels": [32, 64, 128]}, "sd14"),
     "bk-sdm-v2-tiny": Published(
@@ -348,7 +347,7 @@ MODELS: dict[str, Published] = {
         "tiny-sd",
         position_ids=False,
     ),
-    "small-sd": Published(UNET_SD1 | BK_SMALL, "small-sd", position_ids=False),
+    "small-sd": Published(UNET_SD1 | BK_BASE, "small-sd", position_ids=False),
     "lcm-dreamshaper": Published(
         UNET_SD1 | {"time_cond_proj_dim": 256},
         "lcm",
