@@ -69,6 +69,11 @@ BK_SMALL = {
 }
 BK_BASE = BK_SMALL | {"mid_block_type": "UNetMidBlock2DCrossAttn"}
 BK_TINY = BK_SMALL | {"down_block_types": [CROSS] * 3, "up_block_types": [UP_CROSS] * 3}
+SDXS_UNET = {  # SDXS-512-DreamShaper: no attention in the outermost stage
+    "block_out_channels": [32, 64, 128],
+    "down_block_types": [PLAIN, CROSS, CROSS],
+    "up_block_types": [UP_CROSS, UP_CROSS, UP],
+}
 VAE_SD1: dict[str, Any] = {
     "_diffusers_version": "0.2.2",
     "act_fn": "silu",
@@ -370,7 +375,7 @@ MODELS: dict[str, Published] = {
         **V2,
     ),
     "sdxs-dreamshaper": Published(
-        UNET_SD1 | BK_TINY | {"block_out_channels": [32, 64, 128]},
+        UNET_SD1 | BK_TINY | SDXS_UNET,
         "sd-turbo",
         steps=1,
         guidance=0.0,
