@@ -51,11 +51,12 @@ def models_md() -> str:
         [
             "## Published models",
             "",
-            "These run as they are on the hub: `sdlite generate PROMPT --model HUB_ID`, with the"
-            " extra `torch`. The figures are of each one's published config and file layout with"
-            " random weights, the least PSNR to diffusers' own pipeline at equal seeds: about 80 dB"
-            " and more is rounding. The weights themselves were not downloaded here; licenses are"
-            " on the models' own cards. `python -m benchmarks.published` measures it again, and"
+            "These run by name, `sdlite generate PROMPT --model bk-sdm-tiny`, with the extra"
+            " `torch`. `sdlite models` says more of each: the commit, what the license does not"
+            " allow, seconds and memory. The figures are of each one's published config and file"
+            " layout with random weights, the least PSNR to diffusers' own pipeline at equal"
+            " seeds: about 80 dB and more is rounding. The weights themselves were not downloaded"
+            " here. `python -m benchmarks.published` measures it again, and"
             " [docs/benchmarks.md](docs/benchmarks.md#published-models) has every backend.",
             "",
         ],

@@ -20,7 +20,7 @@ T = TypeVar("T")
 MOST_PIXELS = 16384  # a side; more is a typing error, and would ask for memory until there is none
 MOST_IMAGES = 4096  # of a prompt in one call, which is one batch
 SEEDS = 2**64 - 1
-MODEL = "an embedded name, a folder, or a hub id 'org/name'"
+MODEL = "a name that `sdlite models` lists, a folder, or a hub id 'org/name'"
 
 
 def most_threads() -> int:

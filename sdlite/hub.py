@@ -1,14 +1,15 @@
-"""Find the folder of a model by an embedded name, a path or a hub id."""
+"""Find the folder of a model by an embedded or published name, a path or a hub id."""
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from sdlite import downloads, families, schema
+from sdlite import downloads, families, published, schema
 from sdlite.artifact import Artifact
 from sdlite.errors import (
     ArtifactError,
@@ -22,8 +23,10 @@ from sdlite.errors import (
 from sdlite.files import TOKENIZER_FILES, Files
 from sdlite.io import write
 from sdlite.manifest import INDEX, MANIFEST, REPORT
+from sdlite.published import Published
 from sdlite.weights import model_files, select, stem
 
+log = logging.getLogger("sdlite")
 EMBEDDED = Path(__file__).parent / "models"
 NETWORKS = ("text_encoder", "unet", "vae")
 _SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
@@ -39,38 +42,73 @@ def embedded_models() -> list[str]:
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
-    """Folder of a model. Order: embedded name, existing folder, hub id `org/name` (downloaded once,
-    then from the cache).
+    """Folder of a model. Order: embedded name, existing folder, name of a published model
+    (`sdlite.published`), hub id `org/name`. The last two are downloaded once, then from the cache.
 
     Args:
-        revision: branch, tag or commit of a hub repository; None is its main branch. Only for hub
-            ids.
+        revision: branch, tag or commit of a hub repository; None is its main branch, or the commit
+            of a published name. Only for these two.
 
     Raises:
-        UnknownNameError: none of the three. InputError: `revision` given for something that has
-            none.
+        UnknownNameError: none of the four; near names are said. InputError: `revision` given for
+            something that has none.
         HubError: the hub could not be reached and the cache does not hold the model, or it is not
             there, or nothing that sdlite loads. ArtifactError: it is of a kind that sdlite does not
             run. Both before any weights are fetched.
     """
     name = str(model)
-    local = EMBEDDED / name if name in embedded_models() else Path(model)
+    local = _local(model)
     if local.is_dir():
         if revision is not None:
             raise InputError(f"revision={revision!r} is for hub models; {name!r} is a local one.")
+        if row := published.table().get(name):
+            log.warning("%s is a folder here; the published model is %s", name, row.repo)
         return local
     if name.lower().endswith(_SINGLE):
         raise UnknownNameError(
             f"model {name!r} is a single file; make a model of it first: sdlite convert"
             f" {name} --out FOLDER."
         )
+    if row := known(model):
+        return _published(row, row.revision if revision is None else revision)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
-        raise UnknownNameError(
-            f"model {printable(repr(name), 200)} is not an existing folder, an embedded model "
-            f"({', '.join(embedded_models()) or 'none'}) or a hub id like 'org/name'."
-        )
+        raise UnknownNameError(_unknown(name))
     _check_id(name, revision)
     return _fetch(name, revision)
+
+
+def known(model: str | Path) -> Published | None:
+    """The published model that `resolve` would take, None where it would take another one. A `Path`
+    is never a name.
+    """
+    row = published.table().get(model) if isinstance(model, str) else None
+    return None if row is None or _local(model).is_dir() else row
+
+
+def _local(model: str | Path) -> Path:
+    name = str(model)
+    return EMBEDDED / name if name in embedded_models() else Path(model)
+
+
+def _unknown(name: str) -> str:
+    close = published.near(name, [*embedded_models(), *published.table()])
+    meant = f" Did you mean {' or '.join(close)}?" if close else ""
+    return (
+        f"model {printable(repr(name), 200)} is not an existing folder, an embedded model"
+        f" ({', '.join(embedded_models()) or 'none'}), a published one that `sdlite models` lists,"
+        f" or a hub id like 'org/name'.{meant}"
+    )
+
+
+def _published(row: Published, revision: str | None) -> Path:
+    """The folder of a published model; its license is said where it is not in the cache yet."""
+    _check_id(row.repo, revision)
+    if _cached(row.repo, revision) is None:
+        at = f"{row.repo}@{revision}" if revision else row.repo
+        log.warning(
+            "%s is %s, under %s: %s", row.name, at, row.license.name, row.license.restrictions
+        )
+    return _fetch(row.repo, revision)
 
 
 def asset(name: str) -> Path:

@@ -20,7 +20,7 @@ import numpy as np
 
 from sdlite import arguments, backends, families, habits, hub, images, memory, running, tiling
 from sdlite._version import __version__
-from sdlite.artifact import Artifact
+from sdlite.artifact import Artifact, SamplerDefaults
 from sdlite.checkpoints import is_file
 from sdlite.errors import (
     CONVERT_NEEDS,
@@ -193,7 +193,8 @@ class Pipeline(metaclass=_Class):
         """Load a model.
 
         Args:
-            model: name of an embedded model ("emoji"), a model folder, or a hub id "org/name".
+            model: name of an embedded model ("emoji") or a published one ("bk-sdm-tiny"), a model
+                folder, or a hub id "org/name".
             precision: "fp32", "fp16", "int8-dynamic" or "int8-static"; "bf16" for engines that were
                 exported so (backend "tensorrt").
                 None: the first one that the model holds, or what the folder was exported in,
@@ -201,7 +202,7 @@ class Pipeline(metaclass=_Class):
             backend: "auto" (see `report`), "onnxruntime", "openvino", "tensorrt" or "torch". The
                 first two convert a plain diffusers folder once, into the cache.
             device: "cpu", "cuda"; "gpu" or "npu" on "openvino".
-            revision: branch, tag or commit, for hub ids.
+            revision: branch, tag or commit, for hub ids and published names.
             threads: CPU threads per network call, 1 to 4 for each CPU (64 on small machines); None
                 is the engine's own choice.
             arithmetic: what float layers are computed in: "float32", "bfloat16" or "float16", on
@@ -230,6 +231,8 @@ class Pipeline(metaclass=_Class):
             artifact, backends.load(artifact, precision, backend, device, threads, arithmetic)
         )
         pipe.report.notes += [note for note in (opened, converted) if note]
+        if row := hub.known(model):
+            pipe.defaults = SamplerDefaults(row.steps, row.guidance)
         pipe.max_pixels = pipe._most() if most is None else most
         if artifact.failed:
             pipe.report.notes.append(f"failed its quality check: {'; '.join(artifact.failed)}")

@@ -7,24 +7,8 @@ from typing import Any
 
 from benchmarks.tables.models import EMBEDDED, latest
 from benchmarks.tables.rows import read, table
+from sdlite import published as names
 
-# our name of a published config -> its id on the hub
-PUBLISHED = {
-    "sd14": "CompVis/stable-diffusion-v1-4",
-    "sd15-fp16": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "stabilityai/stable-diffusion-2-1",
-    "sd21-base": "stabilityai/stable-diffusion-2-1-base",
-    "sd-turbo": "stabilityai/sd-turbo",
-    "bk-sdm-base": "nota-ai/bk-sdm-base",
-    "bk-sdm-small": "nota-ai/bk-sdm-small",
-    "bk-sdm-tiny": "nota-ai/bk-sdm-tiny",
-    "bk-sdm-v2-tiny": "nota-ai/bk-sdm-v2-tiny",
-    "tiny-sd": "segmind/tiny-sd",
-    "small-sd": "segmind/small-sd",
-    "lcm-dreamshaper": "SimianLuo/LCM_Dreamshaper_v7",
-    "sdxs-09": "IDKiro/sdxs-512-0.9",
-    "sdxs-dreamshaper": "IDKiro/sdxs-512-dreamshaper",
-}
 FLOAT = ("torch fp32", "onnxruntime fp32", "openvino fp32")
 
 
@@ -102,19 +86,24 @@ def published() -> list[str]:
     last = {r["model"]: r for r in read("published")}
     body = [
         [
-            f"`{hub}`",
-            f"`{name}`",
-            f"{min(float(last[name]['runs'][k]) for k in FLOAT):.1f}",
-            f"{float(last[name]['runs']['onnxruntime fp16']):.1f}",
+            f"`{row.name}`",
+            f"`{row.repo}`",
+            row.made_for,
+            f"{row.unet_parameters / 1e6:.0f}",
+            row.license.name,
+            f"{min(float(last[row.layout]['runs'][k]) for k in FLOAT):.1f}",
+            f"{float(last[row.layout]['runs']['onnxruntime fp16']):.1f}",
         ]
-        for name, hub in PUBLISHED.items()
-        if name in last and not isinstance(last[name].get("runs", {}).get("torch fp32", ""), str)
+        for row in names.table().values()
+        if row.layout in last
+        and not isinstance(last[row.layout].get("runs", {}).get("torch fp32", ""), str)
     ]
+    head = ["name", "hub id", "made for", "UNet, M", "license", "fp32, dB", "fp16, dB"]
     refused = sorted(
         name for name, r in last.items() if "refused" in str(r.get("runs", {}).get("torch fp32"))
     )
     return [
-        *table(["hub id", "config in our tests", "fp32, dB", "fp16, dB"], body),
+        *table(head, body),
         "",
         f"Refused in one line, before any weights are read: {', '.join(refused)}.",
     ]

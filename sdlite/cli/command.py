@@ -14,7 +14,7 @@ from sdlite.errors import printable
 
 P = TypeVar("P", bound=argparse.ArgumentParser)
 Options = argparse._ActionsContainer  # a parser, or a group of its options
-MODEL = "embedded name, folder, or hub id org/name"
+MODEL = "a name that `sdlite models` lists, a folder, or a hub id org/name"
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> No
 def add_revision(options: Options) -> None:
     """Add --revision."""
     options.add_argument(
-        "--revision", help="branch, tag or commit of a hub id; default: its main branch"
+        "--revision",
+        help="branch, tag or commit of a hub id; default: its main branch, or a name's commit",
     )
 
 

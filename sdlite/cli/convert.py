@@ -18,7 +18,8 @@ def _options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "source",
         metavar="SOURCE",
-        help="diffusers SD-1.x or SD-2.x folder, one file of weights, or hub id org/name",
+        help="diffusers SD-1.x or SD-2.x folder, one file of weights, hub id org/name, or a name"
+        " that `sdlite models` lists",
     )
     command.add_revision(p)
     command.add_out_folder(p)
@@ -81,6 +82,8 @@ def _run(args: argparse.Namespace) -> None:
     from sdlite.io import check_out
 
     check_out(args.out)
+    made = hub.known(args.source)
+    own = {"num_inference_steps": made.steps, "guidance_scale": made.guidance} if made else {}
     given = {
         "name": args.sampler,
         "num_inference_steps": args.steps,
@@ -90,7 +93,7 @@ def _run(args: argparse.Namespace) -> None:
         args.source if is_file(args.source) else hub.resolve(args.source, args.revision),
         args.out,
         name=args.name or "",
-        sampler={k: v for k, v in given.items() if v is not None},
+        sampler=own | {k: v for k, v in given.items() if v is not None},
         calibration_prompts=_prompts(args.prompts),
         lora=args.lora,
         lora_skip_missing=args.lora_skip_missing,

@@ -32,7 +32,7 @@ def test_functions_are_short():
 FLOORS = (
     "_version errors cpu offline",
     "io schema running arguments memory",
-    "downloads files headers graphs habits images settings spec",
+    "downloads files headers graphs habits images published settings spec",
     "tokenizer_files families sampling manifest",
     "weights tokenizer",
     "exported",

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 import pytest
 
 import sdlite
+from sdlite import published
 from sdlite.errors import ArtifactError, InputError, UnknownNameError
 from sdlite.hub import resolve as open_model
 from tests.conftest import EMOJI
@@ -74,6 +75,8 @@ class Hub(ThreadingHTTPServer):
 
 
 def commit(revision: str, files: dict[str, bytes]) -> str:
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
     return hashlib.sha1("\n".join([revision, *sorted(files)]).encode()).hexdigest()
 
 
@@ -432,6 +435,61 @@ def test_single_file_is_not_taken_for_a_hub_id(path):
 
     with pytest.raises(UnknownNameError, match=r"single file.*sdlite convert"):
         hub.resolve(path)
+
+
+# --- published models by name
+
+
+NAMED = """
+import logging, sdlite, sdlite.hub
+from sdlite.errors import SdliteError
+class Said(logging.Handler):
+    def emit(self, record): lines.append(record.getMessage())
+lines = []
+logging.getLogger("sdlite").addHandler(Said())
+try:
+    print("OK", sdlite.hub.resolve({repo!r}, {revision!r}).name, lines)
+except SdliteError as e:
+    print(type(e).__name__, e)
+"""
+
+
+def test_a_name_is_one_commit_and_the_license_is_said_once(hub, tmp_path):
+    row = published.table()["bk-sdm-tiny"]
+    hub.repos[row.repo] = {"main": pipeline(), row.revision: pipeline()}
+    by_name = {"code": NAMED, "repo": "bk-sdm-tiny"}
+    said = run(hub.url, tmp_path, **by_name)
+    assert said.startswith(f"OK {row.revision} ['bk-sdm-tiny is {row.repo}@{row.revision}, under ")
+    assert row.license.restrictions in said
+    hub.served.clear()
+    assert run("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1", **by_name).endswith(" []")
+    other = commit("main", pipeline())
+    assert run(hub.url, tmp_path, "main", **by_name).startswith(f"OK {other} [")
+
+
+def test_a_pipeline_by_name_has_the_steps_and_guidance_of_its_card(hub, tmp_path):
+    row = published.table()["sd-turbo"]
+    hub.repos[row.repo] = {row.revision: hub.files}
+    code = """
+import sdlite
+pipe = sdlite.Pipeline.from_pretrained({repo!r}, backend="onnxruntime", threads=1)
+print(pipe.defaults.num_inference_steps, pipe.defaults.guidance_scale)
+"""
+    assert run(hub.url, tmp_path, code=code, repo="sd-turbo") == "1 0.0"
+    at = f"{row.repo}', revision='{row.revision}"
+    assert run(hub.url, tmp_path, code=code.replace("{repo!r}", f"'{at}'")) == "4 1.0"
+
+
+def test_a_name_without_a_pin_whose_main_branch_holds_pickles_says_where_to_look(hub, tmp_path):
+    row = published.table()["small-sd"]
+    assert row.revision is None
+    pickles = {k.replace("safetensors", "bin"): b"p" for k in WEIGHTS}
+    hub.repos[row.repo] = {"main": pipeline(weights=pickles), "refs/pr/3": pipeline()}
+    said = run(hub.url, tmp_path, code=NAMED, repo="small-sd")
+    assert said.startswith("HubError segmind/small-sd/text_encoder holds only model.bin")
+    assert "pass revision='refs/pr/3' after looking at it" in said
+    assert "refs/pr/3" in row.note
+    assert run(hub.url, tmp_path, "refs/pr/3", code=NAMED, repo="small-sd").startswith("OK ")
 
 
 # --- a hub that is silent, hostile or damaged

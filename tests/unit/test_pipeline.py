@@ -293,7 +293,9 @@ def test_bad_load_gives_one_clear_error(arguments, error, text):
 
 @pytest.mark.parametrize("model", [None, 3, b"emoji"])
 def test_model_that_is_no_name_is_one_clear_error(model):
-    with pytest.raises(InputError, match=r"^model=.*accepted: an embedded name, a folder"):
+    with pytest.raises(
+        InputError, match=r"^model=.*accepted: a name that `sdlite models` lists, a folder"
+    ):
         sdlite.Pipeline.from_pretrained(model)
 
 
