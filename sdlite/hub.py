@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -58,7 +59,7 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     """
     name = str(model)
     local = _local(model)
-    if local.is_dir():
+    if os.path.isdir(local):  # false too for names that no file system takes
         if revision is not None:
             raise InputError(f"revision={revision!r} is for hub models; {name!r} is a local one.")
         if row := published.table().get(name):
@@ -82,7 +83,7 @@ def known(model: str | Path) -> Published | None:
     is never a name.
     """
     row = published.table().get(model) if isinstance(model, str) else None
-    return None if row is None or _local(model).is_dir() else row
+    return None if row is None or os.path.isdir(_local(model)) else row
 
 
 def _local(model: str | Path) -> Path:
