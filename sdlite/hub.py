@@ -93,7 +93,7 @@ def _local(model: str | Path) -> Path:
 
 def _unknown(name: str) -> str:
     close = published.near(name, [*embedded_models(), *published.table()])
-    meant = f" Did you mean {' or '.join(close)}?" if close else ""
+    meant = f" Did you mean {', '.join(close)}?" if close else ""
     return (
         f"model {printable(repr(name), 200)} is not an existing folder, an embedded model"
         f" ({', '.join(embedded_models()) or 'none'}), a published one that `sdlite models` lists,"

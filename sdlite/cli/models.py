@@ -54,7 +54,8 @@ def _line(row: Embedded) -> str:
 
 def _lines(row: published.Published) -> Iterator[str]:
     yield f"{row.name}: {row.about}"
-    yield f"  {row.pinned}; {row.unet_parameters / 1e6:.0f}M UNet, {row.license.name}"
+    size = f"{row.unet_parameters / 1e6:.0f}M UNet"
+    yield f"  {row.pinned}; {size}, family {row.family}, {row.license.name}"
     runs = [f"{m.precision} {m.seconds:.1f} s and {m.peak_mib:,} MiB" for m in row.measured]
     yield f"  {row.made_for}{'; its shape: ' if runs else ''}{', '.join(runs)}"
     if row.note:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import sdlite
 from benchmarks import published_models
 from benchmarks.tables import rows
 from sdlite import families, hub, published
@@ -129,3 +130,19 @@ def test_a_mistyped_name_gets_near_ones(given, meant):
 def test_a_name_that_is_near_to_none_gets_none():
     with pytest.raises(UnknownNameError, match=r"hub id like 'org/name'\.$"):
         hub.resolve("x" * 5000)
+
+
+def test_convert_by_name_keeps_the_cards_steps_and_guidance(monkeypatch, tmp_path):
+    given = {}
+
+    def convert(source, out, **options):
+        given.update(options)
+        out.mkdir()
+        return out
+
+    monkeypatch.setitem(vars(sdlite), "convert", convert)
+    monkeypatch.setattr(hub, "resolve", lambda *_: EMOJI)
+    for name, steps in (("a", []), ("b", ["--steps", "2"])):
+        assert main(["convert", "sd-turbo", "--out", str(tmp_path / name), *steps]) == 0
+        wanted = int(steps[1]) if steps else 1
+        assert given["sampler"] == {"num_inference_steps": wanted, "guidance_scale": 0.0}
