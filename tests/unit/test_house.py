@@ -28,6 +28,12 @@ def test_functions_are_short():
     assert not [row for row in lengths if row[0] > 60]
 
 
+def test_any_is_rare():
+    lines = house.code_lines(house.ROOT, "sdlite")
+    written = sum(bool(line.strip()) for _, _, line in lines)
+    assert sum(map(house.anys, TREES.values())) <= 10 * written / 1000
+
+
 # Floors, from the ground up. A room imports its own floor and those below, late imports included.
 FLOORS = (
     "_version errors cpu offline",
