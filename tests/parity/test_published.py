@@ -30,6 +30,7 @@ REFUSED = {  # model -> what the line must name
     "x4-upscaler": "StableDiffusionUpscalePipeline",
 }
 RUN = [m for m in published_models.MODELS if m not in REFUSED]
+TWICE = ("bk-sdm-base",)  # its blocks are small-sd's
 CONVERTED = ("bk-sdm-v2-tiny",)  # all traits of SD-2.x in few layers; the others with -m slow
 
 
@@ -63,7 +64,9 @@ def closeness(folders, wanted, name, backend):
     return [psnr(a, b) for a, b in zip(got, wanted(name), strict=True)]
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in TWICE else []) for n in RUN]
+)
 def test_torch_makes_the_images_of_diffusers(folders, wanted, name):
     assert min(closeness(folders, wanted, name, "torch")) >= 60
 
