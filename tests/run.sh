@@ -21,14 +21,17 @@ install=("$bin/pip" install --quiet --disable-pip-version-check --no-compile -c 
 "${install[@]}" -e "$wanted"
 # CLIP's vocabulary for the published models' folders; its code and its dependencies are not used.
 "${install[@]}" --no-deps open_clip_torch
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# A worker for each core, each file in one of them (files share what they make), one thread each.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+test=("$bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile)
 if [ "$lane" = main ]; then
     "$bin/ruff" check .
     "$bin/ruff" format --check .
     "$bin/mypy"
 elif [ $# -gt 0 ]; then
-    exec "$bin/python" -m pytest "$@"
+    exec "${test[@]}" "$@"
 fi
-"$bin/python" -m pytest --ignore tests/unit/test_train.py --ignore tests/unit/test_teacher_cache.py --ignore tests/unit/test_checkpoints.py "$@"
+alone=(tests/unit/test_train.py tests/unit/test_teacher_cache.py tests/unit/test_checkpoints.py)
+"${test[@]}" "${alone[@]/#/--ignore=}" "$@"
 # On their own: once OpenVINO is loaded, a SIGINT that the tests of loop and cached targets raise ends the whole process.
-"$bin/python" -m pytest tests/unit/test_train.py tests/unit/test_teacher_cache.py tests/unit/test_checkpoints.py
+"$bin/python" -m pytest "${alone[@]}"
