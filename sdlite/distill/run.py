@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
@@ -372,7 +372,11 @@ Said = Mapping[str, object]  # what a run is made of, as JSON
 
 def _fingerprint(recipe: Recipe, taught: Teacher, found: data.Captions) -> Said:
     """What a run is made of: it goes on with the same only."""
-    said = {f"student.{k}": v for k, v in asdict(recipe.student).items()}
+    student = asdict(recipe.student)
+    for later in (f for f in fields(recipe.student) if not f.repr):  # earlier runs do not say it
+        if student[later.name] == later.default:
+            del student[later.name]
+    said = {f"student.{k}": v for k, v in student.items()}
     for s in recipe.stages:
         config = {k: v for k, v in asdict(s.config).items() if k not in FREE}
         own = {"kind": s.kind.name, **config, **s.options}

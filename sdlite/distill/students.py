@@ -2,15 +2,18 @@
 
 `StudentSpec` is the one table of what a student is; surgery, feature taps, checkpoints and tests
 read it. There are two steps, each usable alone: `remove_blocks` (BK-SDM, arXiv:2305.15798: down
-stages keep their first layer, up stages their first and last) and `slice_width` (equal count inside
-every norm group, whole attention heads, concatenated inputs followed).
+stages keep their first layer, up stages their first and last; transformers keep their first blocks)
+and `slice_width` (equal count inside every norm group, whole attention heads, concatenated inputs
+followed). What a UNet is told besides timestep and text is kept with both: the guidance embedding
+of LCM, class labels, and SDXL's pooled text and sizes.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -23,6 +26,23 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel as UNet
 
 Config = dict[str, Any]  # of a diffusers network
+_Depth = Annotated[int, At(0, 256)]
+ByStage = tuple[_Depth | tuple[_Depth, ...], ...]  # for each stage, or for each attention in it
+
+# What `slice_width` can follow through a UNet: key of its config -> values; None is no such part.
+SLICED: dict[str, tuple[object, ...]] = {
+    "time_embedding_type": ("positional",),
+    "class_embed_type": (None, "timestep", "projection", "simple_projection"),
+    "addition_embed_type": (None, "text_time"),
+    "resnet_time_scale_shift": ("default",),
+    "attention_type": ("default",),
+    "only_cross_attention": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "dual_cross_attention": (False,),
+    "mid_block_type": (None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
+}
+_EMBEDDINGS = ("time_embedding.", "class_embedding.", "add_embedding.")
+_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 
 
 @settings
@@ -35,7 +55,12 @@ class StudentSpec:
         heads that stays. `weights`: "teacher" keeps what stays of its weights, "random" starts anew
         in that shape. `score`: which channels stay: "l1", those with the largest weights, or
         "taylor", those that the loss would miss most (Diff-Pruning, arXiv:2305.10924), which needs
-        gradients.
+        gradients. `drop_mid_attention`: the middle block is its first resnet alone.
+        `transformer_layers_per_block`, `reverse_transformer_layers_per_block`: how many transformer
+        blocks each attention keeps, its first ones; diffusers' keys, for the student's down stages
+        from the outside and its up stages from the inside. A stage has one number, or one for each
+        of its attentions, and then the second is needed too; without it the up stages mirror the
+        down stages. Numbers of stages without attention mean nothing.
     """
 
     one_layer: bool = False
@@ -44,6 +69,10 @@ class StudentSpec:
     width: Annotated[float, At(0.01, 1)] = 1.0
     weights: Literal["teacher", "random"] = "teacher"
     score: Literal["l1", "taylor"] = "l1"
+    # not in the repr: earlier versions have none of them, and kept a run's recipe as its hash
+    drop_mid_attention: bool = field(default=False, repr=False)
+    transformer_layers_per_block: ByStage | None = field(default=None, repr=False)
+    reverse_transformer_layers_per_block: ByStage | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check(self)
@@ -58,6 +87,19 @@ PRESETS: dict[str, StudentSpec] = {
     "half": StudentSpec(
         one_layer=True, width=0.5
     ),  # the emoji student: BK-Base's blocks at half width
+    # Students of SDXL, with the shapes and so the parameters of the published UNets: SSD-1B and
+    # Segmind-Vega (arXiv:2401.02677), KOALA (arXiv:2312.04005). The shapes are those that ComfyUI
+    # knows the checkpoints by (comfy/model_detection.py).
+    "ssd-1b": StudentSpec(
+        drop_mid_attention=True,
+        transformer_layers_per_block=(1, 2, 4),
+        reverse_transformer_layers_per_block=((4, 4, 10), (2, 1, 1), 1),
+    ),
+    "vega": StudentSpec(drop_mid_attention=True, transformer_layers_per_block=(1, 1, 2)),
+    "koala-1b": StudentSpec(one_layer=True, transformer_layers_per_block=(1, 2, 6)),
+    "koala-700m": StudentSpec(
+        one_layer=True, drop_mid=True, transformer_layers_per_block=(1, 2, 5)
+    ),
 }
 
 
@@ -94,8 +136,12 @@ def build(teacher: UNet, spec: StudentSpec, gradients: dict[str, Tensor] | None 
 def remove_blocks(teacher: UNet, spec: StudentSpec) -> UNet:
     """Block removal with by-name copies: `up_blocks.i.*.1 <- .2`, and with `drop_inner` the up
     stages shift by one.
+
+    Raises:
+        InputError: the teacher does not have what would stay.
     """
     student = _from_config(teacher, _fewer_blocks(dict(teacher.config), spec))
+    _all_there(student, teacher, spec)
     weights = teacher.state_dict()
     source = block_names(spec)
     student.load_state_dict({k: weights[source(k)] for k in student.state_dict()})
@@ -111,11 +157,22 @@ def shape(like: UNet, spec: StudentSpec) -> UNet:
     """
     with torch.device("meta"):
         config = _thinner(_fewer_blocks(dict(like.config), spec), spec.width)
-        return type(like)(**{k: v for k, v in config.items() if not k.startswith("_")})
+        student = type(like)(**{k: v for k, v in config.items() if not k.startswith("_")})
+    _all_there(student, like, spec)
+    return student
+
+
+def _all_there(student: UNet, teacher: UNet, spec: StudentSpec) -> None:
+    source, known = block_names(spec), {k for k, _ in teacher.named_parameters()}
+    lacking = [n for k, _ in student.named_parameters() if (n := source(k)) not in known]
+    if lacking:
+        raise InputError(
+            f"this student would keep {lacking[0]}, which its teacher does not have"
+            f" ({len(lacking)} such parameters); ask for fewer blocks, or take another teacher."
+        )
 
 
 def _fewer_blocks(config: Config, spec: StudentSpec) -> Config:
-    stages = len(config["block_out_channels"])
     layers = config["layers_per_block"]
     if spec.one_layer:
         if layers != 2:
@@ -124,26 +181,95 @@ def _fewer_blocks(config: Config, spec: StudentSpec) -> Config:
                 f" layers_per_block={layers}."
             )
         config["layers_per_block"] = 1
+    if spec.drop_mid and spec.drop_mid_attention:
+        raise InputError(
+            "drop_mid removes the middle block that drop_mid_attention thins; say one of them."
+        )
     if spec.drop_mid:
         config["mid_block_type"] = None
+    if spec.drop_mid_attention:
+        config["mid_block_type"] = "UNetMidBlock2D"
     if spec.drop_inner:
-        if stages < 2 or not spec.drop_mid:
-            raise InputError(
-                "drop_inner needs at least two stages and drop_mid: the middle block belongs to the"
-                " innermost stage."
-            )
-        if config["block_out_channels"][-1] != config["block_out_channels"][-2]:
-            raise InputError(
-                "drop_inner needs two innermost stages of one width, not"
-                f" {config['block_out_channels'][-2:]}; leave it out."
-            )
-        config["block_out_channels"] = tuple(config["block_out_channels"][:-1])
-        config["down_block_types"] = tuple(config["down_block_types"][:-1])
-        config["up_block_types"] = tuple(config["up_block_types"][1:])
-        heads = config["attention_head_dim"]
-        if isinstance(heads, (tuple, list)):
-            config["attention_head_dim"] = tuple(heads[:-1])
-    return config
+        _without_innermost(config, spec)
+    return config | _transformers(config, spec)
+
+
+def _without_innermost(config: Config, spec: StudentSpec) -> None:
+    """In place."""
+    channels = tuple(config["block_out_channels"])
+    if len(channels) < 2 or not spec.drop_mid:
+        raise InputError(
+            "drop_inner needs at least two stages and drop_mid: the middle block belongs to the"
+            " innermost stage."
+        )
+    if channels[-1] != channels[-2]:
+        raise InputError(
+            f"drop_inner needs two innermost stages of one width, not {list(channels[-2:])}; leave"
+            " it out."
+        )
+    config["block_out_channels"] = channels[:-1]
+    config["down_block_types"] = tuple(config["down_block_types"][:-1])
+    config["up_block_types"] = tuple(config["up_block_types"][1:])
+    heads = config["attention_head_dim"]
+    if isinstance(heads, (tuple, list)):
+        config["attention_head_dim"] = tuple(heads[:-1])
+
+
+def _transformers(config: Config, spec: StudentSpec) -> Config:
+    """The keys that say how many transformer blocks each attention has; `config` has the student's
+    stages already, and still the teacher's transformers.
+    """
+    down, up = spec.transformer_layers_per_block, spec.reverse_transformer_layers_per_block
+    if down is None and up is None:
+        down, up = (config.get(k) for k in _TRANSFORMERS)
+        stages = len(config["block_out_channels"])
+        down = _of_kept(down, slice(0, stages), (0,), spec)
+        up = _of_kept(up, slice(-stages, None), (0, 2), spec)
+        return {k: v for k, v in zip(_TRANSFORMERS, (down, up), strict=True) if k in config}
+    if down is None or (up is None and not all(isinstance(d, int) for d in down)):
+        raise InputError(
+            f"{_TRANSFORMERS[0]}={_listed(down)}, {_TRANSFORMERS[1]}={_listed(up)}; accepted: both,"
+            " or the first alone with one number for each stage."
+        )
+    layers = config["layers_per_block"]
+    for key, given, more in zip(_TRANSFORMERS, (down, up), (0, 1), strict=True):
+        if given is not None:
+            _fits(key, given, config["block_out_channels"], layers, more)
+    return dict(zip(_TRANSFORMERS, (down, up), strict=True))
+
+
+_TRANSFORMERS = ("transformer_layers_per_block", "reverse_transformer_layers_per_block")
+
+
+def _of_kept(depths: Any, stages: slice, layers: tuple[int, ...], spec: StudentSpec) -> Any:
+    """A teacher's numbers of transformer blocks for those stages, and with `one_layer` those
+    attentions, that stay; one number stands for all.
+    """
+    if not isinstance(depths, (tuple, list)):
+        return depths
+    return tuple(
+        tuple(d[i] for i in layers) if spec.one_layer and isinstance(d, (tuple, list)) else d
+        for d in depths[stages]
+    )
+
+
+def _fits(key: str, given: ByStage, channels: tuple[int, ...], layers: Any, more: int) -> None:
+    """Whether there is a number for each of the student's stages, or for each attention in them."""
+    by_stage = [layers] * len(channels) if isinstance(layers, int) else list(layers)
+    by_stage = by_stage[::-1] if more else by_stage
+    counts = [n + more for n in by_stage]
+    if len(given) != len(counts) or any(
+        isinstance(d, tuple) and len(d) != n for d, n in zip(given, counts, strict=False)
+    ):
+        raise InputError(
+            f"{key}={_listed(given)} does not fit; accepted: a list of {len(counts)} stages, each"
+            f" one number or a list of as many as it has layers, here {counts}."
+        )
+
+
+def _listed(given: object) -> str:
+    """As TOML has it."""
+    return "not given" if given is None else json.dumps(given)
 
 
 def block_names(spec: StudentSpec) -> Callable[[str], str]:
@@ -181,7 +307,8 @@ def slice_width(unet: UNet, width: float, gradients: dict[str, Tensor] | None = 
     groups (the student then has fewer of them).
 
     Raises:
-        InputError: a stage's channels, heads or norm groups do not divide at this width.
+        InputError: a stage's channels, heads or norm groups do not divide at this width, or the
+            UNet has parts of another kind than `SLICED`.
     """
     config = dict(unet.config)
     student = _from_config(unet, _thinner(config, width))
@@ -212,6 +339,7 @@ def _thinner(config: Config, width: float) -> Config:
     if width == 1:
         return config
     config = dict(config)
+    _sliceable(config, width)
     channels, heads, groups = _streams(config)
     whole_groups = any((c / groups * width) % 1 for c in channels)
     for c, h in zip(channels, heads, strict=True):
@@ -224,7 +352,27 @@ def _thinner(config: Config, width: float) -> Config:
         config["norm_num_groups"] = int(groups * width)
     config["block_out_channels"] = tuple(int(c * width) for c in channels)
     config["attention_head_dim"] = tuple(int(h * width) for h in heads)
+    if config.get("time_embedding_dim") is not None:
+        config["time_embedding_dim"] = round(config["time_embedding_dim"] * width)
     return config
+
+
+def _sliceable(config: Config, width: float) -> None:
+    """Refuse a UNet with a part that `_Plan` has no rule for."""
+    said = {k: config.get(k, accepted[0]) for k, accepted in SLICED.items()}
+    other = next((k for k, v in said.items() if v not in SLICED[k]), None)
+    if other is not None:
+        known = ", ".join(repr(v) for v in SLICED[other])
+        raise InputError(
+            f"width={width} cannot slice a UNet with {other}={said[other]!r}; accepted: {known}."
+            " Say width = 1 and remove blocks instead."
+        )
+    blocks = (*config["down_block_types"], *config["up_block_types"])
+    if unknown := [b for b in blocks if b not in _BLOCKS]:
+        raise InputError(
+            f"width={width} cannot slice a UNet with blocks {unknown[0]}; accepted:"
+            f" {', '.join(_BLOCKS)}. Say width = 1 and remove blocks instead."
+        )
 
 
 class _Plan:
@@ -242,9 +390,10 @@ class _Plan:
         self.gradients = gradients
         self.channels, self.heads, self.width = channels, heads, width
         self.layers = unet.config.layers_per_block
+        self.class_embed_type = unet.config.class_embed_type
         self.state = unet.state_dict()
+        self.time_embed = self.state["time_embedding.linear_1.weight"].shape[0]
         self.stream = [self._best(self._stream_score(s, c), groups) for s, c in enumerate(channels)]
-        self.time_embed = channels[0] * 4
 
     def _best(self, score: Tensor, groups: int) -> Tensor:
         per_group = score.view(groups, -1)
@@ -288,10 +437,12 @@ class _Plan:
     def take(self, name: str, w: Tensor, shape: tuple[int, ...]) -> Tensor:
         if tuple(w.shape) == shape:
             return w
-        rows = self._rows(name, w)
-        out = w if rows is None else w[rows.to(w.device)]
-        if out.ndim >= 2:
-            out = self._columns(name, out)
+        if name.startswith(_EMBEDDINGS):
+            out = self._embedding(name, w)
+        else:
+            rows = self._rows(name, w)
+            out = w if rows is None else w[rows.to(w.device)]
+            out = self._columns(name, out) if out.ndim >= 2 else out
         assert tuple(out.shape) == shape, (name, tuple(w.shape), tuple(out.shape), shape)
         return out.contiguous()
 
@@ -305,8 +456,6 @@ class _Plan:
 
     def _rows(self, name: str, w: Tensor) -> Tensor | None:
         stage = self._stage(name)
-        if name.startswith("time_embedding"):
-            return self._some(w.shape[0])
         if name.startswith("conv_out"):
             return None
         if re.search(r"to_[qkv]\.", name):
@@ -338,10 +487,9 @@ class _Plan:
         stage, n = self._stage(name), w.shape[1]
         if name == "conv_in.weight":
             return w
-        if name == "time_embedding.linear_1.weight":
-            return self._sinusoids(w)
-        if name.startswith("time_embedding") or "time_emb_proj" in name:
-            return w[:, self._some(n)]
+        if "time_emb_proj" in name:  # with `class_embeddings_concat` the class comes after the time
+            parts = range(0, n, self.time_embed)
+            return w[:, torch.cat([self._some(self.time_embed) + k for k in parts])]
         if "attn2.to_k" in name or "attn2.to_v" in name:
             return w  # text width
         if "to_out" in name:
@@ -352,6 +500,22 @@ class _Plan:
             return w[:, self._inputs(name, n)]
         return w[:, self.stream[stage]]
 
+    def _embedding(self, name: str, w: Tensor) -> Tensor:
+        """The embeddings that are added to that of the timestep have its channels, evenly spaced;
+        what they read (pooled text and sizes, class labels, the guidance) keeps its width.
+        """
+        some = self._some(self.time_embed)
+        if name == "time_embedding.cond_proj.weight":  # is added to the sinusoids
+            return self._sinusoid_rows(w)
+        if name == "class_embedding.weight" and self.class_embed_type is None:  # a table
+            return w[:, some]
+        if name.endswith("linear_2.weight"):
+            return w[some][:, some]
+        of_sinusoids = name.startswith("time_embedding") or self.class_embed_type == "timestep"
+        if name.endswith("linear_1.weight") and of_sinusoids and "add_embedding" not in name:
+            return self._sinusoids(w[some])
+        return w[some]
+
     def _sinusoids(self, w: Tensor) -> Tensor:
         """Half as many frequencies are every second one: each takes its neighbor's weight too,
         whose sinusoid is alike.
@@ -360,6 +524,15 @@ class _Plan:
             return w[:, self._some(w.shape[1])]
         cos, sin = w.chunk(2, dim=1)
         return torch.cat([part[:, 0::2] + part[:, 1::2] for part in (cos, sin)], dim=1)
+
+    def _sinusoid_rows(self, w: Tensor) -> Tensor:
+        """Rows of what is added to the sinusoids: as `_sinusoids` adds the weights of neighbors,
+        each takes the mean of both.
+        """
+        if self.width != 0.5:
+            return w[self._some(w.shape[0])]
+        cos, sin = w.chunk(2)
+        return torch.cat([(part[0::2] + part[1::2]) / 2 for part in (cos, sin)])
 
 
 def parameters(module: nn.Module) -> int:

@@ -349,3 +349,209 @@ def test_features_of_bk_tiny_are_compared_before_the_halving_that_it_has_lost():
     )
     with pytest.raises(InputError, match=r"down2.*different resolutions"):
         tap_channels(student, teacher, {"down2": "down_blocks.2"}, {"down2": "down_blocks.2"})
+
+
+# --- conditions
+
+XL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": (PLAIN, CROSS, CROSS),
+    "up_block_types": (UP_CROSS, UP_CROSS, UP),
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+# Parameters of the published UNets: SDXL base, segmind/SSD-1B, segmind/Segmind-Vega, and
+# etri-vilab's koala-1b and koala-700m (1,161M and 782M in arXiv:2312.04005).
+PUBLISHED = {
+    "": 2_567_463_684,
+    "ssd-1b": 1_331_334_404,
+    "vega": 745_225_604,
+    "koala-1b": 1_161_184_324,
+    "koala-700m": 782_822_724,
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_students_of_sdxl_have_the_published_parameters(preset):
+    with torch.device("meta"):
+        teacher = UNet2DConditionModel(sample_size=128, cross_attention_dim=2048, **XL)
+    spec = PRESETS[preset] if preset else StudentSpec()
+    assert parameters(shape(teacher, spec)) == PUBLISHED[preset]
+
+
+def conditioned(kind, **changes):
+    """A small teacher with such an embedding, and what it is called with besides."""
+    torch.manual_seed(1)
+    config, given = {
+        "guidance": ({"time_cond_proj_dim": 6}, {"timestep_cond": torch.randn(2, 6)}),
+        "text-time": (
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 4,
+                "projection_class_embeddings_input_dim": 29,
+            },
+            {
+                "added_cond_kwargs": {
+                    "text_embeds": torch.randn(2, 5),
+                    "time_ids": torch.randint(0, 9, (2, 6)),
+                }
+            },
+        ),
+        "classes": ({"num_class_embeds": 3}, {"class_labels": torch.tensor([2, 0])}),
+        "noise-level": ({"class_embed_type": "timestep"}, {"class_labels": torch.tensor([2, 50])}),
+        "projection": (
+            {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 7},
+            {"class_labels": torch.randn(2, 7)},
+        ),
+        "simple": (
+            {
+                "class_embed_type": "simple_projection",
+                "projection_class_embeddings_input_dim": 7,
+                "class_embeddings_concat": True,
+                "time_embedding_dim": 48,
+            },
+            {"class_labels": torch.randn(2, 7)},
+        ),
+    }[kind]
+    return small(**{**config, **changes}), given
+
+
+CONDITIONS = ["guidance", "text-time", "classes", "noise-level", "projection", "simple"]
+
+
+def run_with(unet, given, t=(7, 900)):
+    g = torch.Generator().manual_seed(3)
+    x, h = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 5, 12, generator=g)
+    with torch.no_grad():
+        return unet(x, torch.tensor(t), h, **given).sample
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_a_student_of_width_1_of_a_conditioned_teacher_is_bit_equal(kind):
+    teacher, given = conditioned(kind)
+    out = run_with(build(teacher, StudentSpec()), given)
+    assert torch.equal(out, run_with(teacher, given))
+    other = {k: v for k, v in given.items() if k != "timestep_cond"}
+    if kind == "guidance":
+        assert not torch.equal(out, run_with(teacher, other))
+
+
+@pytest.mark.parametrize("width", [0.5, 0.75])
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_narrower_students_of_conditioned_teachers_run_and_listen(kind, width):
+    teacher, given = conditioned(kind)
+    student = build(teacher, StudentSpec(one_layer=True, width=width))
+    out = run_with(student, given)
+    assert out.isfinite().all()
+    inner = given.get("added_cond_kwargs", given)
+    name = next(iter(inner))
+    changed = {**inner, name: inner[name].flip(0)}
+    changed = {"added_cond_kwargs": changed} if "added_cond_kwargs" in given else changed
+    assert not torch.equal(out, run_with(student, changed))
+    dim = student.config.time_embedding_dim or 4 * student.config.block_out_channels[0]
+    assert dim == width * (teacher.config.time_embedding_dim or 64)
+    one, other = shape(teacher, StudentSpec(one_layer=True, width=width)), student.state_dict()
+    assert {k: v.shape for k, v in one.state_dict().items()} == {k: other[k].shape for k in other}
+
+
+def embedding(unet, given):
+    """What a UNet's blocks are told: the sum of its embeddings (B, T)."""
+    seen = []
+    hook = unet.down_blocks[0].register_forward_pre_hook(
+        lambda m, a, k: seen.append(k["temb"]), with_kwargs=True
+    )
+    run_with(unet, given, t=(0, 0))
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_sliced_embeddings_equal_the_teachers_whose_dropped_channels_do_nothing(kind):
+    """Neighboring frequencies weigh the same and the dropped hidden channels are not read: then
+    the student's embedding is the teacher's on the channels that it keeps.
+    """
+    teacher, given = conditioned(kind)
+    if kind == "noise-level":  # the sinusoids of 0 are as many zeros and ones at every width
+        given = {"class_labels": torch.zeros(2)}
+    kept = torch.arange(0, teacher.time_embedding.linear_1.out_features, 2)
+    with torch.no_grad():
+        for name in ("time_embedding", "class_embedding", "add_embedding"):
+            module = getattr(teacher, name, None)
+            if (second := getattr(module, "linear_2", None)) is not None:
+                second.weight[:, kept + 1] = 0
+        if (first := getattr(teacher.time_embedding, "cond_proj", None)) is not None:
+            first.weight[1::2] = first.weight[::2]
+    student = build(teacher, StudentSpec(width=0.5))
+    whole, thin = embedding(teacher, given), embedding(student, given)
+    columns = torch.cat([kept, kept + 48]) if kind == "simple" else kept
+    assert (thin - whole[:, columns]).abs().max() < 1e-5
+    assert (thin - whole[:, columns.roll(1)]).abs().max() > 1e-2
+
+
+def test_transformers_keep_their_first_blocks():
+    teacher = small(transformer_layers_per_block=(1, 2, 4), use_linear_projection=True)
+    spec = StudentSpec(
+        drop_mid_attention=True,
+        transformer_layers_per_block=(1, 1, (2, 3)),
+        reverse_transformer_layers_per_block=((4, 1, 2), 2, 1),
+    )
+    student = build(teacher, spec)
+    assert [len(a.transformer_blocks) for a in student.up_blocks[0].attentions] == [4, 1, 2]
+    assert [len(a.transformer_blocks) for a in student.down_blocks[2].attentions] == [2, 3]
+    assert len(student.mid_block.resnets) == 1
+    a, b = student.state_dict(), teacher.state_dict()
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    assert run(student).isfinite().all()
+    again = build(student, StudentSpec(one_layer=True, width=0.5))
+    assert [len(a.transformer_blocks) for a in again.up_blocks[0].attentions] == [4, 2]
+    assert run(again).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "spec", "text"),
+    [
+        (
+            {},
+            StudentSpec(transformer_layers_per_block=(1, 1)),
+            r"transformer_layers_per_block=\[1, 1\] does not fit; accepted: a list of 3 stages",
+        ),
+        (
+            {},
+            StudentSpec(transformer_layers_per_block=(1, 1, (1,))),
+            "reverse_transformer_layers_per_block=not given; accepted: both",
+        ),
+        (
+            {},
+            StudentSpec(
+                transformer_layers_per_block=(1, 1, (1,)),
+                reverse_transformer_layers_per_block=(1, 1, 1),
+            ),
+            r"a list of as many as it has layers, here \[2, 2, 2\]",
+        ),
+        (
+            {},
+            StudentSpec(transformer_layers_per_block=(1, 1, 2)),
+            r"keep down_blocks.2.attentions.0.transformer_blocks.1.* does not have",
+        ),
+        ({"mid_block_type": None}, StudentSpec(drop_mid_attention=True), "keep mid_block.resnets"),
+        ({}, StudentSpec(drop_mid=True, drop_mid_attention=True), "say one of them"),
+        (
+            {"class_embed_type": "identity"},
+            StudentSpec(width=0.5),
+            "class_embed_type='identity'; accepted: None, 'timestep'",
+        ),
+        (
+            {"resnet_time_scale_shift": "scale_shift"},
+            StudentSpec(width=0.5),
+            "cannot slice a UNet with resnet_time_scale_shift='scale_shift'",
+        ),
+    ],
+)
+def test_students_of_conditioned_teachers_that_cannot_be_built_say_why(teacher, spec, text):
+    for make in (build, shape):
+        with pytest.raises(InputError, match=text):
+            make(small(**teacher), spec)
