@@ -275,9 +275,11 @@ def _teacher(folder: str | Path | None) -> tuple[UNet2DConditionModel, Autoencod
         from transformers import CLIPTextConfig, CLIPTextModel
 
         from sdlite.artifact import Artifact
+        from sdlite.distill.teacher import refuse_unfed
         from sdlite.torch_networks import vae_class
 
         artifact = Artifact.open(folder)
+        refuse_unfed(artifact)
         text = CLIPTextModel(CLIPTextConfig(**artifact.config("text_encoder")))
         vae = vae_class(artifact.config("vae")).from_config(artifact.config("vae"))
         return (

@@ -23,11 +23,11 @@ from sdlite.distill.preview import Config, decode_scaled
 from sdlite.distill.recipe import Recipe, Stage
 from sdlite.distill.run import packages
 from sdlite.distill.students import build, parameters
-from sdlite.distill.tasks.base import Given
+from sdlite.distill.tasks.base import TOLD_SCALES, Given, told
 from sdlite.distill.tasks.student import Output, StudentTask
 from sdlite.distill.teacher import Teacher
 from sdlite.distill.train import step_generator
-from sdlite.errors import MissingExtraError
+from sdlite.errors import InputError, MissingExtraError
 from sdlite.families import LatentScale
 from sdlite.sampling import Schedule, guided
 
@@ -96,6 +96,34 @@ def architecture(
     return out
 
 
+def conditions(recipe: Recipe, guidance_width: int | None) -> list[Finding]:
+    """What is the teacher told besides latents and timestep, and does the recipe go with it?
+
+    Args:
+        guidance_width: of its guidance embedding; None: it has none.
+    """
+    if guidance_width is None:
+        return [Finding("ok", "conditions", "the teacher is told the text, and nothing else")]
+    low, high = TOLD_SCALES
+    text = (
+        f"the teacher is told text and guidance (time_cond_proj_dim={guidance_width}): the student"
+        f" is told the same, at scales from {low:g} to {high:g}, and no call has a second row"
+    )
+    out = [Finding("ok", "conditions", text)]
+    try:
+        recipe.refuse_guidance()
+    except InputError as e:
+        out.append(Finding("fail", "conditions", str(e)))
+    for stage in recipe.stages:
+        if isinstance(stage.kind, Output) and stage.kind.task_weight:
+            text = (
+                f"{stage.name}: task_weight={stage.kind.task_weight:g} pulls to the data without"
+                " guidance, which is not what this teacher says; set task_weight = 0"
+            )
+            out.append(Finding("warn", "conditions", text))
+    return out
+
+
 def target(scheduler: Config, few_steps: bool) -> list[Finding]:
     """Prediction type, terminal signal-to-noise ratio and spacing: what few-step students trip
     over.
@@ -150,7 +178,7 @@ def prediction(
     # the middle half: all kinds differ there
     batch["t"] = task.schedule.num_train_timesteps // 4 + batch["t"] // 2
     x, _ = task.forward(batch["latents"], batch["noise"], batch["t"])
-    out = teacher(x, batch["t"], task.encode(batch["input_ids"])).sample.float()
+    out = teacher(x, batch["t"], task.encode(batch["input_ids"]), **told(batch)).sample.float()
     alpha, sigma = task.forward.coefficients(batch["t"])
     kinds = {
         "epsilon": batch["noise"],
@@ -469,6 +497,7 @@ def examine(
     student = build(taught.unet, dataclasses.replace(recipe.student, score="l1"))
     few = any(s.kind.sampling_steps is not None for s in recipe.stages)
     out = architecture(student, taught.unet, taught.text_encoder, taught.vae)
+    out += conditions(recipe, taught.guidance_width)
     out += target(taught.scheduler, few)
     if any(f.level == "fail" for f in out):
         return out
@@ -512,5 +541,5 @@ def _one_feature(task: StudentTask) -> Tensor:
     name, module = next(iter(task.teacher_taps.items()))
     batch = task.batch(2, step_generator(0, 1))
     with Taps(task.teacher, {name: module}) as tapped:
-        task.teacher(batch["latents"], batch["t"], task.encode(batch["input_ids"]))
+        task.teacher(batch["latents"], batch["t"], task.encode(batch["input_ids"]), **told(batch))
     return tapped.features[name]

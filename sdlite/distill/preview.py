@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdlite.families import LatentScale
+from sdlite.families.sd import guidance_embedding
 from sdlite.files import TOKENIZER_FILES, Files
 from sdlite.images import grid, save, to_pil, to_uint8
 from sdlite.sampling import Noise, Schedule, denoise, get_sampler
@@ -43,14 +44,28 @@ class Samples:
 USUAL = Samples()
 
 
+def guidance_width(unet: nn.Module) -> int | None:
+    """Width of the guidance embedding that a UNet is told (LCM); None where it is told none."""
+    config = getattr(unet, "config", None)  # networks of tests and of other packages have none
+    width: int | None = getattr(config, "time_cond_proj_dim", None)
+    return width
+
+
 @torch.no_grad()
 def paint(parts: Parts, schedule: Schedule, samples: Samples) -> Tensor:
-    """Scaled latents (B, C, h, w) that torch networks make for B prompts."""
+    """Scaled latents (B, C, h, w) that torch networks make for B prompts. A UNet that is told its
+    guidance makes them in one row each.
+    """
     unet, text_encoder, tokenizer = parts["unet"], parts["text_encoder"], parts["tokenizer"]
     device, count = next(unet.parameters()).device, len(samples.prompts)
     ids = torch.from_numpy(tokenizer([*samples.prompts, ""])).to(device)
     embeds = text_encoder(ids)[0].cpu().numpy()
-    cond, uncond = embeds[:-1], np.repeat(embeds[-1:], count, axis=0)
+    scale = samples.guidance_scale
+    cond = {"encoder_hidden_states": embeds[:-1]}
+    uncond: np.ndarray | None = np.repeat(embeds[-1:], count, axis=0)
+    if (width := guidance_width(unet)) is not None:
+        cond["timestep_cond"] = np.repeat(guidance_embedding(scale, width), count, axis=0)
+        uncond = None
     noise = [Noise(samples.seed + i) for i in range(count)]
     size = (unet.config.in_channels, *latent_size(unet.config))
     x = np.stack([n.normal(size) for n in noise])
@@ -61,7 +76,6 @@ def paint(parts: Parts, schedule: Schedule, samples: Samples) -> Tensor:
         out: np.ndarray = unet(**given).sample.cpu().numpy()
         return out
 
-    scale = samples.guidance_scale
     for latents in denoise(network, x, cond, noise, solver, uncond=uncond, guidance_scale=scale):
         x = latents
     return torch.from_numpy(x).to(device)

@@ -56,7 +56,7 @@ from typing import TypedDict, cast
 from sdlite.arguments import one_of
 from sdlite.distill.students import PRESETS, StudentSpec
 from sdlite.distill.tasks import KINDS
-from sdlite.distill.tasks.base import Count, Scale, StageKind, Steps
+from sdlite.distill.tasks.base import TOLD_SCALES, Count, Scale, StageKind, Steps
 from sdlite.distill.train import TrainConfig
 from sdlite.errors import InputError, SdliteError, printable
 from sdlite.io import read_toml
@@ -184,29 +184,50 @@ class Recipe:
         """The stages that train the UNet, in order."""
         return [s for s in self.stages if s.makes == "unet"]
 
-    def default_sampler(self, own: str, teachers: Table | None = None) -> HowSampled:
+    def default_sampler(
+        self, own: str, teachers: Table | None = None, *, is_told: bool = False
+    ) -> HowSampled:
         """How the model is sampled: as the last UNet stage made it for, unless [sampler] says
         otherwise.
 
         Args:
             own: sampler of many-step students.
             teachers: the teacher's defaults, for recipes that leave the UNet as it is.
+            is_told: the UNet is told its guidance: the teacher's defaults are those of every
+                student that no stage makes for other steps.
         """
         out: dict[str, object] = {
             "name": own,
             "num_inference_steps": STEPS,
             "guidance_scale": GUIDANCE,
         }
-        if unet := self.unet_stages:
-            last = unet[-1].kind
-            if any(guided(s.kind.guidance) for s in unet):
-                out["guidance_scale"] = 1.0
-            out["name"] = last.sampler or own
-            out["num_inference_steps"] = last.sampling_steps or STEPS
-        else:
+        unet = self.unet_stages
+        if is_told or not unet:
             out |= {k: v for k, v in (teachers or {}).items() if k in out}
+        elif any(guided(s.kind.guidance) for s in unet):
+            out["guidance_scale"] = 1.0
+        last = unet[-1].kind if unet else None
+        if last and last.sampling_steps is not None:
+            out |= {"name": own, "num_inference_steps": last.sampling_steps}
+        if last and last.sampler is not None:
+            out["name"] = last.sampler
         out |= {k: v for k, v in asdict(self.sampler).items() if v is not None}
         return cast(HowSampled, out)
+
+    def refuse_guidance(self) -> None:
+        """For a teacher that is told its guidance.
+
+        Raises:
+            InputError: a stage says a guidance, which would have no effect.
+        """
+        low, high = TOLD_SCALES
+        for stage in self.stages:
+            if "guidance_scale" in stage.options:
+                raise InputError(
+                    f"stage {stage.name} says guidance_scale={stage.options['guidance_scale']}, but"
+                    " this teacher is told its guidance, and so is its student, at scales from"
+                    f" {low:g} to {high:g}; leave guidance_scale out."
+                )
 
 
 def _is_table(value: object) -> bool:

@@ -20,7 +20,7 @@ import torch
 from sdlite.distill import checkpoints, data, report
 from sdlite.distill.latent_cache import CachedLatents, items_hash
 from sdlite.distill.preview import SHOWN, Parts, Samples
-from sdlite.distill.recipe import STEPS, Recipe, Stage
+from sdlite.distill.recipe import STEPS, HowSampled, Recipe, Stage
 from sdlite.distill.students import build, parameters, shape
 from sdlite.distill.tasks.base import Denoising, Given
 from sdlite.distill.tasks.student import teacher_gradients
@@ -61,7 +61,13 @@ class Result(TypedDict):
 
 
 def plan(recipe: Recipe, teacher: Teacher) -> str:
-    """What `run` would do, in a few lines (`--dry-run`)."""
+    """What `run` would do, in a few lines (`--dry-run`).
+
+    Raises:
+        InputError: the recipe is not for this teacher.
+    """
+    if teacher.guidance_width is not None:
+        recipe.refuse_guidance()
     student = shape(teacher.unet, recipe.student)
     a, b = parameters(student), parameters(teacher.unet)
     lines = [
@@ -163,6 +169,8 @@ class _Run:
         if self.main:
             _look(self.out, asked.resume)
         self.teacher = Teacher(asked.teacher)
+        if self.teacher.guidance_width is not None:
+            recipe.refuse_guidance()
         found = data.read(asked.data)
         begun_with = _fingerprint(recipe, self.teacher, found)
         if self.main:
@@ -175,7 +183,7 @@ class _Run:
             asked.preview_prompts or list(recipe.preview.prompts or ()) or self.source.captions
         )
         self.made = self._start()
-        self.sampler = recipe.default_sampler("ddim", dict(self.teacher.artifact.sampler))
+        self.sampler = _sampler(recipe, self.teacher)
         self.last: Path | None = None  # folder of the stage before
         self.stages: dict[str, Trained] = {}
         where = asked.data
@@ -246,12 +254,17 @@ class _Run:
             source=self.source,
             parts=self.made,
             scheduler=self.teacher.scheduler,
-            samples=Samples(
-                tuple(self.prompts[:SHOWN]), self.recipe.preview.num_inference_steps or STEPS
-            ),
+            samples=self._shown(),
             guided=self.last is not None and _guided(self.recipe, stage),
         )
         return given if stage.makes == "unet" else self._of_finished_unet(given)
+
+    def _shown(self) -> Samples:
+        """The sample grid of a stage, before the stage says its own steps."""
+        told = self.teacher.guidance_width is not None
+        usual = self.teacher.painted if told else Samples(num_inference_steps=STEPS)
+        steps = self.recipe.preview.num_inference_steps or usual.num_inference_steps
+        return replace(usual, prompts=tuple(self.prompts[:SHOWN]), num_inference_steps=steps)
 
     def _of_finished_unet(self, given: Given) -> Given:
         """For the other parts: on the schedule that the UNet was saved with, at its timesteps, and
@@ -334,6 +347,13 @@ class _Run:
                 calibration_prompts=self.prompts,
             )
         print(f"wrote {out}")
+
+
+def _sampler(recipe: Recipe, teacher: Teacher) -> HowSampled:
+    """How the model is sampled by default."""
+    told, own = teacher.guidance_width is not None, teacher.artifact
+    teachers = dict(own.samples_with) if told else dict(own.sampler)
+    return recipe.default_sampler("ddim", teachers, is_told=told)
 
 
 def _guided(recipe: Recipe, stage: Stage) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from sdlite import families
 from sdlite.artifact import Artifact
 from sdlite.distill import data
 from sdlite.distill.latent_cache import CachedLatents
-from sdlite.distill.preview import Samples, paint
+from sdlite.distill.preview import Samples, guidance_width, paint
 from sdlite.errors import InputError
 from sdlite.io import sha256
 from sdlite.sampling import Schedule
@@ -34,9 +35,12 @@ class Teacher:
 
     Attributes:
         size: of its images, height and width in pixels.
+        guidance_width: of the guidance embedding that its UNet is told (LCM); None: it is not.
+        painted: how it makes images where the data are prompts alone.
 
     Raises:
-        InputError: it is no folder. ArtifactError: it is not a whole model.
+        InputError: it is no folder, or its UNet has inputs that distilling does not feed.
+            ArtifactError: it is not a whole model.
     """
 
     def __init__(self, folder: str | Path):
@@ -46,6 +50,7 @@ class Teacher:
                 " pipeline: a hub model is made one by `hf download ORG/NAME --local-dir DIR`."
             )
         self.artifact, self._stamps = Artifact.open(folder), dict[str, str]()
+        refuse_unfed(self.artifact)
         part = self.artifact.files.part
         self.scheduler = self.artifact.config("scheduler")
         self.unet: UNet2DConditionModel = open_network(part("unet"))
@@ -60,6 +65,14 @@ class Teacher:
         )  # students have it from here
         stride = families.vae_stride(self.vae.config)
         self.size = (height * stride, width * stride)
+        self.guidance_width, self.painted = guidance_width(self.unet), PAINTED
+        if self.guidance_width is not None:  # it is sampled as it was made for
+            own = self.artifact.samples_with
+            self.painted = Samples(
+                num_inference_steps=own["num_inference_steps"],
+                guidance_scale=own["guidance_scale"],
+                sampler=own["name"],
+            )
 
     @torch.no_grad()
     def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -128,15 +141,30 @@ class Teacher:
         key = {"vae": self.stamp("vae"), "scale": self.vae.config.scaling_factor}
         if not prompts_only:
             return key
-        return key | {
+        key |= {
             "made_by": self.stamp("unet"),
-            "steps": PAINTED.num_inference_steps,
-            "guidance_scale": PAINTED.guidance_scale,
+            "steps": self.painted.num_inference_steps,
+            "guidance_scale": self.painted.guidance_scale,
             "scheduler": self.scheduler,
         }
+        return key | ({} if self.guidance_width is None else {"sampler": self.painted.sampler})
 
     def _encoded(self, images: Sequence[np.ndarray], before: int) -> torch.Tensor:
         return self.encode(images)
 
     def _painted(self, prompts: Sequence[str], before: int) -> torch.Tensor:
-        return self.make(Samples(tuple(prompts), seed=before + len(prompts)))
+        return self.make(replace(self.painted, prompts=tuple(prompts), seed=before + len(prompts)))
+
+
+def refuse_unfed(artifact: Artifact) -> None:
+    """
+    Raises:
+        InputError: the model's UNet has an input that distilling does not feed.
+    """
+    inputs = artifact.family.unet_inputs(artifact.config("unet"))
+    if more := [t.name for t in inputs if t.name != "timestep_cond"]:
+        raise InputError(
+            f"the UNet of {artifact.folder} is also given {', '.join(more)}; distilling feeds"
+            " latents, timestep, text and guidance. Give a teacher of Stable Diffusion 1.x or 2.x,"
+            " or make the student alone by sdlite.distill.students.build."
+        )

@@ -8,6 +8,7 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 from diffusers import UNet2DConditionModel  # noqa: E402
 
 from benchmarks.emoji.grow import grow  # noqa: E402
+from sdlite import settings  # noqa: E402
 from sdlite.distill.students import (  # noqa: E402
     PRESETS,
     StudentSpec,
@@ -490,6 +491,19 @@ def test_sliced_embeddings_equal_the_teachers_whose_dropped_channels_do_nothing(
     columns = torch.cat([kept, kept + 48]) if kind == "simple" else kept
     assert (thin - whole[:, columns]).abs().max() < 1e-5
     assert (thin - whole[:, columns.roll(1)]).abs().max() > 1e-2
+
+
+def test_transformer_layers_in_a_recipe():
+    read = lambda said: settings.read(StudentSpec, said, "[student]")  # noqa: E731
+    spec = read({"transformer_layers_per_block": [1, [1, 2]]})
+    assert spec.transformer_layers_per_block == (1, (1, 2))
+    for said, words in (
+        ([1, "2"], r"\[student\]: transformer_layers_per_block.1.*'2'; accepted: a whole number"),
+        ([-1], "at least 0"),
+        (2, "transformer_layers_per_block=2; accepted: a list"),
+    ):
+        with pytest.raises(InputError, match=words):
+            read({"transformer_layers_per_block": said})
 
 
 def test_transformers_keep_their_first_blocks():

@@ -16,8 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdlite.distill.preview import USUAL, Config, Parts, Samples, preview, save_grid, save_pipeline
+from sdlite.distill.preview import (
+    USUAL,
+    Config,
+    Parts,
+    Samples,
+    guidance_width,
+    preview,
+    save_grid,
+    save_pipeline,
+)
 from sdlite.distill.train import Batch, Modules, Task
+from sdlite.families.sd import guidance_embedding
 from sdlite.sampling import Schedule
 from sdlite.settings import At, settings
 
@@ -45,6 +55,10 @@ Scale = Annotated[float, At(0, 1000)]  # of guidance
 Steps = Annotated[int, At(1, 1000)]
 Count = Annotated[int, At(1, 10**12)]
 Options = Mapping[str, object]  # what a recipe says of a stage besides its training
+# Scales at which a UNet that is told its guidance learns: LCM's w from 2 to 14, plus 1 (Luo et al.
+# 2023, arXiv:2310.04378).
+TOLD_SCALES = (3.0, 15.0)
+Told = Mapping[str, Tensor]  # keywords of a UNet besides latents, timesteps and text
 
 
 class LatentSource(Protocol):
@@ -179,6 +193,20 @@ def stratified_timesteps(
     return (u**power * total).long().clamp(max=total - 1)
 
 
+def told(batch: Batch) -> Told:
+    """What of a batch the UNets are called with besides latents, timesteps and text: nothing, or
+    `timestep_cond` (B, width), the guidance.
+    """
+    return {k: batch[k] for k in ("timestep_cond",) if k in batch}
+
+
+def drawn_guidance(size: int, width: int, generator: torch.Generator) -> Tensor:
+    """Guidance embeddings (B, `width`) of scales drawn evenly from `TOLD_SCALES`."""
+    low, high = TOLD_SCALES
+    scales = low + (high - low) * torch.rand(size, generator=generator)
+    return torch.from_numpy(np.concatenate([guidance_embedding(float(g), width) for g in scales]))
+
+
 class CachedEncoder:
     """A frozen text encoder that remembers its output: (B, L) token ids -> (B, L, D).
 
@@ -218,10 +246,12 @@ class Denoising(Task):
     """A task on noised latents: it draws them, saves a whole pipeline, and shows its images.
 
     A subclass has `modules` and `loss`; `targets` and `not_cacheable`, too, where its teacher's
-    answers can be kept (`sdlite.distill.teacher_cache`).
+    answers can be kept (`sdlite.distill.teacher_cache`). Where its UNets are told their guidance it
+    calls `tell`, and calls them with `told(batch)`.
     """
 
     timestep_power = 1.0  # see `stratified_timesteps`
+    guidance_width: int | None = None  # of the embedding that the UNets are told
     teacher: nn.Module
     encode: CachedEncoder
 
@@ -246,7 +276,13 @@ class Denoising(Task):
         batch["t"] = stratified_timesteps(
             size, self.schedule.num_train_timesteps, generator, self.timestep_power
         )
+        if self.guidance_width is not None:
+            batch["timestep_cond"] = drawn_guidance(size, self.guidance_width, generator)
         return batch
+
+    def tell(self, unet: nn.Module) -> None:
+        """Draw a guidance for each sample, if `unet` and those of its interface are told one."""
+        self.guidance_width = guidance_width(unet)
 
     def to(self, device: torch.device) -> None:
         for network in (*vars(self).values(), *self.parts.values()):

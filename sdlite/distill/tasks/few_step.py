@@ -5,7 +5,8 @@ All of them start from a student that already makes images (see `student.Student
 teacher and text encoder, and work in x_0 and noise, so that epsilon, v and sample prediction are
 one code. Shape letters: B batch, C channels, h,w latent size.
 
-`guidance_scale` g means u + g (c - u) everywhere, as in the pipeline; LCM's own w is g - 1.
+`guidance_scale` g means u + g (c - u) everywhere, as in the pipeline; LCM's own w is g - 1. A
+teacher that is told its guidance (LCM) needs no second row, and its student is told the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from sdlite.distill.features import Taps, probe
 from sdlite.distill.losses import huber_loss, output_loss
+from sdlite.distill.preview import USUAL, guidance_width
 from sdlite.distill.tasks.base import (
     CachedEncoder,
     Count,
@@ -31,7 +34,9 @@ from sdlite.distill.tasks.base import (
     Scale,
     StageKind,
     Steps,
+    Told,
     Weight,
+    told,
 )
 from sdlite.distill.train import Batch, Modules
 from sdlite.sampling import guide, guided
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
 
 GUIDANCE = 4.0  # the scale that a stage puts into its student unless its recipe says another
 LCM_STEPS = 4  # of a consistency student
+NONE: Told = MappingProxyType({})
 JUDGED_AT = (10, 250, 500, 750)  # timesteps at which a discriminator looks
 
 
@@ -106,11 +112,14 @@ class FewStep(StageKind):
         """With a schedule that begins at the last timestep (arXiv:2305.08891), and samples as its
         students are sampled.
         """
+        samples = given.samples
+        if guidance_width(given.student) is None:
+            samples = replace(samples, guidance_scale=1.0)
+        usual = samples if self.sampling_steps is None else USUAL
         samples = replace(
-            given.samples,
-            guidance_scale=1.0,
-            sampler=self.sampler or given.samples.sampler,
-            num_inference_steps=self.sampling_steps or given.samples.num_inference_steps,
+            samples,
+            sampler=self.sampler or usual.sampler,
+            num_inference_steps=self.sampling_steps or samples.num_inference_steps,
         )
         scheduler = {**given.scheduler, "timestep_spacing": "trailing"}
         return replace(given, scheduler=scheduler, samples=samples)
@@ -125,6 +134,7 @@ class FromTeacher(Denoising):
         parts = {**given.parts, "text_encoder": given.text_encoder}
         super().__init__(given.source, given.scheduler, parts, given.samples)
         self.teacher = given.teacher.eval().requires_grad_(False)
+        self.tell(self.teacher)
         self.encode = CachedEncoder(given.text_encoder)
         self.guidance_scale, self.solver = guidance_scale, Solver(self.schedule)
         self.modules = {"unet": given.student}
@@ -146,10 +156,10 @@ class FromTeacher(Denoising):
         return self.encode(ids)
 
     @torch.no_grad()
-    def teach(self, x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
-        """The teacher's output (B, C, h, w), guided by `guidance_scale`."""
-        if not guided(self.guidance_scale):
-            out: Tensor = self.teacher(x, t, embeds).sample
+    def teach(self, x: Tensor, t: Tensor, embeds: Tensor, told: Told = NONE) -> Tensor:
+        """The teacher's output (B, C, h, w), guided by `guidance_scale`, or by what it is told."""
+        if told or not guided(self.guidance_scale):
+            out: Tensor = self.teacher(x, t, embeds, **told).sample
             return out
         empty = self.embeds(self.source.empty_ids[None].to(x.device)).expand_as(embeds)
         both = self.teacher(torch.cat([x, x]), torch.cat([t, t]), torch.cat([empty, embeds])).sample
@@ -203,12 +213,13 @@ class GuidanceTask(FromTeacher):
     def targets(self, batch: Batch) -> Tensor:
         """The teacher's guided output."""
         x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
-        return self.teach(x, batch["t"], self.embeds(batch["input_ids"]))
+        return self.teach(x, batch["t"], self.embeds(batch["input_ids"]), told(batch))
 
     def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
         wanted = batch["wanted"] if "wanted" in batch else self.targets(batch)
-        out = modules["unet"](x, batch["t"], self.embeds(batch["input_ids"])).sample
+        embeds = self.embeds(batch["input_ids"])
+        out = modules["unet"](x, batch["t"], embeds, **told(batch)).sample
         return {"loss": output_loss(out, wanted)}
 
 
@@ -308,14 +319,14 @@ class ProgressiveTask(FromTeacher):
         """The x_0 that leads where the teacher's two steps lead."""
         x, t, half, end = self._point(batch)
         embeds = self.embeds(batch["input_ids"])
-        z = self.solver.ddim(self.teach(x, t, embeds), x, t, half)
-        z = self.solver.ddim(self.teach(z, half, embeds), z, half, end)
+        z = self.solver.ddim(self.teach(x, t, embeds, told(batch)), x, t, half)
+        z = self.solver.ddim(self.teach(z, half, embeds, told(batch)), z, half, end)
         return self.solver.halved_target(x, z, t, end)
 
     def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         x, t, _, _ = self._point(batch)
         x0 = batch["wanted"] if "wanted" in batch else self.targets(batch)
-        out = modules["unet"](x, t, self.embeds(batch["input_ids"])).sample
+        out = modules["unet"](x, t, self.embeds(batch["input_ids"]), **told(batch)).sample
         if self.loss_type == "x0":
             return {"loss": output_loss(self.solver.x0_noise(out, x, t)[0], x0)}
         if self.solver.kind == "v_prediction":
@@ -382,9 +393,11 @@ class ConsistencyTask(FromTeacher):
         out["index"] = torch.randint(0, len(self.points) - 1, (size,), generator=generator)
         return out
 
-    def consistency(self, unet: nn.Module, x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
+    def consistency(
+        self, unet: nn.Module, x: Tensor, t: Tensor, embeds: Tensor, told: Told = NONE
+    ) -> Tensor:
         """f(x, t) = c_skip x + c_out x_0; exactly x at the clean timestep."""
-        x0, _ = self.solver.x0_noise(unet(x, t.clamp(min=0), embeds).sample, x, t)
+        x0, _ = self.solver.x0_noise(unet(x, t.clamp(min=0), embeds, **told).sample, x, t)
         sigma = self.options.sigma_data
         scaled = (t.clamp(min=0).float() * self.options.timestep_scaling).view(-1, 1, 1, 1)
         skip = sigma**2 / (scaled**2 + sigma**2)
@@ -405,15 +418,17 @@ class ConsistencyTask(FromTeacher):
     def targets(self, batch: Batch) -> Tensor:
         """x after the teacher's step."""
         x, t, end = self._point(batch)
-        return self.solver.ddim(self.teach(x, t, self.embeds(batch["input_ids"])), x, t, end)
+        out = self.teach(x, t, self.embeds(batch["input_ids"]), told(batch))
+        return self.solver.ddim(out, x, t, end)
 
     def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         x, t, end = self._point(batch)
         embeds = self.embeds(batch["input_ids"])
         with torch.no_grad():
             lower = batch["wanted"] if "wanted" in batch else self.targets(batch)
-            wanted = self.consistency(modules["unet"], lower, end, embeds)
-        return {"loss": huber_loss(self.consistency(modules["unet"], x, t, embeds), wanted)}
+            wanted = self.consistency(modules["unet"], lower, end, embeds, told(batch))
+        made = self.consistency(modules["unet"], x, t, embeds, told(batch))
+        return {"loss": huber_loss(made, wanted)}
 
 
 class Discriminator(nn.Module):
@@ -540,16 +555,16 @@ class AdversarialTask(FromTeacher):
         """The teacher's features of x_0 noised again; gradients reach x_0 but no teacher weight."""
         x, _ = self.forward(x0, batch["judge_noise"], batch["judged_at"])
         with Taps(self.teacher, self.taps) as tapped:
-            self.teacher(x, batch["judged_at"], embeds)
+            self.teacher(x, batch["judged_at"], embeds, **told(batch))
         return dict(tapped.features)
 
     def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         t = self.points.to(batch["index"].device)[batch["index"]]
         x, _ = self.forward(batch["latents"], batch["noise"], t)
         embeds = self.embeds(batch["input_ids"])
-        made, _ = self.solver.x0_noise(modules["unet"](x, t, embeds).sample, x, t)
+        made, _ = self.solver.x0_noise(modules["unet"](x, t, embeds, **told(batch)).sample, x, t)
         with torch.no_grad():
-            wanted, _ = self.solver.x0_noise(self._kept(x, t, embeds), x, t)
+            wanted, _ = self.solver.x0_noise(self._kept(x, t, embeds, told(batch)), x, t)
             real = self.features(batch["latents"], batch, embeds)
         judge = modules["discriminator"]
         fake = self.features(made, batch, embeds)
@@ -570,9 +585,9 @@ class AdversarialTask(FromTeacher):
         )
         return {"loss": loss, **terms}
 
-    def _kept(self, x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
+    def _kept(self, x: Tensor, t: Tensor, embeds: Tensor, told: Told) -> Tensor:
         """The output that the student keeps near to."""
         if self.start is None:
-            return self.teach(x, t, embeds)
-        out: Tensor = self.start(x, t, embeds).sample
+            return self.teach(x, t, embeds, told)
+        out: Tensor = self.start(x, t, embeds, **told).sample
         return out

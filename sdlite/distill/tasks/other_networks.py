@@ -30,6 +30,7 @@ from sdlite.distill.tasks.base import (
     StageKind,
     Steps,
     Weight,
+    told,
 )
 from sdlite.distill.train import Batch, Modules
 from sdlite.errors import InputError
@@ -260,6 +261,7 @@ class TextEncoderTask(Denoising):
         )
         self.options, self.timesteps = options, given.timesteps
         self.unet = given.student.eval().requires_grad_(False)
+        self.tell(self.unet)
         self.encode = CachedEncoder(given.text_encoder)
         fewer = smaller_text_encoder(given.text_encoder, options.layers)
         self.modules = {"text": TextForward(fewer.requires_grad_(True))}
@@ -281,8 +283,9 @@ class TextEncoderTask(Denoising):
         if self.options.output_weight:
             x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
             with torch.no_grad():
-                teacher = self.unet(x, batch["t"], wanted).sample
-            terms["output"] = output_loss(self.unet(x, batch["t"], made).sample, teacher)
+                teacher = self.unet(x, batch["t"], wanted, **told(batch)).sample
+            out = self.unet(x, batch["t"], made, **told(batch)).sample
+            terms["output"] = output_loss(out, teacher)
             loss = loss + self.options.output_weight * terms["output"]
         return {"loss": loss, **terms}
 

@@ -27,6 +27,7 @@ from sdlite.distill.tasks.base import (
     Share,
     StageKind,
     Weight,
+    told,
 )
 from sdlite.distill.train import Batch, Modules, step_generator
 from sdlite.errors import InputError
@@ -59,6 +60,7 @@ class TeacherTask(Denoising):
         super().__init__(source, scheduler, parts, samples, caption_dropout)
         self.modules = {"unet": unet}
         self.timestep_power = timestep_power
+        self.tell(unet)
         if train_text_encoder:
             self.modules["text_encoder"] = text_encoder
         else:
@@ -70,7 +72,7 @@ class TeacherTask(Denoising):
             embeds = modules["text_encoder"](batch["input_ids"])[0]
         else:
             embeds = self.encode(batch["input_ids"])
-        out = modules["unet"](x, batch["t"], embeds).sample
+        out = modules["unet"](x, batch["t"], embeds, **told(batch)).sample
         return {"loss": F.mse_loss(out.float(), target)}
 
 
@@ -114,8 +116,10 @@ class StudentForward(nn.Module):
         self.unet, self.projectors = unet, projectors
         self.tapped = Taps(unet, taps).attach()
 
-    def forward(self, x: Tensor, t: Tensor, embeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        out = self.unet(x, t, embeds).sample
+    def forward(
+        self, x: Tensor, t: Tensor, embeds: Tensor, **told: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        out = self.unet(x, t, embeds, **told).sample
         return out, {
             k: self.projectors[k](f) if k in self.projectors else f
             for k, f in self.tapped.features.items()
@@ -209,6 +213,7 @@ class StudentTask(Denoising):
         )
         self.options, self.timestep_power = options, options.timestep_power
         self.teacher = given.teacher.eval().requires_grad_(False)
+        self.tell(self.teacher)
         self.encode = CachedEncoder(given.text_encoder)
         mine, theirs = matched_taps(given.student, self.teacher)
         self.tap_weights = _shares(options, list(mine))
@@ -235,7 +240,8 @@ class StudentTask(Denoising):
     def targets(self, batch: Batch) -> Tensor:
         """The teacher's output."""
         x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
-        out: Tensor = self.teacher(x, batch["t"], self.encode(batch["input_ids"])).sample
+        embeds = self.encode(batch["input_ids"])
+        out: Tensor = self.teacher(x, batch["t"], embeds, **told(batch)).sample
         return out
 
     def weights(self) -> dict[str, float]:
@@ -250,7 +256,7 @@ class StudentTask(Denoising):
             embeds = self.encode(batch["input_ids"])
             wanted = self._wanted(batch)
         theirs = dict(self.tapped.features)
-        out, mine = modules["student"](x, batch["t"], embeds)
+        out, mine = modules["student"](x, batch["t"], embeds, **told(batch))
         terms = {"task": output_loss(out, target)}
         if wanted is not None:
             terms |= self._output_terms(out, wanted, target, batch["t"])
