@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdlite.distill.evidence import DRAWS, Verdict, judge
+from sdlite.distill.preview import guidance_width
 from sdlite.distill.recipe import Recipe
 from sdlite.distill.students import PRESETS, StudentSpec, parameters, shape
 from sdlite.errors import InputError, UnknownNameError
@@ -235,6 +236,8 @@ def advise(
     student = shape(unet, PRESETS[preset] if preset else StudentSpec())
     work = [macs(unet), macs(student)]
     stages, calls, said = _stages(table, wish, preset)
+    if guidance_width(unet) is not None:
+        said += _told(stages)
     reasons += said + _decoder(stages, vae, latent_size(unet.config), calls * work[1], calls, wish)
     reasons += _budget(table, stages, minutes, images_per_second, work)
     precision, _, then = DEVICES[device]
@@ -256,6 +259,18 @@ def advise(
     recipe = _toml(f"{wish}-{device}", preset, stages, lr)
     Recipe.parse(_parsed(recipe))
     return Advice(recipe, reasons, then)
+
+
+def _told(stages: list[Said]) -> list[str]:
+    """In place: the stages for a teacher that is told its guidance. Returns why."""
+    for stage in stages:
+        stage.pop("guidance_scale", None)
+        if stage["kind"] == "output":
+            stage["task_weight"] = 0.0
+    return [
+        "guidance: the teacher is told it, and so is its student; no stage puts it in, and no term"
+        " pulls to the data, which have none"
+    ]
 
 
 def _parsed(text: str) -> Said:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,8 @@ pytest.importorskip("accelerate", reason="needs the distill extra")
 pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from sdlite.distill import doctor, preview  # noqa: E402
+from sdlite.distill.advise import advise  # noqa: E402
+from sdlite.distill.recipe import Recipe  # noqa: E402
 from sdlite.distill.run import plan, run  # noqa: E402
 from sdlite.distill.students import StudentSpec, build  # noqa: E402
 from sdlite.distill.tasks.base import TOLD_SCALES, Given, drawn_guidance  # noqa: E402
@@ -206,6 +209,16 @@ def test_doctor_says_what_the_teacher_is_told(lcm, prompts, tmp_path):  # noqa: 
     assert of[1].startswith("warn conditions: 0-output: task_weight=1 pulls to the data")
     plain = doctor.conditions(recipe, None)
     assert [f.text for f in plain] == ["the teacher is told the text, and nothing else"]
+
+
+@pytest.mark.parametrize("wish", ["quality", "balanced", "speed"])
+def test_advice_for_it_is_a_recipe_that_it_takes(wish, lcm, tmp_path):
+    teacher = remade(lcm, tmp_path / "two", layers_per_block=2)
+    made = advise(device="cpu", memory_gb=4, minutes=60, wish=wish, teacher=teacher)
+    recipe = Recipe.parse(tomllib.loads(made.recipe))
+    recipe.refuse_guidance()
+    assert [f.level for f in doctor.conditions(recipe, WIDTH)] == ["ok"]
+    assert any("the teacher is told it" in r for r in made.reasons)
 
 
 def test_a_teacher_with_inputs_that_are_not_fed_is_refused():
