@@ -488,9 +488,9 @@ def test_every_target_says_which_backends_open_it():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"model": None}, r"model=None \(NoneType\); accepted: an embedded name"),
+        ({"model": None}, r"model=None \(NoneType\); accepted: a name that"),
         ({"target": 3}, "target=3; accepted: a profile's name or file"),
-        ({"reference": 3}, "reference=3; accepted: an embedded name"),
+        ({"reference": 3}, "reference=3; accepted: a name that"),
         ({"prompts": "a fox"}, r"prompts='a fox' \(str\); accepted: a list of strings"),
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5; accepted: a whole number"),
         ({"threads": 100000}, "threads=100000; accepted: a whole number, 1 to"),

@@ -587,7 +587,7 @@ def test_errors(tmp_path, emoji, plain):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"model": None}, r"model=None \(NoneType\); accepted: an embedded name"),
+        ({"model": None}, r"model=None \(NoneType\); accepted: a name that"),
         ({"precision": 8}, "precision=8; accepted: a string"),
         ({"out": 3}, "out=3; accepted: a path"),
         ({"scheme": ["u8s7"]}, r"scheme=\['u8s7'\] \(list\); accepted: a string"),
