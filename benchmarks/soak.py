@@ -80,7 +80,7 @@ def compilations(count: int = 240) -> dict[int, int]:
     import numpy as np
 
     from sdlite.artifact import Artifact
-    from sdlite.backends.openvino import CompiledNetwork
+    from sdlite.backends.openvino_network import CompiledNetwork
 
     artifact = Artifact.open(EMOJI)
     config, text = artifact.config("unet"), artifact.config("text_encoder")
