@@ -45,7 +45,7 @@ def parameters(folder: Path) -> dict[str, int]:
 
     from safetensors import safe_open
 
-    from sdlite.artifact import weight_files
+    from sdlite.weights import weight_files
 
     out = {}
     for part in PARTS:

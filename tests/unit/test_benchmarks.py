@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -427,3 +431,23 @@ def test_the_teacher_comes_from_a_folder_or_an_error_says_how(tmp_path, monkeypa
     monkeypatch.setenv("SDLITE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(HubError, match=r"SDLITE_ASSETS.*train it as benchmarks/emoji/README\.md"):
         plain_folder(case, tmp_path)
+
+
+def test_every_name_that_benchmarks_import_exists():
+    """Late imports too: what they import moves, and nothing else looks."""
+    root = Path(__file__).parents[2]
+    missing = []
+    for path in sorted((root / "benchmarks").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sdlite"):
+                names = [a.name for a in node.names]
+                missing += [f"{path.name}: {n}" for n in names if not known(node.module, n)]
+    assert not missing
+
+
+def known(module: str, name: str) -> bool:
+    """Whether a module has a name, or a submodule of it."""
+    found = importlib.import_module(module)
+    if hasattr(found, name) or not hasattr(found, "__path__"):
+        return hasattr(found, name)
+    return importlib.util.find_spec(f"{module}.{name}") is not None
