@@ -97,6 +97,8 @@ def _opened(model: str | Path, revision: str | None) -> tuple[Artifact, str]:
     """The model, and what there is to note: one file of weights is converted once."""
     if not is_file(model):
         return Artifact.open(hub.resolve(model, revision)), ""
+    if revision is not None:
+        raise InputError(f"revision={revision!r} is for hub models; {str(model)!r} is a file.")
     need(f"{model} is one file, and opening it", "export", *CONVERT_NEEDS)
     from sdlite.converter import convert_cached_file
 

@@ -72,6 +72,11 @@ def prepared(source: Path, extras: Extras, scratch: Path) -> Prepared:
     words = [embeddings.Embedding.given(x) for x in extras.embedding]
     if extras.precision is not None:
         arguments.one_of("precision", extras.precision, PRECISIONS)
+    if extras.prediction_type is not None and not is_file(source):
+        raise InputError(
+            f"prediction_type={extras.prediction_type!r} is for one file of weights; {source} is a"
+            " folder, whose scheduler_config.json says it. Leave it out, or change it there."
+        )
     if not is_file(source) and not extras.any and not _pickled(source, extras):
         return Prepared(source)
     folder = scratch / "model"

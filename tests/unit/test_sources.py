@@ -175,6 +175,13 @@ def test_prediction_type_of_a_2x_file(folders, tmp_path):
         layouts.recognized(path, shapes, "v")
 
 
+def test_what_a_source_has_no_use_for_is_not_passed_over(folders, file, tmp_path):
+    extras = Extras(prediction_type="epsilon")
+    refused(folders("sd14"), tmp_path, "prediction_type='epsilon' is for one file", extras)
+    with pytest.raises(InputError, match="revision='main' is for hub models"):
+        Pipeline.from_pretrained(file, revision="main")
+
+
 def _without(path, out, pattern):
     save_file({k: v for k, v in load_file(path).items() if not re.search(pattern, k)}, out)
 
