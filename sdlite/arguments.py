@@ -139,6 +139,14 @@ def integers(
     return _several(name, value, lambda n, v: integer(n, v, low, high), accepted)
 
 
+def numbers(
+    name: str, value: object, low: float | None = None, high: float | None = None
+) -> list[float]:
+    """Finite numbers of `low` to `high` in a list, tuple, array or generator."""
+    accepted = f"a list of finite numbers{_range(low, high)}"
+    return _several(name, value, lambda n, v: number(n, v, low, high), accepted)
+
+
 def _several(name: str, value: object, one: Callable[[str, object], T], accepted: str) -> list[T]:
     single = isinstance(value, np.ndarray) and value.ndim == 0
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, Set)) or single:

@@ -31,6 +31,7 @@ CLASSES: dict[str, tuple[str, dict[str, object]]] = {
         "DPMSolverSinglestepScheduler",
         {"algorithm_type": "dpmsolver++", "lower_order_final": True},
     ),
+    "dpm++sde": ("DPMSolverSDEScheduler", {}),
     "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho"}),
     "unipc": ("UniPCMultistepScheduler", {"solver_type": "bh2"}),
     "lcm": ("LCMScheduler", {}),
@@ -42,6 +43,7 @@ _NO_OFFSET = ("DPMSolverSinglestepScheduler",)
 _NOISY = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
 _NO_ZERO_SNR = (  # do not know `rescale_betas_zero_snr`
     "DEISMultistepScheduler",
+    "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
     "HeunDiscreteScheduler",
     "LMSDiscreteScheduler",
@@ -148,7 +150,8 @@ def _step_arguments(cls: str, name: str) -> str:
     """
     if cls == "TCDScheduler":
         return ", eta=0.0"
-    return ", generator=generator" if cls in _NOISY or "sde" in name else ""
+    draws = cls in _NOISY or ("sde" in name and cls != "DPMSolverSDEScheduler")
+    return ", generator=generator" if draws else ""
 
 
 def _around(
@@ -226,6 +229,12 @@ def _code(told: Runtime, numbers: Mapping[str, str]) -> list[str]:
 
 def _apart(pipe: Pipeline, cls: str) -> list[str]:
     """Said where the code's image is not sdlite's."""
+    if cls == "DPMSolverSDEScheduler":
+        return [
+            "",
+            f"diffusers' {cls} needs torchsde and draws its noise from a Brownian tree: this",
+            "code's image is another than sdlite's, of the same distribution.",
+        ]
     if not pipe.schedule.rescale_betas_zero_snr or cls not in _NO_ZERO_SNR:
         return []
     return [

@@ -20,8 +20,8 @@ class _Exponential(SigmaSampler):
     """What DPM-Solver++, DEIS and UniPC share."""
 
     def _prepare(self) -> None:
-        table = self._table()
-        t = self._times(table)
+        table, asked = self._table(), self._asked()
+        t = self._times(table) if asked is None else asked
         if self.karras:
             sigmas = self._karras(table[-1], table[0])
             t = self._whole(self._sigma_to_t(sigmas, table))
@@ -75,6 +75,7 @@ class DPMSolverPP2M(_Exponential):
     """DPM-Solver++(2M): Lu et al. 2022, arXiv:2211.01095, algorithm 2."""
 
     diffusers = "DPMSolverMultistepScheduler"
+    takes = ("timesteps",)
     order: ClassVar[int] = 2
     sde: ClassVar[bool] = False
 
@@ -135,6 +136,7 @@ class DPMSolverPP2S(_Exponential):
     """DPM-Solver++(2S), singlestep: arXiv:2211.01095, algorithm 1; every other step has order 2."""
 
     diffusers = "DPMSolverSinglestepScheduler"
+    takes = ("timesteps",)
     looks_back = 2
 
     def _prepare(self) -> None:

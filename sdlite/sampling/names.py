@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from sdlite.errors import InputError, UnknownNameError, printable
 from sdlite.sampling import exponential, solvers
+from sdlite.sampling.control import Control
 from sdlite.sampling.schedule import DEFAULTS, HARMLESS, KEYS, Schedule
 from sdlite.schema import Config, shown
 
@@ -14,7 +15,10 @@ def _with_karras(plain: dict[str, type[solvers.SigmaSampler]]) -> dict[str, type
     out: dict[str, type[solvers.Sampler]] = {}
     for name, kind in plain.items():
         out[name] = kind
-        out[f"{name}-karras"] = type(f"{kind.__name__}Karras", (kind,), {"karras": True})
+        # timesteps of one's own and Karras' are two answers to one question
+        takes = tuple(t for t in kind.takes if t != "timesteps")
+        changed = {"karras": True, "takes": takes}
+        out[f"{name}-karras"] = type(f"{kind.__name__}Karras", (kind,), changed)
     return out
 
 
@@ -33,6 +37,7 @@ SAMPLERS: dict[str, type[solvers.Sampler]] = {
             "dpm++2m-sde": exponential.DPMSolverPP2MSDE,
             "dpm++3m": exponential.DPMSolverPP3M,
             "dpm++2s": exponential.DPMSolverPP2S,
+            "dpm++sde": solvers.DPMSolverPPSDE,
             "deis": exponential.DEIS,
             "unipc": exponential.UniPC,
         }
@@ -58,7 +63,7 @@ _CLASSES = {
 _NEAREST = {
     "KDPM2DiscreteScheduler": "heun-karras",
     "KDPM2AncestralDiscreteScheduler": "euler-ancestral",
-    "DPMSolverSDEScheduler": "dpm++2m-sde",
+    "DPMSolverSDEScheduler": "dpm++sde",
     "IPNDMScheduler": "pndm",
     "EDMEulerScheduler": "euler-karras",
     "SASolverScheduler": "unipc",
@@ -158,10 +163,28 @@ def known_sampler(name: str) -> type[solvers.Sampler]:
     return SAMPLERS[name]
 
 
-def get_sampler(name: str, schedule: Schedule, num_inference_steps: int) -> solvers.Sampler:
+def get_sampler(
+    name: str, schedule: Schedule, num_inference_steps: int, control: Control | None = None
+) -> solvers.Sampler:
     """The sampler of that name over a schedule.
 
+    Args:
+        control: timesteps, sigmas or eta of the call; of as many steps.
+
     Raises:
-        UnknownNameError: no such sampler. InputError: not with so many steps or on this schedule.
+        UnknownNameError: no such sampler. InputError: not with so many steps, on this schedule or
+            with what `control` asks for.
     """
-    return known_sampler(name)(schedule, num_inference_steps)
+    kind = known_sampler(name)
+    asked = {
+        "timesteps": control is not None and control.timesteps is not None,
+        "sigmas": control is not None and control.sigmas is not None,
+        "eta": control is not None and control.eta != 0,
+    }
+    for what in (a for a, given in asked.items() if given and a not in kind.takes):
+        able = ", ".join(n for n, k in SAMPLERS.items() if what in k.takes)
+        raise InputError(
+            f"sampler {name!r} takes no {what}=, as its scheduler in diffusers; choose one of"
+            f" {able} (sampler=, --sampler), or leave {what} out."
+        )
+    return kind(schedule, num_inference_steps, control)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sdlite.errors import InputError
+from sdlite.sampling.control import Control, within
 from sdlite.sampling.noise import Draws
 from sdlite.sampling.schedule import DEFAULTS, STEPS_OFFSET, Schedule
 
@@ -26,18 +27,26 @@ class Sampler:
 
     Attributes:
         diffusers: the scheduler class that it equals, and whose defaults hold.
+        takes: what of `Control` it accepts: "timesteps", "sigmas", "eta".
+        whole: its timesteps are indices of the schedule's table.
+        control: what the call says of single steps.
         timesteps: what the network is given, one entry a network call.
         init_noise_sigma: scale of the first draw.
     """
 
     diffusers: ClassVar[str]
+    takes: ClassVar[tuple[str, ...]] = ()
+    whole: ClassVar[bool] = True
     init_noise_sigma: float = 1.0
 
-    def __init__(self, schedule: Schedule, num_inference_steps: int):
+    def __init__(
+        self, schedule: Schedule, num_inference_steps: int, control: Control | None = None
+    ):
         total = schedule.num_train_timesteps
         if not 1 <= num_inference_steps <= total:
             raise InputError(f"num_inference_steps={num_inference_steps}; accepted: 1 to {total}.")
         self.schedule, self.n, self.total = schedule, num_inference_steps, total
+        self.control = control or Control()
         self.alpha_bar = schedule.alphas_cumprod()
         self.timesteps: Array = np.zeros(0)
         self._prepare()
@@ -81,8 +90,21 @@ class Sampler:
         """How timesteps are spread: "linspace", "leading" or "trailing" (arXiv:2305.08891)."""
         return str(self._setting("timestep_spacing"))
 
+    def _asked(self) -> Array | None:
+        """The call's own timesteps, float64.
+
+        Raises:
+            InputError: not of this schedule.
+        """
+        if self.control.timesteps is None:
+            return None
+        within(self.control.timesteps, self.total, self.whole)
+        return np.array(self.control.timesteps)
+
     def _grid(self) -> Array:
         """Descending int64 timesteps, each an index of the schedule's table."""
+        if (asked := self._asked()) is not None:
+            return asked.astype(np.int64)
         t = np.round(_spaced(self.timestep_spacing, self.n, self.total)).astype(np.int64)
         if t[0] >= self.total:
             raise InputError(
@@ -119,9 +141,10 @@ def _spaced(spacing: str, n: int, total: int) -> Array:
 
 
 class DDIM(Sampler):
-    """Song et al. 2020, arXiv:2010.02502, eq. 12 with eta = 0."""
+    """Song et al. 2020, arXiv:2010.02502, eq. 12; with an eta noise is drawn in every step."""
 
     diffusers = "DDIMScheduler"
+    takes = ("eta",)
 
     def _prepare(self) -> None:
         self.timesteps, self.final = self._grid(), self._final_alpha()
@@ -133,13 +156,19 @@ class DDIM(Sampler):
         t = int(self.timesteps[i])
         x0, eps = self._x0_eps(self.alpha_bar[t], output, x)
         a = self._alpha_before(t - self.total // self.n)
-        return np.sqrt(a) * x0 + np.sqrt(F32(1) - a) * eps
+        if not self.control.eta:
+            return np.sqrt(a) * x0 + np.sqrt(F32(1) - a) * eps
+        variance = (F32(1) - a) / (F32(1) - self.alpha_bar[t]) * (F32(1) - self.alpha_bar[t] / a)
+        spread = F32(self.control.eta) * np.sqrt(np.maximum(variance, F32(0)))
+        along = np.sqrt(np.maximum(F32(1) - a - spread**2, F32(0)))
+        return np.sqrt(a) * x0 + along * eps + spread * self._draw(noise, x)
 
 
 class DDPM(Sampler):
     """Ho et al. 2020, arXiv:2006.11239, eq. 7, with the posterior's variance ("fixed_small")."""
 
     diffusers = "DDPMScheduler"
+    takes = ("timesteps",)
 
     def _prepare(self) -> None:
         self.timesteps = self._grid()
@@ -251,7 +280,12 @@ class PNDMRungeKutta(PNDM):
 class _Consistency(Sampler):
     """Samplers on the grid of consistency distillation, Luo et al. 2023, arXiv:2310.04378."""
 
+    takes: ClassVar[tuple[str, ...]] = ("timesteps",)
+
     def _prepare(self) -> None:
+        if (asked := self._asked()) is not None:
+            self.timesteps = asked.astype(np.int64)
+            return
         origin = self._setting("original_inference_steps")
         if self.n > origin:
             said = f"this sampler takes 1 to original_inference_steps={origin}"
@@ -279,17 +313,25 @@ class LCM(_Consistency):
 
 
 class TCD(_Consistency):
-    """Trajectory consistency sampling, Zheng et al. 2024, arXiv:2402.19159, algorithm 4, gamma = 0.
+    """Trajectory consistency sampling, Zheng et al. 2024, arXiv:2402.19159, algorithm 4.
 
-    gamma (`eta`) is 0 as in diffusers' pipeline, whose default it is: no noise is drawn again.
+    gamma (`eta`) is 0 as in diffusers' pipeline, whose default it is: no noise is drawn again. With
+    another each step goes down to (1 - gamma) of the next timestep, and noise brings it back.
     """
 
     diffusers = "TCDScheduler"
+    takes = ("timesteps", "eta")
 
     def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         x0, eps = self._x0_eps(self.alpha_bar[int(self.timesteps[i])], output, x)
-        a = self.alpha_bar[0 if i == self.n - 1 else int(self.timesteps[i + 1])]
-        return np.sqrt(a) * x0 + np.sqrt(F32(1) - a) * eps
+        to = 0 if i == self.n - 1 else int(self.timesteps[i + 1])
+        eta = self.control.eta
+        s = self.alpha_bar[int(np.floor(F32(1 - eta) * F32(to)))]
+        x = np.sqrt(s) * x0 + np.sqrt(F32(1) - s) * eps
+        if not eta or i == self.n - 1:
+            return x
+        back = self.alpha_bar[to] / s
+        return np.sqrt(back) * x + np.sqrt(F32(1) - back) * self._draw(noise, x)
 
 
 # --- samplers in sigma space
@@ -339,17 +381,44 @@ class SigmaSampler(Sampler):
 class _KDiffusion(SigmaSampler):
     """k-diffusion's view: x = x_0 + sigma eps, and its slope in sigma."""
 
+    whole = False
+
     def _prepare(self) -> None:
         table = self._table()
-        t = _spaced(self.timestep_spacing, self.n, self.total).astype(F32)
+        if self.control.sigmas is None:
+            self._space(table)
+        else:
+            self.sigmas = self._given_sigmas(table)
+            self.timesteps = self._sigma_to_t(self.sigmas[:-1], table).astype(F32)
+        top, unscaled = self.sigmas.max(), self.timestep_spacing in ("linspace", "trailing")
+        self.init_noise_sigma = float(top if unscaled else np.sqrt(top**2 + 1))
+
+    def _space(self, table: Array) -> None:
+        """Timesteps and sigmas from the file's spacing, or from the call's timesteps."""
+        asked = self._asked()
+        spaced = _spaced(self.timestep_spacing, self.n, self.total) if asked is None else asked
+        t = spaced.astype(F32)
         sigmas = self._levels(t, table)
         if self.karras:
             sigmas = self._karras(sigmas[0], sigmas[-1])
             t = self._sigma_to_t(sigmas, table).astype(F32)
         self.timesteps = t
         self.sigmas = np.append(sigmas, self._last_sigma(table)).astype(F32)
-        top, unscaled = self.sigmas.max(), self.timestep_spacing in ("linspace", "trailing")
-        self.init_noise_sigma = float(top if unscaled else np.sqrt(top**2 + 1))
+
+    def _given_sigmas(self, table: Array) -> Array:
+        """The call's own sigmas. Published lists are rounded, so the first may be 1% above the
+        table.
+
+        Raises:
+            InputError: noise that the model was not trained on.
+        """
+        sigmas, most = np.array(self.control.sigmas, F32), float(table[-1])
+        if sigmas[0] > 1.01 * most:
+            raise InputError(
+                f"sigmas[0]={sigmas[0]:g}; accepted: up to {most:.4g}, the noise at the last"
+                " training timestep of the model's scheduler."
+            )
+        return sigmas
 
     def _levels(self, t: Array, table: Array) -> Array:
         return np.interp(t, np.arange(len(table)), table)
@@ -361,22 +430,25 @@ class _KDiffusion(SigmaSampler):
         """x (B, C, h, w) as the network takes it at call i."""
         return x / np.sqrt(self.sigmas[i] ** 2 + F32(1))
 
-    def _slope(self, s: F32, output: Array, x: Array) -> Array:
-        """dx / d sigma at sigma = `s`."""
+    def _x0(self, s: F32, output: Array, x: Array) -> Array:
+        """The network's output at sigma = `s` as x_0."""
         kind = self.schedule.prediction_type
         if kind == "epsilon":
-            x0 = x - s * output
-        elif kind == "sample":
-            x0 = output
-        else:
-            x0 = output * (-s / np.sqrt(s**2 + F32(1))) + x / (s**2 + F32(1))
-        return (x - x0) / s
+            return x - s * output
+        if kind == "sample":
+            return output
+        return output * (-s / np.sqrt(s**2 + F32(1))) + x / (s**2 + F32(1))
+
+    def _slope(self, s: F32, output: Array, x: Array) -> Array:
+        """dx / d sigma at sigma = `s`."""
+        return (x - self._x0(s, output, x)) / s
 
 
 class Euler(_KDiffusion):
     """Karras et al. 2022, arXiv:2206.00364, algorithm 1, no churn; k-diffusion `sample_euler`."""
 
     diffusers = "EulerDiscreteScheduler"
+    takes = ("timesteps", "sigmas")
 
     def _levels(self, t: Array, table: Array) -> Array:
         if self._setting("interpolation_type", ("linear", "log_linear")) == "linear":
@@ -408,6 +480,7 @@ class Heun(_KDiffusion):
     """Karras et al. 2022, arXiv:2206.00364, algorithm 1: two calls a step, one in the last."""
 
     diffusers = "HeunDiscreteScheduler"
+    takes = ("timesteps",)
     _start: Array
     _first: Array
 
@@ -424,6 +497,58 @@ class Heun(_KDiffusion):
             return x + slope * (self.sigmas[i + 1] - self.sigmas[i])
         mean = (self._first + slope) / F32(2)
         return self._start + mean * (self.sigmas[i] - self.sigmas[i - 1])
+
+
+class DPMSolverPPSDE(_KDiffusion):
+    """SDE-DPM-Solver++ of second order, singlestep; k-diffusion `sample_dpmpp_sde`: two calls a
+    step, one in the last.
+
+    diffusers takes the noise from torchsde's Brownian tree, whose draws are its own; here the two
+    increments of a step are drawn one after the other, which is the same distribution. So a seed's
+    image is another one, and equal where the draws are.
+    """
+
+    diffusers = "DPMSolverSDEScheduler"
+    _start: Array
+    _drawn: Array
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        if self.schedule.prediction_type == "sample":
+            raise InputError(
+                "sampler 'dpm++sde' has no prediction_type 'sample', as in diffusers; choose"
+                " 'dpm++2m-sde' (sampler=, --sampler)."
+            )
+        self._distinct()
+        s = self.sigmas.astype(np.float64)
+        middle = np.sqrt(s[:-2] * s[1:-1])
+        self._ends = s
+        self.timesteps = np.insert(
+            self.timesteps, np.arange(1, self.n), self._sigma_to_t(middle, self._table())
+        ).astype(F32)
+        # where each call is: start of a step, its middle in log sigma, start of the next, ...
+        self.sigmas = np.append(np.insert(s[:-1], np.arange(1, self.n), middle), 0).astype(F32)
+
+    def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
+        at, second = i // 2, i % 2
+        x0 = self._x0(self.sigmas[i], output, x)
+        if i == len(self) - 1:
+            return x0
+        start, end = self._ends[at], self._ends[at + 1]
+        middle = np.sqrt(start * end)
+        draw = self._draw(noise, x)
+        if second:
+            begun, left = np.sqrt(start - middle), np.sqrt(middle - end)
+            draw = (F32(begun) * self._drawn + F32(left) * draw) / F32(np.sqrt(start - end))
+            return self._move(start, end, self._start, x0, draw)
+        self._start, self._drawn = x, draw
+        return self._move(start, middle, x, x0, draw)
+
+    def _move(self, s: float, to: float, x: Array, x0: Array, draw: Array) -> Array:
+        """x at sigma `s` -> x at `to`, by the ancestral split of its noise."""
+        up = min(to, float(np.sqrt(to**2 * (s**2 - to**2) / s**2)))
+        down = np.sqrt(to**2 - up**2)
+        return F32(down / s) * x + F32(1 - down / s) * x0 + F32(up) * draw
 
 
 class LMS(_KDiffusion):

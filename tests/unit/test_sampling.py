@@ -11,6 +11,7 @@ from sdlite.errors import InputError, UnknownNameError
 from sdlite.families import LatentScale
 from sdlite.sampling import (
     SAMPLERS,
+    Control,
     Noise,
     Schedule,
     denoise,
@@ -228,3 +229,51 @@ def test_no_other_line_scales_latents_or_guides():
     for formula, expected in formulas.items():
         files = [f.name for f in sorted(root.rglob("*.py")) if re.search(formula, f.read_text())]
         assert files == expected, formula
+
+
+# --- timesteps, sigmas and eta of a call
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"timesteps": [1, 2]}, r"timesteps\[1\]=2 comes after 1; accepted: descending numbers"),
+        ({"timesteps": [5, 5]}, r"timesteps\[1\]=5 comes after 5"),
+        ({"timesteps": []}, "timesteps is an empty list"),
+        ({"timesteps": 800}, r"timesteps=800; accepted: a list of finite numbers, at least 0"),
+        ({"timesteps": "800"}, r"timesteps='800' \(str\)"),
+        ({"timesteps": [-1]}, r"timesteps\[0\]=-1; accepted: a finite number, at least 0"),
+        ({"timesteps": [float("nan")]}, r"timesteps\[0\]=nan"),
+        ({"timesteps": [True]}, r"timesteps\[0\]=True"),
+        ({"sigmas": [1.0]}, "sigmas has 1 entry; accepted: at least 2, the noise at the start"),
+        ({"sigmas": [0.0, 1.0]}, r"sigmas\[1\]=1 comes after 0"),
+        ({"sigmas": [1.0, 0.0], "timesteps": [1]}, "timesteps and sigmas are both given"),
+        ({"eta": 1.5}, "eta=1.5; accepted: a finite number, 0 to 1"),
+        ({"eta": "0.3"}, r"eta='0.3' \(str\)"),
+    ],
+)
+def test_lists_of_steps_are_checked(asked, words):
+    with pytest.raises(InputError, match=words):
+        Control.of(**asked)
+
+
+def test_a_list_of_steps_says_how_many_there_are():
+    assert Control.of().steps(None, 25) == 25
+    assert Control.of().steps(3, 25) == 3
+    assert Control.of(timesteps=np.array([999, 1])).steps(None, 25) == 2
+    assert Control.of(sigmas=(14.0, 1.0, 0.0)).steps(2, 25) == 2
+    with pytest.raises(InputError, match="num_inference_steps=3, but 2 timesteps are 2 steps"):
+        Control.of(timesteps=[999, 1]).steps(3, 25)
+    with pytest.raises(InputError, match="num_inference_steps=3, but 3 sigmas, the last of which"):
+        Control.of(sigmas=[14.0, 1.0, 0.0]).steps(3, 25)
+
+
+def test_lists_are_of_the_models_schedule():
+    with pytest.raises(InputError, match=r"timesteps\[0\]=1000; accepted: descending whole.*999"):
+        get_sampler("lcm", EPS, 1, Control.of(timesteps=[1000]))
+    with pytest.raises(InputError, match=r"timesteps\[1\]=10.5; accepted: descending whole"):
+        get_sampler("dpm++2m", EPS, 2, Control.of(timesteps=[800, 10.5]))
+    half = get_sampler("euler", EPS, 2, Control.of(timesteps=[800, 10.5]))
+    assert half.timesteps.tolist() == [800.0, 10.5]
+    with pytest.raises(InputError, match=r"sigmas\[0\]=100; accepted: up to 14.61"):
+        get_sampler("euler", EPS, 1, Control.of(sigmas=[100.0, 0.0]))
