@@ -1,12 +1,16 @@
-"""A diffusers folder of Stable Diffusion 1.x or 2.x -> one checkpoint in the original key layout.
+"""A diffusers folder of Stable Diffusion 1.x, 2.x or XL -> one file in the original key layout.
 
 The other direction is what sdlite does; tests make their files with this. The names are those of
-CompVis' `ldm` (openaimodel.UNetModel, diffusionmodules.model) and of open_clip's text transformer.
+CompVis' `ldm` (openaimodel.UNetModel, diffusionmodules.model) and of open_clip's text transformer;
+SDXL's are those of Stability's `sgm`, which puts both text encoders under `conditioner.embedders`.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import re
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -25,6 +29,8 @@ _RESNET = {
 _OUTER = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -40,25 +46,37 @@ def _weights(folder: Path) -> Tensors:
     return load_file(file)
 
 
-def unet_name(key: str) -> str:
-    """diffusers' name of a UNet's tensor -> LDM's."""
+def unet_name(key: str, layers: int = 2, plain: Container[int] = (0,)) -> str:
+    """diffusers' name of a UNet's tensor -> LDM's. `layers`: of a block on the way down; `plain`:
+    blocks on the way up that have no attention.
+    """
     if outer := next((k for k in _OUTER if key.startswith(f"{k}.")), None):
         return key.replace(outer, _OUTER[outer], 1)
     found = _PLACE.fullmatch(key)
     assert found is not None, key
     side, block, kind, index, rest = found.groups()
-    i, j = int(block or 0), int(index)
+    i, j, step = int(block or 0), int(index), layers + 1
     if kind == "resnets":
         name, tail = rest.split(".", 1)
         rest = f"{_RESNET[name]}.{tail}"
     if side == "mid":
         return f"middle_block.{2 * j if kind == 'resnets' else 1}.{rest}"
     if kind == "downsamplers":
-        return f"input_blocks.{3 * (i + 1)}.0.op.{rest.removeprefix('conv.')}"
+        return f"input_blocks.{step * (i + 1)}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
-        return f"output_blocks.{3 * i + 2}.{1 if i == 0 else 2}.{rest}"
-    place = f"input_blocks.{3 * i + j + 1}" if side == "down" else f"output_blocks.{3 * i + j}"
+        return f"output_blocks.{step * i + layers}.{1 if i in plain else 2}.{rest}"
+    place = (
+        f"input_blocks.{step * i + j + 1}" if side == "down" else f"output_blocks.{step * i + j}"
+    )
     return f"{place}.{0 if kind == 'resnets' else 1}.{rest}"
+
+
+def unet(folder: Path) -> Tensors:
+    """A UNet's tensors under the names of its file."""
+    config = json.loads((folder / "config.json").read_text())
+    plain = [i for i, kind in enumerate(config["up_block_types"]) if kind == "UpBlock2D"]
+    names = functools.partial(unet_name, layers=config["layers_per_block"], plain=plain)
+    return {f"model.diffusion_model.{names(k)}": v for k, v in _weights(folder).items()}
 
 
 def vae_name(key: str) -> str:
@@ -79,7 +97,9 @@ def vae_name(key: str) -> str:
 
 
 def open_clip(text: Tensors) -> Tensors:
-    """CLIPTextModel's tensors of SD 2.x as open_clip's, q, k and v in one."""
+    """CLIPTextModel's tensors of SD 2.x, or of SDXL's second encoder, as open_clip's: q, k and v in
+    one, the projection transposed.
+    """
     names = {
         "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -92,6 +112,8 @@ def open_clip(text: Tensors) -> Tensors:
     for key, value in text.items():
         if key in names:
             out[names[key]] = value
+        elif key == "text_projection.weight":
+            out["text_projection"] = value.T
         elif found := re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.*)\.(weight|bias)", key):
             layer, what, kind = found.groups()
             place = f"transformer.resblocks.{layer}"
@@ -105,9 +127,14 @@ def open_clip(text: Tensors) -> Tensors:
 
 def checkpoint(folder: Path, *, vae: bool = True) -> Tensors:
     """The tensors of one file, as people share it."""
-    out = {f"model.diffusion_model.{unet_name(k)}": v for k, v in _weights(folder / "unet").items()}
+    out = unet(folder / "unet")
     text = _weights(folder / "text_encoder")
-    if "text_model.encoder.layers.22.layer_norm1.weight" in text:
+    if (folder / "text_encoder_2").exists():
+        out |= {f"conditioner.embedders.0.transformer.{k}": v for k, v in text.items()}
+        second = open_clip(_weights(folder / "text_encoder_2"))
+        out |= {f"conditioner.embedders.1.model.{k}": v for k, v in second.items()}
+        out["conditioner.embedders.1.model.logit_scale"] = torch.tensor(4.6)
+    elif "text_model.encoder.layers.22.layer_norm1.weight" in text:
         out |= {f"cond_stage_model.model.{k}": v for k, v in open_clip(text).items()}
     else:
         out |= {f"cond_stage_model.transformer.{k}": v for k, v in text.items()}

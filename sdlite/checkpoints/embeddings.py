@@ -39,12 +39,12 @@ class Embedding:
         return out
 
 
-def add(networks: dict[str, nn.Module], tokenizer: Any, embedding: Embedding) -> str:
+def add(network: nn.Module, tokenizer: Any, embedding: Embedding) -> str:
     """Put an embedding's vectors behind the text encoder's rows and its word into the tokenizer, in
     place. Several vectors are the tokens word, word_1, word_2, as diffusers names them.
 
     Args:
-        networks: with "text_encoder"; tokenizer: transformers' CLIPTokenizer.
+        network: transformers' CLIP text encoder; tokenizer: its CLIPTokenizer.
 
     Returns:
         The word.
@@ -56,7 +56,7 @@ def add(networks: dict[str, nn.Module], tokenizer: Any, embedding: Embedding) ->
     from diffusers.loaders import TextualInversionLoaderMixin
 
     token, vectors = _read(embedding)
-    text: Any = networks["text_encoder"]
+    text: Any = network
     width = text.get_input_embeddings().weight.shape[-1]
     if vectors.shape[-1] != width:
         raise ArtifactError(

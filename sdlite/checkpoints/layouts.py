@@ -1,89 +1,51 @@
 """Which model one file of weights is: read from its header, before any weights.
 
 A file in the original layout (CompVis' `ldm`, Stability's `sgm`) has no configuration. Its names
-tell the family, its shapes the widths; what neither tells (heads, norms, sampler) is as the models
-were published.
+tell the family and the blocks, its shapes the widths; what neither tells (heads, norms, sampler) is
+as the models were published.
 
-Sources: diffusers 0.39 `loaders/single_file_utils.py`; the configs of
-stable-diffusion-v1-5/stable-diffusion-v1-5 and stabilityai/stable-diffusion-2-1 (-base).
+Sources: diffusers 0.39 `loaders/single_file_utils.py`; ComfyUI `comfy/supported_models.py` for the
+markers of SDXL's fine-tunes.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sdlite.checkpoints import originals
+from sdlite.checkpoints.originals import Config
+from sdlite.checkpoints.unet_shape import PREFIX as UNET
+from sdlite.checkpoints.unet_shape import Shapes, UnknownShapeError, unet_shape
 from sdlite.errors import ArtifactError, InputError
 
-Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
-Config = dict[str, Any]  # content of a config.json
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+VAE = "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+CLIP_XL = "conditioner.embedders.0.transformer.text_model."
+OPEN_CLIP_XL = "conditioner.embedders.1.model."
+REFINER = "conditioner.embedders.0.model."
 PREDICTIONS = ("epsilon", "v_prediction")
+_NO_FAMILY = "which is not a family that sdlite knows"
 # Names that only files of other kinds have -> what the file is, and what to do with it.
 OTHERS = (
+    (("joint_blocks.",), f"Stable Diffusion 3's, {_NO_FAMILY}"),
+    (("double_blocks.", "transformer.single_"), f"FLUX's, {_NO_FAMILY}"),
     (("lora_unet_", "lora_te", ".lora_", ".lora."), "a LoRA: give it as lora="),
-    (("emb_params", "string_to_param"), "a textual inversion: give it as embedding="),
+    (
+        ("emb_params", "string_to_param", "clip_l", "clip_g"),
+        "a textual inversion: give it as embedding=",
+    ),
     (("control_model.", "controlnet_cond_embedding."), "a ControlNet, which sdlite does not run"),
-    (("conditioner.embedders.",), "SDXL's layout, which sdlite does not read from one file yet"),
-    (("joint_blocks.",), "Stable Diffusion 3's, which is not a family that sdlite knows"),
-    (("double_blocks.", "transformer.single_"), "FLUX's, which is not a family that sdlite knows"),
     (("down_blocks.",), "one network of a diffusers folder: give the folder"),
 )
-_CROSS, _UP_CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-_UNET_1: Config = {
-    "_class_name": "UNet2DConditionModel",
-    "attention_head_dim": 8,
-    "down_block_types": [_CROSS, _CROSS, _CROSS, "DownBlock2D"],
-    "layers_per_block": 2,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D", _UP_CROSS, _UP_CROSS, _UP_CROSS],
-}
-_UNET_2 = _UNET_1 | {
-    "attention_head_dim": [5, 10, 20, 20],
-    "sample_size": 96,
-    "upcast_attention": True,  # its attention overflows in float16
-    "use_linear_projection": True,
-}
-_VAE: Config = {
-    "_class_name": "AutoencoderKL",
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
-_TEXT_1: Config = {
-    "architectures": ["CLIPTextModel"],
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "hidden_act": "quick_gelu",
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "num_attention_heads": 12,
-    "pad_token_id": 1,
-    "projection_dim": 768,
-    "vocab_size": 49408,
-}
-_TEXT_2 = _TEXT_1 | {"hidden_act": "gelu", "num_attention_heads": 16, "projection_dim": 512}
-_SCHEDULER: Config = {
-    "_class_name": "PNDMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
+# What is SDXL but for a marker in it, by ComfyUI's names.
+_XL_OTHERS = (
+    (REFINER, "SDXL's refiner, which goes on with another model's latents; give the base model"),
+    ("edm_mean", "Playground 2.5's, whose EDM sampling sdlite does not have"),
+    ("edm_vpred.sigma_max", "an SDXL of EDM v-prediction, whose sampling sdlite does not have"),
+)
 
 
 @dataclass(frozen=True)
@@ -91,65 +53,84 @@ class Layout:
     """A recognized file.
 
     Attributes:
-        version: 1 or 2, of Stable Diffusion.
-        prediction_type: "epsilon" or "v_prediction", what the UNet was trained to give.
+        version: "1", "2" or "xl", of Stable Diffusion.
         has_vae: whether the file holds the autoencoder.
+        configs: network ("unet", "vae", "text_encoder", of SDXL also "text_encoder_2") -> content
+            of its config.json.
+        scheduler: content of scheduler_config.json.
     """
 
-    version: int
-    prediction_type: str
+    version: str
     has_vae: bool
-    unet: Config
-    vae: Config
-    text_encoder: Config
+    configs: dict[str, Config]
+    scheduler: Config
 
     @property
     def name(self) -> str:
         """What errors and reports call it."""
-        return f"Stable Diffusion {self.version}.x"
+        return "SDXL" if self.version == "xl" else f"Stable Diffusion {self.version}.x"
 
     @property
-    def scheduler(self) -> Config:
-        """What 1.5 and 2.1 were published with."""
-        return _SCHEDULER | {"prediction_type": self.prediction_type}
+    def tokenizers(self) -> dict[str, str]:
+        """Folder -> the token that it fills prompts up with."""
+        end = "<|endoftext|>"
+        if self.version == "xl":
+            return {"tokenizer": end, "tokenizer_2": "!"}
+        return {"tokenizer": "!" if self.version == "2" else end}
 
     @property
     def index(self) -> Config:
         """Content of model_index.json."""
+        out: Config = {
+            "scheduler": ["diffusers", self.scheduler["_class_name"]],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+            **{t: ["transformers", "CLIPTokenizer"] for t in self.tokenizers},
+        }
+        for part in self.text_encoders:
+            out[part] = ["transformers", *self.configs[part]["architectures"]]
+        if self.version == "xl":
+            own = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+            return {**own, **out}
         return {
             "_class_name": "StableDiffusionPipeline",
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
             "safety_checker": [None, None],
-            "scheduler": ["diffusers", self.scheduler["_class_name"]],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            **out,
         }
+
+    @property
+    def text_encoders(self) -> list[str]:
+        """Those of `configs`."""
+        return [p for p in self.configs if p.startswith("text_encoder")]
 
     def config(self, part: str) -> Config:
         """Content of a network's config.json."""
-        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}[part]
+        return self.configs[part]
 
     def write(self, folder: Path) -> None:
-        """A diffusers folder without weights: configs, scheduler, tokenizer."""
+        """A diffusers folder without weights: configs, scheduler, tokenizers."""
         files = {"model_index.json": self.index, "scheduler/scheduler_config.json": self.scheduler}
-        files |= {f"{p}/config.json": self.config(p) for p in ("text_encoder", "unet", "vae")}
+        files |= {f"{p}/config.json": c for p, c in self.configs.items()}
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        write_tokenizer(folder / "tokenizer", "!" if self.version == 2 else "<|endoftext|>")
+        for name, pad in self.tokenizers.items():
+            write_tokenizer(folder / name, pad)
 
 
 def recognized(path: Path, shapes: Shapes, prediction_type: str | None = None) -> Layout:
     """The layout of a file of weights.
 
+    SDXL-Turbo and SDXL-Lightning have SDXL's names and shapes: they are taken for SDXL, with its
+    sampler, and the caller gives theirs.
+
     Args:
         path: what errors call it.
         prediction_type: of a 2.x model; None takes what 2.1 at 768 px has, "v_prediction", as
-            diffusers does: names and shapes do not tell it from 2.1-base. 1.x is "epsilon" unless
-            it is given.
+            diffusers does: names and shapes do not tell it from 2.1-base. 1.x and SDXL are
+            "epsilon" unless it is given, or an SDXL file has the marker `v_pred`.
 
     Raises:
         ArtifactError: another kind of file, or one that holds not all of a model.
@@ -159,35 +140,88 @@ def recognized(path: Path, shapes: Shapes, prediction_type: str | None = None) -
         accepted = " or ".join(PREDICTIONS)
         raise InputError(f"prediction_type={prediction_type!r} is not known; accepted: {accepted}.")
     _refuse_others(path, shapes)
-    version = 2 if any(k.startswith(OPEN_CLIP) for k in shapes) else 1
-    if version == 1 and not any(k.startswith(CLIP) for k in shapes):
-        raise ArtifactError(
-            f"{path} holds a UNet and no text encoder, so it is not a whole model; give a file with"
-            " all parts, or put the UNet into a diffusers folder."
-        )
+    version = _version(path, shapes)
     try:
-        unet = (_UNET_2 if version == 2 else _UNET_1) | _unet_widths(shapes)
-        text = (_TEXT_2 | _open_clip_widths(shapes)) if version == 2 else _clip(shapes)
+        configs = {"xl": _xl, "2": _two, "1": _one}[version](shapes)
+        configs["unet"] |= unet_shape(shapes)
         has_vae = f"{VAE}decoder.conv_in.weight" in shapes
-        vae = _VAE | (
-            _vae_widths(shapes, VAE) if has_vae else {"block_out_channels": [128, 256, 512, 512]}
-        )
+        configs["vae"] |= _vae_widths(shapes, VAE) if has_vae else _PUBLISHED_WIDTHS
     except KeyError as e:
         raise ArtifactError(
             f"{path} is a Stable Diffusion checkpoint without the tensor {e.args[0]}; fetch the"
             " file again, from a source that has all of it."
         ) from None
-    given = prediction_type or ("v_prediction" if version == 2 else "epsilon")
-    if given == "epsilon" and version == 2:
-        unet |= {"sample_size": 64, "upcast_attention": False}  # 2.1-base
-    return Layout(version, given, has_vae, unet, vae, text)
+    except UnknownShapeError as e:
+        raise ArtifactError(
+            f"{path} holds a UNet that no UNet2DConditionModel is: {e}. Fetch the file again, or"
+            " give a diffusers folder, whose config.json says what it is."
+        ) from None
+    scheduler = _scheduler(version, shapes, prediction_type)
+    if version == "2" and scheduler["prediction_type"] == "epsilon":
+        configs["unet"] |= originals.BASE_2
+    heads = configs["unet"]["attention_head_dim"]
+    if isinstance(heads, list):  # of a student that has fewer blocks
+        configs["unet"]["attention_head_dim"] = heads[: len(configs["unet"]["down_block_types"])]
+    return Layout(version, has_vae, configs, scheduler)
+
+
+def _version(path: Path, shapes: Shapes) -> str:
+    for marker, what in _XL_OTHERS:
+        if any(k.startswith(marker) for k in shapes):
+            raise ArtifactError(f"{path} is {what}.")
+    texts = (("xl", OPEN_CLIP_XL), ("2", OPEN_CLIP), ("1", CLIP))
+    found = next((v for v, prefix in texts if any(k.startswith(prefix) for k in shapes)), "")
+    if not found:
+        raise ArtifactError(
+            f"{path} holds a UNet and no text encoder, so it is not a whole model; give a file with"
+            " all parts, or put the UNet into a diffusers folder."
+        )
+    return found
+
+
+def _scheduler(version: str, shapes: Shapes, given: str | None) -> Config:
+    """What 1.5, 2.1 and SDXL were published with. `v_pred` and `ztsnr` are the names by which
+    fine-tunes of SDXL (NoobAI) say how they were trained.
+    """
+    marked = version == "xl" and "v_pred" in shapes
+    predicts = given or ("v_prediction" if version == "2" or marked else "epsilon")
+    if version != "xl":
+        return originals.PNDM | {"prediction_type": predicts}
+    zero = {"rescale_betas_zero_snr": True} if marked and "ztsnr" in shapes else {}
+    return originals.EULER | {"prediction_type": predicts} | zero
+
+
+def _one(shapes: Shapes) -> dict[str, Config]:
+    return {
+        "text_encoder": originals.TEXT_1 | _clip_widths(shapes, CLIP),
+        "unet": {**originals.UNET_1},
+        "vae": {**originals.VAE},
+    }
+
+
+def _two(shapes: Shapes) -> dict[str, Config]:
+    text = originals.TEXT_2 | _open_clip_widths(shapes, OPEN_CLIP)
+    # it reads the last layer but one: where the file has all 24, the last is not used
+    text["num_hidden_layers"] = min(23, text["num_hidden_layers"])
+    return {"text_encoder": text, "unet": {**originals.UNET_2}, "vae": {**originals.VAE}}
+
+
+def _xl(shapes: Shapes) -> dict[str, Config]:
+    width = shapes[f"{UNET}label_emb.0.0.weight"][1]
+    second = originals.TEXT_XL_2 | _open_clip_widths(shapes, OPEN_CLIP_XL)
+    second["projection_dim"] = shapes[f"{OPEN_CLIP_XL}text_projection"][1]
+    return {
+        "text_encoder": originals.TEXT_1 | _clip_widths(shapes, CLIP_XL),
+        "text_encoder_2": second,
+        "unet": originals.UNET_XL | {"projection_class_embeddings_input_dim": width},
+        "vae": {**originals.VAE_XL},
+    }
 
 
 def _refuse_others(path: Path, shapes: Shapes) -> None:
     """Raises ArtifactError where the names are not those of Stable Diffusion's original layout."""
     if any(k.startswith(UNET) for k in shapes) and not any(
-        k.startswith("conditioner.") or ".joint_blocks." in k or ".double_blocks." in k
-        for k in shapes
+        ".joint_blocks." in k or ".double_blocks." in k for k in shapes
     ):
         return
     if f"{VAE}decoder.conv_in.weight" in shapes or "decoder.conv_in.weight" in shapes:
@@ -198,20 +232,12 @@ def _refuse_others(path: Path, shapes: Shapes) -> None:
             "of no layout that sdlite knows",
         )
     raise ArtifactError(
-        f"{path} is not a Stable Diffusion 1.x or 2.x checkpoint in the original layout; it is"
+        f"{path} is not a Stable Diffusion 1.x, 2.x or XL checkpoint in the original layout; it is"
         f" {what}. Accepted: one file with the UNet under {UNET}, or a diffusers folder."
     )
 
 
-def _unet_widths(shapes: Shapes) -> Config:
-    blocks = [f"{UNET}input_blocks.{i}.0.out_layers.3.weight" for i in (1, 4, 7, 10)]
-    return {
-        "block_out_channels": [shapes[b][0] for b in blocks],
-        "cross_attention_dim": shapes[
-            f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-        ][1],
-        "in_channels": shapes[f"{UNET}input_blocks.0.0.weight"][1],
-    }
+_PUBLISHED_WIDTHS: Config = {"block_out_channels": [128, 256, 512, 512]}
 
 
 def _vae_widths(shapes: Shapes, prefix: str) -> Config:
@@ -219,15 +245,19 @@ def _vae_widths(shapes: Shapes, prefix: str) -> Config:
     return {"block_out_channels": [shapes[b][0] for b in blocks]}
 
 
-def vae_config(path: Path, shapes: Shapes) -> Config:
+def vae_config(path: Path, shapes: Shapes, version: str = "1") -> Config:
     """The configuration of an autoencoder in a file of its own, with or without LDM's prefix.
+
+    Args:
+        version: of the model that it is for: its scaling is not in the file.
 
     Raises:
         ArtifactError: it is none.
     """
     prefix = VAE if any(k.startswith(VAE) for k in shapes) else ""
+    published = originals.VAE_XL if version == "xl" else originals.VAE
     try:
-        return _VAE | _vae_widths(shapes, prefix)
+        return published | _vae_widths(shapes, prefix)
     except KeyError as e:
         raise ArtifactError(
             f"{path} is no autoencoder in the original layout (it has no {e.args[0]}); accepted as"
@@ -235,28 +265,27 @@ def vae_config(path: Path, shapes: Shapes) -> Config:
         ) from None
 
 
-def _clip(shapes: Shapes) -> Config:
-    layers = {k.split(".")[5] for k in shapes if k.startswith(f"{CLIP}encoder.layers.")}
-    first = f"{CLIP}encoder.layers.0.mlp.fc1.weight"
-    return _TEXT_1 | {
-        "hidden_size": shapes[first][1],
-        "intermediate_size": shapes[first][0],
-        "num_hidden_layers": len(layers),
-        "vocab_size": shapes[f"{CLIP}embeddings.token_embedding.weight"][0],
-    }
-
-
-def _open_clip_widths(shapes: Shapes) -> Config:
-    """SD 2.x reads the last layer but one: where the file has all 24, the last is not used."""
-    blocks = {
-        int(k.split(".")[4]) for k in shapes if k.startswith(f"{OPEN_CLIP}transformer.resblocks.")
-    }
-    first = f"{OPEN_CLIP}transformer.resblocks.0.mlp.c_fc.weight"
+def _clip_widths(shapes: Shapes, prefix: str) -> Config:
+    place = prefix.count(".") + 2
+    layers = {k.split(".")[place] for k in shapes if k.startswith(f"{prefix}encoder.layers.")}
+    first = f"{prefix}encoder.layers.0.mlp.fc1.weight"
     return {
         "hidden_size": shapes[first][1],
         "intermediate_size": shapes[first][0],
-        "num_hidden_layers": min(23, len(blocks)),
-        "vocab_size": shapes[f"{OPEN_CLIP}token_embedding.weight"][0],
+        "num_hidden_layers": len(layers),
+        "vocab_size": shapes[f"{prefix}embeddings.token_embedding.weight"][0],
+    }
+
+
+def _open_clip_widths(shapes: Shapes, prefix: str) -> Config:
+    place = prefix.count(".") + 2
+    inner = f"{prefix}transformer.resblocks."
+    first = f"{inner}0.mlp.c_fc.weight"
+    return {
+        "hidden_size": shapes[first][1],
+        "intermediate_size": shapes[first][0],
+        "num_hidden_layers": len({k.split(".")[place] for k in shapes if k.startswith(inner)}),
+        "vocab_size": shapes[f"{prefix}token_embedding.weight"][0],
     }
 
 

@@ -1,10 +1,10 @@
-"""LoRAs -> the weights of UNet and text encoder, by peft: what is made has no LoRA left in it."""
+"""LoRAs -> the weights of UNet and text encoders, by peft: what is made has no LoRA left in it."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from sdlite import arguments, headers
 from sdlite.errors import ArtifactError, InputError, need, printable
 
 # Few-step LoRAs by the names that they are shared under -> what their model cards call them with:
-# latent-consistency/lcm-lora-*, ByteDance/Hyper-SD, h1t/TCD-*-LoRA.
+# latent-consistency/lcm-lora-*, ByteDance/Hyper-SD, h1t/TCD-*-LoRA, ByteDance/SDXL-Lightning.
 FEW_STEP: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"lcm[-_]?lora", {"name": "lcm", "num_inference_steps": 4, "guidance_scale": 1.0}),
     (r"tcd", {"name": "tcd", "num_inference_steps": 4, "guidance_scale": 1.0}),
@@ -24,6 +24,17 @@ FEW_STEP: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"hyper-?sd.*2[-_]?steps", {"name": "tcd", "num_inference_steps": 2, "guidance_scale": 1.0}),
     (r"hyper-?sd.*4[-_]?steps", {"name": "tcd", "num_inference_steps": 4, "guidance_scale": 1.0}),
     (r"hyper-?sd.*8[-_]?steps", {"name": "tcd", "num_inference_steps": 8, "guidance_scale": 1.0}),
+    *(
+        (
+            rf"sdxl[-_]?lightning.*[-_]{n}[-_]?steps?",
+            {"name": "euler", "num_inference_steps": n, "guidance_scale": 1.0},
+        )
+        for n in (2, 4, 8)
+    ),
+)
+# what a few-step LoRA's card changes in the model's scheduler, by the same names
+_SCHEDULERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"sdxl[-_]?lightning", {"timestep_spacing": "trailing"}),
 )
 _OLD = re.compile(r"\.to_(q|k|v|out)_lora\.(down|up)")
 _KINDS = {
@@ -64,8 +75,16 @@ class Lora:
         """{name, num_inference_steps, guidance_scale} that its file's or folder's name says it is
         made for; None where it says nothing.
         """
+        return self._by_name(FEW_STEP)
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """What it changes in scheduler_config.json, by the same names."""
+        return self._by_name(_SCHEDULERS) or {}
+
+    def _by_name(self, known: tuple[tuple[str, dict[str, Any]], ...]) -> dict[str, Any] | None:
         name = f"{self.path.parent.name}/{self.path.name}".lower()
-        return next((dict(s) for pattern, s in FEW_STEP if re.search(pattern, name)), None)
+        return next((dict(s) for pattern, s in known if re.search(pattern, name)), None)
 
 
 def _number(text: str) -> float:
@@ -78,49 +97,86 @@ def _number(text: str) -> float:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """A file's content: "unet.<module>.lora_A.weight" and the like -> tensor; "unet.<module>.alpha"
-    -> alpha; or peft's configuration out of its metadata.
+class Read:
+    """A LoRA that was read: "unet.<module>.lora_A.weight" and the like -> tensor; "unet.<module>
+    .alpha" -> alpha; or peft's configuration out of its metadata.
     """
 
-    path: Path
+    lora: Lora
     tensors: dict[str, Tensor]
     alphas: dict[str, float] | None
     metadata: dict[str, Any] | None
 
+    def of(self, part: str) -> Read:
+        """What is for one network."""
+        own = {k: v for k, v in self.tensors.items() if k.startswith(f"{part}.")}
+        return dataclasses.replace(self, tensors=own)
 
-def fuse(
-    networks: dict[str, nn.Module], loras: Sequence[Lora], skip_missing: bool = False
-) -> list[str]:
-    """Add LoRAs to the weights of `networks` ("unet", "text_encoder"), in place.
+
+def read(lora: Lora, unet: Mapping[str, Any], parts: Sequence[str]) -> Read:
+    """The LoRA of a file.
 
     Args:
-        skip_missing: leave out layers that the networks do not have (BK-SDM has fewer blocks than
-            the model that most LoRAs were trained on) instead of refusing the file.
+        unet: the model's unet/config.json: files in the names of the original layout are read by
+            its layers.
+        parts: the model's networks.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        InputError, ArtifactError: not a LoRA in a layout that diffusers reads, or one that has
+            layers of networks that the model lacks.
+    """
+    need("fusing a LoRA", "lora", "peft")
+    path = lora.path
+    if path.suffix.lower() != ".safetensors":
+        raise InputError(f"lora={str(path)!r}; accepted: a .safetensors file, FILE or FILE:WEIGHT.")
+    _refuse_others(path)
+    from diffusers import StableDiffusionPipeline
+    from diffusers.configuration_utils import FrozenDict
+
+    try:
+        tensors, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+            str(path.parent),
+            weight_name=path.name,
+            unet_config=FrozenDict({"layers_per_block": 2, **unet}),
+            local_files_only=True,
+            use_safetensors=True,
+            return_lora_metadata=True,
+        )
+    except (ValueError, KeyError, RuntimeError) as e:
+        raise ArtifactError(
+            f"{path} is not a LoRA in a layout that diffusers reads ({printable(e, 300)})."
+        ) from e
+    out = Read(lora, _as_peft(tensors), alphas or None, metadata or None)
+    _refuse_other_networks(path, out.tensors, parts)
+    return out
+
+
+def fuse(part: str, network: nn.Module, reads: Sequence[Read], skip_missing: bool) -> list[str]:
+    """Add LoRAs to the weights of one network, in place.
+
+    Args:
+        part: "unet", "text_encoder", "text_encoder_2".
+        skip_missing: leave out layers that the network does not have (BK-SDM and SSD-1B have fewer
+            blocks than the model that most LoRAs were trained on) instead of refusing the file.
 
     Returns:
         What was left out, a line for each file.
 
     Raises:
-        MissingExtraError: peft is not installed.
-        ArtifactError: not a LoRA, one of another base, or one with layers that are not there.
+        ArtifactError: one of another base, or one with layers that are not there.
     """
-    need("fusing a LoRA", "lora", "peft")
     notes = []
-    for lora in loras:
-        read = _read(lora.path, networks["unet"])
-        for part, network in networks.items():
-            own = {k: v for k, v in read.tensors.items() if k.startswith(f"{part}.")}
-            own, note = _fitting(read.path, part, network, own, skip_missing)
-            notes += [note] if note else []
-            if own:
-                _add(part, network, dataclasses.replace(read, tensors=own), lora.weight)
+    for one in reads:
+        own = one.of(part)
+        tensors, note = _fitting(one.lora.path, part, network, own.tensors, skip_missing)
+        notes += [note] if note else []
+        if tensors:
+            _add(part, network, dataclasses.replace(own, tensors=tensors))
     return notes
 
 
-def _read(path: Path, unet: Any) -> _Read:
-    if path.suffix.lower() != ".safetensors":
-        raise InputError(f"lora={str(path)!r}; accepted: a .safetensors file, FILE or FILE:WEIGHT.")
+def _refuse_others(path: Path) -> None:
     names = headers.read(path)
     if kind := next((w for mark, w in _KINDS.items() if any(mark in n for n in names)), None):
         raise ArtifactError(
@@ -132,22 +188,20 @@ def _read(path: Path, unet: Any) -> _Read:
             f"{path} holds no LoRA: no tensor's name has 'lora' in it; accepted: LoRA and LoCon in"
             " the layouts of kohya, diffusers and peft."
         )
-    from diffusers import StableDiffusionPipeline
 
-    try:
-        tensors, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-            str(path.parent),
-            weight_name=path.name,
-            unet_config=unet.config,
-            local_files_only=True,
-            use_safetensors=True,
-            return_lora_metadata=True,
-        )
-    except (ValueError, KeyError, RuntimeError) as e:
-        raise ArtifactError(
-            f"{path} is not a LoRA in a layout that diffusers reads ({printable(e, 300)})."
-        ) from e
-    return _Read(path, _as_peft(tensors), alphas or None, metadata or None)
+
+def _refuse_other_networks(path: Path, tensors: Iterable[str], parts: Sequence[str]) -> None:
+    """Raises ArtifactError where a LoRA has layers of a network that the model does not have."""
+    asked = {k.split(".lora_")[0] for k in tensors}
+    other = sorted(n for n in asked if n.split(".")[0] not in parts or n.startswith("vae."))
+    if not other:
+        return
+    second = all(n.startswith("text_encoder_2.") for n in other)
+    whose = "a second text encoder, as SDXL has" if second else "no network of this model"
+    raise ArtifactError(
+        f"{path} is a LoRA of another base: {len(other)} of its {len(asked)} layers are of {whose}"
+        f" ({', '.join(other[:3])}). Take a LoRA of this model."
+    )
 
 
 def _as_peft(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -155,14 +209,15 @@ def _as_peft(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 
     unet = {k: v for k, v in tensors.items() if k.startswith("unet.")}
-    text = {k: v for k, v in tensors.items() if k.startswith("text_encoder.")}
+    text = {k: v for k, v in tensors.items() if k.startswith(("text_encoder.", "text_encoder_2."))}
+    other = {k: v for k, v in tensors.items() if k not in unet and k not in text}
     if unet and not any(".lora_A." in k for k in unet):
         unet = convert_unet_state_dict_to_peft(unet)
     if text and not any(".lora_A." in k for k in text):
         # diffusers' kohya reader names a text encoder's attention as it did before 0.18
         text = {_OLD.sub(r".\1_proj.lora_linear_layer.\2", k): v for k, v in text.items()}
         text = convert_state_dict_to_peft(text)
-    return {**unet, **text}
+    return {**unet, **text, **other}
 
 
 def _fitting(
@@ -171,13 +226,19 @@ def _fitting(
     """What of a LoRA has a layer in `network`, and what is said of the rest."""
     modules = {f"{part}.{name}": module for name, module in network.named_modules()}
     asked = {k.split(".lora_")[0] for k in tensors}
-    for name in sorted(asked & set(modules)):
-        _same_size(path, name, modules[name], tensors)
     missing = sorted(asked - set(modules))
-    if not missing:
-        return tensors, ""
     counted = f"{len(missing)} of its {len(asked)} layers of the {part.replace('_', ' ')}"
     which = f"{counted} are not in this model ({', '.join(missing[:3])})"
+    odd = [w for n in sorted(asked & set(modules)) if (w := _misfit(path, n, modules[n], tensors))]
+    if odd:
+        more = f"; {which}" if missing else ""
+        raise ArtifactError(
+            f"{path} is a LoRA of another base: {len(odd)} of its {len(asked)} layers of the"
+            f" {part.replace('_', ' ')} have another size; its {odd[0]}{more}. Take a LoRA of this"
+            " model."
+        )
+    if not missing:
+        return tensors, ""
     if not skip_missing:
         raise ArtifactError(
             f"{path}: {which}: it was trained on a model with other blocks. Leave them out with"
@@ -187,33 +248,36 @@ def _fitting(
     return left, f"{path.name}: {which}; left out"
 
 
-def _same_size(path: Path, name: str, module: Any, tensors: dict[str, Tensor]) -> None:
-    """Raises ArtifactError where a LoRA's matrices do not fit the layer."""
+def _misfit(path: Path, name: str, module: Any, tensors: dict[str, Tensor]) -> str:
+    """What a LoRA's matrices make of a layer, where they are not its size; "" where they are."""
     down, up = (tensors.get(f"{name}.lora_{m}.weight") for m in "AB")
     if down is None or up is None:
         raise ArtifactError(f"{path} has only one of the two matrices of {name}; fetch it again.")
-    has = tuple(module.weight.shape[:2])
-    made = (up.shape[0], down.shape[1])
-    if has != made or down.shape[0] != up.shape[1]:
-        raise ArtifactError(
-            f"{path} is a LoRA of another base: its {name} is {made[0]} x {made[1]}, this model's"
-            f" is {has[0]} x {has[1]}."
-        )
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim < 2:
+        return f"{name} is a matrix, this model's is none"
+    has, made = tuple(weight.shape[:2]), (up.shape[0], down.shape[1])
+    if has == made and down.shape[0] == up.shape[1]:
+        return ""
+    return f"{name} is {made[0]} x {made[1]}, this model's is {has[0]} x {has[1]}"
 
 
-def _add(part: str, network: Any, read: _Read, weight: float) -> None:
+def _add(part: str, network: Any, read: Read) -> None:
     """peft's layers around the network's, their deltas merged, and the layers taken out again."""
     from diffusers import StableDiffusionPipeline
     from peft.tuners.lora import LoraLayer
 
     pipe: Any = StableDiffusionPipeline
-    load = pipe.load_lora_into_unet if part == "unet" else pipe.load_lora_into_text_encoder
-    load(read.tensors, read.alphas, network, adapter_name="sdlite", metadata=read.metadata)
+    given: dict[str, Any] = {"adapter_name": "sdlite", "metadata": read.metadata}
+    if part == "unet":
+        pipe.load_lora_into_unet(read.tensors, read.alphas, network, **given)
+    else:
+        pipe.load_lora_into_text_encoder(read.tensors, read.alphas, network, prefix=part, **given)
     with torch.no_grad():
         for name, module in list(network.named_modules()):
             if isinstance(module, LoraLayer):
                 layer: Any = module
-                layer.set_scale("sdlite", weight)
+                layer.set_scale("sdlite", read.lora.weight)
                 layer.merge(adapter_names=["sdlite"])
                 parent, _, last = name.rpartition(".")
                 setattr(network.get_submodule(parent), last, layer.get_base_layer())

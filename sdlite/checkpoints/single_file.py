@@ -1,10 +1,13 @@
-"""One file of weights in the original layout -> torch networks, by diffusers' own loader."""
+"""One file of weights in the original layout -> torch networks, by diffusers' own loader, one at a
+time.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,66 +16,130 @@ from torch import nn
 
 from sdlite import headers
 from sdlite.checkpoints import layouts
-from sdlite.checkpoints.layouts import Layout, Shapes
+from sdlite.checkpoints.layouts import Layout
+from sdlite.checkpoints.unet_shape import PREFIX, Shapes
 from sdlite.errors import ArtifactError, InputError, printable
 from sdlite.torch_networks import open_network
 
-Networks = dict[str, nn.Module]  # "unet", "vae", "text_encoder"
+_PLACES = {  # network -> where its tensors are
+    "unet": (PREFIX,),
+    "vae": (layouts.VAE,),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": (layouts.OPEN_CLIP_XL,),
+}
 
 
-def shapes(path: Path) -> tuple[Shapes, bool]:
-    """Tensor name -> shape, and whether the float weights are stored in float16.
+@dataclass(frozen=True)
+class Header:
+    """What stands in a file: tensor name -> shape, and the networks that are stored in float16."""
 
-    Raises:
-        ArtifactError: not a whole safetensors file.
-    """
-    entries = headers.read(path)
-    floats = [kind for kind, *_ in entries.values() if kind in ("F16", "BF16", "F32", "F64")]
-    half = bool(floats) and set(floats) == {"F16"}
-    return {name: entry[1] for name, entry in entries.items()}, half
+    shapes: Shapes
+    half: frozenset[str]
+
+    @classmethod
+    def read(cls, path: Path) -> Header:
+        """Raises ArtifactError where it is not a whole safetensors file."""
+        entries = headers.read(path)
+        kinds: dict[str, set[str]] = {p: set() for p in _PLACES}
+        for name, (kind, *_) in entries.items():
+            for part, places in _PLACES.items():
+                if name.startswith(places) and kind in ("F16", "BF16", "F32", "F64"):
+                    kinds[part].add(kind)
+        half = frozenset(p for p, found in kinds.items() if found == {"F16"})
+        return cls({name: entry[1] for name, entry in entries.items()}, half)
 
 
-def networks(path: Path, layout: Layout, folder: Path, vae: Path | None) -> Networks:
-    """The networks of a recognized file, in float32.
+@dataclass(frozen=True)
+class SingleFile:
+    """A recognized file.
 
-    Args:
+    Attributes:
         folder: `layout.write` was here.
         vae: an autoencoder's file or folder, which takes the place of the file's own; needed where
             it has none.
-
-    Raises:
-        InputError: it holds no autoencoder and none is given.
-        ArtifactError: a tensor is missing or of another shape.
     """
-    if vae is None and not layout.has_vae:
-        raise InputError(
-            f"{path} holds no autoencoder (it was pruned); give one as vae=: a diffusers vae/"
-            " folder, or a file such as vae-ft-mse-840000-ema-pruned.safetensors."
-        )
-    from diffusers import StableDiffusionPipeline
 
-    given = {"vae": autoencoder(vae, folder.parent / "own" / "vae")} if vae is not None else {}
-    with _quiet(), _as_ours(path):
-        pipe = StableDiffusionPipeline.from_single_file(
-            str(path),
-            config=str(folder),
-            local_files_only=True,
-            safety_checker=None,
-            torch_dtype=torch.float32,
-            **given,
-        )
-    out: Networks = {p: getattr(pipe, p) for p in ("unet", "vae", "text_encoder")}
-    for part, network in out.items():
-        _complete(path, part, network)
+    path: Path
+    layout: Layout
+    folder: Path
+    vae: Path | None = None
+
+    def check(self) -> None:
+        """Raises InputError where it holds no autoencoder and none is given."""
+        if self.vae is None and not self.layout.has_vae:
+            raise InputError(
+                f"{self.path} holds no autoencoder (it was pruned); give one as vae=: a diffusers"
+                f" vae/ folder, or a file such as {_VAE_FILES[self.layout.version == 'xl']}."
+            )
+
+    def network(self, part: str) -> nn.Module:
+        """One of `layout.configs`, in float32.
+
+        Raises:
+            InputError: see `check`.
+            ArtifactError: a tensor is missing or of another shape.
+        """
+        self.check()
+        if part == "vae" and self.vae is not None:
+            return autoencoder(self.vae, self.folder.parent / "own" / "vae", self.layout.version)
+        with _quiet(), _as_ours(self.path):
+            tensors = _tensors(self.path)
+            opened = _text_encoder if part.startswith("text_encoder") else _of_diffusers
+            network = opened(tensors, part, self.folder)
+        _complete(self.path, part, network)
+        if part == "unet":
+            _nothing_left(self.path, tensors, network)
+        return network
+
+
+_VAE_FILES = ("vae-ft-mse-840000-ema-pruned.safetensors", "sdxl_vae.safetensors")
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All of a file, mapped: what is not used is not read."""
+    from safetensors.torch import load_file
+
+    out: dict[str, torch.Tensor] = load_file(path)
     return out
 
 
-def autoencoder(source: Path, aside: Path) -> nn.Module:
+def _of_diffusers(tensors: dict[str, torch.Tensor], part: str, folder: Path) -> nn.Module:
+    import diffusers
+
+    kind = diffusers.UNet2DConditionModel if part == "unet" else diffusers.AutoencoderKL
+    network: nn.Module = kind.from_single_file(
+        tensors,
+        config=str(folder),
+        subfolder=part,
+        local_files_only=True,
+        torch_dtype=torch.float32,
+    )
+    return network
+
+
+def _text_encoder(tensors: dict[str, torch.Tensor], part: str, folder: Path) -> nn.Module:
+    import transformers
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+
+    second = part == "text_encoder_2"
+    network: nn.Module = create_diffusers_clip_model_from_ldm(
+        transformers.CLIPTextModelWithProjection if second else transformers.CLIPTextModel,
+        checkpoint=tensors,
+        subfolder=part,
+        config=str(folder),
+        torch_dtype=torch.float32,
+        local_files_only=True,
+    )
+    return network
+
+
+def autoencoder(source: Path, aside: Path, version: str = "1") -> nn.Module:
     """A VAE from a diffusers folder (a pipeline's, its vae/, or a VAE's own), or from a file of its
     own in the original layout.
 
     Args:
         aside: a path that ends in vae, where a copy may stand.
+        version: of the model that a file's is for, see `layouts.vae_config`.
 
     Raises:
         ArtifactError: it is none.
@@ -85,8 +152,7 @@ def autoencoder(source: Path, aside: Path) -> nn.Module:
         return network
     from diffusers import AutoencoderKL
 
-    found, _ = shapes(source)
-    config = layouts.vae_config(source, found)
+    config = layouts.vae_config(source, Header.read(source).shapes, version)
     network = AutoencoderKL.from_config(config)
     with _quiet(), _as_ours(source):
         tensors = _converted_vae(source, dict(network.config))
@@ -101,9 +167,8 @@ def autoencoder(source: Path, aside: Path) -> nn.Module:
 
 def _converted_vae(source: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-    from safetensors.torch import load_file
 
-    tensors = {k.removeprefix(layouts.VAE): v.float() for k, v in load_file(source).items()}
+    tensors = {k.removeprefix(layouts.VAE): v.float() for k, v in _tensors(source).items()}
     out: dict[str, torch.Tensor] = convert_ldm_vae_checkpoint(tensors, config)
     return out
 
@@ -116,6 +181,30 @@ def _complete(path: Path, part: str, network: nn.Module) -> None:
             f"{path} lacks {len(lost)} tensors of its {part.replace('_', ' ')}"
             f" ({', '.join(lost[:3])}); fetch the file again, from a source that has all of it."
         )
+
+
+def _nothing_left(path: Path, tensors: Mapping[str, torch.Tensor], network: nn.Module) -> None:
+    """diffusers leaves out what it has no place for, without a word. Its UNet has a name for each
+    of the original's.
+    """
+    names = [k for k in tensors if k.startswith(PREFIX)]
+    if (more := len(names) - len(network.state_dict())) > 0:
+        odd = [k for k in names if not k.removeprefix(PREFIX).startswith(_KNOWN)] or names[-1:]
+        raise ArtifactError(
+            f"{path} holds {more} tensors of its UNet that diffusers has no place for (such as"
+            f" {odd[0]}); give a diffusers folder of this model."
+        )
+
+
+_KNOWN = (
+    "input_blocks.",
+    "middle_block.",
+    "output_blocks.",
+    "out.",
+    "label_emb.0.",
+    "time_embed.0.",
+    "time_embed.2.",
+)
 
 
 @contextmanager

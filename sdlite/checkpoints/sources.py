@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from sdlite import arguments, families
 from sdlite.artifact import Artifact
 from sdlite.checkpoints import PICKLED, embeddings, is_file, layouts, lora, pickles, single_file
 from sdlite.errors import ArtifactError, InputError
+from sdlite.files import Files
+from sdlite.io import read_json
 from sdlite.torch_networks import open_network
-from sdlite.weights import dtypes, weight_files, weight_index
+from sdlite.weights import dtypes, stem, weight_files, weight_index
 
 PRECISIONS = ("fp32", "fp16")
-PARTS = ("text_encoder", "unet", "vae")
+FOLDERS = ("text_encoder", "text_encoder_2", "unet", "vae")  # of networks, of every family
+_OTHERS = ("tokenizer", "tokenizer_2", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -79,71 +82,97 @@ def prepared(source: Path, extras: Extras, scratch: Path) -> Prepared:
         )
     if not is_file(source) and not extras.any and not _pickled(source, extras):
         return Prepared(source)
-    folder = scratch / "model"
-    networks, half = _opened(source, extras, folder, scratch)
-    notes = _changed(networks, folder, loras, words, extras.lora_skip_missing)
-    stored = half if extras.precision is None else extras.precision == "fp16"
-    _save(networks, folder, half=stored)
+    opened = _opened(source, extras, scratch)
+    unet = read_json(opened.folder / "unet" / "config.json") if loras else {}
+    reads = [lora.read(x, unet, opened.parts) for x in loras]
+    notes = []
+    for part in opened.parts:  # one at a time: the largest is what it takes in memory
+        network = opened.network(part)
+        notes += _changed(part, network, opened.folder, reads, words, extras)
+        half = part in opened.half if extras.precision is None else extras.precision == "fp16"
+        _save(network, opened.folder / part, half=half)
     sampler = next((s for x in loras if (s := x.sampler)), {})
-    return Prepared(folder, sampler, tuple(notes))
+    for one in loras:
+        _edit(opened.folder / "scheduler", "scheduler_config.json", one.scheduler)
+    return Prepared(opened.folder, sampler, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A source.
+
+    Attributes:
+        folder: with all its files but weights.
+        parts: folders of its networks.
+        half: those that are stored in float16.
+        network: part -> its network in float32.
+    """
+
+    folder: Path
+    parts: tuple[str, ...]
+    half: frozenset[str]
+    network: Callable[[str], nn.Module]
 
 
 def _changed(
-    networks: dict[str, nn.Module],
+    part: str,
+    network: nn.Module,
     folder: Path,
-    loras: Sequence[lora.Lora],
+    reads: Sequence[lora.Read],
     words: Sequence[embeddings.Embedding],
-    skip_missing: bool,
+    extras: Extras,
 ) -> list[str]:
+    """What a source's extras make of one network, in place. Returns what is to be said."""
     notes = []
-    if words:
+    if words and part.startswith("text_encoder"):
         from transformers import CLIPTokenizer
 
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        notes = [f"{w.path.name} is {embeddings.add(networks, tokenizer, w)!r}" for w in words]
-        tokenizer.save_pretrained(folder / "tokenizer")
-    if loras:
-        both = {p: networks[p] for p in ("unet", "text_encoder")}
-        notes += lora.fuse(both, loras, skip_missing)
+        place = folder / part.replace("text_encoder", "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+        notes = [f"{w.path.name} is {embeddings.add(network, tokenizer, w)!r}" for w in words]
+        tokenizer.save_pretrained(place)
+    if part != "vae":
+        notes += lora.fuse(part, network, reads, extras.lora_skip_missing)
     return notes
 
 
-def _opened(
-    source: Path, extras: Extras, folder: Path, scratch: Path
-) -> tuple[dict[str, nn.Module], bool]:
-    """The networks in float32, whether they were stored in float16, and `folder` with all files but
-    theirs.
-    """
+def _opened(source: Path, extras: Extras, scratch: Path) -> _Opened:
+    folder = scratch / "model"
     vae = None if extras.vae is None else Path(arguments.path("vae", extras.vae))
     if is_file(source):
-        return _from_file(source, extras, folder, scratch, vae)
+        return _from_file(source, extras, folder, vae)
     artifact = Artifact.open(
         _without_pickles(source, scratch) if _pickled(source, extras) else source
     )
+    parts = tuple(artifact.family.networks)
     folder.mkdir()
-    for part in (*PARTS, "tokenizer", "scheduler"):
-        artifact.files.part(part).copy_configs(folder / part)
+    for name in (*parts, *(o for o in _OTHERS if artifact.index.get(o))):
+        artifact.files.part(name).copy_configs(folder / name)
     index = json.dumps(families.own_index(artifact.index), indent=1)
     (folder / "model_index.json").write_text(index, encoding="utf-8")
-    networks = {p: open_network(artifact.files.part(p)) for p in PARTS}
-    if vae is not None:
-        networks["vae"] = single_file.autoencoder(vae, scratch / "own" / "vae")
-    stored = dtypes(weight_index(weight_files(artifact.files.part("unet"))))
-    return networks, stored == ["float16"]
+
+    def network(part: str) -> Any:
+        if part == "vae" and vae is not None:
+            return single_file.autoencoder(vae, scratch / "own" / "vae")
+        return open_network(artifact.files.part(part))
+
+    stored = {p: dtypes(weight_index(weight_files(artifact.files.part(p)))) for p in parts}
+    half = frozenset(p for p, kinds in stored.items() if kinds == ["float16"])
+    return _Opened(folder, parts, half, network)
 
 
-def _from_file(
-    source: Path, extras: Extras, folder: Path, scratch: Path, vae: Path | None
-) -> tuple[dict[str, nn.Module], bool]:
+def _from_file(source: Path, extras: Extras, folder: Path, vae: Path | None) -> _Opened:
     check_file(source, extras.from_pickle)
     if source.suffix.lower() in PICKLED:
-        source = pickles.to_safetensors(source, scratch / f"{source.stem}.safetensors")
-    shapes, half = single_file.shapes(source)
-    layout = layouts.recognized(source, shapes, extras.prediction_type)
+        source = pickles.to_safetensors(source, folder.parent / f"{source.stem}.safetensors")
+    header = single_file.Header.read(source)
+    layout = layouts.recognized(source, header.shapes, extras.prediction_type)
     if why := families.refusal(str(source), layout.index, layout.config):
         raise ArtifactError(why)
+    file = single_file.SingleFile(source, layout, folder, vae)
+    file.check()
     layout.write(folder)
-    return single_file.networks(source, layout, folder, vae), half
+    return _Opened(folder, tuple(layout.configs), header.half, file.network)
 
 
 def check_file(source: Path, from_pickle: bool) -> None:
@@ -159,15 +188,15 @@ def check_file(source: Path, from_pickle: bool) -> None:
 
 def _pickled(source: Path, extras: Extras) -> bool:
     """Whether a folder has pickles that may be read, in the place of weights that it lacks."""
-    return extras.from_pickle and any(_pickle_of(source, p) for p in PARTS)
+    return extras.from_pickle and any(_pickle_of(source, p) for p in FOLDERS)
 
 
 def _pickle_of(source: Path, part: str) -> Path | None:
     folder, endings = source / part, PICKLED
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return None
-    stem = "pytorch_model" if part == "text_encoder" else "diffusion_pytorch_model"
-    return next((p for e in endings if (p := folder / f"{stem}{e}").exists()), None)
+    name = "pytorch_model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+    return next((p for e in endings if (p := folder / f"{name}{e}").exists()), None)
 
 
 def _without_pickles(source: Path, scratch: Path) -> Path:
@@ -175,19 +204,24 @@ def _without_pickles(source: Path, scratch: Path) -> Path:
     out = scratch / "read"
     ignored = shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.pickle")
     shutil.copytree(source, out, ignore=ignored)
-    for part in PARTS:
+    for part in FOLDERS:
         if (pickled := _pickle_of(source, part)) is not None:
-            name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            pickles.to_safetensors(pickled, out / part / f"{name}.safetensors")
+            pickles.to_safetensors(pickled, out / part / f"{stem(part)}.safetensors")
     return out
 
 
-def _save(networks: dict[str, Any], folder: Path, half: bool) -> None:
-    """The networks' weights and configurations into their folders."""
+def _edit(folder: Path, name: str, changes: Mapping[str, Any]) -> None:
+    """Set keys of a JSON file."""
+    if changes:
+        content = {**Files.of(folder).read_json(name, infinity=True), **changes}
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(network: Any, folder: Path, half: bool) -> None:
+    """A network's weights and configuration into its folder."""
     import torch
 
-    for part, network in networks.items():
-        for old in (folder / part).glob("*.safetensors*"):
-            old.unlink()
-        network.to(torch.float16 if half else torch.float32)
-        network.save_pretrained(folder / part, safe_serialization=True)
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
+    network.to(torch.float16 if half else torch.float32)
+    network.save_pretrained(folder, safe_serialization=True)

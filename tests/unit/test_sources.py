@@ -4,7 +4,9 @@ held against diffusers' own reading of the same file.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 import shutil
 import zipfile
@@ -81,26 +83,167 @@ def same(a, b):
 # --- one file
 
 
-@pytest.mark.parametrize("name", ["sd14", "sd21"])
+def opened(path, tmp_path, **narrow):
+    """A file, recognized and written out; `narrow`: what narrow networks have of their own."""
+    layout = layouts.recognized(path, single_file.Header.read(path).shapes)
+    layout.configs["unet"].update(narrow)
+    if layout.version == "xl":
+        heads = published_models.TEXT_2_SDXL["num_attention_heads"]
+        layout.configs["text_encoder_2"]["num_attention_heads"] = heads
+    layout.write(tmp_path / "model")
+    return layout, single_file.SingleFile(path, layout, tmp_path / "model")
+
+
+def same_weights(network, right):
+    got, right = network.state_dict(), right.state_dict()
+    assert set(got) == set(right)
+    assert all(torch.equal(got[k], right[k]) for k in right)
+
+
+NARROW = {"sd14": {}, "sd21": {"norm_num_groups": 8}}
+
+
+@pytest.mark.parametrize("name", NARROW)
 def test_one_file_is_the_folder_that_it_was_made_from(folders, tmp_path, name):
     source, path = folders(name), tmp_path / "one.safetensors"
     save_file(ldm.checkpoint(source), path)
-    shapes, half = single_file.shapes(path)
-    layout = layouts.recognized(path, shapes)
+    assert not single_file.Header.read(path).half
+    layout, file = opened(path, tmp_path, **NARROW[name])
     published = published_models.MODELS[name]
-    assert not half
-    assert layout.version == (2 if name == "sd21" else 1)
-    assert layout.unet["block_out_channels"] == published.unet["block_out_channels"]
-    assert layout.text_encoder["num_hidden_layers"] == published.text["num_hidden_layers"]
-    layout.unet["norm_num_groups"] = published.unet["norm_num_groups"]  # only widths are narrow
-    layout.write(tmp_path / "model")
-    networks = single_file.networks(path, layout, tmp_path / "model", None)
+    assert layout.version == ("2" if name == "sd21" else "1")
+    assert layout.configs["text_encoder"]["num_hidden_layers"] == (23 if name == "sd21" else 12)
+    assert built(layout.configs["unet"]) == built(published.unet)
     pipe = diffusers_pipe(source)
-    for part, network in networks.items():
-        right = getattr(pipe, part).state_dict()
-        got = network.state_dict()
-        assert set(got) == set(right)
-        assert all(torch.equal(got[k], right[k]) for k in right), part
+    for part in layout.configs:
+        same_weights(file.network(part), getattr(pipe, part))
+
+
+def built(config):
+    """What a configuration makes: its tensors' names and shapes, and its flags."""
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(config)
+    flags = ("attention_head_dim", "addition_time_embed_dim", "sample_size", "upcast_attention")
+    shapes = {k: tuple(v.shape) for k, v in unet.state_dict().items()}
+    return shapes, [list(np.ravel(unet.config[f])) for f in flags]
+
+
+# Depths and middle blocks of SDXL's students, as their config.json has them; SSD-1B's and Vega's
+# single files are in this layout.
+XL = {
+    "sdxl": {},
+    "ssd-1b": {
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    },
+    "vega": {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, 1, 2]},
+    "koala-700m": {
+        "layers_per_block": 1,
+        "mid_block_type": None,
+        "transformer_layers_per_block": [1, 2, 5],
+    },
+    "koala-1b": {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]},
+}
+XL_UNET = published_models.SDXL_UNET | {  # true widths; on the meta device they cost nothing
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "norm_num_groups": 32,
+    "projection_class_embeddings_input_dim": 2816,
+    "transformer_layers_per_block": [1, 2, 10],
+}
+
+
+def header(config):
+    """Tensor name -> shape of an SDXL file whose UNet has this configuration; true widths."""
+    shapes, _ = built(config)
+    plain = [i for i, kind in enumerate(config["up_block_types"]) if kind == "UpBlock2D"]
+    names = {k: ldm.unet_name(k, config["layers_per_block"], plain) for k in shapes}
+    out = {f"{layouts.UNET}{names[k]}": v for k, v in shapes.items()}
+    out[f"{layouts.CLIP_XL}embeddings.token_embedding.weight"] = (49408, 768)
+    out[f"{layouts.OPEN_CLIP_XL}token_embedding.weight"] = (49408, 1280)
+    out[f"{layouts.OPEN_CLIP_XL}text_projection"] = (1280, 1280)
+    for i in range(32):
+        out[f"{layouts.OPEN_CLIP_XL}transformer.resblocks.{i}.mlp.c_fc.weight"] = (5120, 1280)
+    for i in range(12):
+        out[f"{layouts.CLIP_XL}encoder.layers.{i}.mlp.fc1.weight"] = (3072, 768)
+    return out
+
+
+@pytest.mark.parametrize("name", XL)
+def test_names_and_shapes_tell_sdxl_and_its_students(name, tmp_path):
+    config = XL_UNET | XL[name]
+    layout = layouts.recognized(tmp_path / "x.safetensors", header(config))
+    assert built(layout.configs["unet"]) == built(config)
+    assert layout.version == "xl"
+    assert not layout.has_vae
+    text = layout.configs["text_encoder_2"]
+    assert [text[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")] == [
+        1280,
+        5120,
+        32,
+    ]
+    assert layout.scheduler["prediction_type"] == "epsilon"
+    if name == "sdxl":  # as published
+        [shapes, _] = built(layout.configs["unet"])
+        assert sum(map(math.prod, shapes.values())) == 2_567_463_684
+        own = {k: v for k, v in layout.configs["unet"].items() if k in XL_UNET}
+        assert own == {k: XL_UNET[k] for k in own}
+
+
+def test_markers_of_sdxl_files(tmp_path):
+    path, shapes = tmp_path / "x.safetensors", header(XL_UNET)
+    marked = layouts.recognized(path, {**shapes, "v_pred": (0,), "ztsnr": (0,)}).scheduler
+    assert (marked["prediction_type"], marked["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    plain = layouts.recognized(path, {**shapes, "v_pred": (0,)}).scheduler
+    assert "rescale_betas_zero_snr" not in plain
+    given = layouts.recognized(path, {**shapes, "v_pred": (0,)}, "epsilon").scheduler
+    assert given["prediction_type"] == "epsilon"
+    for marker, words in (
+        ("edm_mean", "Playground 2.5"),
+        ("edm_vpred.sigma_max", "EDM v-prediction"),
+        ("conditioner.embedders.0.model.text_projection", "SDXL's refiner"),
+    ):
+        with pytest.raises(ArtifactError, match=words):
+            layouts.recognized(path, {**shapes, marker: (1,)})
+
+
+def test_unets_that_diffusers_has_no_configuration_for_are_told(tmp_path):
+    path, shapes = tmp_path / "x.safetensors", header(XL_UNET)
+    for pattern, words in (
+        (r"middle_block\.1\.transformer_blocks\.9\.", "middle block is 9 transformers deep"),
+        (r"input_blocks\.5\.1\.", "with and without transformers"),
+        (r"input_blocks\.5\.", r"without the tensor model.diffusion_model.input_blocks\.5"),
+        (r"input_blocks\.[78]\.", "middle block is 10 transformers deep, the last 2"),
+        (r"label_emb", "label_emb"),
+    ):
+        left = {k: v for k, v in shapes.items() if not re.search(pattern, k)}
+        with pytest.raises(ArtifactError, match=words):
+            layouts.recognized(path, left)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "ssd-1b"])
+def test_one_sdxl_file_is_diffusers_reading_of_it(tmp_path, monkeypatch, name):
+    unet = published_models.SDXL_UNET | XL[name]
+    model = dataclasses.replace(published_models.MODELS["sdxl"], unet=unet)
+    monkeypatch.setitem(published_models.MODELS, name, model)
+    source = published_models.write(name, tmp_path / "source")
+    tensors = ldm.checkpoint(source)
+    save_file(tensors, tmp_path / "xl.safetensors")
+    layout, file = opened(tmp_path / "xl.safetensors", tmp_path, norm_num_groups=8)
+    assert layout.index["force_zeros_for_empty_prompt"] is True
+    kind = diffusers.StableDiffusionXLPipeline
+    right = kind.from_pretrained(source, local_files_only=True)
+    theirs = kind.from_single_file(
+        str(file.path), config=str(source), local_files_only=True, torch_dtype=torch.float32
+    )
+    for part in layout.configs:
+        network = file.network(part)
+        same_weights(network, getattr(right, part))
+        same_weights(network, getattr(theirs, part))
+    extra = f"{layouts.UNET}time_embed.cond_proj.weight"  # LCM's, which diffusers leaves out
+    save_file({**tensors, extra: torch.zeros(4, 4)}, file.path)
+    with pytest.raises(ArtifactError, match=f"no place for .*{extra}"):
+        file.network("unet")
 
 
 def test_the_image_of_a_file_is_diffusers(file, tmp_path):
@@ -166,11 +309,11 @@ def fresh(tmp_path):
 def test_prediction_type_of_a_2x_file(folders, tmp_path):
     path = tmp_path / "two.safetensors"
     save_file(ldm.checkpoint(folders("sd21")), path)
-    shapes, _ = single_file.shapes(path)
-    assert layouts.recognized(path, shapes).prediction_type == "v_prediction"
+    shapes = single_file.Header.read(path).shapes
+    assert layouts.recognized(path, shapes).scheduler["prediction_type"] == "v_prediction"
     base = layouts.recognized(path, shapes, "epsilon")
     assert base.scheduler["prediction_type"] == "epsilon"
-    assert base.unet["sample_size"] == 64
+    assert base.configs["unet"]["sample_size"] == 64
     with pytest.raises(InputError, match="accepted: epsilon or v_prediction"):
         layouts.recognized(path, shapes, "v")
 
@@ -191,7 +334,8 @@ def _without(path, out, pattern):
     [
         ("^cond_stage_model", "no text encoder"),
         (r"input_blocks\.4\.", "without the tensor model.diffusion_model.input_blocks.4"),
-        (r"output_blocks\.5\.1\.", "lacks tensors"),
+        (r"output_blocks\.5\.1\.", "with and without transformers"),
+        (r"output_blocks\.5\.1\.norm", "lacks tensors"),
         (r"^model\.", "an autoencoder alone: give it as vae="),
         (r"^model\.|decoder\.conv_in", "of no layout that sdlite knows"),
     ],
@@ -213,7 +357,7 @@ def refused(source, tmp_path, words, extras=None):
         (("lora_unet_x.lora_up.weight",), "a LoRA: give it as lora="),
         (("emb_params",), "a textual inversion: give it as embedding="),
         (("control_model.time_embed.0.weight",), "a ControlNet"),
-        (("model.diffusion_model.x", "conditioner.embedders.0.x"), "SDXL's layout"),
+        (("model.diffusion_model.x", "edm_mean"), "Playground 2.5"),
         (("model.diffusion_model.joint_blocks.0.x",), "Stable Diffusion 3's"),
         (("model.diffusion_model.double_blocks.0.x",), "FLUX's"),
         (("down_blocks.0.x",), "one network of a diffusers folder"),
