@@ -447,28 +447,64 @@ LAYERS = {
 }
 
 
-def deltas(folder, seed=1, parts=("unet", "text_encoder")):
+XL_LAYERS = {
+    "unet": (
+        "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q",
+        "down_blocks.2.attentions.1.proj_in",
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj",
+        "up_blocks.0.attentions.2.transformer_blocks.0.attn2.to_out.0",
+        "up_blocks.1.resnets.0.conv1",
+    ),
+    "text_encoder": LAYERS["text_encoder"],
+    "text_encoder_2": (
+        "text_model.encoder.layers.1.self_attn.v_proj",
+        "text_model.encoder.layers.1.self_attn.out_proj",  # by which diffusers knows old names
+        "text_model.encoder.layers.2.mlp.fc1",
+    ),
+}
+
+
+def layers_of(folder):
+    """Of a model's networks, those that the LoRAs here are for."""
+    return XL_LAYERS if (folder / "text_encoder_2").exists() else LAYERS
+
+
+def weights_of(folder, part):
+    [file] = (folder / part).glob("*.safetensors")
+    return load_file(file)
+
+
+def deltas(folder, seed=1, parts=None):
     """(part, module, down, up, alpha): another rank in each layer."""
-    networks = {p: sources.open_network(folder / p) for p in parts}
     torch.manual_seed(seed)
-    for part in parts:
-        for i, name in enumerate(LAYERS[part]):
-            weight = networks[part].get_submodule(name).weight
+    for part, names in layers_of(folder).items():
+        weights = weights_of(folder, part) if parts is None or part in parts else {}
+        for i, name in enumerate(names if weights else ()):
+            weight = weights[f"{name}.weight"]
             rank, tail = 2 + i, weight.shape[2:]
             down = torch.randn(rank, weight.shape[1], *tail) * 0.3
             up = torch.randn(weight.shape[0], rank, *([1] * len(tail))) * 0.3
             yield part, name, down, up, rank / 2 + i
 
 
-def kohya(folder, path, **kind):
+def kohya(folder, path, sgm=False, **kind):
+    """`sgm`: the UNet's layers by the names of the original layout, as kohya trains SDXL."""
     prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+    if (folder / "text_encoder_2").exists():
+        prefix |= {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
     out = {}
     for part, name, down, up, alpha in deltas(folder, **kind):
+        if sgm and part == "unet":
+            name = ldm.unet_name(f"{name}.weight", plain=(2,)).removesuffix(".weight")
         key = prefix[part] + name.replace(".", "_")
         out |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
         out[f"{key}.alpha"] = torch.tensor(float(alpha))
     save_file(out, path)
     return path
+
+
+def sgm(folder, path, **kind):
+    return kohya(folder, path, sgm=True, **kind)
 
 
 def peft_layout(folder, path, **kind):
@@ -506,6 +542,51 @@ def test_a_fused_lora_is_diffusers_image_with_it_loaded(folders, tmp_path, layou
     assert not same(plain, right)
     assert not got.notes
     assert not list(got.folder.rglob("adapter*"))
+
+
+@pytest.mark.parametrize("layout", [kohya, sgm, peft_layout])
+def test_a_fused_sdxl_lora_is_diffusers_fused(folders, tmp_path, layout):
+    pytest.importorskip("peft", reason="needs the lora extra")
+    source = folders("sdxl")
+    path = layout(source, tmp_path / "style.safetensors")
+    kind = diffusers.StableDiffusionXLPipeline
+    ours, theirs = (kind.from_pretrained(source, local_files_only=True) for _ in range(2))
+    theirs.load_lora_weights(path.parent, weight_name=path.name, adapter_name="a")
+    theirs.set_adapters(["a"], [0.7])
+    theirs.fuse_lora(adapter_names=["a"])
+    theirs.unload_lora_weights()
+    read = lora.read(lora.Lora.given(f"{path}:0.7"), ours.unet.config, list(XL_LAYERS))
+    for part, names in XL_LAYERS.items():
+        network, right = getattr(ours, part), getattr(theirs, part).state_dict()
+        plain = {k: v.clone() for k, v in network.state_dict().items()}
+        assert lora.fuse(part, network, [read], False) == []
+        got = network.state_dict()
+        assert set(got) == set(right)
+        changed = {k for k in got if not torch.equal(got[k], plain[k])}
+        assert changed == {f"{n}.weight" for n in names}
+        assert all(torch.allclose(got[k], right[k], atol=1e-6) for k in got)
+
+
+def test_loras_of_another_base_are_counted(folders, tmp_path):
+    pytest.importorskip("peft", reason="needs the lora extra")
+    small, large = folders("sd14"), folders("sdxl")
+    for_small = kohya(small, tmp_path / "sd.safetensors", parts=("unet",))
+    for_large = kohya(large, tmp_path / "xl.safetensors", parts=("unet",))
+    both = kohya(large, tmp_path / "both.safetensors")
+    words = r"is a LoRA of another base: 3 of its 11 layers are of a second text encoder, as SDXL"
+    refused(small, tmp_path, words, Extras(lora=[both], lora_skip_missing=True))
+    words = r"another base: 3 of its 5 .* another size; .* 2 of its 5 layers .* not in this model"
+    refused(small, tmp_path, words, Extras(lora=[for_large]))
+    read = lora.read(lora.Lora(for_small), {}, list(XL_LAYERS))
+    unet = diffusers.UNet2DConditionModel.from_pretrained(large / "unet")
+    words = r"another base: \d of its 5 layers of the unet have another size; its .* is \d+ x \d+"
+    with pytest.raises(ArtifactError, match=words) as error:
+        lora.fuse("unet", unet, [read], True)
+    assert "not in this model (unet.down_blocks.0.attentions.0" in str(error.value)
+    save_file({"transformer.x.lora_A.weight": torch.ones(2, 2)}, tmp_path / "flux.safetensors")
+    refused(
+        small, tmp_path, "no network of this model", Extras(lora=[tmp_path / "flux.safetensors"])
+    )
 
 
 def test_several_loras_add_up(folders, tmp_path):
@@ -562,12 +643,18 @@ def test_loras_of_another_base_and_other_kinds_are_one_line(folders, tmp_path):
         ("lcm-lora-sdv1-5/pytorch_lora_weights.safetensors", ("lcm", 4)),
         ("Hyper-SD15-8steps-lora.safetensors", ("tcd", 8)),
         ("Hyper-SD15-1step-lora.safetensors", ("tcd", 1)),
+        ("Hyper-SDXL-8steps-lora.safetensors", ("tcd", 8)),
+        ("lcm-lora-sdxl/pytorch_lora_weights.safetensors", ("lcm", 4)),
+        ("sdxl_lightning_2step_lora.safetensors", ("euler", 2)),
+        ("SDXL-Lightning/sdxl_lightning_8step_lora.safetensors", ("euler", 8)),
         ("style.safetensors", None),
     ],
 )
 def test_few_step_loras_bring_their_sampler(name, sampler):
     got = lora.Lora.given(name).sampler
     assert sampler == (got and (got["name"], got["num_inference_steps"]))
+    trailing = {"timestep_spacing": "trailing"} if sampler and sampler[0] == "euler" else {}
+    assert lora.Lora.given(name).scheduler == trailing
 
 
 # --- textual inversion
