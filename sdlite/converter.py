@@ -360,6 +360,7 @@ def convert(
     precision: str | None = None,
     prediction_type: str | None = None,
     from_pickle: bool = False,
+    clip_skip: int | None = None,
 ) -> Path:
     """Make a model: the diffusers folder, ONNX graphs for its three networks, and the manifest.
 
@@ -386,6 +387,10 @@ def convert(
             v_prediction for 2.x.
         from_pickle: whether pickled weights (.ckpt, .pt, .bin) may be read, by torch with
             weights_only=True, which runs no code.
+        clip_skip: how many layers of the text encoder the model does without, as diffusers counts
+            them: 1 reads the layer before the last. Of models with one text encoder; 0 to one less
+            than its layers. Negative prompts are read so too (diffusers reads these with all
+            layers). The manifest's student record says it.
 
     Returns:
         `out`.
@@ -402,8 +407,9 @@ def convert(
     if sampler and "name" in sampler:
         known_sampler(arguments.text("sampler name", sampler["name"]))
     extras = sources.Extras(
-        lora, lora_skip_missing, embedding, vae, from_pickle, prediction_type, precision
+        lora, lora_skip_missing, embedding, vae, from_pickle, prediction_type, precision, clip_skip
     )
+    said = {"clip_skip": clip_skip} if clip_skip else {}
     manifest = Manifest(name=name or (place.stem if is_file(place) else place.name))
     if calibration_prompts:
         manifest.calibration = {"prompts": list(calibration_prompts)}
@@ -416,7 +422,7 @@ def convert(
         for note in ready.notes:
             log.warning("%s", note)
         manifest.sampler = cast(SamplerRow, {**ready.sampler, **(sampler or {})})
-        _write(Artifact.open(ready.folder), out, manifest, student or {})
+        _write(Artifact.open(ready.folder), out, manifest, {**said, **(student or {})})
     return out
 
 

@@ -1,8 +1,9 @@
-"""Textual inversions -> a wider text encoder and tokenizer, by diffusers' own loader."""
+"""Textual inversions -> wider text encoders and tokenizers, by diffusers' own loader."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sdlite import arguments, headers
 from sdlite.errors import ArtifactError, InputError
 
 _UNNAMED = ("emb_params", "clip_l")  # keys that are no word: the file's name is the word then
+_BOTH = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # keys of one for SDXL
 
 
 @dataclass(frozen=True)
@@ -39,29 +41,88 @@ class Embedding:
         return out
 
 
-def add(network: nn.Module, tokenizer: Any, embedding: Embedding) -> str:
-    """Put an embedding's vectors behind the text encoder's rows and its word into the tokenizer, in
-    place. Several vectors are the tokens word, word_1, word_2, as diffusers names them.
+@dataclass(frozen=True)
+class Word:
+    """An embedding that was read: text encoder's folder -> its vectors, n x width."""
+
+    path: Path
+    token: str
+    vectors: dict[str, Tensor]
+
+    @property
+    def note(self) -> str:
+        """What is said of it."""
+        return f"{self.path.name} is {self.token!r}"
+
+
+def read(embedding: Embedding, parts: Sequence[str]) -> Word:
+    """The word of a file.
 
     Args:
-        network: transformers' CLIP text encoder; tokenizer: its CLIPTokenizer.
-
-    Returns:
-        The word.
+        parts: the model's networks.
 
     Raises:
-        ArtifactError: not a textual inversion, or one of another width. InputError: the tokenizer
-            has the word already.
+        ArtifactError: not a textual inversion, or one for another number of text encoders.
+    """
+    from safetensors.torch import load_file
+
+    path = embedding.path
+    headers.read(path)
+    tensors = load_file(path)
+    encoders = [p for p in parts if p in _BOTH]
+    keys = {p: _BOTH[p] for p in encoders} if len(encoders) > 1 else {}
+    if not keys and set(tensors) == set(_BOTH.values()):
+        raise ArtifactError(
+            f"{path} is an embedding for SDXL's two text encoders (clip_l, clip_g); this model has"
+            " one. Take an embedding of this model."
+        )
+    if keys and set(tensors) != set(keys.values()):
+        raise ArtifactError(
+            f"{path} holds {', '.join(sorted(tensors)[:3])}; accepted for this model: a textual"
+            " inversion for both its text encoders, clip_l and clip_g."
+        )
+    if not keys and len(tensors) != 1:
+        raise ArtifactError(
+            f"{path} holds {len(tensors)} tensors; a textual inversion has one"
+            f" ({', '.join(sorted(tensors)[:3])})."
+        )
+    keys = keys or {encoders[0]: next(iter(tensors))}
+    vectors = {p: _vectors(path, name, tensors[name]) for p, name in keys.items()}
+    if len({len(v) for v in vectors.values()}) > 1:
+        raise ArtifactError(f"{path} holds another number of vectors for each text encoder.")
+    own = next(iter(tensors))
+    own = path.stem if len(keys) > 1 or own in _UNNAMED else own
+    return Word(path, embedding.token or own, vectors)
+
+
+def _vectors(path: Path, name: str, value: Tensor) -> Tensor:
+    if value.ndim > 2 or not value.is_floating_point():
+        raise ArtifactError(
+            f"{path} holds {name} of shape {tuple(value.shape)}, which is no textual inversion."
+        )
+    return value.reshape(-1, value.shape[-1])
+
+
+def add(part: str, network: nn.Module, tokenizer: Any, word: Word) -> None:
+    """Put a word's vectors behind a text encoder's rows and the word into its tokenizer, in place.
+    Several vectors are the tokens word, word_1, word_2, as diffusers names them.
+
+    Args:
+        part: "text_encoder" or "text_encoder_2".
+        network: transformers' CLIP text encoder; tokenizer: its CLIPTokenizer.
+
+    Raises:
+        ArtifactError: vectors of another width. InputError: the tokenizer has the word already.
     """
     from diffusers.loaders import TextualInversionLoaderMixin
 
-    token, vectors = _read(embedding)
-    text: Any = network
-    width = text.get_input_embeddings().weight.shape[-1]
+    token, vectors = word.token, word.vectors[part]
+    encoder: Any = network
+    width = encoder.get_input_embeddings().weight.shape[-1]
     if vectors.shape[-1] != width:
         raise ArtifactError(
-            f"{embedding.path} is an embedding of width {vectors.shape[-1]}, this model's text"
-            f" encoder has {width}: it was made for another family."
+            f"{word.path} is an embedding of width {vectors.shape[-1]}, this model's"
+            f" {part.replace('_', ' ')} has {width}: it was made for another family."
         )
     if token in tokenizer.get_vocab():
         raise InputError(f"the tokenizer has the word {token!r} already; give another: FILE:WORD.")
@@ -69,27 +130,5 @@ def add(network: nn.Module, tokenizer: Any, embedding: Embedding) -> str:
     # what the loader asks of a pipeline
     host: Any = type("Host", (TextualInversionLoaderMixin,), {"components": {}})()
     host.hf_device_map = None
-    host.text_encoder, host.tokenizer = text, tokenizer
+    host.text_encoder, host.tokenizer = encoder, tokenizer
     host.load_textual_inversion({token: vectors.float()}, token=token)
-    return token
-
-
-def _read(embedding: Embedding) -> tuple[str, Tensor]:
-    """(word, vectors of n x width)."""
-    from safetensors.torch import load_file
-
-    path = embedding.path
-    headers.read(path)
-    tensors = load_file(path)
-    if len(tensors) != 1:
-        raise ArtifactError(
-            f"{path} holds {len(tensors)} tensors; a textual inversion has one"
-            f" ({', '.join(sorted(tensors)[:3])})."
-        )
-    [(name, value)] = tensors.items()
-    if value.ndim > 2 or not value.is_floating_point():
-        raise ArtifactError(
-            f"{path} holds {name} of shape {tuple(value.shape)}, which is no textual inversion."
-        )
-    own = path.stem if name in _UNNAMED else name
-    return embedding.token or own, value.reshape(-1, value.shape[-1])

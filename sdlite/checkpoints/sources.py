@@ -37,6 +37,8 @@ class Extras:
         from_pickle: whether a .ckpt, .pt or .bin may be read, by torch with weights_only=True.
         prediction_type: of a single file of Stable Diffusion 2.x; see `layouts.recognized`.
         precision: "fp32" or "fp16", how weights are stored; None keeps the source's.
+        clip_skip: how many layers of the text encoder to leave out, from its end, as diffusers
+            counts: 1 is the layer before the last, then the final norm.
     """
 
     lora: Sequence[Any] = ()
@@ -46,11 +48,14 @@ class Extras:
     from_pickle: bool = False
     prediction_type: str | None = None
     precision: str | None = None
+    clip_skip: int | None = None
 
     @property
     def any(self) -> bool:
         """Whether a folder needs more than to be converted as it is."""
-        return bool(self.lora or self.embedding or self.vae or self.precision)
+        return bool(
+            self.lora or self.embedding or self.vae or self.precision or self.clip_skip is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,12 @@ def prepared(source: Path, extras: Extras, scratch: Path) -> Prepared:
     opened = _opened(source, extras, scratch)
     unet = read_json(opened.folder / "unet" / "config.json") if loras else {}
     reads = [lora.read(x, unet, opened.parts) for x in loras]
-    notes = []
+    _check_clip_skip(opened, extras.clip_skip)
+    added = [embeddings.read(x, opened.parts) for x in words]
+    notes = [w.note for w in added]
     for part in opened.parts:  # one at a time: the largest is what it takes in memory
         network = opened.network(part)
-        notes += _changed(part, network, opened.folder, reads, words, extras)
+        notes += _changed(part, network, opened.folder, reads, added, extras)
         half = part in opened.half if extras.precision is None else extras.precision == "fp16"
         _save(network, opened.folder / part, half=half)
     sampler = next((s for x in loras if (s := x.sampler)), {})
@@ -119,21 +126,44 @@ def _changed(
     network: nn.Module,
     folder: Path,
     reads: Sequence[lora.Read],
-    words: Sequence[embeddings.Embedding],
+    words: Sequence[embeddings.Word],
     extras: Extras,
 ) -> list[str]:
     """What a source's extras make of one network, in place. Returns what is to be said."""
-    notes = []
     if words and part.startswith("text_encoder"):
         from transformers import CLIPTokenizer
 
         place = folder / part.replace("text_encoder", "tokenizer")
         tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
-        notes = [f"{w.path.name} is {embeddings.add(network, tokenizer, w)!r}" for w in words]
+        for word in words:
+            embeddings.add(part, network, tokenizer, word)
         tokenizer.save_pretrained(place)
-    if part != "vae":
-        notes += lora.fuse(part, network, reads, extras.lora_skip_missing)
-    return notes
+    if extras.clip_skip and part == "text_encoder":
+        _leave_out(network, extras.clip_skip)
+    return lora.fuse(part, network, reads, extras.lora_skip_missing) if part != "vae" else []
+
+
+def _check_clip_skip(opened: _Opened, layers: int | None) -> None:
+    """Raises InputError where a text encoder cannot lose so many layers."""
+    if layers is None:
+        return
+    if "text_encoder_2" in opened.parts:
+        raise InputError(
+            f"clip_skip={layers!r} is for models with one text encoder; this one has two, and the"
+            " second one's last layer makes the pooled embedding. Leave it out."
+        )
+    config = read_json(opened.folder / "text_encoder" / "config.json")
+    arguments.integer("clip_skip", layers, 0, config.get("num_hidden_layers", 12) - 1)
+
+
+def _leave_out(network: Any, last: int) -> None:
+    """Take the last layers out of a CLIP text encoder; its final norm stays.
+
+    Source: diffusers 0.39 `StableDiffusionPipeline.encode_prompt`, `clip_skip`.
+    """
+    inner = getattr(network, "text_model", network)
+    inner.encoder.layers = inner.encoder.layers[:-last]
+    network.config.num_hidden_layers = len(inner.encoder.layers)
 
 
 def _opened(source: Path, extras: Extras, scratch: Path) -> _Opened:

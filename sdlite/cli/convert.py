@@ -67,6 +67,13 @@ def _changes(p: argparse.ArgumentParser) -> None:
         help="of one file of Stable Diffusion 2.x; default: v_prediction, as 2.1 at 768 px",
     )
     group.add_argument(
+        "--clip-skip",
+        type=int,
+        metavar="N",
+        help="layers that the text encoder does without, as diffusers counts; 1 reads the one"
+        " before the last",
+    )
+    group.add_argument(
         "--from-pickle",
         action="store_true",
         help="read .ckpt, .pt and .bin, by torch's reader that runs no code",
@@ -102,6 +109,7 @@ def _run(args: argparse.Namespace) -> None:
         precision=args.precision,
         prediction_type=args.prediction_type,
         from_pickle=args.from_pickle,
+        clip_skip=args.clip_skip,
     )
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     terminal.say(f"wrote {out} ({size / 1e6:.2f} MB)")

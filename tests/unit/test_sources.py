@@ -24,7 +24,14 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from benchmarks import published_models  # noqa: E402
 from sdlite import metrics  # noqa: E402
 from sdlite.artifact import Artifact  # noqa: E402
-from sdlite.checkpoints import layouts, lora, pickles, single_file, sources  # noqa: E402
+from sdlite.checkpoints import (  # noqa: E402
+    embeddings,
+    layouts,
+    lora,
+    pickles,
+    single_file,
+    sources,
+)
 from sdlite.checkpoints.sources import Extras  # noqa: E402
 from sdlite.errors import ArtifactError, InputError, SdliteError  # noqa: E402
 from sdlite.pipeline import Pipeline  # noqa: E402
@@ -64,11 +71,11 @@ def ours(folder, prompt=PROMPT, **call):
         return np.asarray(pipe(prompt, **call).images[0])
 
 
-def theirs(pipe, prompt=PROMPT):
+def theirs(pipe, prompt=PROMPT, **call):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    size = {"height": SIZE, "width": SIZE}
-    return np.asarray(pipe(prompt, num_inference_steps=3, generator=generator, **size).images[0])
+    call |= {"height": SIZE, "width": SIZE, "num_inference_steps": 3}
+    return np.asarray(pipe(prompt, generator=generator, **call).images[0])
 
 
 def diffusers_pipe(folder):
@@ -678,6 +685,30 @@ def test_a_textual_inversion_is_diffusers(folders, tmp_path, key):
     assert repr(word) in got.notes[0]
 
 
+def test_a_textual_inversion_of_sdxl_goes_into_both_encoders(folders, tmp_path):
+    source, path = folders("sdxl"), tmp_path / "zqtoy.safetensors"
+    kind = diffusers.StableDiffusionXLPipeline
+    ours, theirs = (kind.from_pretrained(source, local_files_only=True) for _ in range(2))
+    widths = {"clip_l": 48, "clip_g": published_models.TEXT_2_SDXL["hidden_size"]}
+    vectors = {k: torch.randn(2, w) for k, w in widths.items()}
+    save_file(vectors, path)
+    word = embeddings.read(embeddings.Embedding(path), list(XL_LAYERS))
+    assert word.token == "zqtoy"
+    for part, key in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
+        folder = part.replace("text_encoder", "tokenizer")
+        tokenizer, right = getattr(theirs, folder), getattr(theirs, part)
+        theirs.load_textual_inversion(
+            vectors[key], token="zqtoy", text_encoder=right, tokenizer=tokenizer
+        )
+        embeddings.add(part, getattr(ours, part), getattr(ours, folder), word)
+        same_weights(getattr(ours, part), right)
+        assert getattr(ours, folder).get_vocab() == tokenizer.get_vocab()
+    refused(folders("sd14"), tmp_path, "for SDXL's two text encoders", Extras(embedding=[path]))
+    save_file({"<a>": torch.ones(1, 48)}, path)
+    with pytest.raises(ArtifactError, match=r"accepted for this model: .* clip_l and clip_g"):
+        embeddings.read(embeddings.Embedding(path), list(XL_LAYERS))
+
+
 def test_textual_inversions_that_do_not_fit_are_one_line(folders, tmp_path):
     source = folders("sd14")
     save_file({"<a>": torch.ones(1, 1024)}, tmp_path / "wide.safetensors")
@@ -692,6 +723,33 @@ def test_textual_inversions_that_do_not_fit_are_one_line(folders, tmp_path):
         refused(source, tmp_path, words, Extras(embedding=[tmp_path / name]))
 
 
+# --- layers of the text encoder
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_clip_skip_is_diffusers(folders, tmp_path, layers):
+    source = folders("sd14")
+    got = sources.prepared(source, Extras(clip_skip=layers), fresh(tmp_path)).folder
+    config = json.loads((got / "text_encoder" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 12 - layers
+    pipe = diffusers_pipe(source)
+    alone = ours(got, guidance_scale=1.0)
+    assert same(alone, theirs(pipe, clip_skip=layers, guidance_scale=1.0))
+    assert same(alone, theirs(pipe, guidance_scale=1.0)) == (layers == 0)
+    # diffusers itself reads the negative prompt with all layers; here both are read alike
+    with_prompt, without = (
+        pipe.encode_prompt(p, "cpu", 1, False, clip_skip=layers)[0] for p in (PROMPT, "")
+    )
+    given = {"prompt_embeds": with_prompt, "negative_prompt_embeds": without}
+    assert same(ours(got), theirs(pipe, None, **given))
+
+
+def test_clip_skips_that_cannot_be_are_one_line(folders, tmp_path):
+    for given in (-1, 12, 1.0, True):
+        words = r"clip_skip=.*accepted: a whole number, 0 to 11"
+        refused(folders("sd14"), tmp_path, words, Extras(clip_skip=given))
+
+
 # --- through the door
 
 
@@ -701,12 +759,15 @@ def test_a_file_with_a_lora_becomes_a_model_by_the_command(file, folders, tmp_pa
 
     style = kohya(folders("sd14"), tmp_path / "lcm-lora-style.safetensors", parts=("unet",))
     out = tmp_path / "model"
-    assert main(["convert", str(file), "--lora", f"{style}:0.5", "--out", str(out)]) == 0
+    given = ["--lora", f"{style}:0.5", "--clip-skip", "1"]
+    assert main(["convert", str(file), *given, "--out", str(out)]) == 0
     model = Artifact.open(out)
+    assert model.student["clip_skip"] == 1
     assert model.name == "my model é"
     assert model.sampler["name"] == "lcm"  # by the LoRA's name
     assert model.sampler["num_inference_steps"] == 4
-    got = sources.prepared(file, Extras(lora=[(style, 0.5)]), fresh(tmp_path)).folder
+    extras = Extras(lora=[(style, 0.5)], clip_skip=1)
+    got = sources.prepared(file, extras, fresh(tmp_path)).folder
     call = {"sampler": "lcm", "guidance_scale": 1.0}
     with Pipeline.from_pretrained(out, backend="onnxruntime", threads=1) as pipe:
         again = {"num_inference_steps": 3, "height": SIZE, "width": SIZE, "seed": 0} | call
