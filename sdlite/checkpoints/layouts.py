@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdlite.checkpoints import originals
@@ -105,6 +105,14 @@ class Layout:
         """Those of `configs`."""
         return [p for p in self.configs if p.startswith("text_encoder")]
 
+    def changed(self, unet: Config, scheduler: Config, predicts: str | None) -> Layout:
+        """With other keys in two of its configurations. `predicts`: the prediction type that was
+        asked for, which stays.
+        """
+        configs = {**self.configs, "unet": self.configs["unet"] | unet}
+        asked = {"prediction_type": predicts} if predicts else {}
+        return replace(self, configs=configs, scheduler=self.scheduler | scheduler | asked)
+
     def config(self, part: str) -> Config:
         """Content of a network's config.json."""
         return self.configs[part]
@@ -124,7 +132,7 @@ def recognized(path: Path, shapes: Shapes, prediction_type: str | None = None) -
     """The layout of a file of weights.
 
     SDXL-Turbo and SDXL-Lightning have SDXL's names and shapes: they are taken for SDXL, with its
-    sampler, and the caller gives theirs.
+    sampler; `few_step` knows some by their files' names.
 
     Args:
         path: what errors call it.

@@ -13,29 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sdlite import arguments, headers
+from sdlite.checkpoints.few_step import LORAS, FewStep, by_name
 from sdlite.errors import ArtifactError, InputError, need, printable
 
-# Few-step LoRAs by the names that they are shared under -> what their model cards call them with:
-# latent-consistency/lcm-lora-*, ByteDance/Hyper-SD, h1t/TCD-*-LoRA, ByteDance/SDXL-Lightning.
-FEW_STEP: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"lcm[-_]?lora", {"name": "lcm", "num_inference_steps": 4, "guidance_scale": 1.0}),
-    (r"tcd", {"name": "tcd", "num_inference_steps": 4, "guidance_scale": 1.0}),
-    (r"hyper-?sd.*1[-_]?step", {"name": "tcd", "num_inference_steps": 1, "guidance_scale": 1.0}),
-    (r"hyper-?sd.*2[-_]?steps", {"name": "tcd", "num_inference_steps": 2, "guidance_scale": 1.0}),
-    (r"hyper-?sd.*4[-_]?steps", {"name": "tcd", "num_inference_steps": 4, "guidance_scale": 1.0}),
-    (r"hyper-?sd.*8[-_]?steps", {"name": "tcd", "num_inference_steps": 8, "guidance_scale": 1.0}),
-    *(
-        (
-            rf"sdxl[-_]?lightning.*[-_]{n}[-_]?steps?",
-            {"name": "euler", "num_inference_steps": n, "guidance_scale": 1.0},
-        )
-        for n in (2, 4, 8)
-    ),
-)
-# what a few-step LoRA's card changes in the model's scheduler, by the same names
-_SCHEDULERS: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"sdxl[-_]?lightning", {"timestep_spacing": "trailing"}),
-)
 _OLD = re.compile(r"\.to_(q|k|v|out)_lora\.(down|up)")
 _KINDS = {
     "dora_scale": "a DoRA",
@@ -71,20 +51,9 @@ class Lora:
         return cls(Path(arguments.path("lora", path)), arguments.number("lora weight", weight))
 
     @property
-    def sampler(self) -> dict[str, Any] | None:
-        """{name, num_inference_steps, guidance_scale} that its file's or folder's name says it is
-        made for; None where it says nothing.
-        """
-        return self._by_name(FEW_STEP)
-
-    @property
-    def scheduler(self) -> dict[str, Any]:
-        """What it changes in scheduler_config.json, by the same names."""
-        return self._by_name(_SCHEDULERS) or {}
-
-    def _by_name(self, known: tuple[tuple[str, dict[str, Any]], ...]) -> dict[str, Any] | None:
-        name = f"{self.path.parent.name}/{self.path.name}".lower()
-        return next((dict(s) for pattern, s in known if re.search(pattern, name)), None)
+    def few_step(self) -> FewStep | None:
+        """What its file's or folder's name says it is made for."""
+        return by_name(self.path, LORAS)
 
 
 def _number(text: str) -> float:

@@ -13,7 +13,16 @@ from torch import nn
 
 from sdlite import arguments, families
 from sdlite.artifact import Artifact
-from sdlite.checkpoints import PICKLED, embeddings, is_file, layouts, lora, pickles, single_file
+from sdlite.checkpoints import (
+    PICKLED,
+    embeddings,
+    few_step,
+    is_file,
+    layouts,
+    lora,
+    pickles,
+    single_file,
+)
 from sdlite.errors import ArtifactError, InputError
 from sdlite.files import Files
 from sdlite.io import read_json
@@ -93,15 +102,17 @@ def prepared(source: Path, extras: Extras, scratch: Path) -> Prepared:
     _check_clip_skip(opened, extras.clip_skip)
     added = [embeddings.read(x, opened.parts) for x in words]
     notes = [w.note for w in added]
+    if opened.few_step:
+        notes.append(f"{source.name} is by its name made for {opened.few_step.words}")
     for part in opened.parts:  # one at a time: the largest is what it takes in memory
         network = opened.network(part)
         notes += _changed(part, network, opened.folder, reads, added, extras)
         half = part in opened.half if extras.precision is None else extras.precision == "fp16"
         _save(network, opened.folder / part, half=half)
-    sampler = next((s for x in loras if (s := x.sampler)), {})
-    for one in loras:
-        _edit(opened.folder / "scheduler", "scheduler_config.json", one.scheduler)
-    return Prepared(opened.folder, sampler, tuple(notes))
+    made = next((f for x in loras if (f := x.few_step)), opened.few_step)
+    if made is not None:
+        _edit(opened.folder / "scheduler", "scheduler_config.json", made.scheduler)
+    return Prepared(opened.folder, made.sampler if made else {}, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -113,12 +124,14 @@ class _Opened:
         parts: folders of its networks.
         half: those that are stored in float16.
         network: part -> its network in float32.
+        few_step: what the name of a file says that it is made for.
     """
 
     folder: Path
     parts: tuple[str, ...]
     half: frozenset[str]
     network: Callable[[str], nn.Module]
+    few_step: few_step.FewStep | None = None
 
 
 def _changed(
@@ -197,12 +210,15 @@ def _from_file(source: Path, extras: Extras, folder: Path, vae: Path | None) -> 
         source = pickles.to_safetensors(source, folder.parent / f"{source.stem}.safetensors")
     header = single_file.Header.read(source)
     layout = layouts.recognized(source, header.shapes, extras.prediction_type)
+    made = few_step.by_name(source, few_step.FILES[layout.version])
+    if made is not None:
+        layout = layout.changed(made.unet, made.scheduler, extras.prediction_type)
     if why := families.refusal(str(source), layout.index, layout.config):
         raise ArtifactError(why)
     file = single_file.SingleFile(source, layout, folder, vae)
     file.check()
     layout.write(folder)
-    return _Opened(folder, tuple(layout.configs), header.half, file.network)
+    return _Opened(folder, tuple(layout.configs), header.half, file.network, made)
 
 
 def check_file(source: Path, from_pickle: bool) -> None:

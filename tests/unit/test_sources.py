@@ -26,6 +26,7 @@ from sdlite import metrics  # noqa: E402
 from sdlite.artifact import Artifact  # noqa: E402
 from sdlite.checkpoints import (  # noqa: E402
     embeddings,
+    few_step,
     layouts,
     lora,
     pickles,
@@ -35,6 +36,7 @@ from sdlite.checkpoints import (  # noqa: E402
 from sdlite.checkpoints.sources import Extras  # noqa: E402
 from sdlite.errors import ArtifactError, InputError, SdliteError  # noqa: E402
 from sdlite.pipeline import Pipeline  # noqa: E402
+from sdlite.sampling import sampler_of  # noqa: E402
 from tests import ldm  # noqa: E402
 
 needs_clip = pytest.mark.skipif(
@@ -658,10 +660,44 @@ def test_loras_of_another_base_and_other_kinds_are_one_line(folders, tmp_path):
     ],
 )
 def test_few_step_loras_bring_their_sampler(name, sampler):
-    got = lora.Lora.given(name).sampler
-    assert sampler == (got and (got["name"], got["num_inference_steps"]))
-    trailing = {"timestep_spacing": "trailing"} if sampler and sampler[0] == "euler" else {}
-    assert lora.Lora.given(name).scheduler == trailing
+    got = lora.Lora.given(name).few_step
+    assert sampler == (got and (got.sampler["name"], got.sampler["num_inference_steps"]))
+    if got:
+        trailing = got.scheduler.get("timestep_spacing") == "trailing"
+        assert trailing == (got.sampler["name"] == "euler")
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "kind"),
+    [
+        ("sd_xl_turbo_1.0_fp16.safetensors", ("euler-ancestral", 1), "EulerAncestralDiscrete"),
+        ("sdxl_lightning_4step.safetensors", ("euler", 4), "EulerDiscrete"),
+        ("sdxl-turbo/model.safetensors", ("euler-ancestral", 1), "EulerAncestralDiscrete"),
+        ("dreamshaperXL_turboDpmppSDE.safetensors", None, "EulerDiscrete"),
+        ("sd_xl_base_1.0.safetensors", None, "EulerDiscrete"),
+    ],
+)
+def test_few_step_files_are_known_by_their_names(tmp_path, name, sampler, kind):
+    got = few_step.by_name(tmp_path / name, few_step.FILES["xl"])
+    assert sampler == (got and (got.sampler["name"], got.sampler["num_inference_steps"]))
+    layout = layouts.recognized(tmp_path / name, header(XL_UNET))
+    layout = layout.changed(got.unet, got.scheduler, None) if got else layout
+    assert layout.scheduler["_class_name"] == f"{kind}Scheduler"
+    spacing = "trailing" if got else "leading"
+    assert layout.scheduler["timestep_spacing"] == spacing
+    assert layout.configs["unet"]["sample_size"] == (64 if "turbo" in name and got else 128)
+    assert sampler_of(layout.scheduler) == (sampler[0] if sampler else "euler")
+
+
+def test_sd_turbo_is_no_v_prediction(folders, tmp_path):
+    path = tmp_path / "sd_turbo.safetensors"
+    save_file(ldm.checkpoint(folders("sd-turbo")), path)
+    made = few_step.by_name(path, few_step.FILES["2"])
+    layout = layouts.recognized(path, single_file.Header.read(path).shapes)
+    scheduler = layout.changed(made.unet, made.scheduler, None).scheduler
+    published = published_models.SCHEDULERS["sd-turbo"]
+    assert scheduler == {k: v for k, v in published.items() if k in scheduler}
+    assert layout.changed({}, made.scheduler, "v_prediction").scheduler["prediction_type"][0] == "v"
 
 
 # --- textual inversion
