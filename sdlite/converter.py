@@ -4,6 +4,7 @@ Weights are stored once: text encoder and UNet graphs point into the folder's sa
 external data is a file name, an offset and a length, and a safetensors tensor is exactly that), so
 graphs are small and there is no 2 GB limit. The VAE decoder's graph stands in `vae_decoder/` for
 optimum's sake, and external data may not leave its folder, so its weights are written again.
+The tracer reads none of the large ones (`sdlite.unread`), so converting takes little memory.
 float16 weights are cast to float32 inside the graph: storage is half, arithmetic is float32.
 """
 
@@ -14,6 +15,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +40,7 @@ from sdlite.spec import Tensor as SpecTensor
 from sdlite.tokenizer import ClipTokenizer
 from sdlite.torch_networks import open_network
 from sdlite.tryout import try_out
+from sdlite.unread import Links, UnknownTensorError, Unread, links
 from sdlite.weights import Stored, dtypes, stem, weight_files, weight_index, widen
 
 # input -> its free axes by torch.export.Dim; None: none
@@ -84,10 +87,16 @@ class _VaeDecoder(nn.Module):
         return out
 
 
+class _Sizes(list[Tensor]):
+    """A list that the tracer does not know for one: of those in a module it leaves copies behind,
+    and a network may be traced twice.
+    """
+
+
 class _Upsample(nn.Module):
     """diffusers' Upsample2D that is told its size: nearest neighbors, then its convolution."""
 
-    def __init__(self, original: nn.Module, sizes: list[Tensor]):
+    def __init__(self, original: nn.Module, sizes: _Sizes):
         super().__init__()
         self.conv, self.sizes = original.conv, sizes
 
@@ -119,7 +128,7 @@ def free_sizes(unet: nn.Module) -> bool:
     )
     if not plain or len(ups) != len(downs):
         return False
-    sizes: list[Tensor] = []
+    sizes = _Sizes()
     for down in downs:
         down[0].register_forward_pre_hook(lambda module, given: sizes.append(given[0].shape[2:]))
     for up in ups:
@@ -128,19 +137,23 @@ def free_sizes(unet: nn.Module) -> bool:
     return True
 
 
-def networks(folder: Path | Files, conditions: Sequence[str] = ()) -> dict[str, nn.Module]:
+def networks(
+    folder: Path | Files, conditions: Sequence[str] = (), unread: bool = False
+) -> dict[str, nn.Module]:
     """part -> wrapped network in float32, called with the arrays of its `IOSpec`.
 
     Args:
         folder: of an opened model its `files`.
         conditions: names of the UNet's inputs after the first three.
+        unread: leave the large weights of text encoder and UNet unread, see `sdlite.unread`.
     """
     part = Files.of(folder).part
+    with Unread() if unread else nullcontext():
+        text = open_network(part("text_encoder"), attn_implementation="eager")
+        unet = open_network(part("unet"))
     return {
-        "text_encoder": _TextEncoder(
-            open_network(part("text_encoder"), attn_implementation="eager")
-        ),
-        "unet": _Unet(open_network(part("unet")), conditions),
+        "text_encoder": _TextEncoder(text),
+        "unet": _Unet(unet, conditions),
         "vae_decoder": _VaeDecoder(open_network(part("vae"))),
     }
 
@@ -212,19 +225,21 @@ def trace(
     return program.model
 
 
-def _link_weights(model: onnx.ModelProto, weights: list[Path], prefix: str) -> int:
+def _link_weights(
+    model: onnx.ModelProto, weights: list[Path], prefix: str, known: Links | None = None
+) -> int:
     """Point every initializer that stands in `weights` at its bytes there. Returns how many bytes
     stay inside the graph.
 
-    Found by its name without `prefix`, or by its values: libraries rename modules, and the tracer
-    transposes matrices. float16 gets a Cast, a transposed matrix a Transpose (both are folded when
-    a session loads).
+    It is `known`, or found by its name without `prefix`, or by its values: libraries rename
+    modules, and the tracer transposes matrices. float16 gets a Cast, a transposed matrix a
+    Transpose (both are folded when a session loads).
     """
     index = {k: s for k, s in weight_index(weights).items() if s.dtype in _ONNX_TYPES}
     values = _by_value(index)
     kept, nodes, made, inside = [], [], set(), 0
     for init in model.graph.initializer:
-        name, turn = _find(init, prefix, index, values)
+        name, turn = (known or {}).get(init.name) or _find(init, prefix, index, values)
         if not name:
             kept.append(init)
             inside += len(init.raw_data)
@@ -467,7 +482,7 @@ def _write_graphs(root: Path, manifest: Manifest, family: families.Family) -> di
     """
     unet = read_json(root / "unet" / "config.json")
     conditions = family.unet_inputs(unet)
-    parts = networks(root, [t.name for t in conditions])
+    parts = networks(root, [t.name for t in conditions], unread=True)
     module = parts["unet"].module
     multiple = 1 if free_sizes(module) else 2 ** (len(module.config.block_out_channels) - 1)
     manifest.size_multiple = vae_stride(read_json(root / "vae" / "config.json")) * multiple
@@ -558,7 +573,16 @@ def _write_part(
 ) -> NetworkRow:
     weights = weight_files(root / spec.source)
     [dtype] = dtypes(weight_index(weights))
-    model = ir.to_proto(trace(spec, wrapped, inputs, shapes))
+    traced, known = trace(spec, wrapped, inputs, shapes), Links()
+    if part != "vae_decoder":
+        try:
+            known = links(traced, wrapped, weight_index(weights), "module.")
+        except UnknownTensorError as e:  # a library has done what none does that we know
+            log.info("the weights of %s are read whole: %s", root / spec.source, e)
+            whole = open_network(Files.of(root).part(spec.source)).state_dict()
+            wrapped.module.load_state_dict(whole, assign=True)
+            traced = trace(spec, wrapped, inputs, shapes)
+    model = ir.to_proto(traced)
     _strip(model)
     (root / part).mkdir(exist_ok=True)
     if part == "vae_decoder":
@@ -566,7 +590,7 @@ def _write_part(
         _own_weights(root / part, model, dtype)
         files = [f"{part}/model.onnx.data"]
     else:
-        _link_weights(model, weights, "module.")
+        _link_weights(model, weights, "module.", known)
         files = [f"{spec.source}/{w.name}" for w in weights]
     onnx.save_model(model, root / part / "model.onnx")
     onnx.checker.check_model(root / part / "model.onnx")

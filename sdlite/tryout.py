@@ -52,7 +52,8 @@ def _answer(artifact: Artifact, part: str, **inputs: np.ndarray) -> np.ndarray:
     """One network's answer; the network is freed then."""
     name = next((n for n in backends.installed_with("fp32") if artifact.has_onnx("fp32")), "torch")
     backend = backends.ready(name)
-    network, _ = backend.load_part(artifact, part, "fp32", "cpu", None)
+    with backend.once():
+        network, _ = backend.load_part(artifact, part, "fp32", "cpu", None)
     stride = vae_stride(artifact.config("vae"))
     checked = backends.Checked(network, artifact.spec(part), stride, backend.engine())
     out: np.ndarray = checked(**inputs)

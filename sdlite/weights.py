@@ -8,7 +8,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +71,10 @@ class Stored:
         if self.dtype == "BF16":
             return (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.astype(np.float32)
+
+    def first(self, count: int) -> np.ndarray:
+        """The first `count` numbers as they stand in the file, as float32; (count,), or fewer."""
+        return replace(self, shape=(int(np.prod(self.shape)),)).read(slice(count))
 
 
 def stem(part: str) -> str:

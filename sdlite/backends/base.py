@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 
 from sdlite.artifact import Artifact
 from sdlite.backends.network import Network
@@ -70,6 +71,12 @@ class Backend(ABC):
             PrecisionError: the model does not hold it. ArtifactError: a file is missing, damaged or
                 not what the network is. UnknownNameError: this machine does not have the device.
         """
+
+    def once(self) -> AbstractContextManager[None]:
+        """Networks that are loaded within it are called once: an engine may leave out what makes
+        further calls fast and costs memory.
+        """
+        return nullcontext()
 
     def notes(self, precision: str, device: str, arithmetic: str | None = None) -> list[str]:
         """Sentences for the report about how these are run."""

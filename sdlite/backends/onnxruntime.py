@@ -6,6 +6,8 @@ CUDA was written against onnxruntime's IOBinding API and has not been run on a G
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from sdlite.artifact import Artifact
 from sdlite.backends.base import Backend
 from sdlite.backends.network import ROW_BY_ROW, Network, Overflowing, RowByRow
@@ -29,6 +31,11 @@ class OnnxRuntime(Backend):
         import onnxruntime
 
         return f"onnxruntime {onnxruntime.__version__}"
+
+    def once(self) -> AbstractContextManager[None]:
+        from sdlite.backends.ort import once
+
+        return once()
 
     def notes(self, precision: str, device: str, arithmetic: str | None = None) -> list[str]:
         if precision == "fp16" and device == "cpu":

@@ -44,7 +44,7 @@ FLOORS = (
     "exported",
     "artifact disk",
     "backends torch_networks tiling hub",
-    "checkpoints tryout",
+    "checkpoints tryout unread",
     "converter",
     "pipeline",
     "bench onnx_graph metrics",
