@@ -37,21 +37,20 @@ def record(
     steps and prompts.
     """
     from sdlite.instrument import with_networks
-    from sdlite.manifest import PARTS
 
-    seen: dict[str, list[dict[str, np.ndarray]]] = {p: [] for p in PARTS}
+    seen: dict[str, list[dict[str, np.ndarray]]] = {p: [] for p in pipe.artifact.parts}
 
     def watch(part: str) -> Any:
-        network = getattr(pipe.networks, part)
+        network = pipe.networks.parts[part]
 
-        def call(**inputs: np.ndarray) -> np.ndarray:
+        def call(**inputs: np.ndarray) -> dict[str, np.ndarray]:
             seen[part].append({k: v.copy() for k, v in inputs.items()})
-            out: np.ndarray = network(**inputs)
+            out: dict[str, np.ndarray] = network(**inputs)
             return out
 
         return call
 
-    watched = with_networks(pipe, {p: watch(p) for p in PARTS})
+    watched = with_networks(pipe, {p: watch(p) for p in seen})
     for i, prompt in enumerate(prompts):
         watched(prompt, seed=1000 + i, **arguments)
     rng = np.random.default_rng(0)
@@ -111,7 +110,6 @@ def main() -> None:
     import sdlite
     from sdlite.backends import Networks
     from sdlite.backends.openvino_network import CompiledNetwork, arithmetic_of
-    from sdlite.manifest import PARTS
     from sdlite.quant import Calibration, Gate, quantize, read_prompts
     from sdlite.quant import gate as gates
 
@@ -170,19 +168,17 @@ def main() -> None:
         files = by_nncf(floats.artifact, seen, Path(tmp))
         networks = {
             p: CompiledNetwork(str(files[p]), p, "cpu", args.threads, "int8-static", arithmetic)
-            for p in PARTS
+            for p in floats.artifact.parts
         }
-        theirs = Networks(
-            **networks, report=floats.report, size_multiple=floats.networks.size_multiple
-        )
+        theirs = Networks(networks, floats.report, floats.networks.size_multiple)
         pipes["nncf"] = (sdlite.Pipeline(floats.artifact, theirs), time.perf_counter() - begin)
         size_of = {
             "sdlite": sum(
                 f.stat().st_size
-                for p in PARTS
+                for p in floats.artifact.parts
                 for f in (Path(tmp) / "ours" / p).glob("model.int8*")
             ),
-            "nncf": sum(files[p].with_suffix(".bin").stat().st_size for p in PARTS),
+            "nncf": sum(files[p].with_suffix(".bin").stat().st_size for p in floats.artifact.parts),
         }
         speed: dict[str, list[float]] = {"float": [], "sdlite": [], "nncf": []}
         for _ in range(2):  # interleaved

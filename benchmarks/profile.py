@@ -29,7 +29,6 @@ from benchmarks.cases import Case
 from benchmarks.env import environment
 from benchmarks.peers import PROMPT, model_folder, quantized
 from sdlite.backends import RowByRow, rows
-from sdlite.manifest import PARTS
 
 RESULTS = Path(__file__).parent / "results" / "profile.jsonl"
 BACKENDS = {"sdlite-ort": "onnxruntime", "sdlite-openvino": "openvino"}
@@ -41,9 +40,9 @@ class Watched:
     def __init__(self, network: Any):
         self.network, self.seconds, self.inputs = network, 0.0, {}
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         start = time.perf_counter()
-        out: np.ndarray = self.network(**inputs)
+        out: dict[str, np.ndarray] = self.network(**inputs)
         self.seconds += time.perf_counter() - start
         self.inputs = inputs
         return out
@@ -83,9 +82,8 @@ def stage_seconds(pipe: Any, case: Case) -> tuple[dict[str, float], dict[str, Wa
     noise, sampler, pixels, PIL).
     """
     picture(pipe, case)
-    watched = {p: Watched(getattr(pipe.networks, p)) for p in PARTS}
-    for p, w in watched.items():
-        setattr(pipe.networks, p, w)
+    watched = {p: Watched(n) for p, n in pipe.networks.parts.items()}
+    pipe.networks.parts.update(watched)
     total = picture(pipe, case)["total"]
     seconds = {p: w.seconds for p, w in watched.items()}
     return {**seconds, "glue": total - sum(seconds.values()), "total": total}, watched
@@ -230,7 +228,7 @@ def compiled_as(
         start = time.perf_counter()
         request.infer(inputs)
         samples.append(time.perf_counter() - start)
-    return request.get_tensor(network.output).data.astype(np.float64), samples[1:]
+    return request.get_tensor(network.outputs[0]).data.astype(np.float64), samples[1:]
 
 
 def main() -> None:

@@ -40,7 +40,6 @@ def one_by_one(
     import sdlite
     from sdlite.artifact import Artifact
     from sdlite.instrument import let_go, on_demand, with_networks
-    from sdlite.manifest import PARTS
     from sdlite.metrics import psnr
 
     floats = on_demand(Artifact.open(folder), threads)
@@ -58,11 +57,11 @@ def one_by_one(
         let_go(floats)
         return made.images[0]
 
-    want, networks = image(floats), {p: getattr(floats.networks, p) for p in PARTS}
+    want, networks = image(floats), dict(floats.networks.parts)
     made = sdlite.Pipeline.from_pretrained(quantised, backend="onnxruntime", threads=threads)
     found = {
-        p: psnr(want, image(with_networks(floats, {**networks, p: getattr(made.networks, p)})))
-        for p in PARTS
+        p: psnr(want, image(with_networks(floats, {**networks, p: network})))
+        for p, network in made.networks.parts.items()
     }
     return {p: v if v < float("inf") else None for p, v in found.items()}
 

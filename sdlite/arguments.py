@@ -165,6 +165,16 @@ def side(name: str, value: object) -> int:
         raise ShapeError(str(e)) from None
 
 
+def pair(name: str, value: object) -> tuple[int, int]:
+    """Two whole numbers of pixels, vertical first; negative ones are accepted."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise _wrong(name, value, "two whole numbers of pixels, vertical first")
+    first, second = (
+        integer(f"{name}[{i}]", v, -MOST_PIXELS, MOST_PIXELS) for i, v in enumerate(value)
+    )
+    return first, second
+
+
 def size(name: str, value: object) -> tuple[int, int]:
     """(height, width) in pixels."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:

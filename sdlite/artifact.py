@@ -28,7 +28,6 @@ from sdlite.io import left_behind, plain, read_bytes, write_json
 from sdlite.manifest import (
     INDEX,
     MANIFEST,
-    PARTS,
     PICKLES,
     REPORT,
     SAMPLER,
@@ -130,9 +129,23 @@ class Artifact:
                 f"{folder} was made by sdlite ({sign}) and has lost {MANIFEST}, which lists its"
                 " files; without it, it would be another model. Fetch or save it again."
             )
-        if not any_kind and (why := out.refusal()):
-            raise ArtifactError(why)
+        if not any_kind:
+            if why := out.refusal():
+                raise ArtifactError(why)
+            out._check_parts()
         return out
+
+    def _check_parts(self) -> None:
+        """Raises ArtifactError where a network is listed that the family does not have."""
+        listing = self.listing
+        for precision, networks in listing.variants.items() if listing else ():
+            if unknown := sorted(set(networks) - set(self.parts)):
+                raise schema.refused(
+                    self.files.path(self.files.listing),
+                    f"a network in {precision}",
+                    unknown[0],
+                    ", ".join(self.parts),
+                )
 
     def _lost(self) -> str:
         """What only a folder has that had a manifest or a report; "" for diffusers' and optimum's
@@ -141,7 +154,10 @@ class Artifact:
         if families.MARK in self.index:
             return f"{INDEX} says so"
         graphs = [
-            f"{p}/{n}" for p in PARTS for n in self.files.part(p).names() if n.endswith(".onnx")
+            f"{p}/{n}"
+            for p in (*families.networks(), "vae_decoder")
+            for n in self.files.part(p).names()
+            if n.endswith(".onnx")
         ]
         signs = [
             n
@@ -166,9 +182,20 @@ class Artifact:
         """The family of models that it is of."""
         return families.family_of(self.index, self.config)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Its networks, in the order of a call: folders of their graphs."""
+        return self.family.parts
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Of a diffusers pipeline that it runs with: tokenizers, scheduler, networks."""
+        family = self.family
+        return (*family.tokenizers.values(), "scheduler", *family.networks)
+
     def spec(self, part: str) -> IOSpec:
         """What one of its networks takes and gives."""
-        return self.family.spec(part, self.config("unet"))
+        return self.family.spec(part, self.config)
 
     @property
     def name(self) -> str:
@@ -296,8 +323,8 @@ class Artifact:
         return self.export.precision if self.export else next(iter(self.precisions), "fp32")
 
     def holds(self, precision: str) -> bool:
-        """Whether all three networks are listed in a precision."""
-        return self.listing is not None and set(PARTS) <= set(
+        """Whether all networks are listed in a precision."""
+        return self.listing is not None and set(self.parts) <= set(
             self.listing.variants.get(precision, {})
         )
 
@@ -331,10 +358,10 @@ class Artifact:
         return sum(int(listed[f]["bytes"]) for f in dict.fromkeys(files))
 
     def bytes_held(self, precision: str) -> int:
-        """Bytes of the files of a precision's three networks."""
+        """Bytes of the files of a precision's networks."""
         if self.listing is None:
             return 0
-        return self.bytes_of(f for p in PARTS for f in self.network_files(precision, p))
+        return self.bytes_of(f for p in self.parts for f in self.network_files(precision, p))
 
     def config(self, part: str) -> schema.Json:
         """The configuration of a network or the scheduler.
@@ -384,9 +411,9 @@ class Artifact:
         out = [
             INDEX,
             "scheduler/scheduler_config.json",
-            *(f"tokenizer/{n}" for n in TOKENIZER_FILES),
+            *(f"{t}/{n}" for t in self.family.tokenizers.values() for n in TOKENIZER_FILES),
         ]
-        for part in ("text_encoder", "unet", "vae"):
+        for part in self.family.networks:
             weights = f"{stem(part)}.safetensors"
             out += [
                 f"{part}/{n}" for n in ("config.json", ADAPTER, weights, f"{weights}.index.json")
@@ -402,7 +429,7 @@ class Artifact:
                 its quality check.
         """
         self._refuse_failed()
-        for name in self.listing.files if self.listing else model_files(self.files):
+        for name in self.listing.files if self.listing else self.plain_files():
             if self.listing or name != INDEX:
                 self.files.copy(name, folder / name)
         if self.manifest:
@@ -411,6 +438,11 @@ class Artifact:
             write_json(folder / REPORT, self.export.report)
         else:
             write_json(folder / INDEX, families.own_index(self.index))
+
+    def plain_files(self) -> list[str]:
+        """Files of a plain diffusers folder that it runs with, and its licenses: paths, sorted."""
+        family = self.family
+        return model_files(self.files, family.networks, family.tokenizers.values())
 
     def _refuse_failed(self) -> None:
         if self.failed:

@@ -1,6 +1,6 @@
-"""A diffusers SD-1.x/2.x folder -> an sdlite model with ONNX graphs.
+"""A diffusers folder -> an sdlite model with ONNX graphs.
 
-Weights are stored once: text encoder and UNet graphs point into the folder's safetensors (ONNX
+Weights are stored once: text encoders' and UNet's graphs point into the folder's safetensors (ONNX
 external data is a file name, an offset and a length, and a safetensors tensor is exactly that), so
 graphs are small and there is no 2 GB limit. The VAE decoder's graph stands in `vae_decoder/` for
 optimum's sake, and external data may not leave its folder, so its weights are written again.
@@ -38,7 +38,7 @@ from sdlite.sampling import known_sampler
 from sdlite.spec import IOSpec, latent_size, spec_of
 from sdlite.spec import Tensor as SpecTensor
 from sdlite.tokenizer import ClipTokenizer
-from sdlite.torch_networks import open_network
+from sdlite.torch_networks import open_network, text_states
 from sdlite.tryout import try_out
 from sdlite.unread import Links, UnknownTensorError, Unread, links
 from sdlite.weights import Stored, dtypes, stem, weight_files, weight_index, widen
@@ -47,18 +47,18 @@ from sdlite.weights import Stored, dtypes, stem, weight_files, weight_index, wid
 FreeShapes = dict[str, dict[int, Any] | tuple[dict[int, Any], ...] | None]
 log = logging.getLogger("sdlite")
 OPSET = 18
-_COPIED = ("tokenizer", "scheduler", "text_encoder", "unet", "vae")
 _ONNX_TYPES = {"F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16}
 
 
 class _TextEncoder(nn.Module):
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
+    """`outputs`: names of what it gives."""
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        out: Tensor = self.module(input_ids)[0]
-        return out
+    def __init__(self, module: nn.Module, outputs: Sequence[str]):
+        super().__init__()
+        self.module, self.outputs = module, outputs
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        return text_states(self.module, input_ids, self.outputs)
 
 
 class _Unet(nn.Module):
@@ -137,25 +137,26 @@ def free_sizes(unet: nn.Module) -> bool:
     return True
 
 
-def networks(
-    folder: Path | Files, conditions: Sequence[str] = (), unread: bool = False
-) -> dict[str, nn.Module]:
-    """part -> wrapped network in float32, called with the arrays of its `IOSpec`.
+def network(folder: Path | Files, spec: IOSpec, unread: bool = False) -> nn.Module:
+    """One wrapped network in float32, called with the arrays of its `IOSpec`; gives its outputs.
 
     Args:
         folder: of an opened model its `files`.
-        conditions: names of the UNet's inputs after the first three.
-        unread: leave the large weights of text encoder and UNet unread, see `sdlite.unread`.
+        unread: leave its large weights unread, see `sdlite.unread`; not the decoder's.
     """
-    part = Files.of(folder).part
+    source = Files.of(folder).part(spec.source)
+    if spec.part == "vae_decoder":
+        return _VaeDecoder(open_network(source))
     with Unread() if unread else nullcontext():
-        text = open_network(part("text_encoder"), attn_implementation="eager")
-        unet = open_network(part("unet"))
-    return {
-        "text_encoder": _TextEncoder(text),
-        "unet": _Unet(unet, conditions),
-        "vae_decoder": _VaeDecoder(open_network(part("vae"))),
-    }
+        if spec.part == "unet":
+            return _Unet(open_network(source), [t.name for t in spec.inputs[3:]])
+        text = open_network(source, attn_implementation="eager")
+    return _TextEncoder(text, names_of(spec))
+
+
+def names_of(spec: IOSpec) -> list[str]:
+    """Names of a graph's outputs."""
+    return [*(t.name for t in spec.outputs), *spec.also]
 
 
 def _examples(
@@ -164,9 +165,9 @@ def _examples(
     """part -> example inputs and the shapes that stay free. `multiple`: of latents, that the UNet
     can be called with.
     """
-    text, unet = parts["text_encoder"].module.config, parts["unet"].module.config
+    unet = parts["unet"].module.config
+    length = parts["text_encoder"].module.config.max_position_embeddings
     side = latent_size(unet)[0]
-    length = text.max_position_embeddings
     # 63: with 64 the tracer refuses, refines and starts again; 9: below it the UNet's innermost
     # sides are 1, which the tracer takes for always so. The graph itself takes any batch and any
     # size.
@@ -175,10 +176,13 @@ def _examples(
         *(torch.export.Dim(n, min=9 if multiple == 1 else 1, max=2048 // multiple) for n in "hw"),
     )
     sample = torch.randn(2, unet.in_channels, *[max(16, side // multiple * multiple)] * 2)
-    embeds = torch.randn(2, length, text.hidden_size)
+    texts = [p for p in parts if p.startswith("text_encoder")]
+    width = sum(parts[p].module.config.hidden_size for p in texts)
+    embeds = torch.randn(2, length, width)
     free = {0: b, 2: multiple * h if multiple > 1 else h, 3: multiple * w if multiple > 1 else w}
+    ids = torch.zeros(2, length, dtype=torch.int64)
     return {
-        "text_encoder": ((torch.zeros(2, length, dtype=torch.int64),), {"input_ids": {0: b}}),
+        **dict.fromkeys(texts, ((ids,), {"input_ids": {0: b}})),
         "unet": (
             (sample, torch.tensor(500.0), embeds, *(_example(t) for t in conditions)),
             {
@@ -219,7 +223,7 @@ def trace(
         verbose=False,
         external_data=False,
         input_names=[t.name for t in spec.inputs],
-        output_names=[spec.output.name],
+        output_names=names_of(spec),
     )
     assert program is not None
     return program.model
@@ -377,10 +381,10 @@ def convert(
     from_pickle: bool = False,
     clip_skip: int | None = None,
 ) -> Path:
-    """Make a model: the diffusers folder, ONNX graphs for its three networks, and the manifest.
+    """Make a model: the diffusers folder, ONNX graphs for its networks, and the manifest.
 
     Args:
-        source: diffusers SD-1.x/2.x pipeline folder with safetensors in float32, float16 or
+        source: diffusers pipeline folder of a known family with safetensors in float32, float16 or
             bfloat16 (written as float32), or one .safetensors file in the original key layout.
         out: new or empty folder; written beside and renamed when whole.
         name: what reports call the model; default: the folder's name.
@@ -443,10 +447,11 @@ def convert(
 
 def _write(source: Artifact, out: Path, manifest: Manifest, student: Mapping[str, object]) -> None:
     """The model at `out`, written beside, tried out, and renamed."""
-    ClipTokenizer.from_pretrained(source.files.part("tokenizer"), source.config("text_encoder"))
+    for part, folder in source.family.tokenizers.items():
+        ClipTokenizer.from_pretrained(source.files.part(folder), source.config(part))
     with writing(out) as tmp:
         _copy(source, tmp)
-        manifest.student = {**_write_graphs(tmp, manifest, source.family), **student}
+        manifest.student = {**_write_graphs(tmp, manifest, source), **student}
         write_manifest(tmp, manifest)
         try_out(tmp)
 
@@ -456,10 +461,10 @@ def _copy(source: Artifact, out: Path) -> None:
 
     Networks that are neither all float32 nor all float16 are cast to float32, which is exact.
     """
-    for part in _COPIED:
+    for part in source.folders:
         files, weights = source.files.part(part), list[Path]()
         files.copy_configs(out / part)
-        if part not in ("tokenizer", "scheduler"):
+        if part in source.family.networks:
             weights = weight_files(files)
             if dtypes(weight_index(weights)) not in (["float16"], ["float32"]):
                 widen(weights, out / part / f"{stem(part)}.safetensors")
@@ -476,18 +481,16 @@ def _copy(source: Artifact, out: Path) -> None:
         _drop_paths(path)
 
 
-def _write_graphs(root: Path, manifest: Manifest, family: families.Family) -> dict[str, int]:
+def _write_graphs(root: Path, manifest: Manifest, source: Artifact) -> dict[str, int]:
     """The graphs of the networks in `root`, and what the manifest says of them. Returns their
     parameters.
     """
-    unet = read_json(root / "unet" / "config.json")
-    conditions = family.unet_inputs(unet)
-    parts = networks(root, [t.name for t in conditions], unread=True)
+    specs = {p: source.spec(p) for p in source.parts}
+    parts = {p: network(root, spec, unread=True) for p, spec in specs.items()}
     module = parts["unet"].module
     multiple = 1 if free_sizes(module) else 2 ** (len(module.config.block_out_channels) - 1)
     manifest.size_multiple = vae_stride(read_json(root / "vae" / "config.json")) * multiple
-    examples = _examples(parts, multiple, conditions)
-    specs = {p: family.spec(p, unet) for p in parts}
+    examples = _examples(parts, multiple, specs["unet"].inputs[3:])
     entries = {p: _write_part(root, p, specs[p], parts[p], *examples[p]) for p in parts}
     # float16 storage is exact in float32: one set of files is both variants.
     held = ("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",)

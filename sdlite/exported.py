@@ -16,7 +16,7 @@ from sdlite.arguments import MOST_PIXELS
 from sdlite.errors import ArtifactError
 from sdlite.files import read_listing
 from sdlite.manifest import (
-    PARTS,
+    PART,
     REPORT,
     ROW,
     SIZE_MULTIPLE,
@@ -47,7 +47,7 @@ _REPORT = schema.record(
     {
         "files": listed(_made),
         "companions": listed(lambda file, key, path: safe_path(str(path), file)),
-        "networks": schema.optional(schema.table(schema.one_of(PARTS), ROW)),
+        "networks": schema.optional(schema.table(PART, ROW)),
         "size": schema.optional(schema.each(schema.whole(1, MOST_PIXELS), 2, 2)),
         "size_multiple": SIZE_MULTIPLE,
         "profile": schema.record(

@@ -25,11 +25,10 @@ from sdlite.files import TOKENIZER_FILES, Files
 from sdlite.io import write
 from sdlite.manifest import INDEX, MANIFEST, REPORT
 from sdlite.published import Published
-from sdlite.weights import model_files, select, stem
+from sdlite.weights import select, stem
 
 log = logging.getLogger("sdlite")
 EMBEDDED = Path(__file__).parent / "models"
-NETWORKS = ("text_encoder", "unet", "vae")
 _SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
@@ -211,7 +210,7 @@ def _lacks(folder: Path) -> str:
     """
     try:
         artifact = Artifact.open(folder, any_kind=True)
-        names = artifact.listing.files if artifact.listing else model_files(artifact.files)
+        names = artifact.listing.files if artifact.listing else artifact.plain_files()
     except ArtifactError as e:
         return str(e)
     return next((f"{n} is missing" for n in names if not artifact.files.path(n).exists()), "")
@@ -318,7 +317,7 @@ def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Pa
         raise HubError(
             f"hub model {at} has no model_index.json, so it is not a diffusers pipeline{how}."
         )
-    inside = rf"({'|'.join(NETWORKS)})/(config|[\w.-]+\.index)\.json"
+    inside = rf"({'|'.join(families.networks())})/(config|[\w.-]+\.index)\.json"
     about = rf"model_index\.json|{MANIFEST}|{REPORT}|student\.json|{inside}"
     small = [n for n in names if re.fullmatch(about, n)]
     folder = fetched(small)
@@ -326,9 +325,11 @@ def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Pa
     if why := families.refusal(at, artifact.index, artifact.config):
         raise ArtifactError(why)
     if artifact.listing is None:
-        wanted = {"scheduler/scheduler_config.json", *(f"tokenizer/{n}" for n in TOKENIZER_FILES)}
+        places = artifact.family.tokenizers.values()
+        wanted = {f"{p}/{n}" for p in places for n in TOKENIZER_FILES}
+        wanted.add("scheduler/scheduler_config.json")
         texts = [n for n in names if n in wanted]
-        weights = _weights(at, names, folder)
+        weights = _weights(at, names, folder, tuple(artifact.family.networks))
         fetched(texts)
         return [*small, *texts, *weights]
     listed = [*artifact.listing.files, MANIFEST if artifact.manifest else REPORT]
@@ -340,19 +341,19 @@ def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Pa
     return listed
 
 
-def _weights(at: str, names: Sequence[str], folder: Path) -> list[str]:
+def _weights(at: str, names: Sequence[str], folder: Path, networks: Sequence[str]) -> list[str]:
     out = []
-    for part in NETWORKS:
+    for part in networks:
         there = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
         try:
             chosen = select(there, part, f"{at}/{part}", Files(folder).part(part).read_json)
         except ArtifactError as e:
-            raise HubError(f"{e}{_elsewhere(at)}") from e
+            raise HubError(f"{e}{_elsewhere(at, networks)}") from e
         out += [f"{part}/{n}" for n in chosen]
     return out
 
 
-def _elsewhere(at: str) -> str:
+def _elsewhere(at: str, networks: Sequence[str]) -> str:
     """Revisions of a repository that hold safetensors of all networks, in words: branches, tags,
     the latest pull requests.
     """
@@ -381,7 +382,7 @@ def _elsewhere(at: str) -> str:
             ]
             if all(
                 any(re.fullmatch(rf"{p}/{stem(p)}\.safetensors(\.index\.json)?", n) for n in names)
-                for p in NETWORKS
+                for p in networks
             ):
                 found.append(printable(ref, 100))
     except Exception:  # the hub need not tell

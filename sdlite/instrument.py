@@ -14,10 +14,9 @@ import numpy as np
 from sdlite import memory
 from sdlite.artifact import Artifact
 from sdlite.backends import Network, Networks, Report, ready
-from sdlite.manifest import PARTS
 from sdlite.onnx_graph import Graph
 from sdlite.pipeline import Pipeline
-from sdlite.spec import SPECS
+from sdlite.spec import Arrays, IOSpec
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -61,23 +60,23 @@ class NamedOutputs:
 
 @dataclass
 class Watched:
-    """A network whose session returns more than its output: the rest goes to `visit`."""
+    """A network whose session returns more than its outputs: the rest goes to `visit`."""
 
-    part: str
+    spec: IOSpec
     session: NamedOutputs
     visit: Visit
     step: int = field(default=0)
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
         out = self.session(**inputs)
-        result = out[SPECS[self.part].output.name]
+        result = {t.name: out[t.name] for t in self.spec.outputs}
         for name in list(out):
-            self.visit(self.part, self.step, name, out.pop(name))
+            self.visit(self.spec.part, self.step, name, out.pop(name))
         self.step += 1
         return result
 
 
-Call = tuple[dict[str, np.ndarray], np.ndarray]  # what a network was given, and its answer
+Call = tuple[Arrays, Arrays]  # what a network was given, and its answer
 
 
 @dataclass
@@ -87,9 +86,10 @@ class Tape:
     network: Network
     calls: list[Call]
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        out: np.ndarray = self.network(**inputs)
-        self.calls.append(({k: v.copy() for k, v in inputs.items()}, out.copy()))
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
+        out = self.network(**inputs)
+        copies = [{k: v.copy() for k, v in arrays.items()} for arrays in (inputs, out)]
+        self.calls.append((copies[0], copies[1]))
         return out
 
 
@@ -102,11 +102,10 @@ class OnDemand:
         self.arguments = (artifact, part, precision, "cpu", threads)
         self._network: Network | None = None
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
         if self._network is None:
             self._network, _ = ready("onnxruntime").load_part(*self.arguments)
-        out: np.ndarray = self._network(**inputs)
-        return out
+        return self._network(**inputs)
 
     def close(self) -> None:
         """Free the session or network until the next call."""
@@ -128,20 +127,16 @@ def on_demand(artifact: Artifact, threads: int | None, precision: str = "fp32") 
         "the reference",
         ready("onnxruntime").engine(),
     )
-    networks = {p: OnDemand(artifact, p, precision, threads) for p in PARTS}
-    return Pipeline(
-        artifact, Networks(**networks, report=report, size_multiple=own.size_multiple, size=None)
-    )
+    networks = {p: OnDemand(artifact, p, precision, threads) for p in artifact.parts}
+    return Pipeline(artifact, Networks(networks, report, own.size_multiple))
 
 
 def let_go(pipe: Pipeline) -> None:
     """Close the networks of an `on_demand` pipeline until they are called again."""
-    for p in PARTS:
-        getattr(pipe.networks, p).close()
+    pipe.networks.close()
 
 
 def with_networks(pipe: Pipeline, networks: Mapping[str, Network]) -> Pipeline:
     """The same pipeline with other callables."""
-    text_encoder, unet, vae_decoder = (networks[p] for p in PARTS)
-    multiple = pipe.networks.size_multiple
-    return Pipeline(pipe.artifact, Networks(text_encoder, unet, vae_decoder, pipe.report, multiple))
+    ordered = {p: networks[p] for p in pipe.artifact.parts}
+    return Pipeline(pipe.artifact, Networks(ordered, pipe.report, pipe.networks.size_multiple))

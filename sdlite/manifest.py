@@ -21,7 +21,6 @@ INDEX = "model_index.json"
 FORMAT = "1.0"
 PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-static")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-PARTS = ("text_encoder", "unet", "vae_decoder")
 REPORT = "export-report.json"
 STUDENT = "student.json"
 
@@ -44,6 +43,7 @@ class NetworkRow(TypedDict, total=False):
     scheme: str
     inputs: list[dict[str, object]]
     output: dict[str, object]
+    more_outputs: list[dict[str, object]]
     batch: int  # where it is fixed
     cuts: bool  # the UNet is three graphs (`sdlite.backends.fused`)
 
@@ -209,6 +209,11 @@ SIZE_MULTIPLE = schema.whole(1, 8192)
 SAMPLER = schema.record(
     {"name": TEXT, "num_inference_steps": schema.whole(1, 1000), "guidance_scale": schema.number()}
 )
+# Which networks a model has is its family's to say: `Artifact` looks at that.
+PART = schema.rule(
+    "the name of a network",
+    lambda v: isinstance(v, str) and re.fullmatch(r"[a-z][a-z0-9_]{0,63}", v) is not None,
+)
 ROW = schema.record(
     {
         "file": TEXT,
@@ -219,6 +224,7 @@ ROW = schema.record(
         "scheme": TEXT,
         "inputs": schema.each(schema.OBJECT),
         "output": schema.OBJECT,
+        "more_outputs": schema.each(schema.OBJECT),
         "batch": schema.whole(1),
         "cuts": schema.BOOL,
     },
@@ -229,9 +235,7 @@ _MANIFEST = schema.record(
         "name": TEXT,
         "student": schema.OBJECT,
         "sampler": SAMPLER,
-        "variants": schema.table(
-            schema.one_of(PRECISIONS), schema.table(schema.one_of(PARTS), ROW)
-        ),
+        "variants": schema.table(schema.one_of(PRECISIONS), schema.table(PART, ROW)),
         "files": listed(lambda file, key, path: safe_path(str(path), file)),
         "calibration": schema.optional(
             schema.record({"prompts": _TEXTS, "keep_float": schema.table(TEXT, _TEXTS)})

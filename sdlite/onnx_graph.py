@@ -190,6 +190,25 @@ class Graph:
         used = {x for n in self.nodes for x in n.input}
         self._weights = Constants(self, {k: v for k, v in self.weights.items() if k in used})
 
+    def answers(self, names: Iterable[str]) -> Graph:
+        """A copy that returns these of its outputs alone, in this order, without what only the
+        others need.
+        """
+        out, wanted = self.copy(), list(names)
+        known = {o.name: o for o in self.proto.graph.output}
+        if wanted == list(known):
+            return out
+        del out.proto.graph.output[:]
+        out.proto.graph.output.extend(known[n] for n in wanted)
+        needed, kept = set(wanted), []
+        for node in reversed(out.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        out.replace(kept[::-1])
+        out.prune()
+        return out
+
     def outputs(self, names: Iterable[str]) -> Graph:
         """A copy that also returns these float tensors."""
         out = self.copy()

@@ -35,7 +35,7 @@ from sdlite.families import Conditions
 from sdlite.habits import Generators
 from sdlite.io import writing
 from sdlite.sampling import Draws, Noise, Sampler, Schedule, denoise, get_sampler, guided
-from sdlite.spec import latent_size
+from sdlite.spec import Arrays, latent_size
 from sdlite.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
@@ -113,6 +113,23 @@ class _Call(running.Call):
         self.tiling, self.report = chosen, report
 
 
+def _each(name: str, given: object, count: int, repeat: int) -> list[str]:
+    """One text for each image, of one or of one for each prompt.
+
+    Raises:
+        InputError: another number of them, or no texts.
+    """
+    if isinstance(given, str):
+        return [given] * count
+    out = [n for n in arguments.texts(name, given) for _ in range(repeat)]
+    if len(out) != count:
+        raise InputError(
+            f"{len(out) // repeat} {name.replace('_', ' ')}s for {count // repeat} prompts; give one,"
+            " or one for each."
+        )
+    return out
+
+
 def _with_notes(report: backends.Report, notes: Sequence[str]) -> backends.Report:
     """The report with these notes too: a new one where there is something new, for others may be
     reading it.
@@ -159,9 +176,12 @@ class Pipeline(metaclass=_Class):
     def __init__(self, artifact: Artifact, networks: backends.Networks):
         self.artifact, self.report = artifact, networks.report
         self._networks: backends.Networks | None = networks  # None: the pipeline is closed
-        self.tokenizer = ClipTokenizer.from_pretrained(
-            artifact.files.part("tokenizer"), artifact.config("text_encoder")
-        )
+        self.family, self.index = artifact.family, artifact.index
+        self.tokenizers = {
+            part: ClipTokenizer.from_pretrained(artifact.files.part(folder), artifact.config(part))
+            for part, folder in self.family.tokenizers.items()
+        }
+        self.tokenizer = self.tokenizers["text_encoder"]
         self.scheduler_config = artifact.config("scheduler")
         self.schedule = Schedule.from_config(self.scheduler_config)
         self.unet_config, self.vae_config = (
@@ -169,7 +189,6 @@ class Pipeline(metaclass=_Class):
             families.vae_config(artifact.config("vae")),
         )
         self.stride = families.vae_stride(self.vae_config)
-        self.family = artifact.family
         self.defaults = artifact.sampler_defaults
         self.tiling: tiling.Tiling | None = None
         self.max_pixels: int | None = None  # no limit, for pipelines that are made of networks
@@ -374,30 +393,40 @@ class Pipeline(metaclass=_Class):
 
     # --- the five stages
 
-    def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
-        """prompts -> ids int64 (B, L); one warning shows what did not fit the window."""
-        return self.tokenizer(arguments.texts("prompts", prompts))
+    def tokenize(self, prompts: Sequence[str], part: str = "text_encoder") -> np.ndarray:
+        """prompts -> ids int64 (B, L) for one of the model's text encoders; one warning shows what
+        did not fit the window.
+        """
+        return self.tokenizers[part](arguments.texts("prompts", prompts))
 
     def encode_text(self, ids: np.ndarray) -> np.ndarray:
-        """ids int64 (B, L) -> embeds float32 (B, L, D)."""
-        return images.finite(
-            self.networks.text_encoder(input_ids=ids), "the embeddings of the text encoder"
-        )
+        """ids int64 (B, L) -> embeds float32 (B, L, D) of the model's first text encoder."""
+        [out] = self.encode("text_encoder", ids).values()
+        return out
+
+    def encode(self, part: str, ids: np.ndarray) -> Arrays:
+        """ids int64 (B, L) -> what one of the model's text encoders gives, by name, float32."""
+        out = self.networks.parts[part](input_ids=ids)
+        for name, values in out.items():
+            images.finite(values, f"{name} of the {part.replace('_', ' ')}")
+        return out
 
     def conditions(
         self,
         prompts: Sequence[str],
-        negatives: Sequence[str],
+        negatives: Sequence[str | None],
         guidance_scale: float,
         height: int,
         width: int,
+        **more: Any,
     ) -> tuple[Conditions, Conditions | None]:
         """What the UNet is given of prompts, guidance and size: name -> array with a row for each
         image; and the same of the negative prompts where guidance makes two rows of each image.
+        `more`: of the family's own keywords, see `families.Call`.
         """
         twice = guided(guidance_scale) and not self.family.guides_itself(self.unet_config)
         negatives = negatives if twice else []
-        call = families.Call(prompts, negatives, guidance_scale, height, width)
+        call = families.Call(prompts, negatives, guidance_scale, height, width, more)
         return self.family.conditions(self, call)
 
     def init_latents(self, noise: Sequence[Draws], height: int, width: int) -> np.ndarray:
@@ -424,8 +453,9 @@ class Pipeline(metaclass=_Class):
                 per image.
             noise: the images' generators, for samplers that draw again.
         """
+        unet = self.networks.unet
         return denoise(
-            self.networks.unet,
+            lambda **inputs: unet(**inputs)["out_sample"],
             latents,
             conditions,
             noise,
@@ -443,10 +473,11 @@ class Pipeline(metaclass=_Class):
         """latents (B, C, h, w) -> the decoder's float32 (B, 3, H, W) in [-1, 1]."""
         z = families.LatentScale.of(self.vae_config).to_decoder(latents)
         if tiles is None:
-            return self.networks.vae_decoder(latent_sample=z)
-        return tiling.decode(
-            lambda tile: self.networks.vae_decoder(latent_sample=tile), z, tiles, self.stride
-        )
+            return self._decoded(z)
+        return tiling.decode(self._decoded, z, tiles, self.stride)
+
+    def _decoded(self, latents: np.ndarray) -> np.ndarray:
+        return self.networks.vae_decoder(latent_sample=latents)["sample"]
 
     # --- the call
 
@@ -469,7 +500,7 @@ class Pipeline(metaclass=_Class):
         output_type: str = "pil",
         callback_on_step_end: StepEnd | None = None,
         max_pixels: int | None = None,
-        **others: Never,
+        **others: Any,
     ) -> PipelineOutput:
         """Generate images.
 
@@ -494,7 +525,10 @@ class Pipeline(metaclass=_Class):
                 {"latents"}) -> dict.
             max_pixels: height x width x images that this call may make; default is
                 `pipe.max_pixels`.
-            positional, others: none; diffusers' habits are answered with ours.
+            others: of SDXL's family prompt_2, negative_prompt_2 (for its second text encoder),
+                original_size, crops_coords_top_left, target_size and the same with negative_, as
+                in diffusers. Else none; diffusers' habits are answered with ours.
+            positional: none.
 
         Raises:
             InputError, ShapeError, UnknownNameError: an argument is not accepted. Cancelled: by the
@@ -503,6 +537,7 @@ class Pipeline(metaclass=_Class):
         habits.positional(
             positional, "the prompt", "pipe(prompt, height=..., num_inference_steps=...)"
         )
+        own = {k: others.pop(k) for k in (*self.family.texts, *self.family.sizes) if k in others}
         habits.keywords(others, habits.CALL, type(self).__call__.__kwdefaults__ or ())
         arguments.one_of("output_type", output_type, habits.OUTPUTS)
         repeat = arguments.integer(
@@ -511,7 +546,8 @@ class Pipeline(metaclass=_Class):
         prompts = [p for p in arguments.texts("prompt", prompt) for _ in range(repeat)]
         negatives = self._negatives(negative_prompt, len(prompts), repeat)
         steps, scale = self._steps(num_inference_steps), self._guidance(guidance_scale)
-        self._refuse_negatives(negatives, scale)
+        more = self._more(own, len(prompts), repeat)
+        self._refuse_negatives([*negatives, *more.get("negative_prompt_2", ())], scale)
         name = self.default_sampler if sampler is None else arguments.text("sampler", sampler)
         solver = get_sampler(name, self.schedule, steps)
         seeds, noise = self._noise(seed, generator, len(prompts))
@@ -522,7 +558,7 @@ class Pipeline(metaclass=_Class):
         about = self._metadata(prompts, negatives, seeds, name, steps, scale)
         with self._call() as call:
             begin = time.perf_counter()
-            cond, uncond = self.conditions(prompts, negatives, scale, height, width)
+            cond, uncond = self.conditions(prompts, negatives, scale, height, width, **more)
             encoded = time.perf_counter()
             x = self.init_latents(noise, height, width) if start is None else start
             run = self.denoise(x, cond, noise, solver, uncond=uncond, guidance_scale=scale)
@@ -561,7 +597,7 @@ class Pipeline(metaclass=_Class):
     def _metadata(
         self,
         prompts: Sequence[str],
-        negatives: Sequence[str],
+        negatives: Sequence[str | None],
         seeds: Sequence[int],
         sampler: str,
         steps: int,
@@ -581,7 +617,9 @@ class Pipeline(metaclass=_Class):
             "sdlite": __version__,
         }
         every = zip(prompts, negatives, seeds, strict=True)
-        return [{"prompt": p, "negative_prompt": n, "seed": str(s), **shared} for p, n, s in every]
+        return [
+            {"prompt": p, "negative_prompt": n or "", "seed": str(s), **shared} for p, n, s in every
+        ]
 
     # --- arguments
 
@@ -599,18 +637,22 @@ class Pipeline(metaclass=_Class):
         return iter(tqdm(run, total=steps, unit="step"))
 
     @staticmethod
-    def _negatives(negative: object, count: int, repeat: int) -> list[str]:
-        if negative is None or isinstance(negative, str):
-            return [str(negative or "")] * count
-        out = [n for n in arguments.texts("negative_prompt", negative) for _ in range(repeat)]
-        if len(out) != count:
-            raise InputError(
-                f"{len(out) // repeat} negative prompts for {count // repeat} prompts; give one, or"
-                " one for each."
-            )
+    def _negatives(negative: object, count: int, repeat: int) -> list[str | None]:
+        if negative is None:
+            return [None] * count
+        return [*_each("negative_prompt", negative, count, repeat)]
+
+    def _more(self, given: Mapping[str, object], count: int, repeat: int) -> dict[str, Any]:
+        """The family's own keywords: texts one for each image, sizes as pairs of numbers."""
+        out: dict[str, Any] = {}
+        for name, value in given.items():
+            if value is not None and name in self.family.texts:
+                out[name] = _each(name, value, count, repeat)
+            elif value is not None:
+                out[name] = arguments.pair(name, value)
         return out
 
-    def _refuse_negatives(self, negatives: Sequence[str], scale: float) -> None:
+    def _refuse_negatives(self, negatives: Sequence[str | None], scale: float) -> None:
         """Raises InputError where negative prompts would change nothing."""
         if any(negatives) and not guided(scale):
             raise InputError(

@@ -9,8 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from sdlite.errors import ArtifactError
 from sdlite.schema import Config
+
+Arrays = dict[str, np.ndarray]  # name -> what a network is given, or gives
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,20 @@ class IOSpec:
     part: str  # our name, and the folder of its model.onnx
     source: str  # the folder of its config and safetensors in a diffusers pipeline
     inputs: tuple[Tensor, ...]
-    output: Tensor
+    outputs: tuple[Tensor, ...]
+    also: tuple[str, ...] = ()  # further outputs of its graph, which optimum's pipelines read
+
+    @property
+    def output(self) -> Tensor:
+        """The first of its outputs, which most networks have alone."""
+        return self.outputs[0]
 
 
 TEXT_ENCODER = IOSpec(
     "text_encoder",
     "text_encoder",
     (Tensor("input_ids", ("B", "L"), "int64", "0 to vocabulary size - 1"),),
-    Tensor("last_hidden_state", ("B", "L", "D"), "float32", "after the final layer norm"),
+    (Tensor("last_hidden_state", ("B", "L", "D"), "float32", "after the final layer norm"),),
 )
 UNET = IOSpec(
     "unet",
@@ -52,11 +62,13 @@ UNET = IOSpec(
         Tensor("timestep", (), "float32", "0 to num_train_timesteps - 1, fractions allowed"),
         Tensor("encoder_hidden_states", ("B", "L", "D"), "float32", "text encoder output"),
     ),
-    Tensor(
-        "out_sample",
-        ("B", "C", "h", "w"),
-        "float32",
-        "eps, v or x_0, as the scheduler's prediction_type says",
+    (
+        Tensor(
+            "out_sample",
+            ("B", "C", "h", "w"),
+            "float32",
+            "eps, v or x_0, as the scheduler's prediction_type says",
+        ),
     ),
 )
 VAE_DECODER = IOSpec(
@@ -67,7 +79,7 @@ VAE_DECODER = IOSpec(
             "latent_sample", ("B", "C", "h", "w"), "float32", "latents divided by scaling_factor"
         ),
     ),
-    Tensor("sample", ("B", "3", "H", "W"), "float32", "pixels, about -1 to 1"),
+    (Tensor("sample", ("B", "3", "H", "W"), "float32", "pixels, about -1 to 1"),),
 )
 
 

@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ HARMLESS = {
     "text_encoder": (
         r"(.*\.)?position_ids|(text_projection|visual_projection)\.weight"
         r"|logit_scale|vision_model\..*"
-    )
+    ),
+    "text_encoder_2": r"(.*\.)?position_ids|visual_projection\.weight|logit_scale|vision_model\..*",
 }
 
 
@@ -52,8 +53,8 @@ def vae_class(config: Json) -> Any:
 
 
 def open_network(folder: Path | Files, **options: Any) -> Any:
-    """The network of one folder of a pipeline (`text_encoder`, `unet` or `vae`), in float32,
-    whatever it is stored in.
+    """The network of one folder of a pipeline (`text_encoder`, `text_encoder_2`, `unet` or `vae`),
+    in float32, whatever it is stored in.
 
     The libraries are given what was read and verified here, and look nowhere else.
 
@@ -77,11 +78,11 @@ def open_network(folder: Path | Files, **options: Any) -> Any:
         "local_files_only": True,
         **options,
     }
-    if files.name == "text_encoder":
+    if _is_text(files.name):
         options = {"attn_implementation": "sdpa", **options}
     try:
         with _quiet():
-            if files.name == "text_encoder":
+            if _is_text(files.name):
                 options["config"] = _text_config(config)
             _check_size(files, config, stored)
             network, info = _class(files.name, config).from_pretrained(files.folder, **options)
@@ -105,6 +106,21 @@ def open_network(folder: Path | Files, **options: Any) -> Any:
     return network.float()
 
 
+def text_states(network: Any, input_ids: Any, names: Sequence[str]) -> tuple[Any, ...]:
+    """A text encoder's outputs by name: "last_hidden_state", "text_embeds", "hidden_states.0" (the
+    embeddings) and so on.
+
+    Args:
+        input_ids: int64 (B, L).
+    """
+    inner = any(n.startswith("hidden_states.") for n in names)
+    out = network(input_ids, output_hidden_states=True) if inner else network(input_ids)
+    return tuple(
+        out.hidden_states[int(n.split(".")[1])] if n.startswith("hidden_states.") else out[n]
+        for n in names
+    )
+
+
 def _class(part: str, config: Json) -> Any:
     if part == "vae":
         return vae_class(config)
@@ -112,9 +128,13 @@ def _class(part: str, config: Json) -> Any:
         from diffusers import UNet2DConditionModel
 
         return UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    return CLIPTextModel
+    return CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
+
+
+def _is_text(part: str) -> bool:
+    return part.startswith("text_encoder")
 
 
 def _text_config(config: Json) -> Any:
@@ -156,9 +176,7 @@ def _check_size(files: Files, config: Json, stored: dict[str, Stored]) -> None:
         )
     kind = _class(files.name, config)
     with torch.device("meta"):
-        network = (
-            kind(_text_config(config)) if files.name == "text_encoder" else kind.from_config(config)
-        )
+        network = kind(_text_config(config)) if _is_text(files.name) else kind.from_config(config)
     asked = sum(p.numel() for p in network.parameters())
     held = sum(math.prod(s.shape) for s in stored.values())
     if asked > 2 * held + (1 << 20):  # some may be missing: that is said by name

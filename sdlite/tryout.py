@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from sdlite import backends
+from sdlite import backends, families
 from sdlite.artifact import Artifact
 from sdlite.errors import ArtifactError
 from sdlite.families import vae_stride
 from sdlite.sampling import Noise
+from sdlite.spec import Arrays
 from sdlite.tokenizer import ClipTokenizer
 
 
@@ -29,18 +31,13 @@ def try_out(folder: Path) -> None:
     stride = vae_stride(artifact.config("vae"))
     multiple = artifact.manifest.size_multiple if artifact.manifest else 1
     side = max(8 * stride, multiple)
-    files, text, unet = artifact.files, artifact.config("text_encoder"), artifact.config("unet")
-    ids = ClipTokenizer.from_pretrained(files.part("tokenizer"), text)([""])
-    shape = (1, unet["in_channels"], side // stride, side // stride)
-    latents = np.stack([Noise(0).normal(shape[1:])])
-    embeds = _answer(artifact, "text_encoder", input_ids=ids)
-    more = {
-        t.name: np.zeros([1, *map(int, t.shape[1:])], t.dtype)
-        for t in artifact.family.unet_inputs(unet)
-    }
-    given = {"timestep": np.array(500, np.float32), "encoder_hidden_states": embeds, **more}
-    _answer(artifact, "unet", sample=latents, **given)
-    image = _answer(artifact, "vae_decoder", latent_sample=latents)
+    channels = artifact.config("unet")["in_channels"]
+    latents = np.stack([Noise(0).normal((channels, side // stride, side // stride))])
+    conditions, _ = artifact.family.conditions(
+        _Encoders(artifact), families.Call([""], [], 1.0, side, side)
+    )
+    _answer(artifact, "unet", sample=latents, timestep=np.array(500, np.float32), **conditions)
+    image = _answer(artifact, "vae_decoder", latent_sample=latents)["sample"]
     if image.shape != (1, 3, side, side):
         raise ArtifactError(
             f"the decoder of {artifact.name} makes {image.shape} of {side} px: vae/config.json is"
@@ -48,7 +45,24 @@ def try_out(folder: Path) -> None:
         )
 
 
-def _answer(artifact: Artifact, part: str, **inputs: np.ndarray) -> np.ndarray:
+class _Encoders:
+    """What of a pipeline makes conditions, with one network in memory at a time."""
+
+    def __init__(self, artifact: Artifact):
+        self._artifact, self.index = artifact, artifact.index
+        self.unet_config = artifact.config("unet")
+
+    def tokenize(self, prompts: Sequence[str], part: str = "text_encoder") -> np.ndarray:
+        """prompts -> ids int64 (B, L)."""
+        folder = self._artifact.files.part(self._artifact.family.tokenizers[part])
+        return ClipTokenizer.from_pretrained(folder, self._artifact.config(part))(prompts)
+
+    def encode(self, part: str, ids: np.ndarray) -> Arrays:
+        """ids -> what a text encoder gives."""
+        return _answer(self._artifact, part, input_ids=ids)
+
+
+def _answer(artifact: Artifact, part: str, **inputs: np.ndarray) -> Arrays:
     """One network's answer; the network is freed then."""
     name = next((n for n in backends.installed_with("fp32") if artifact.has_onnx("fp32")), "torch")
     backend = backends.ready(name)
@@ -56,8 +70,8 @@ def _answer(artifact: Artifact, part: str, **inputs: np.ndarray) -> np.ndarray:
         network, _ = backend.load_part(artifact, part, "fp32", "cpu", None)
     stride = vae_stride(artifact.config("vae"))
     checked = backends.Checked(network, artifact.spec(part), stride, backend.engine())
-    out: np.ndarray = checked(**inputs)
-    if not np.isfinite(out).all():
+    out = checked(**inputs)
+    if not all(np.isfinite(x).all() for x in out.values()):
         raise ArtifactError(
             f"{part} of {artifact.name} answers NaN or infinity to noise: its weights are damaged."
         )

@@ -167,15 +167,16 @@ def weight_files(folder: Path | Files) -> list[Path]:
     return [files.file(n) for n in chosen]
 
 
-def model_files(files: Files) -> list[str]:
+def model_files(files: Files, networks: Iterable[str], tokenizers: Iterable[str]) -> list[str]:
     """Files of a plain diffusers folder that a model runs with, and its licenses: paths, sorted.
 
     Raises:
         ArtifactError: weights or a configuration are missing, see `select`.
     """
     out = [INDEX, "scheduler/scheduler_config.json"]
-    out += [f"tokenizer/{n}" for n in TOKENIZER_FILES if files.part("tokenizer").has(n)]
-    for part in ("text_encoder", "unet", "vae"):
+    for folder_name in tokenizers:
+        out += [f"{folder_name}/{n}" for n in TOKENIZER_FILES if files.part(folder_name).has(n)]
+    for part in networks:
         folder = files.part(part)
         index = f"{stem(part)}.safetensors.index.json"
         chosen = select(folder.names(), part, str(folder.folder), folder.read_json)

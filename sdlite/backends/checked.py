@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sdlite.errors import ArtifactError, EngineError, SdliteError, printable
-from sdlite.spec import IOSpec, spec_of
+from sdlite.spec import Arrays, IOSpec, Tensor, spec_of
 
 if TYPE_CHECKING:
     from sdlite.backends import Network
@@ -62,19 +62,20 @@ def declared(
     names = [t.name for t in spec.inputs]
     if sorted(given := [name for name, _, _ in inputs]) != sorted(names):
         _refuse(path, part, f"takes {', '.join(given) or 'nothing'}", f"takes {', '.join(names)}")
-    answer = [o for o in outputs if o[0] == spec.output.name]
-    if not answer:
+    wanted = [t.name for t in spec.outputs]
+    answers = [o for o in outputs if o[0] in wanted]
+    if len(answers) < len(wanted):
         _refuse(
             path,
             part,
             f"gives {', '.join(o[0] for o in outputs) or 'nothing'}",
-            f"gives {spec.output.name}",
+            f"gives {', '.join(wanted)}",
         )
-    tensors = {t.name: t for t in (*spec.inputs, spec.output)}
+    tensors = {t.name: t for t in (*spec.inputs, *spec.outputs)}
     sides = {
         letter: int(letter) for t in tensors.values() for letter in t.shape if letter.isdigit()
     }
-    for name, kind, shape in (*inputs, *answer):
+    for name, kind, shape in (*inputs, *answers):
         tensor, kind = tensors[name], kind.removeprefix("tensor(").removesuffix(")")
         fits = _TYPES.get(kind) == tensor.dtype and (
             shape is None or len(shape) == len(tensor.shape)
@@ -120,7 +121,7 @@ class Checked:
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
         """Raises:
         EngineError: the engine could not run it, or gave another shape.
         """
@@ -134,26 +135,24 @@ class Checked:
                 f" ({type(e).__name__}: {words_of(e)}); where memory is short make smaller or fewer"
                 " images, or enable_vae_tiling(); else run `sdlite verify` on the model."
             ) from e
-        if (
-            not isinstance(out, np.ndarray)
-            or out.dtype != np.float32
-            or not self._fits(inputs, out.shape)
-        ):
-            raise EngineError(
-                f"{self.part} with {_shapes(inputs)} gave"
-                f" {getattr(out, 'dtype', type(out).__name__)} {list(np.shape(out))}, not float32"
-                f" {_shown(self.spec.output.shape)}; the file is not of this model. Fetch it"
-                " again."
-            )
+        for tensor in self.spec.outputs:
+            made = out.get(tensor.name)
+            if made is None or made.dtype != np.float32 or not self._fits(inputs, tensor, made):
+                has = "nothing" if made is None else f"{made.dtype} {list(made.shape)}"
+                raise EngineError(
+                    f"{self.part} with {_shapes(inputs)} gave {has}, not float32"
+                    f" {_shown(tensor.shape)}; the file is not of this model. Fetch it again."
+                )
         return out
 
-    def _fits(self, inputs: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> bool:
-        spec, sides = self.spec, {"3": 3}
-        for tensor in spec.inputs:
+    def _fits(self, inputs: Mapping[str, np.ndarray], output: Tensor, made: np.ndarray) -> bool:
+        sides = {"3": 3}
+        for tensor in self.spec.inputs:
             sides |= zip(tensor.shape, np.shape(inputs[tensor.name]), strict=False)
         sides |= {k.upper(): sides[k] * self.stride for k in ("h", "w") if k in sides}
-        return len(shape) == len(spec.output.shape) and all(
-            sides.get(k, n) == n for k, n in zip(spec.output.shape, shape, strict=True)
+        return made.ndim == len(output.shape) and all(
+            int(k) == n if k.isdigit() else sides.get(k, n) == n
+            for k, n in zip(output.shape, made.shape, strict=True)
         )
 
 

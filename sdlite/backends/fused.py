@@ -12,7 +12,9 @@ from collections.abc import Callable, Hashable
 
 import numpy as np
 
-Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+from sdlite.spec import Arrays
+
+Run = Callable[[Arrays], Arrays]
 GRAPHS = ("time", "prompt", "step")
 TIMES = 1024  # that are remembered: as many as a schedule has
 
@@ -29,7 +31,7 @@ class Hoisted:
         self.direct = [n for n in ("timestep", "encoder_hidden_states") if n in step_inputs]
         self._time, self._prompt = _Remembered(time, TIMES), _Remembered(prompt, keep)
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
         """sample (B, C, h, w), timestep () and encoder_hidden_states (B, L, D) -> (B, C, h, w)."""
         time, text = inputs["timestep"], inputs["encoder_hidden_states"]
         given = {
@@ -38,7 +40,7 @@ class Hoisted:
             **self._time(float(time), {"timestep": time}),
             **self._prompt((text.shape, text.tobytes()), {"encoder_hidden_states": text}),
         }
-        return self.step(given)[self.output]
+        return {self.output: self.step(given)[self.output]}
 
 
 class _Remembered:

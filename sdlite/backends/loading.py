@@ -1,9 +1,10 @@
-"""Load the three networks of a model on one backend."""
+"""Load the networks of a model on one backend."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sdlite.artifact import Artifact
@@ -15,7 +16,7 @@ from sdlite.backends.network import Network, close
 from sdlite.backends.report import Report
 from sdlite.errors import PrecisionError, UnknownNameError
 from sdlite.families import vae_stride
-from sdlite.manifest import PARTS, PRECISIONS
+from sdlite.manifest import PRECISIONS
 
 
 @dataclass
@@ -23,27 +24,34 @@ class Networks:
     """What a pipeline runs.
 
     Attributes:
+        parts: name -> network, in the order of a call.
         size_multiple: height and width of an image are multiples of this, in pixels.
         size: (height, width) in pixels where the networks take no other.
     """
 
-    text_encoder: Network
-    unet: Network
-    vae_decoder: Network
+    parts: Mapping[str, Network]
     report: Report
     size_multiple: int
     size: tuple[int, int] | None = None
 
-    def part(self, name: str) -> Network:
-        """One network by its name."""
-        return dict(zip(PARTS, self._all(), strict=True))[name]
+    @property
+    def text_encoder(self) -> Network:
+        """input_ids int64 (B, L) -> hidden states (B, L, D)."""
+        return self.parts["text_encoder"]
 
-    def _all(self) -> tuple[Network, Network, Network]:
-        return self.text_encoder, self.unet, self.vae_decoder
+    @property
+    def unet(self) -> Network:
+        """sample (B, C, h, w), timestep, conditions -> out_sample (B, C, h, w)."""
+        return self.parts["unet"]
+
+    @property
+    def vae_decoder(self) -> Network:
+        """latent_sample (B, C, h, w) -> sample (B, 3, H, W)."""
+        return self.parts["vae_decoder"]
 
     def close(self) -> None:
         """Free what the networks hold."""
-        for held in self._all():
+        for held in self.parts.values():
             close(held)
 
 
@@ -55,7 +63,7 @@ def load(
     threads: int | None = None,
     arithmetic: str | None = None,
 ) -> Networks:
-    """Load the three networks of a model. `arithmetic` is what float layers are computed in; None
+    """Load the networks of a model. `arithmetic` is what float layers are computed in; None
     is the backend's choice.
 
     Raises:
@@ -81,16 +89,14 @@ def load(
     report = Report(artifact.name, name, device, precision, reason, chosen.engine(), notes=notes)
     stride = vae_stride(artifact.config("vae"))
     loaded: dict[str, Network] = {}
-    for part in PARTS:
+    for part in artifact.parts:
         start = time.perf_counter()
         opened, row = chosen.load_part(artifact, part, precision, device, threads, arithmetic)
         loaded[part] = Checked(opened, artifact.spec(part), stride, report.engine)
         seconds = time.perf_counter() - start
         report.networks.append(dataclasses.replace(row, load_seconds=seconds))
     size = artifact.export.size if artifact.export else None
-    return Networks(
-        **loaded, report=report, size_multiple=chosen.size_multiple(artifact), size=size
-    )
+    return Networks(loaded, report, chosen.size_multiple(artifact), size)
 
 
 def _precisions() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from sdlite import running
+from sdlite.spec import Arrays
 
 ROW_BY_ROW = (
     "the rows of a batch run one by one, so that an image of a batch is its seed's image alone, bit"
@@ -21,9 +22,9 @@ OVERFLOWS = (
 
 
 class Network(Protocol):
-    """Maps the named arrays of its `IOSpec` to one array, float32."""
+    """Maps the named arrays of its `IOSpec` to its named outputs, float32."""
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray: ...
+    def __call__(self, **inputs: np.ndarray) -> Arrays: ...
 
 
 @runtime_checkable
@@ -52,12 +53,12 @@ class RowByRow:
     def __init__(self, network: Network):
         self.network = network
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
         out = []
         for row in rows(inputs):
             running.check()
             out.append(self.network(**row))
-        return np.concatenate(out)
+        return {name: np.concatenate([o[name] for o in out]) for name in out[0]}
 
     def close(self) -> None:
         """Free what the networks inside hold."""
@@ -78,18 +79,19 @@ class Overflowing:
         self._float32: Network | None = None
         self._lock = threading.Lock()
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        """latent_sample (B, C, h, w) -> (B, 3, H, W)."""
-        out = self.half(**inputs)
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
+        """latent_sample (B, C, h, w) -> sample (B, 3, H, W)."""
+        [(name, out)] = self.half(**inputs).items()
         bad = ~np.isfinite(out).reshape(len(out), -1).all(axis=1)
         if not bad.any():
-            return out
+            return {name: out}
         with self._lock:
             self._float32 = self._float32 or self.whole()
         running.say(OVERFLOWS)
         out = np.array(out)
-        out[bad] = self._float32(latent_sample=np.ascontiguousarray(inputs["latent_sample"][bad]))
-        return out
+        again = np.ascontiguousarray(inputs["latent_sample"][bad])
+        out[bad] = self._float32(latent_sample=again)[name]
+        return {name: out}
 
     def close(self) -> None:
         """Free what the networks inside hold."""

@@ -21,7 +21,7 @@ from sdlite.backends import compiled
 from sdlite.backends.checked import Declared, declared, words_of
 from sdlite.errors import ArtifactError, InputError, SdliteError, UnknownNameError
 from sdlite.io import scratch, working
-from sdlite.spec import SPECS, IOSpec, spec_of
+from sdlite.spec import SPECS, Arrays, IOSpec, spec_of
 
 log = logging.getLogger("sdlite")
 Shapes = tuple[tuple[int, ...], ...]
@@ -91,7 +91,7 @@ def _ends(ports: Sequence[Any], spec: IOSpec) -> list[Declared]:
     """What a graph says of its inputs or outputs; of several names of one tensor, the one that
     a spec has.
     """
-    known = {t.name for s in (*SPECS.values(), spec) for t in (*s.inputs, s.output)}
+    known = {t.name for s in (*SPECS.values(), spec) for t in (*s.inputs, *s.outputs)}
     out: list[Declared] = []
     for port in ports:
         names, shape = (
@@ -200,7 +200,7 @@ class CompiledNetwork:
         if threads is not None and device == "cpu":
             self.options["INFERENCE_NUM_THREADS"] = threads
         spec = spec_of(part)
-        self.output = spec.output.name
+        self.outputs = [t.name for t in spec.outputs]
         self.half = arithmetic != "float32"
         self.requests: OrderedDict[Shapes, ov.InferRequest] = OrderedDict()
         self.active: dict[Shapes, int] = {}  # bytes of their tensors
@@ -292,7 +292,7 @@ class CompiledNetwork:
         if self.active.pop(key) > ACTIVE // 8:
             memory.trim()
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
         with self._lock:
             running.check()
             key, request = self._request({k: list(v.shape) for k, v in inputs.items()})
@@ -301,5 +301,4 @@ class CompiledNetwork:
             except BaseException:  # what was stopped, or still runs, is not used again
                 self.requests[key] = request.get_compiled_model().create_infer_request()
                 raise
-            out: np.ndarray = request.get_tensor(self.output).data.copy()
-        return out
+            return {name: request.get_tensor(name).data.copy() for name in self.outputs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -19,7 +19,7 @@ from sdlite.backends.held import entry
 from sdlite.backends.network import Network
 from sdlite.errors import ArtifactError, UnknownNameError
 from sdlite.manifest import NetworkRow
-from sdlite.spec import SPECS
+from sdlite.spec import Arrays
 
 import numpy as np  # isort: skip
 
@@ -66,9 +66,19 @@ def session_options(threads: int | None, size: int = 0) -> ort.SessionOptions:
 
 
 class Session:
-    """One graph, its files of `size` bytes. Called with the names of its IOSpec; refuses others."""
+    """One graph, its files of `size` bytes. Called with the names of its IOSpec; refuses others.
 
-    def __init__(self, path: str, device: str, threads: int | None, size: int = 0):
+    Gives `outputs`, or all that the graph has.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        device: str,
+        threads: int | None,
+        size: int = 0,
+        outputs: Sequence[str] = (),
+    ):
         self.provider = _PROVIDERS[device]
         if self.provider not in ort.get_available_providers():
             raise UnknownNameError(
@@ -93,20 +103,13 @@ class Session:
                 " check the CUDA and cuDNN libraries."
             )
         self.names = [o.name for o in self.session.get_outputs()]
-        self.output = next(iter(self.names), "")
+        self.outputs = list(outputs or self.names)
         self._runs = running.Runs()
         self._largest = 0  # elements of the largest long run since memory was given back
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        out: np.ndarray = self._run(
-            lambda options: self.session.run([self.output], inputs, options)[0], inputs
-        )
-        return out
-
-    def every(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs, by name."""
-        made = self._run(lambda options: self.session.run(self.names, inputs, options), inputs)
-        return dict(zip(self.names, made, strict=True))
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
+        made = self._run(lambda options: self.session.run(self.outputs, inputs, options), inputs)
+        return dict(zip(self.outputs, made, strict=True))
 
     def _run(self, work: Callable[[ort.RunOptions], T], inputs: dict[str, np.ndarray]) -> T:
         """`work` with the options of this run, which can be stopped where it is long.
@@ -133,19 +136,26 @@ class BoundSession(Session):
     cross once: each thread keeps those of its last call.
     """
 
-    def __init__(self, path: str, device: str, threads: int | None, size: int = 0):
-        super().__init__(path, device, threads, size)
+    def __init__(
+        self,
+        path: str,
+        device: str,
+        threads: int | None,
+        size: int = 0,
+        outputs: Sequence[str] = (),
+    ):
+        super().__init__(path, device, threads, size, outputs)
         self.device = device
         self._mine = threading.local()
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
         binding = self.session.io_binding()
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, self._on_device(name, array))
-        binding.bind_output(self.output, "cpu")
+        for name in self.outputs:
+            binding.bind_output(name, "cpu")
         self._run(lambda options: self.session.run_with_iobinding(binding, options), inputs)
-        out: np.ndarray = binding.copy_outputs_to_cpu()[0]
-        return out
+        return dict(zip(self.outputs, binding.copy_outputs_to_cpu(), strict=True))
 
     def _on_device(self, name: str, array: np.ndarray) -> ort.OrtValue:
         held = getattr(self._mine, "embeds", None)
@@ -163,7 +173,7 @@ def runner(path: str | Path, threads: int | None) -> tuple[fused.Run, list[str]]
     """A graph file on onnxruntime's CPU, and the names of its inputs."""
     size = sum(f.stat().st_size for f in Path(path).parent.glob(f"{Path(path).name}*"))
     held = Session(str(path), "cpu", threads, size)
-    return held.every, [i.name for i in held.session.get_inputs()]
+    return (lambda inputs: held(**inputs)), [i.name for i in held.session.get_inputs()]
 
 
 def hoisted(folder: Path, threads: int | None, output: str) -> fused.Hoisted:
@@ -183,6 +193,7 @@ def open_network(
         PrecisionError, ArtifactError, UnknownNameError: see `Backend.load_part`.
     """
     row, size = entry(artifact, part, precision)
+    spec = artifact.spec(part)
     path = artifact.folder / row["file"]
     if row.get("cuts"):
         files = {row["file"], *row["weights"]}
@@ -191,8 +202,9 @@ def open_network(
                 f"{path.parent} has three graphs, and its report does not list {min(lost)}; export"
                 " the model again."
             )
-        return hoisted(path.parent, threads, SPECS[part].output.name), row, size
-    network = (BoundSession if device == "cuda" else Session)(str(path), device, threads, size)
+        return hoisted(path.parent, threads, spec.output.name), row, size
+    kind = BoundSession if device == "cuda" else Session
+    network = kind(str(path), device, threads, size, [t.name for t in spec.outputs])
     ends = (network.session.get_inputs(), network.session.get_outputs())
-    declared(path, artifact.spec(part), *([(t.name, t.type, t.shape) for t in end] for end in ends))
+    declared(path, spec, *([(t.name, t.type, t.shape) for t in end] for end in ends))
     return network, row, size

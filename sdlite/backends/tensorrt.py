@@ -21,7 +21,7 @@ from sdlite.backends.base import Backend
 from sdlite.backends.network import Network, RowByRow
 from sdlite.backends.report import NetworkReport
 from sdlite.errors import ArtifactError, MissingExtraError, PrecisionError, UnknownNameError
-from sdlite.spec import SPECS
+from sdlite.spec import Arrays, IOSpec, spec_of
 
 
 def _cudart() -> Any:
@@ -87,9 +87,9 @@ class Engine:
     with new shapes runs plainly, the second is captured, later ones replay.
     """
 
-    def __init__(self, path: Path, part: str, trt: Any = None, cuda: Any = None):
+    def __init__(self, path: Path, part: str | IOSpec, trt: Any = None, cuda: Any = None):
         trt = trt or importlib.import_module("tensorrt")
-        self.trt, self.cuda, self.spec = trt, cuda or _cudart(), SPECS[part]
+        self.trt, self.cuda, self.spec = trt, cuda or _cudart(), spec_of(part)
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.engine = trt.Runtime(self.logger).deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
@@ -106,12 +106,12 @@ class Engine:
         # shapes, buffers, stream and graph are the engine's, not the call's
         self._lock = threading.Lock()
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
         with self._lock:
             running.check()
             return self._run(inputs)
 
-    def _run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    def _run(self, inputs: Arrays) -> Arrays:
         arrays = {
             t.name: np.array(
                 inputs[t.name], np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(t.name)))
@@ -129,12 +129,14 @@ class Engine:
                         " export it with that range."
                     )
             self.shapes = shapes
-        result = self.spec.output.name
-        out = np.empty(
-            tuple(self.context.get_tensor_shape(result)),
-            np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(result))),
-        )
-        for name, array in [*arrays.items(), (result, out)]:
+        out = {
+            t.name: np.empty(
+                tuple(self.context.get_tensor_shape(t.name)),
+                np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(t.name))),
+            )
+            for t in self.spec.outputs
+        }
+        for name, array in [*arrays.items(), *out.items()]:
             if self.buffers.ensure(name, array.nbytes):
                 self._forget()
                 self.context.set_tensor_address(name, self.buffers.address[name])
@@ -150,17 +152,18 @@ class Engine:
                 )
             )
         self._enqueue()
-        _ok(
-            self.cuda.cudaMemcpyAsync(
-                out.ctypes.data,
-                self.buffers.address[result],
-                out.nbytes,
-                kind.cudaMemcpyDeviceToHost,
-                self.stream,
+        for name, array in out.items():
+            _ok(
+                self.cuda.cudaMemcpyAsync(
+                    array.ctypes.data,
+                    self.buffers.address[name],
+                    array.nbytes,
+                    kind.cudaMemcpyDeviceToHost,
+                    self.stream,
+                )
             )
-        )
         _ok(self.cuda.cudaStreamSynchronize(self.stream))
-        return out.astype(np.float32, copy=False)
+        return {name: array.astype(np.float32, copy=False) for name, array in out.items()}
 
     def _enqueue(self) -> None:
         """Plain once (it sets the context up), then capture, then replay."""
@@ -242,7 +245,8 @@ class TensorRT(Backend):
         path = artifact.files.file(name)
         if why := no_gpu():
             raise UnknownNameError(f"device='cuda': {why}; use backend='onnxruntime' on the CPU.")
-        network = Engine(path, part)
-        fixed = next(iter(network.engine.get_tensor_shape(SPECS[part].inputs[0].name))) == 1
+        spec = artifact.spec(part)
+        network = Engine(path, spec)
+        fixed = next(iter(network.engine.get_tensor_shape(spec.inputs[0].name))) == 1
         row = NetworkReport(part, name, path.stat().st_size, precision, precision)
         return (RowByRow(network) if fixed else network), row

@@ -17,8 +17,8 @@ from sdlite.backends.network import Network, Overflowing, RowByRow
 from sdlite.backends.report import NetworkReport
 from sdlite.errors import MissingExtraError, UnknownNameError
 from sdlite.files import Files
-from sdlite.spec import SPECS
-from sdlite.torch_networks import open_network
+from sdlite.spec import Arrays, IOSpec, spec_of
+from sdlite.torch_networks import open_network, text_states
 from sdlite.weights import dtypes, weight_files, weight_index
 
 # transformers and diffusers patch torch while they load: two threads at once see each other's
@@ -66,18 +66,20 @@ def _threads(count: int) -> Iterator[None]:
 class Module:
     """One network as a function of named numpy arrays."""
 
-    def __init__(self, part: str, module: torch.nn.Module, device: str, threads: int | None):
-        self.part, self.module, self.device = part, module, torch.device(device)
+    def __init__(
+        self, part: str | IOSpec, module: torch.nn.Module, device: str, threads: int | None
+    ):
+        self.spec, self.module, self.device = spec_of(part), module, torch.device(device)
         self.threads = torch.get_num_threads() if threads is None else threads
         self.dtype = next(module.parameters()).dtype
 
     @torch.inference_mode()
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
         running.check()
         with _threads(self.threads):
             return self._run(inputs)
 
-    def _run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    def _run(self, inputs: Arrays) -> Arrays:
         t = {
             k: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for k, v in inputs.items()
         }
@@ -86,15 +88,17 @@ class Module:
             for k, v in t.items()
         }
         m: Any = self.module
-        if self.part == "text_encoder":
-            out = m(t["input_ids"])[0]
-        elif self.part == "unet":
+        out: tuple[torch.Tensor, ...]
+        if "input_ids" in t:
+            out = text_states(m, t["input_ids"], [x.name for x in self.spec.outputs])
+        elif self.spec.part == "unet":
             first = [t.pop(k) for k in ("sample", "timestep", "encoder_hidden_states")]
-            out = m(*first, return_dict=False, **families.unet_arguments(t))[0]
+            out = m(*first, return_dict=False, **families.unet_arguments(t))[:1]
         else:
-            out = m.decode(t["latent_sample"], return_dict=False)[0]
-        result: np.ndarray = out.float().cpu().numpy()
-        return result
+            out = m.decode(t["latent_sample"], return_dict=False)[:1]
+        return {
+            x.name: y.float().cpu().numpy() for x, y in zip(self.spec.outputs, out, strict=True)
+        }
 
 
 def open_part(
@@ -111,7 +115,8 @@ def open_part(
             f"device='cuda': torch {torch.__version__} finds no CUDA device; use device='cpu' or"
             " install a CUDA build."
         )
-    source = SPECS[part].source
+    spec = artifact.spec(part)
+    source = spec.source
     folder = artifact.files.part(source)
     weights = weight_files(folder)
     with _LOADING:
@@ -124,10 +129,10 @@ def open_part(
         f" and {len(weights) - 1} more" if len(weights) > 1 else ""
     )
     storage = " and ".join(dtypes(weight_index(weights)))
-    network: Network = Module(part, module.to(device), device, threads)
+    network: Network = Module(spec, module.to(device), device, threads)
     if part == "vae_decoder" and arithmetic == "float16":
         network = Overflowing(
-            network, lambda: Module(part, copy.deepcopy(module).float(), device, threads)
+            network, lambda: Module(spec, copy.deepcopy(module).float(), device, threads)
         )
     if (
         precision == "int8-dynamic" and device == "cpu"

@@ -8,7 +8,6 @@ from typing import NotRequired, TypedDict
 
 from sdlite.exporters.parity import Recording
 from sdlite.exporters.targets.base import Runtime, Target
-from sdlite.manifest import PARTS
 from sdlite.spec import Tensor
 
 STEP = "step.onnx"  # of three graphs, see `sdlite.exporters.rewrites.hoist`
@@ -32,6 +31,7 @@ class NetworkRow(TypedDict):
     arithmetic: str
     inputs: list[TensorRow]
     output: TensorRow
+    more_outputs: NotRequired[list[TensorRow]]
     batch: NotRequired[int]
     cuts: NotRequired[bool]
 
@@ -53,22 +53,24 @@ def networks(
     profile = target.profile
     words = _free(recording, target.free_size) if profile.dynamic else {}
     out: dict[str, NetworkRow] = {}
-    for part in PARTS:
+    for part in recording.specs:
         names = [f.relative_to(folder).as_posix() for f in made[part]]
         main = next((n for n in names if n == f"{part}/{STEP}"), names[0])
-        given, answer = recording.calls[part][0]
+        spec, (given, answers) = recording.specs[part], recording.calls[part][0]
         tensors = _Tensors(target.runtime(), words)
         out[part] = {
             "file": main,
             "weights": [n for n in names if n != main],
             "storage": _storage(target, str(source[part]["storage"])),
             "arithmetic": str(source[part]["arithmetic"]),
-            "inputs": [
-                tensors.input(t, given[t.name].shape, i)
-                for i, t in enumerate(recording.specs[part].inputs)
-            ],
-            "output": tensors.row(recording.specs[part].output, answer.shape, "out0"),
+            "inputs": [tensors.input(t, given[t.name].shape, i) for i, t in enumerate(spec.inputs)],
+            "output": tensors.row(spec.output, answers[spec.output.name].shape, "out0"),
         }
+        if more := [
+            tensors.row(t, answers[t.name].shape, f"out{i}")
+            for i, t in enumerate(spec.outputs[1:], 1)
+        ]:
+            out[part]["more_outputs"] = more
         if not profile.dynamic:
             out[part]["batch"] = profile.rows
         if main.endswith(STEP):

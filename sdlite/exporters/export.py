@@ -31,10 +31,9 @@ from sdlite.exporters.rewrites.fixed_shapes import opset_of
 from sdlite.exporters.targets.base import Facts, Graphs, NotRunnable, Running, Seconds, Target
 from sdlite.instrument import let_go, on_demand
 from sdlite.io import scratch, write_json, writing
-from sdlite.manifest import INDEX, PARTS, REPORT, STUDENT, Manifest
+from sdlite.manifest import INDEX, REPORT, STUDENT, Manifest
 from sdlite.pipeline import Pipeline
 from sdlite.sampling import known_sampler
-from sdlite.spec import SPECS
 
 PROMPTS = ("a red apple", "a house with a garden")  # where the model has none
 
@@ -96,7 +95,7 @@ def export(
     artifact, manifest = _exportable(model, wanted.profile, sampler)
     job = _Job(artifact, manifest, wanted, given, num_inference_steps, threads)
     _refuse_conditions(artifact, wanted)
-    wanted.specs = {p: artifact.spec(p) for p in PARTS}
+    wanted.specs = {p: artifact.spec(p) for p in artifact.parts}
     wanted.check(artifact)
     resources.check(artifact, wanted.profile, job.source, Path(out))
     with resources.watched(wanted.profile), scratch("export") as aside, writing(out) as folder:
@@ -214,7 +213,7 @@ class _Job:
         """The graphs that the converter is given, in `folder`; and what a calibration was."""
         shaped = {
             p: handed.shaped_graph(self.artifact, p, self.target, self.source, recording, folder)
-            for p in PARTS
+            for p in self.artifact.parts
         }
         graphs, facts = self.target.quantize(
             shaped, self.pipe, self.prompts, self.steps, self.threads
@@ -228,7 +227,7 @@ class _Job:
         """The files of each part, and the torch networks where they were made from these."""
         made: Made = {}
         networks: dict[str, TorchNetwork] = {}
-        for p in PARTS:
+        for p in self.artifact.parts:
             (folder / p).mkdir()
         if self.target.from_torch:
             for p, network in handed.torch_networks(self.artifact, self.profile, recording):
@@ -238,7 +237,7 @@ class _Job:
                     )
                 networks[p] = network
         else:
-            for p in PARTS:
+            for p in graphs:
                 with _refusals(p, self.profile):
                     made[p] = self.target.convert(p, graphs[p], folder / p)
         return made, networks
@@ -301,11 +300,11 @@ class _Job:
             try:
                 running = self.target.run_all(folder, self.threads)
             except NotRunnable as e:
-                not_run = dict.fromkeys(PARTS, str(e))
+                not_run = dict.fromkeys(self.artifact.parts, str(e))
             if running:
                 stack.callback(running.close)
             networks = dict(running.networks) if running else {}
-            for p in PARTS:
+            for p in self.artifact.parts:
                 if p not in networks:
                     networks[p] = self._network(p, made[p], given[p], not_run)
             by_rows = {p: handed.by_rows(n, self.profile) for p, n in networks.items()}
@@ -326,7 +325,7 @@ class _Job:
                 not_run[part] = str(e)
         if isinstance(given, Path):
             return handed.run_graph(given, self.threads)
-        return handed.run_torch(part, given)
+        return handed.run_torch(self.target.specs[part], given)
 
     def _reference(self, model: str | Path | None, recording: Recording) -> np.ndarray | None:
         """The images of the float model that the check names."""
@@ -343,7 +342,7 @@ class _Job:
     def failures(self, made: Made, found: Parity) -> list[str]:
         """What of the quality check does not hold."""
         out = found.fails(self.profile.gate)
-        weight = sum(f.stat().st_size for p in PARTS for f in made[p]) / (1 << 20)
+        weight = sum(f.stat().st_size for p in self.artifact.parts for f in made[p]) / (1 << 20)
         if self.profile.memory_mib and weight > self.profile.memory_mib:
             out.append(
                 f"the networks have {weight:.1f} MiB, wanted at most {self.profile.memory_mib}"
@@ -435,12 +434,12 @@ def _refusals(part: str, profile: Profile) -> Iterator[None]:
 
 def _companions(artifact: Artifact, manifest: Manifest, out: Path) -> None:
     """Tokenizer, scheduler and configs, which the device's code reads."""
-    for part in ("tokenizer", "scheduler"):
+    for part in (*artifact.family.tokenizers.values(), "scheduler"):
         artifact.files.part(part).copy_configs(out / part)
     # optimum looks for the decoder's config beside its graph
-    for part in {*PARTS, *(SPECS[p].source for p in PARTS)}:
+    sources = {p: artifact.spec(p).source for p in artifact.parts}
+    for part, source in {**{s: s for s in sources.values()}, **sources}.items():
         (out / part).mkdir(exist_ok=True)
-        source = SPECS[part].source if part in SPECS else part
         artifact.files.copy(f"{source}/config.json", out / part / "config.json")
     about = {"name": manifest.name, "student": manifest.student, "sampler": artifact.samples_with}
     for name, content in ((INDEX, families.listed_index(artifact.index)), (STUDENT, about)):

@@ -4,6 +4,7 @@ and how these run, where the target's runtime does not.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from sdlite.exporters.profile import Profile
 from sdlite.exporters.rewrites.fixed_shapes import fix, size_of
 from sdlite.exporters.targets.base import Target
 from sdlite.onnx_graph import Graph
-from sdlite.spec import SPECS
+from sdlite.spec import Arrays, IOSpec
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,8 @@ def shaped_graph(
     folder: Path,
 ) -> Path:
     """The model's graph with the profile's shapes and plain weights, written to `folder`."""
-    graph = Graph.load(artifact.graph(source, part))
+    names = [t.name for t in artifact.spec(part).outputs]
+    graph = Graph.load(artifact.graph(source, part)).answers(names)
     profile, out = target.profile, folder / f"{part}.onnx"
     if profile.dynamic and target.free_size:
         graph.save(out)
@@ -80,19 +82,20 @@ def torch_networks(
     """(part, network) in float32; each row of the batch is the first recorded one."""
     import torch
 
-    from sdlite.converter import networks
+    from sdlite.converter import network
 
-    for p, network in networks(artifact.files).items():
+    for p in artifact.parts:
+        spec = artifact.spec(p)
+        module = network(artifact.files, dataclasses.replace(spec, also=()))
         seen = recording.calls[p][0][0]
         rows = [
             np.repeat(seen[t.name][:1], profile.rows, axis=0) if seen[t.name].ndim else seen[t.name]
-            for t in SPECS[p].inputs
+            for t in spec.inputs
         ]
         example = tuple(
-            torch.from_numpy(np.array(r, t.dtype))
-            for r, t in zip(rows, SPECS[p].inputs, strict=True)
+            torch.from_numpy(np.array(r, t.dtype)) for r, t in zip(rows, spec.inputs, strict=True)
         )
-        yield p, TorchNetwork(network.eval().requires_grad_(False), example)
+        yield p, TorchNetwork(module.eval().requires_grad_(False), example)
 
 
 def run_graph(graph: Path, threads: int | None) -> Network:
@@ -102,15 +105,16 @@ def run_graph(graph: Path, threads: int | None) -> Network:
     return Session(str(graph), "cpu", threads, size_of(graph))
 
 
-def run_torch(part: str, network: TorchNetwork) -> Network:
+def run_torch(spec: IOSpec, network: TorchNetwork) -> Network:
     """A torch network on the CPU, called with arrays of one row."""
     import torch
 
-    def run(**inputs: np.ndarray) -> np.ndarray:
-        given = [torch.from_numpy(np.array(inputs[t.name], t.dtype)) for t in SPECS[part].inputs]
+    def run(**inputs: np.ndarray) -> Arrays:
+        given = [torch.from_numpy(np.array(inputs[t.name], t.dtype)) for t in spec.inputs]
         with torch.no_grad():
-            out: np.ndarray = network.module(*given).numpy()
-        return out
+            out = network.module(*given)
+        out = out if isinstance(out, tuple) else (out,)
+        return {t.name: x.numpy() for t, x in zip(spec.outputs, out, strict=False)}
 
     return run
 

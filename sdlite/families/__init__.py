@@ -3,6 +3,7 @@ JSON files before any weights.
 
     base.py     class Family: parts, inputs of the UNet, what a prompt becomes
     sd.py       Stable Diffusion 1.x, 2.x and their students, LCM too
+    sdxl.py     SDXL and its students: two text encoders
     configs.py  what a configuration may say
 
 `register` adds one from outside.
@@ -21,9 +22,15 @@ from sdlite.families.configs import LatentScale as LatentScale
 from sdlite.families.configs import check_config as check_config
 from sdlite.families.configs import vae_config as vae_config
 from sdlite.families.configs import vae_stride as vae_stride
-from sdlite.families.sd import RUNS, StableDiffusion
+from sdlite.families.sd import StableDiffusion, components
+from sdlite.families.sdxl import StableDiffusionXL
 
-_FAMILIES: list[Family] = [StableDiffusion()]
+_FAMILIES: list[Family] = [StableDiffusionXL(), StableDiffusion()]
+RUNS = (
+    "sdlite runs text-to-image models with the parts of Stable Diffusion 1.x and 2.x (a"
+    " CLIPTextModel, a UNet2DConditionModel, an AutoencoderKL or AutoencoderTiny) or of SDXL (a"
+    " CLIPTextModelWithProjection besides)"
+)
 # in model_index.json: the folder has a list of its files; diffusers and optimum pass over it
 MARK = "_sdlite"
 
@@ -36,6 +43,21 @@ def register(family: Family) -> None:
 def known() -> list[str]:
     """Names of the families."""
     return [f.name for f in _FAMILIES]
+
+
+def networks() -> tuple[str, ...]:
+    """Folders of networks that some family has."""
+    return tuple(dict.fromkeys(p for f in _FAMILIES for p in f.networks))
+
+
+def tokenizers() -> tuple[str, ...]:
+    """Folders of tokenizers that some family has."""
+    return tuple(dict.fromkeys(t for f in _FAMILIES for t in f.tokenizers.values()))
+
+
+def folders() -> tuple[str, ...]:
+    """Folders of a diffusers pipeline that some family runs with."""
+    return (*networks(), *tokenizers(), "scheduler")
 
 
 def family_of(index: Config, configs: Configs) -> Family:
@@ -53,8 +75,7 @@ def own_index(index: Config) -> dict[str, Any]:
     """model_index.json of a folder that holds what a model runs with and nothing else: other
     components are none.
     """
-    networks = {p for f in _FAMILIES for p in f.networks}
-    kept = (*networks, "tokenizer", "scheduler")
+    kept = folders()
     out = {
         k: [None, None] if isinstance(v, list) and k not in kept and not k.startswith("_") else v
         for k, v in index.items()
@@ -79,4 +100,7 @@ def refusal(folder: str, index: Config, configs: Configs) -> str:
     whys = [f.refusal(index, configs) for f in _FAMILIES]
     if not all(whys):
         return ""
-    return f"{folder} is a {class_name(index)}, which is not supported: {whys[-1]}. {RUNS}."
+    # the reason of the family whose networks it has, or else of the last one
+    named = components(index)
+    own = next((w for f, w in zip(_FAMILIES, whys, strict=True) if {*f.networks} <= named), None)
+    return f"{folder} is a {class_name(index)}, which is not supported: {own or whys[-1]}. {RUNS}."

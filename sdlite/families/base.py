@@ -5,40 +5,51 @@ becomes. Sampling, backends, quantizing and exporting see parts and conditions a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from sdlite.spec import SPECS, IOSpec, Tensor
+from sdlite.spec import SPECS, Arrays, IOSpec, Tensor
 
 # Named arrays, one row per image, that go to the UNet as they are, in every step.
-Conditions = dict[str, np.ndarray]
+Conditions = Arrays
 Config = Mapping[str, Any]  # content of a config.json
 Configs = Callable[[str], Config]  # "unet", "vae", ... -> its configuration
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a family sees of a call: one prompt per image, negative ones where guidance makes two
-    rows of each image (else none), guidance, and the image's size in pixels.
+    """What a family sees of a call.
+
+    Attributes:
+        prompts: one per image.
+        negatives: the same where guidance makes two rows of each image, else (). None where the
+            caller gave none, which is not "" to every family.
+        height, width: the images' size in pixels.
+        more: of `Family.texts` (one per image, as negatives) and `Family.sizes` (pairs of whole
+            numbers), those that the caller gave.
     """
 
     prompts: Sequence[str]
-    negatives: Sequence[str]
+    negatives: Sequence[str | None]
     guidance_scale: float
     height: int
     width: int
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Encoders(Protocol):
     """What of a pipeline makes conditions."""
 
     @property
+    def index(self) -> Config: ...  # content of model_index.json
+
+    @property
     def unet_config(self) -> Config: ...
 
-    def tokenize(self, prompts: Sequence[str]) -> np.ndarray: ...
-    def encode_text(self, ids: np.ndarray) -> np.ndarray: ...
+    def tokenize(self, prompts: Sequence[str], part: str = "text_encoder") -> np.ndarray: ...
+    def encode(self, part: str, ids: np.ndarray) -> Arrays: ...
 
 
 class Family:
@@ -48,10 +59,18 @@ class Family:
     Attributes:
         name: what errors and manifests call it.
         networks: folder of a diffusers pipeline -> classes that it may be of.
+        parts: the networks that are run, in the order of a call; a part is the folder of its graph.
+        tokenizers: text encoder -> folder of its tokenizer.
+        texts, sizes: further keywords of a pipeline's call: texts, as the negative prompt is one,
+            and (height, width) or (top, left) in pixels.
     """
 
     name: str
     networks: Mapping[str, tuple[str, ...]]
+    parts: tuple[str, ...] = ("text_encoder", "unet", "vae_decoder")
+    tokenizers: Mapping[str, str] = {"text_encoder": "tokenizer"}
+    texts: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
 
     def refusal(self, index: Config, configs: Configs) -> str:
         """Why a pipeline is not of this family, or not one of it that sdlite runs; "" where it is.
@@ -67,13 +86,12 @@ class Family:
         """
         return ()
 
-    def spec(self, part: str, unet: Config) -> IOSpec:
+    def spec(self, part: str, configs: Configs) -> IOSpec:
         """What a part takes and gives."""
         base = SPECS[part]
         if part != "unet":
             return base
-        inputs = (*base.inputs, *self.unet_inputs(unet))
-        return IOSpec(base.part, base.source, inputs, base.output)
+        return replace(base, inputs=(*base.inputs, *self.unet_inputs(configs("unet"))))
 
     def guides_itself(self, unet: Config) -> bool:
         """Whether guidance is an input of the UNet, so that no second row is needed."""
@@ -91,7 +109,9 @@ class Family:
 
     def conditions(self, encoders: Encoders, call: Call) -> tuple[Conditions, Conditions | None]:
         """The conditions of the prompts, and of the negative ones where there are some."""
-        embeds = encoders.encode_text(encoders.tokenize([*call.prompts, *call.negatives]))
+        texts = [*call.prompts, *(n or "" for n in call.negatives)]
+        out = encoders.encode("text_encoder", encoders.tokenize(texts))
+        embeds = out["last_hidden_state"]
         if not call.negatives:
             return {"encoder_hidden_states": embeds}, None
         with_prompt, without = np.split(embeds, 2)

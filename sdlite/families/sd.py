@@ -12,13 +12,8 @@ import numpy as np
 from sdlite.families.base import Call, Conditions, Config, Configs, Encoders, Family
 from sdlite.spec import Tensor
 
-RUNS = (
-    "sdlite runs text-to-image models with the parts of Stable Diffusion 1.x and 2.x: a"
-    " CLIPTextModel, a UNet2DConditionModel that is told latents, timestep and text, and an"
-    " AutoencoderKL or AutoencoderTiny"
-)
 # Components of a pipeline that change nothing in its images, or that we have our own of.
-UNUSED = ("tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
+UNUSED = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")
 # Keys of a UNet's config that mean an input which this family does not have.
 UNFED = {
     "addition_embed_type": "further embeddings (SDXL: pooled text and sizes)",
@@ -46,9 +41,24 @@ class StableDiffusion(Family):
     }
 
     def refusal(self, index: Config, configs: Configs) -> str:
-        return _unknown_parts(index, self.networks) or _unfed_inputs(
+        return self.unknown_parts(index) or _unfed_inputs(
             *(configs(p) for p in ("unet", "vae", "text_encoder"))
         )
+
+    def unknown_parts(self, index: Config) -> str:
+        """Why the components that model_index.json names are not those that we run; "" where they
+        are.
+        """
+        named = components(index)
+        if missing := [p for p in self.networks if p not in named]:
+            more = sorted(named - set(self.networks) - set(UNUSED) - {*self.tokenizers.values()})
+            return f"it has no {missing[0]}" + (f", but {', '.join(more)}" if more else "")
+        if more := sorted(named - set(self.networks) - set(UNUSED) - {*self.tokenizers.values()}):
+            return f"it also has {', '.join(more)}"
+        for part, accepted in self.networks.items():
+            if (kind := str(index[part][-1])) not in accepted:
+                return f"its {part} is of class {kind}"
+        return ""
 
     def unet_inputs(self, unet: Config) -> tuple[Tensor, ...]:
         width = unet.get("time_cond_proj_dim")
@@ -70,11 +80,16 @@ class StableDiffusion(Family):
 
     def conditions(self, encoders: Encoders, call: Call) -> tuple[Conditions, Conditions | None]:
         cond, uncond = super().conditions(encoders, call)
+        self.add_guidance(encoders, call, cond)
+        return cond, uncond
+
+    @staticmethod
+    def add_guidance(encoders: Encoders, call: Call, cond: Conditions) -> None:
+        """Add the guidance's embedding to the conditions of a UNet that takes one."""
         width = encoders.unet_config.get("time_cond_proj_dim")
         if width is not None:
             row = guidance_embedding(call.guidance_scale, width)
             cond["timestep_cond"] = np.repeat(row, len(call.prompts), axis=0)
-        return cond, uncond
 
 
 def guidance_embedding(guidance_scale: float, width: int) -> np.ndarray:
@@ -92,29 +107,33 @@ def guidance_embedding(guidance_scale: float, width: int) -> np.ndarray:
     return np.pad(out, ((0, 0), (0, width % 2)))
 
 
-def _unknown_parts(index: Config, networks: Mapping[str, tuple[str, ...]]) -> str:
-    """Why the components that model_index.json names are not those that we run; "" where they
-    are.
-    """
-    named = {
-        k: v for k, v in index.items() if isinstance(v, list) and any(v) and not k.startswith("_")
-    }
-    if missing := [p for p in networks if p not in named]:
-        more = sorted(set(named) - set(networks) - set(UNUSED))
-        return f"it has no {missing[0]}" + (f", but {', '.join(more)}" if more else "")
-    if more := sorted(set(named) - set(networks) - set(UNUSED)):
-        return f"it also has {', '.join(more)}"
-    for part, accepted in networks.items():
-        if (kind := str(named[part][-1])) not in accepted:
-            return f"its {part} is of class {kind}"
-    return ""
+def components(index: Config) -> set[str]:
+    """The components that a pipeline has, as model_index.json names them."""
+    return {k for k, v in index.items() if isinstance(v, list) and any(v) and k[0] != "_"}
 
 
 def _unfed_inputs(unet: Config, vae: Config, text: Config) -> str:
     """Why the UNet cannot be called with latents, timestep and text alone; "" where it can."""
+    if why := unfed(unet) or misfit(unet, vae):
+        return why
+    wide, width = unet.get("cross_attention_dim"), text.get("hidden_size")
+    if isinstance(wide, int) and isinstance(width, int) and wide != width:
+        return f"its UNet reads text of width {wide}, its text encoder gives {width}"
+    return ""
+
+
+def unfed(unet: Config, *fed: str) -> str:
+    """The first input that the UNet wants and that we do not have; `fed`: keys of its config that
+    we do have an input for.
+    """
     for key, what in UNFED.items():
-        if unet.get(key) is not None:
+        if key not in fed and unet.get(key) is not None:
             return f"its UNet wants {what} ({key}={unet[key]!r})"
+    return ""
+
+
+def misfit(unet: Config, vae: Config) -> str:
+    """Why a UNet's latents are not the VAE's; "" where they are."""
     takes, gives = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if takes != gives:
         return f"its UNet takes {takes} channels, the latents have {gives}"
@@ -122,7 +141,6 @@ def _unfed_inputs(unet: Config, vae: Config, text: Config) -> str:
         return f"its UNet gives {out} channels, the latents have {gives}"
     if (rgb := vae.get("out_channels", 3)) != 3:
         return f"its VAE gives {rgb} channels instead of 3"
-    wide, width = unet.get("cross_attention_dim"), text.get("hidden_size")
-    if isinstance(wide, int) and isinstance(width, int) and wide != width:
-        return f"its UNet reads text of width {wide}, its text encoder gives {width}"
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        return "its VAE scales each channel of the latents by itself (latents_mean, latents_std)"
     return ""

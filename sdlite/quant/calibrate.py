@@ -14,9 +14,9 @@ from sdlite import arguments
 from sdlite.backends import Network
 from sdlite.errors import InputError
 from sdlite.instrument import NamedOutputs, Visit, Watched, with_networks
-from sdlite.manifest import PARTS
 from sdlite.pipeline import Pipeline
 from sdlite.quant.observe import OBSERVERS
+from sdlite.spec import Arrays
 
 
 @dataclass
@@ -108,10 +108,10 @@ class _Later:
     def __init__(self, stride: int):
         self.stride, self.given = stride, list[np.ndarray]()
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
         self.given.append(inputs["latent_sample"])
         b, _, h, w = inputs["latent_sample"].shape
-        return np.broadcast_to(np.float32(0), (b, 3, h * self.stride, w * self.stride))
+        return {"sample": np.broadcast_to(np.float32(0), (b, 3, h * self.stride, w * self.stride))}
 
 
 def walk(
@@ -131,9 +131,10 @@ def walk(
     """
     prompts, later = calibration.shown, _Later(pipe.stride)
     height, width = calibration.size or (None, None)
-    first = [p for p in PARTS if p != "vae_decoder"]
+    specs = {p: pipe.artifact.spec(p) for p in pipe.artifact.parts}
+    first = [p for p in specs if p != "vae_decoder"]
     for i in range(samples):
-        watched: dict[str, Network] = {p: Watched(p, sessions[p], visit) for p in first}
+        watched: dict[str, Network] = {p: Watched(specs[p], sessions[p], visit) for p in first}
         with_networks(pipe, {**watched, "vae_decoder": later})(
             prompts[i % len(prompts)],
             seed=calibration.seed + i,
@@ -146,6 +147,6 @@ def walk(
     for p in first:
         sessions[p].close()
     for latents in later.given:
-        Watched("vae_decoder", sessions["vae_decoder"], visit)(latent_sample=latents)
+        Watched(specs["vae_decoder"], sessions["vae_decoder"], visit)(latent_sample=latents)
         yield
     sessions["vae_decoder"].close()

@@ -136,6 +136,11 @@ class Work:
     progress: bool = False
     warnings: Sequence[str] = ()
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The model's networks."""
+        return self.pipe.artifact.parts
+
     def let_go(self) -> None:
         """Close the float networks and remove the graphs of finished passes."""
         let_go(self.pipe)
@@ -144,7 +149,8 @@ class Work:
 
     def graph(self, part: str) -> Graph:
         """A network's float graph."""
-        return Graph.load(self.pipe.artifact.graph("fp32", part))
+        names = [t.name for t in self.pipe.artifact.spec(part).outputs]
+        return Graph.load(self.pipe.artifact.graph("fp32", part)).answers(names)
 
     def bar(self, run: Iterable[T], total: int, text: str) -> Iterable[T]:
         """`run` with a progress bar, where one is asked for."""

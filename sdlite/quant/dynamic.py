@@ -18,7 +18,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from sdlite.manifest import PARTS
 from sdlite.onnx_graph import Graph, Layer, Weight, constant
 from sdlite.quant import rewrite
 from sdlite.quant.candidate import Part, Parts, Work
@@ -34,7 +33,7 @@ class DynamicBuilder:
         """`keep`: part -> regular expressions of layers that stay in float."""
         self.order: list[str] = []
         self.sizes: dict[str, int] = {}
-        self._parts = {p: build_part(work.graph(p), keep[p]) for p in PARTS}
+        self._parts = {p: build_part(work.graph(p), keep[p]) for p in work.parts}
 
     def build(self, back: Collection[str]) -> Parts:
         """The networks; `back` is empty."""

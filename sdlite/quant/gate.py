@@ -4,6 +4,7 @@ each backend that runs it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -12,7 +13,6 @@ import numpy as np
 from sdlite import arguments
 from sdlite.backends import Network
 from sdlite.instrument import Call, Tape, with_networks
-from sdlite.manifest import PARTS
 from sdlite.metrics import psnr, sqnr, ssim, structure_distance
 from sdlite.pipeline import Pipeline
 from sdlite.spec import latent_size
@@ -141,7 +141,7 @@ def images(pipe: Pipeline, prompts: Sequence[str], gate: Gate) -> np.ndarray:
 
 def calls(floats: Pipeline, prompts: Sequence[str], gate: Gate) -> dict[str, list[Call]]:
     """Every network's calls in the first prompt's image."""
-    tapes = {p: Tape(floats.networks.part(p), []) for p in PARTS}
+    tapes = {p: Tape(network, []) for p, network in floats.networks.parts.items()}
     height, width = gate.size or (None, None)
     with_networks(floats, dict(tapes))(
         prompts[0],
@@ -176,16 +176,17 @@ def compare(
         ssim_mean=float(np.mean([ssim(a, b) for a, b in pairs])),
         structure_distance_mean=float(np.mean([structure_distance(a, b) for a, b in pairs])),
         worst=f"{prompts[at // len(gate.seeds)]!r}, seed {gate.seeds[at % len(gate.seeds)]}",
-        networks={p: _closeness(pipe.networks.part(p), floats[p]) for p in PARTS},
+        networks={p: _closeness(n, floats[p]) for p, n in pipe.networks.parts.items()},
     )
     return found, made
 
 
 def _closeness(network: Network, calls: Sequence[Call]) -> float:
-    """SQNR in dB of a network over the calls of another."""
-    signal = noise = 0.0
+    """SQNR in dB of a network over the calls of another; of several outputs the lowest."""
+    signal, noise = defaultdict[str, float](float), defaultdict[str, float](float)
     for inputs, wanted in calls:
         got = network(**inputs)
-        signal += float(np.square(wanted, dtype=np.float64).sum())
-        noise += float(np.square(got.astype(np.float64) - wanted).sum())
-    return sqnr(signal, noise)
+        for name, right in wanted.items():
+            signal[name] += float(np.square(right, dtype=np.float64).sum())
+            noise[name] += float(np.square(got[name].astype(np.float64) - right).sum())
+    return min(sqnr(signal[name], noise[name]) for name in signal)

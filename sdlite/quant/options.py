@@ -14,7 +14,6 @@ from sdlite import arguments, disk, hub
 from sdlite.artifact import Artifact
 from sdlite.errors import InputError, PrecisionError, UnknownNameError
 from sdlite.instrument import on_demand
-from sdlite.manifest import PARTS
 from sdlite.pipeline import Pipeline
 from sdlite.quant import insert
 from sdlite.quant.calibrate import Calibration
@@ -27,9 +26,8 @@ Keep = Mapping[str, Sequence[str]]  # part -> regular expressions of layers that
 
 # By torch module name: few parameters, and each error there reaches every pixel or every layer.
 KEEP_FLOAT: dict[str, tuple[str, ...]] = {
-    "unet": (r"time_embedding\.", r"time_emb_proj$", r"^conv_in$", r"^conv_out$"),
+    "unet": (r"(time|add)_embedding\.", r"time_emb_proj$", r"^conv_in$", r"^conv_out$"),
     "vae_decoder": (r"^post_quant_conv$", r"decoder\.conv_in$", r"decoder\.conv_out$"),
-    "text_encoder": (),
 }
 
 
@@ -62,9 +60,9 @@ def check_keep_float(keep_float: object) -> None:
     """
     if keep_float is None:
         return
-    if not isinstance(keep_float, Mapping) or set(keep_float) - set(PARTS):
+    if not isinstance(keep_float, Mapping):
         raise InputError(
-            f"keep_float={keep_float!r}; accepted: a dict of {', '.join(PARTS)} to regular"
+            f"keep_float={keep_float!r}; accepted: a dict of networks, such as unet, to regular"
             " expressions of module names."
         )
     for part, given in keep_float.items():
@@ -83,7 +81,12 @@ def kept_in_float(asked: Keep | None, artifact: Artifact) -> dict[str, Sequence[
     part that is not named has its `KEEP_FLOAT`.
     """
     given: Keep = artifact.calibration.get("keep_float", {}) if asked is None else asked
-    return {p: given.get(p, KEEP_FLOAT[p]) for p in PARTS}
+    if unknown := sorted(set(given) - set(artifact.parts)):
+        raise InputError(
+            f"keep_float names {unknown[0]!r}; the networks of {artifact.name} are"
+            f" {', '.join(artifact.parts)}."
+        )
+    return {p: given.get(p, KEEP_FLOAT.get(p, ())) for p in artifact.parts}
 
 
 def open_float(

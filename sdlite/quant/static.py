@@ -12,7 +12,6 @@ import numpy as np
 from onnx import NodeProto
 
 from sdlite.instrument import NamedOutputs, Visit
-from sdlite.manifest import PARTS
 from sdlite.metrics import sqnr
 from sdlite.onnx_graph import Graph, Layer
 from sdlite.quant import insert, rewrite
@@ -37,7 +36,7 @@ class StaticBuilder:
     def __init__(self, work: Work, scheme: insert.Scheme, keep: Mapping[str, Sequence[str]]):
         """Rewrites the graphs, measures ranges and each layer's error: three passes of the loop."""
         self.scheme = scheme
-        self.graphs = {p: work.graph(p) for p in PARTS}
+        self.graphs = {p: work.graph(p) for p in work.parts}
         self.float_bytes = {p: g.total_bytes() for p, g in self.graphs.items()}
         self.parameters = {p: float_parameters(g) for p, g in self.graphs.items()}
         self.rewrites = _rewrite(work, self.graphs, keep)
@@ -50,13 +49,13 @@ class StaticBuilder:
         self.embeddings = {p: rewrite.integer_embeddings(g) for p, g in self.graphs.items()}
         self.order = sorted(self.ratios, key=lambda k: self.ratios[k])
         self.sizes = {
-            f"{p}/{layer.name}": layer.parameters for p in PARTS for layer in self.layers[p]
+            f"{p}/{layer.name}": layer.parameters for p in self.graphs for layer in self.layers[p]
         }
 
     def build(self, back: Collection[str]) -> Parts:
         """The networks with the layers of `back` ("part/name") in float."""
         floats = set(back)
-        return {p: self._part(p, floats) for p in PARTS}
+        return {p: self._part(p, floats) for p in self.graphs}
 
     def _part(self, part: str, back: set[str]) -> Part:
         chosen = [layer for layer in self.layers[part] if f"{part}/{layer.name}" not in back]
@@ -178,7 +177,7 @@ def _histograms(work: Work, graphs: Graphs, layers: Layers) -> dict[str, dict[st
     """What the layers' inputs and the convolutions' outputs look like: part -> tensor -> counts."""
     out: dict[str, dict[str, Histogram]] = {}
     sessions: dict[str, NamedOutputs] = {}
-    for p in PARTS:
+    for p in graphs:
         inputs = {layer.input for layer in layers[p]}
         wanted = inputs | {layer.output for layer in layers[p] if layer.op == "Conv"}
         out[p] = {t: Histogram() for t in sorted(wanted)}
@@ -193,8 +192,10 @@ def _histograms(work: Work, graphs: Graphs, layers: Layers) -> dict[str, dict[st
     # those that images were made of
     judged = set(work.gate.shown)
     for prompt in [p for p in work.calibration.shown if p not in judged][:512]:
-        for name, x in sessions["text_encoder"](input_ids=work.pipe.tokenize([prompt])).items():
-            visit("text_encoder", 0, name, x)
+        for part in work.pipe.tokenizers:
+            ids = work.pipe.tokenize([prompt], part)
+            for name, x in sessions[part](input_ids=ids).items():
+                visit(part, 0, name, x)
     return out
 
 
@@ -202,7 +203,7 @@ def _ranges(work: Work, seen: dict[str, dict[str, Histogram]], scheme: insert.Sc
     c, symmetric = work.calibration, scheme.activation == "int8"
     return {
         p: {t: choose_range(h, c.observer, c.percentile, symmetric) for t, h in seen[p].items()}
-        for p in PARTS
+        for p in seen
     }
 
 
@@ -211,7 +212,7 @@ def _layer_sqnr(
 ) -> dict[str, float]:
     """Each layer alone, on float inputs: dB by "part/module"."""
     sessions = {}
-    for p in PARTS:
+    for p in graphs:
         twin = insert.insert(graphs[p], layers[p], ranges[p], scheme, twin=True)
         sessions[p] = NamedOutputs(twin, work.scratch / f"{p}-twin.onnx", work.threads)
     sums: dict[tuple[str, str], float] = {}
@@ -225,6 +226,6 @@ def _layer_sqnr(
         f"{p}/{layer.name}": sqnr(
             sums[p, insert.signal_name(layer)], sums[p, insert.noise_name(layer)]
         )
-        for p in PARTS
+        for p in graphs
         for layer in layers[p]
     }

@@ -13,8 +13,6 @@ from sdlite.manifest import CalibrationRow, Manifest, NetworkRow, write_manifest
 from sdlite.quant.candidate import Part, Parts, Work
 from sdlite.quant.gate import Comparison
 
-COPIED = ("tokenizer", "scheduler", "text_encoder", "unet", "vae", "vae_decoder")
-
 
 def model(work: Work, parts: Parts, folder: Path) -> None:
     """Write a model that can be opened to `folder`, in place of what is there. The parts get their
@@ -25,7 +23,7 @@ def model(work: Work, parts: Parts, folder: Path) -> None:
         remove(child) if child.is_dir() else child.unlink()
     index = json.dumps(families.listed_index(source.index), indent=1) + "\n"
     (folder / "model_index.json").write_text(index, encoding="utf-8")
-    for part in COPIED:
+    for part in (*source.folders, "vae_decoder"):
         if (source.folder / part).is_dir():
             source.files.part(part).copy_configs(folder / part)
     for part, built in parts.items():

@@ -50,12 +50,9 @@ def test_float_pixels_of_onnxruntime_equal_torch_beyond_rounding(emoji, torch_pi
         "timestep": np.array(500, np.float32),
         "encoder_hidden_states": b,
     }
-    a, b = emoji.networks.unet(**arguments), torch_pipe.networks.unet(**arguments)
+    a, b = (p.networks.unet(**arguments)["out_sample"] for p in (emoji, torch_pipe))
     assert psnr(a, b, peak=float(np.abs(b).max())) > 90
-    a, b = (
-        emoji.networks.vae_decoder(latent_sample=LATENTS),
-        torch_pipe.networks.vae_decoder(latent_sample=LATENTS),
-    )
+    a, b = (p.networks.vae_decoder(latent_sample=LATENTS)["sample"] for p in (emoji, torch_pipe))
     assert psnr(a, b, peak=2) > 90
 
 
@@ -126,13 +123,17 @@ def test_pndm_refuses_zero_terminal_snr(emoji):
 
 def test_a_broken_network_fails_the_parity_gate(emoji, want, monkeypatch):
     unet = emoji.networks.unet
-    monkeypatch.setattr(
-        emoji.networks,
+    monkeypatch.setitem(
+        emoji.networks.parts,
         "unet",
         lambda **kw: unet(**{**kw, "timestep": np.asarray(kw["timestep"] + np.float32(100))}),
     )
     assert psnr(pixels(emoji(PROMPTS, latents=LATENTS, **CALL).images), want) < 50
-    monkeypatch.setattr(emoji.networks, "unet", lambda **kw: unet(**kw) * np.float32(1.1))
+    monkeypatch.setitem(
+        emoji.networks.parts,
+        "unet",
+        lambda **kw: {"out_sample": unet(**kw)["out_sample"] * np.float32(1.1)},
+    )
     assert psnr(pixels(emoji(PROMPTS, latents=LATENTS, **CALL).images), want) < 50
 
 

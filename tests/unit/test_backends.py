@@ -99,9 +99,10 @@ def test_a_missing_engine_from_outside_names_its_package(monkeypatch, grey):
 
 def test_the_network_of_a_part_is_found_by_its_name():
     report = backends.Report("m", "b", "cpu", "fp32", "why", "e 1")
-    networks = backends.Networks(*(lambda **_: np.zeros(1) for _ in range(3)), report, 8)
-    assert networks.part("unet") is networks.unet
-    assert networks.part("vae_decoder") is networks.vae_decoder
+    parts = {p: (lambda **_: {}) for p in ("text_encoder", "unet", "vae_decoder")}
+    networks = backends.Networks(parts, report, 8)
+    assert networks.unet is parts["unet"]
+    assert networks.vae_decoder is parts["vae_decoder"]
 
 
 def test_closing_reaches_the_networks_inside():
@@ -109,7 +110,7 @@ def test_closing_reaches_the_networks_inside():
 
     class Inner:
         def __call__(self, **inputs):
-            return inputs["sample"]
+            return {"out_sample": inputs["sample"]}
 
         def close(self):
             closed.append(1)

@@ -14,6 +14,7 @@ import sdlite
 from sdlite.artifact import Artifact
 from sdlite.errors import ArtifactError
 from sdlite.io import read_json
+from sdlite.spec import SPECS
 from tests import folders
 from tests.helpers import psnr
 
@@ -22,7 +23,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs the torch extra")
 pytest.importorskip("onnxscript", reason="needs the export extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
-from sdlite.converter import _copy, _link_weights, networks  # noqa: E402
+from sdlite.converter import _copy, _link_weights, network  # noqa: E402
 from sdlite.tryout import try_out  # noqa: E402
 
 CALL = {"seed": 3, "num_inference_steps": 2, "guidance_scale": 3.0}
@@ -191,7 +192,7 @@ def test_weights_that_are_not_the_networks_are_not_converted(damaged, part, tmp_
     with pytest.raises(ArtifactError, match=r"lacks \d+ .*saved compiled"):
         sdlite.convert(damaged, tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"lacks \d+ .*saved compiled"):
-        networks(damaged)
+        network(damaged, SPECS[part.replace("vae", "vae_decoder")])
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
 
 

@@ -76,8 +76,8 @@ def test_a_manifests_guidance_may_be_any_whole_number_that_is_a_float():
 def test_guidance_one_calls_the_network_once_per_image(emoji, monkeypatch):
     rows = []
     unet = emoji.networks.unet
-    monkeypatch.setattr(
-        emoji.networks, "unet", lambda **kw: rows.append(len(kw["sample"])) or unet(**kw)
+    monkeypatch.setitem(
+        emoji.networks.parts, "unet", lambda **kw: rows.append(len(kw["sample"])) or unet(**kw)
     )
     emoji(["pizza", "ghost"], guidance_scale=1, seed=0, **FAST)
     emoji(["pizza", "ghost"], guidance_scale=3, seed=0, **FAST)
@@ -342,24 +342,27 @@ def test_plain_folder_without_torch_says_what_to_install(monkeypatch, plain):
 def test_network_that_gives_nan_is_an_error_not_a_black_picture(
     emoji, monkeypatch, network, stage, number
 ):
-    right = getattr(emoji.networks, network)
+    right = emoji.networks.parts[network]
 
     def broken(**inputs):
-        out = right(**inputs).copy()
+        [(name, out)] = right(**inputs).items()
+        out = out.copy()
         out.flat[7] = number
-        return out
+        return {name: out}
 
-    monkeypatch.setattr(emoji.networks, network, broken)
+    monkeypatch.setitem(emoji.networks.parts, network, broken)
     with pytest.raises(InputError, match=stage):
         emoji("pizza", seed=0, **FAST)
 
 
 def test_tile_that_is_nan_is_an_error_too(emoji, monkeypatch):
     right = emoji.networks.vae_decoder
-    monkeypatch.setattr(
-        emoji.networks,
+    monkeypatch.setitem(
+        emoji.networks.parts,
         "vae_decoder",
-        lambda latent_sample: right(latent_sample=latent_sample) * np.float32("nan"),
+        lambda latent_sample: {
+            "sample": right(latent_sample=latent_sample)["sample"] * np.float32("nan")
+        },
     )
     emoji.enable_vae_tiling(48)
     try:

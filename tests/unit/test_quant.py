@@ -30,7 +30,6 @@ from sdlite.errors import (
 )
 from sdlite.images import to_uint8
 from sdlite.instrument import NamedOutputs, let_go, on_demand
-from sdlite.manifest import PARTS
 from sdlite.metrics import psnr, ssim, structure_distance
 from sdlite.onnx_graph import Graph
 from sdlite.quant import Calibration, Gate, insert, quantize, reports, rewrite, table
@@ -154,7 +153,7 @@ def unet():
 def test_graph_round_trip_is_exact(emoji, unet, tmp_path):
     inputs = unet_inputs()
     out = run(unet, tmp_path, inputs)["out_sample"]
-    np.testing.assert_allclose(out, emoji.networks.unet(**inputs), atol=1e-5)
+    np.testing.assert_allclose(out, emoji.networks.unet(**inputs)["out_sample"], atol=1e-5)
     again = run(Graph.load(tmp_path / "g.onnx"), tmp_path, inputs)["out_sample"]
     np.testing.assert_array_equal(out, again)
     names = {layer.name for layer in unet.layers()}
@@ -776,7 +775,7 @@ def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path, mo
             tmp_path / f"{p}.onnx",
             1,
         )
-        for p in PARTS
+        for p in artifact.parts
     }
     decoded = []
 
@@ -799,7 +798,7 @@ def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path, mo
     trimmed = []
     monkeypatch.setattr(memory, "trim", lambda: trimmed.append(1))
     let_go(pipe)
-    assert all(getattr(pipe.networks, p)._network is None for p in PARTS)
+    assert all(n._network is None for n in pipe.networks.parts.values())
     assert (
         len(trimmed) == 3
     )  # each network was open: what onnxruntime freed goes back to the system

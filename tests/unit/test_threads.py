@@ -312,19 +312,15 @@ def test_cancel_is_seen_between_tiles_and_between_rows(emoji):
     def network(**inputs):
         seen.append(len(inputs["latent_sample"]))
         pipe.cancel()
-        return np.zeros((1, 3, *(8 * n for n in inputs["latent_sample"].shape[2:])), np.float32)
+        sides = (8 * n for n in inputs["latent_sample"].shape[2:])
+        return {"sample": np.zeros((1, 3, *sides), np.float32)}
 
-    networks = sdlite.backends.Networks(
-        emoji.networks.text_encoder,
-        emoji.networks.unet,
-        RowByRow(network),
-        emoji.report,
-        emoji.networks.size_multiple,
-    )
+    parts = {**emoji.networks.parts, "vae_decoder": RowByRow(network)}
+    networks = sdlite.backends.Networks(parts, emoji.report, emoji.networks.size_multiple)
     pipe = sdlite.Pipeline(emoji.artifact, networks)
     with pytest.raises(Cancelled):
         pipe(["pizza"] * 3, **CALL)
-    networks.vae_decoder = network
+    parts["vae_decoder"] = network
     pipe.enable_vae_tiling(48)
     with pytest.raises(Cancelled):
         pipe("pizza", **CALL)
@@ -345,7 +341,7 @@ def test_a_closed_pipeline_frees_its_networks_and_says_so(backend):
     with load(backend) as pipe:
         small(pipe)
         freed = [
-            weakref.ref(getattr(pipe.networks, part))
+            weakref.ref(pipe.networks.parts[part])
             for part in ("text_encoder", "unet", "vae_decoder")
         ]
     gc.collect()
@@ -421,7 +417,7 @@ def test_a_call_that_is_too_large_is_refused_before_any_work(emoji, monkeypatch)
 
     pipe = sdlite.Pipeline.from_pretrained("emoji", backend="onnxruntime", threads=1)
     for part in ("text_encoder", "unet", "vae_decoder"):
-        monkeypatch.setattr(pipe.networks, part, never)
+        monkeypatch.setitem(pipe.networks.parts, part, never)
     for call in (
         {"height": 2048, "width": 2048},
         {"num_images_per_prompt": 1024},
@@ -502,29 +498,24 @@ def test_images_that_overflow_in_float16_are_decoded_in_float32(decoders):
     z = np.stack([np.full((8, 4, 4), x, np.float32) for x in (0.01, 40.0)]) * np.random.default_rng(
         0
     ).standard_normal((2, 8, 4, 4), np.float32)
-    assert [bool(np.isfinite(half(latent_sample=z[i : i + 1])).all()) for i in (0, 1)] == [
-        True,
-        False,
-    ]
+    assert [
+        bool(np.isfinite(half(latent_sample=z[i : i + 1])["sample"]).all()) for i in (0, 1)
+    ] == [True, False]
     made = []
     both = Overflowing(half, lambda: made.append(1) or whole)
     for _ in range(2):
-        got = both(latent_sample=z)
+        got = both(latent_sample=z)["sample"]
         np.testing.assert_array_equal(
-            got[:1], half(latent_sample=z)[:1]
+            got[:1], half(latent_sample=z)["sample"][:1]
         )  # of its own: no other image decides how it is made
-        np.testing.assert_array_equal(got[1:], whole(latent_sample=z[1:]))
+        np.testing.assert_array_equal(got[1:], whole(latent_sample=z[1:])["sample"])
     assert made == [1]
 
 
 def test_a_pipeline_says_once_that_its_decoder_overflows(decoders, emoji):
-    networks = sdlite.backends.Networks(
-        emoji.networks.text_encoder,
-        emoji.networks.unet,
-        Overflowing(decoders[0], lambda: decoders[1]),
-        emoji.report,
-        emoji.networks.size_multiple,
-    )
+    both = Overflowing(decoders[0], lambda: decoders[1])
+    parts = {**emoji.networks.parts, "vae_decoder": both}
+    networks = sdlite.backends.Networks(parts, emoji.report, emoji.networks.size_multiple)
     pipe = sdlite.Pipeline(emoji.artifact, networks)
     call = {
         **CALL,
@@ -541,11 +532,9 @@ def test_a_pipeline_says_once_that_its_decoder_overflows(decoders, emoji):
 
 
 def test_a_decoder_that_is_no_number_in_float32_either_is_an_error(decoders, emoji):
-    nan = Overflowing(
-        decoders[0], lambda: lambda latent_sample: np.full((1, 3, 64, 64), np.nan, np.float32)
-    )
-    networks = sdlite.backends.Networks(
-        emoji.networks.text_encoder, emoji.networks.unet, nan, emoji.report, 8
-    )
+    whole = {"sample": np.full((1, 3, 64, 64), np.nan, np.float32)}
+    nan = Overflowing(decoders[0], lambda: lambda latent_sample: whole)
+    parts = {**emoji.networks.parts, "vae_decoder": nan}
+    networks = sdlite.backends.Networks(parts, emoji.report, 8)
     with pytest.raises(InputError, match="VAE decoder are not finite"), pytest.warns(SdliteWarning):
         sdlite.Pipeline(emoji.artifact, networks).decode(np.full((1, 8, 8, 8), 1000, np.float32))

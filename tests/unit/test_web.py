@@ -467,8 +467,8 @@ def test_the_pages_guidance_and_latent_scaling_are_pythons(node, copy):
     pipe = sdlite.Pipeline.from_pretrained(copy, threads=1)
     latents = rng.standard_normal((1, 8, 8, 8)).astype(np.float32)
     seen = []
-    pipe.networks.vae_decoder = lambda latent_sample: (
-        seen.append(latent_sample) or np.zeros((1, 3, 64, 64), np.float32)
+    pipe.networks.parts["vae_decoder"] = lambda latent_sample: (
+        seen.append(latent_sample) or {"sample": np.zeros((1, 3, 64, 64), np.float32)}
     )
     pipe.decode(latents)
     given = {"u": latents.ravel().tolist(), "c": [], "vae": vae}

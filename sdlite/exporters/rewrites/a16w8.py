@@ -22,7 +22,6 @@ from onnx import NodeProto, helper
 
 from sdlite.backends import RowByRow
 from sdlite.instrument import NamedOutputs, Watched, with_networks
-from sdlite.manifest import PARTS
 from sdlite.onnx_graph import Graph, Layer, constant
 from sdlite.pipeline import Pipeline
 from sdlite.quant.observe import Histogram, choose_range
@@ -70,7 +69,7 @@ def observe(
         graphs: part -> graph of batch 1.
     """
     seen = {
-        p: {t: Histogram() for x in layers[p].values() for t in (x.input, x.output)} for p in PARTS
+        p: {t: Histogram() for x in layers[p].values() for t in (x.input, x.output)} for p in graphs
     }
 
     def visit(part: str, step: int, name: str, x: np.ndarray) -> None:
@@ -78,18 +77,18 @@ def observe(
             seen[part][name].add(x, step, f"{part}/{name}")
 
     watched = {}
-    for p in PARTS:
+    for p in graphs:
         inputs = {i.name for i in graphs[p].proto.graph.input}
         session = _Echo(
             graphs[p].outputs(sorted(seen[p].keys() - inputs)),
             scratch / f"{p}.observed.onnx",
             threads,
         )
-        watched[p] = RowByRow(Watched(p, session, visit))
+        watched[p] = RowByRow(Watched(pipe.artifact.spec(p), session, visit))
     made = with_networks(pipe, watched)
     for i, prompt in enumerate(prompts):
         made(prompt, seed=1000 + i, **arguments)
-    return {p: {t: choose_range(h, "min-max") for t, h in seen[p].items()} for p in PARTS}
+    return {p: {t: choose_range(h, "min-max") for t, h in seen[p].items()} for p in graphs}
 
 
 class _Echo(NamedOutputs):

@@ -19,7 +19,6 @@ from sdlite.backends import Network
 from sdlite.errors import ExportError, UnknownNameError
 from sdlite.exporters.targets.base import NotRunnable, Runtime, Target
 from sdlite.settings import settings
-from sdlite.spec import SPECS
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +92,7 @@ class CoreML(Target[Options]):
             warnings.simplefilter("ignore")
             program = torch.export.export(network.eval(), example, strict=False)
             program = program.run_decompositions({})
-        spec = SPECS[part]
+        spec = self.specs[part]
         inputs = [
             ct.TensorType(name=t.name, shape=tuple(x.shape) or (1,), dtype=_KINDS[t.dtype])
             for t, x in zip(spec.inputs, example, strict=True)
@@ -104,7 +103,7 @@ class CoreML(Target[Options]):
             model = ct.convert(
                 program,
                 inputs=inputs,
-                outputs=[ct.TensorType(name=spec.output.name, dtype=np.float32)],
+                outputs=[ct.TensorType(name=t.name, dtype=np.float32) for t in spec.outputs],
                 compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
                 minimum_deployment_target=deployed,
                 skip_model_load=True,

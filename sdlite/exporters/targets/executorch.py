@@ -20,7 +20,7 @@ from sdlite.backends import Network
 from sdlite.errors import ExportError
 from sdlite.exporters.targets.base import NotRunnable, Runtime, Target
 from sdlite.settings import settings
-from sdlite.spec import SPECS
+from sdlite.spec import Arrays
 
 if TYPE_CHECKING:
     import torch
@@ -107,11 +107,11 @@ class ExecuTorch(Target[Options]):
         method = Loader.get().load_program(str(files[0])).load_method("forward")
         if method is None:
             raise ExportError(f"ExecuTorch cannot load {files[0]}.")
-        inputs = SPECS[part].inputs
+        spec = self.specs[part]
 
-        def network(**given: np.ndarray) -> np.ndarray:
-            row = [torch.from_numpy(np.array(given[t.name], t.dtype)) for t in inputs]
-            out: np.ndarray = method.execute(row)[0].numpy().copy()
-            return out
+        def network(**given: np.ndarray) -> Arrays:
+            row = [torch.from_numpy(np.array(given[t.name], t.dtype)) for t in spec.inputs]
+            made = zip(spec.outputs, method.execute(row), strict=True)
+            return {t.name: x.numpy().copy() for t, x in made}
 
         return network

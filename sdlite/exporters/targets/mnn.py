@@ -15,7 +15,7 @@ from sdlite.backends import Network
 from sdlite.errors import ExportError
 from sdlite.exporters.targets.base import NoOptions, Runtime, Target
 from sdlite.io import scratch
-from sdlite.spec import SPECS
+from sdlite.spec import Arrays, IOSpec
 
 CODE = """
 import MNN
@@ -85,23 +85,23 @@ class MNN(Target[NoOptions]):
 
     def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
         """The network on this machine's CPU."""
-        return _Network(files[0], part, threads)
+        return _Network(files[0], self.specs[part], threads)
 
 
 class _Network:
-    def __init__(self, path: Path, part: str, threads: int | None):
+    def __init__(self, path: Path, spec: IOSpec, threads: int | None):
         import MNN
 
-        self.mnn, spec = MNN, SPECS[part]
+        self.mnn, self.outputs = MNN, [t.name for t in spec.outputs]
         self.inputs = [t.name for t in spec.inputs]
         self.types = {t.name: t.dtype for t in spec.inputs}
         config = {"backend": "CPU", "precision": "high", "numThread": threads or 2}
         self.runtime = MNN.nn.create_runtime_manager((config,))
         self.module = MNN.nn.load_module_from_file(
-            str(path), self.inputs, [spec.output.name], runtime_manager=self.runtime
+            str(path), self.inputs, self.outputs, runtime_manager=self.runtime
         )
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
         np_of = self.mnn.numpy
         given = []
         for name in self.inputs:
@@ -112,4 +112,5 @@ class _Network:
                 else np_of.array(x)
             )
         out = self.module.forward(given)
-        return np.array((out[0] if isinstance(out, (list, tuple)) else out).read())
+        made = out if isinstance(out, (list, tuple)) else [out]
+        return {n: np.array(x.read()) for n, x in zip(self.outputs, made, strict=True)}

@@ -21,7 +21,7 @@ from sdlite.errors import ExportError
 from sdlite.exporters.targets.base import NotRunnable, Runtime, Target
 from sdlite.io import scratch
 from sdlite.settings import settings
-from sdlite.spec import SPECS
+from sdlite.spec import Arrays, IOSpec
 
 CODE = """
 import ncnn
@@ -119,7 +119,7 @@ class Ncnn(Target[Options]):
                 "ncnn finds no Vulkan device here; a software one is in Debian's"
                 " mesa-vulkan-drivers"
             )
-        return _Network(files, part, threads, vulkan)
+        return _Network(files, self.specs[part], threads, vulkan)
 
 
 def _embed(param: str, data: bytes, *, half: bool) -> tuple[str, bytes]:
@@ -167,10 +167,10 @@ def _padded(raw: bytes) -> bytes:
 
 
 class _Network:
-    def __init__(self, files: Sequence[Path], part: str, threads: int | None, vulkan: bool):
+    def __init__(self, files: Sequence[Path], spec: IOSpec, threads: int | None, vulkan: bool):
         import ncnn
 
-        self.ncnn, self.spec = ncnn, SPECS[part]
+        self.ncnn, self.spec = ncnn, spec
         self.net = ncnn.Net()
         self.net.opt.num_threads = threads or 2
         self.net.opt.use_vulkan_compute = vulkan
@@ -183,14 +183,17 @@ class _Network:
                 " does not have."
             )
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
         kept: list[np.ndarray] = []  # ncnn.Mat does not keep its array alive
         with self.net.create_extractor() as run:
             for i, t in enumerate(self.spec.inputs):
                 x = np.asarray(inputs[t.name], np.int32 if t.dtype == "int64" else np.float32)
                 kept.append(np.ascontiguousarray(x[0] if x.ndim else x.reshape(1)))
                 run.input(f"in{i}", self.ncnn.Mat(kept[-1]))
-            failed, out = run.extract("out0")
-            if failed:
-                raise ExportError(f"ncnn could not run {self.spec.part} (code {failed}).")
-            return np.array(out)[None]
+            made: Arrays = {}
+            for i, t in enumerate(self.spec.outputs):
+                failed, out = run.extract(f"out{i}")
+                if failed:
+                    raise ExportError(f"ncnn could not run {self.spec.part} (code {failed}).")
+                made[t.name] = np.array(out)[None]
+            return made

@@ -26,7 +26,7 @@ from sdlite.exporters.rewrites.fixed_shapes import input_shapes, opset_of
 from sdlite.exporters.rewrites.hoist import hoist
 from sdlite.exporters.targets.base import NotRunnable, Runtime, Target
 from sdlite.io import scratch
-from sdlite.manifest import MANIFEST, PARTS, NetworkRow, write_manifest
+from sdlite.manifest import MANIFEST, NetworkRow, write_manifest
 from sdlite.onnx_graph import Graph
 from sdlite.settings import At, settings
 from sdlite.spec import SPECS
@@ -138,7 +138,7 @@ class Onnx(Target[Options]):
             return []
         precision = self.profile.precision
         entries: dict[str, NetworkRow] = {}
-        for part in PARTS:
+        for part in artifact.parts:
             graph = out / part / "model.onnx"
             beside = sorted(graph.parent.glob(f"{graph.name}.*"))
             entries[part] = {

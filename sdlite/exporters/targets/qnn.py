@@ -23,13 +23,12 @@ from sdlite.exporters.profile import assets
 from sdlite.exporters.rewrites import a16w8
 from sdlite.exporters.targets.base import Facts, Graphs, Runtime, Target
 from sdlite.io import scratch
-from sdlite.manifest import PARTS
 from sdlite.onnx_graph import Graph, Layer
 from sdlite.pipeline import Pipeline
 from sdlite.quant.calibrate import read_prompts
 from sdlite.quant.options import KEEP_FLOAT
 from sdlite.settings import At, settings
-from sdlite.spec import SPECS
+from sdlite.spec import Arrays
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -105,7 +104,7 @@ class QNN(Target[Options]):
             return graphs, None
         prompts = [p for p in _prompts(pipe.artifact) if p not in shown][: self.options.samples]
         loaded = {p: Graph.load(g) for p, g in graphs.items()}
-        layers = {p: self._chosen(pipe.artifact, p, loaded[p]) for p in PARTS}
+        layers = {p: self._chosen(pipe.artifact, p, loaded[p]) for p in graphs}
         with scratch("observe") as aside:
             ranges = a16w8.observe(
                 loaded,
@@ -121,14 +120,14 @@ class QNN(Target[Options]):
         for p, graph in graphs.items():
             out[p] = graph.with_name(f"{p}.a16w8.onnx")
             a16w8.insert(loaded[p], list(layers[p].values()), ranges[p]).save(out[p])
-        return out, {"prompts": len(prompts), "layers": {p: sorted(layers[p]) for p in PARTS}}
+        return out, {"prompts": len(prompts), "layers": {p: sorted(layers[p]) for p in graphs}}
 
     def _chosen(self, artifact: Artifact, part: str, graph: Graph) -> dict[str, Layer]:
         """Layers that become integer: all but the model's list (or sdlite's) and the profile's."""
         own = artifact.calibration.get("keep_float", KEEP_FLOAT)
         integer = {str(k): v for k, v in self.options.integer.items()}.get(part, OPERATORS)
         more = {str(k): v for k, v in self.options.keep_float.items()}.get(part, ())
-        keep = [*own.get(part, KEEP_FLOAT[part]), *more]
+        keep = [*own.get(part, KEEP_FLOAT.get(part, ())), *more]
         return a16w8.choose(graph, Graph.load(artifact.graph("fp32", part)), integer, keep)
 
     def convert(self, part: str, graph: Path, out: Path) -> list[Path]:
@@ -185,12 +184,13 @@ class QNN(Target[Options]):
     def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
         """The context binary on the simulator."""
         session = self.session(files[0], threads=threads)
-        types = {t.name: np.dtype(t.dtype) for t in SPECS[part].inputs}
+        spec = self.specs[part]
+        types = {t.name: np.dtype(t.dtype) for t in spec.inputs}
+        names = [t.name for t in spec.outputs]
 
-        def network(**inputs: np.ndarray) -> np.ndarray:
+        def network(**inputs: np.ndarray) -> Arrays:
             given = {k: np.asarray(v, types[k]) for k, v in inputs.items()}
-            out: np.ndarray = session.run(None, given)[0]
-            return out
+            return dict(zip(names, session.run(names, given), strict=True))
 
         return network
 

@@ -193,7 +193,7 @@ class TensorRT(Target[Options]):
 
         if why := no_gpu():
             raise NotRunnable(why)
-        return Engine(files[0], part)
+        return Engine(files[0], self.specs[part])
 
 
 def _rounded(part: str, graph: Path) -> Path:

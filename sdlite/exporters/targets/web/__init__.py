@@ -34,7 +34,6 @@ from sdlite.sampling import Schedule, get_sampler
 from sdlite.sampling.schedule import STEPS_OFFSET
 from sdlite.sampling.solvers import DDIM
 from sdlite.settings import settings
-from sdlite.spec import SPECS
 from sdlite.tokenizer import ClipTokenizer
 
 VERSION = "1.30.0"  # of onnxruntime-web
@@ -150,7 +149,7 @@ class Web(Target[Options]):
         if why := chromium.lacking():
             raise NotRunnable(why)
         page = Page(folder, self.options.provider)
-        networks = {part: page.network(part) for part in SPECS}
+        networks = {part: page.network(spec) for part, spec in self.specs.items()}
         return Running(networks, page.close, page.image, page.clock)
 
 
@@ -159,7 +158,7 @@ def page_settings(
 ) -> dict[str, object]:
     """What `sdlite-web.json` holds, for the networks in `folder`."""
     vae = vae_config(artifact.config("vae"))
-    beside = {p: next((f.name for f in (folder / p).glob("*.data")), None) for p in SPECS}
+    beside = {p: next((f.name for f in (folder / p).glob("*.data")), None) for p in artifact.parts}
     return {
         "name": artifact.name,
         "sampler": artifact.samples_with,
@@ -167,7 +166,7 @@ def page_settings(
         "weights": beside,
         "bytes": {
             f"{p}/{f.name}": f.stat().st_size
-            for p in SPECS
+            for p in artifact.parts
             for f in sorted((folder / p).glob("model.onnx*"))
         },
         "scaling_factor": vae["scaling_factor"],

@@ -12,7 +12,7 @@ import numpy as np
 from sdlite.backends import Network
 from sdlite.exporters.targets.base import Seconds
 from sdlite.exporters.targets.web import chromium
-from sdlite.spec import SPECS
+from sdlite.spec import Arrays, IOSpec
 
 
 class _Array(TypedDict):
@@ -38,15 +38,15 @@ class Page:
         """End the browser."""
         self.browser.close()
 
-    def network(self, part: str) -> Network:
+    def network(self, spec: IOSpec) -> Network:
         """One of the networks, called with numpy arrays."""
-        types = {t.name: np.dtype(t.dtype) for t in SPECS[part].inputs}
+        part, types = spec.part, {t.name: np.dtype(t.dtype) for t in spec.inputs}
 
-        def call(**inputs: np.ndarray) -> np.ndarray:
+        def call(**inputs: np.ndarray) -> Arrays:
             feeds = {k: _sent(np.asarray(v, types[k])) for k, v in inputs.items()}
             script = f"run_network({json.dumps(part)}, {json.dumps(feeds)})"
             answer = cast(_Array, self.browser.evaluate(script))
-            return _received(answer, np.float32)
+            return {spec.output.name: _received(answer, np.float32)}
 
         return call
 
