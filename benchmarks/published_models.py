@@ -4,7 +4,8 @@ random networks.
 What is true to the published files: config keys and values, block lists, number of heads and
 layers, tokenizer files with CLIP's whole vocabulary, scheduler configs, tensor names, dtypes and
 extra buffers. What is not: widths (divided by 2 to 16), the norm groups of SD-2.x (8, so that its
-heads divide the widths), SDXL's depth (it is refused before any weights are read), and weights.
+heads divide the widths), and weights. SSD-1B's, Vega's and KOALA's depths are those of ComfyUI's
+table of UNets (`comfy/supported_models_base`), which gives their published parameter counts.
 Cross attention is made loud, so that another prompt is another picture. CLIP's merges are read from
 the `open_clip_torch` wheel (installed without its dependencies; its code is not imported).
 
@@ -131,10 +132,14 @@ TEXT_SD2 = TEXT_SD1 | {
     "num_hidden_layers": 23,
     "projection_dim": 512,
 }
+TEXT_SDXL = TEXT_SD1 | {"projection_dim": 768, "torch_dtype": "float16"}
 TEXT_2_SDXL = TEXT_SD2 | {
     "architectures": ["CLIPTextModelWithProjection"],
-    "num_hidden_layers": 4,
-    "projection_dim": 64,
+    "hidden_size": 80,
+    "intermediate_size": 320,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 80,
 }
 
 BETAS = {
@@ -251,6 +256,21 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
         "timestep_spacing": "leading",
         "trained_betas": None,
     },
+    "sdxl-turbo": {
+        "_class_name": "EulerAncestralDiscreteScheduler",
+        "_diffusers_version": "0.24.0.dev0",
+        **BETAS,
+        "clip_sample": False,
+        "interpolation_type": "linear",
+        "prediction_type": "epsilon",
+        "sample_max_value": 1.0,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "timestep_spacing": "trailing",
+        "trained_betas": None,
+        "use_karras_sigmas": False,
+    },
     "sdxl": {
         "_class_name": "EulerDiscreteScheduler",
         "_diffusers_version": "0.19.0.dev0",
@@ -281,6 +301,7 @@ class Published:
         old_vae_names: whether the VAE's attention has the names of diffusers before 0.16 (query,
             key, value, proj_attn).
         pipeline: `_class_name` of model_index.json.
+        text_2: config of SDXL's second text encoder.
     """
 
     unet: dict[str, Any]
@@ -295,6 +316,7 @@ class Published:
     old_vae_names: bool = True
     safety_checker: bool = True
     pipeline: str = "StableDiffusionPipeline"
+    text_2: dict[str, Any] | None = None
 
 
 V2 = {"text": TEXT_SD2, "tokenizer": "sd2", "safety_checker": False}
@@ -303,14 +325,39 @@ SDXL_UNET = UNET_SD2 | {
     "addition_time_embed_dim": 256,
     "block_out_channels": [40, 80, 160],
     "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 112,
+    "addition_embed_type_num_heads": 64,
+    "class_embed_type": None,
+    "cross_attention_dim": 128,
     "down_block_types": [PLAIN, CROSS, CROSS],
-    "projection_class_embeddings_input_dim": 256 * 6 + 64,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_attention_heads": None,
+    "projection_class_embeddings_input_dim": 256 * 6 + 80,
     "sample_size": 128,
-    "transformer_layers_per_block": [1, 2, 2],
+    "time_cond_proj_dim": None,
+    "transformer_layers_per_block": [1, 2, 10],
     "up_block_types": [UP_CROSS, UP_CROSS, UP],
     "upcast_attention": None,
 }
+XL: dict[str, Any] = {
+    "text": TEXT_SDXL,
+    "text_2": TEXT_2_SDXL,
+    "vae": VAE_SD1
+    | {
+        "_diffusers_version": "0.20.0.dev0",
+        "force_upcast": True,
+        "norm_num_groups": 32,
+        "sample_size": 1024,
+        "scaling_factor": 0.13025,
+    },
+    "position_ids": False,
+    "old_vae_names": False,
+    "safety_checker": False,
+    "pipeline": "StableDiffusionXLPipeline",
+}
+# one down block less in each stage
+KOALA = SDXL_UNET | {"layers_per_block": 1}
 MODELS: dict[str, Published] = {
     "sd14": Published(UNET_SD1, "sd14"),
     "sd15-fp16": Published(UNET_SD1, "sd14", dtype="float16"),
@@ -383,16 +430,51 @@ MODELS: dict[str, Published] = {
         vae=TAESD | {"block_out_channels": [64] * 4},
     ),
     "sd14-taesd": Published(UNET_SD1, "sd14", vae=TAESD, old_vae_names=False),
-    # other pipelines: refused in one line
-    "sdxl": Published(
-        SDXL_UNET,
+    "sdxl": Published(SDXL_UNET, "sdxl", guidance=5.0, **XL),
+    "sdxl-turbo": Published(
+        SDXL_UNET | {"sample_size": 64}, "sdxl-turbo", steps=1, guidance=0.0, **XL
+    ),
+    "sdxl-lightning": Published(SDXL_UNET, "sd-turbo", guidance=0.0, **XL),
+    "ssd-1b": Published(
+        SDXL_UNET
+        | {
+            "mid_block_type": "UNetMidBlock2D",
+            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+            "transformer_layers_per_block": [1, 2, 4],
+        },
         "sdxl",
-        text=TEXT_SD1,
-        vae=VAE_SD1 | {"scaling_factor": 0.13025, "force_upcast": True, "sample_size": 1024},
-        position_ids=False,
-        old_vae_names=False,
-        safety_checker=False,
-        pipeline="StableDiffusionXLPipeline",
+        guidance=9.0,
+        **XL,
+    ),
+    "vega": Published(
+        SDXL_UNET | {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, 1, 2]},
+        "sdxl",
+        guidance=9.0,
+        **XL,
+    ),
+    "koala-700m": Published(
+        KOALA | {"mid_block_type": None, "transformer_layers_per_block": [1, 2, 5]},
+        "sdxl",
+        guidance=3.5,
+        **XL,
+    ),
+    "koala-1b": Published(
+        KOALA | {"transformer_layers_per_block": [1, 2, 6]}, "sdxl", guidance=3.5, **XL
+    ),
+    # other pipelines: refused in one line
+    "sdxl-refiner": Published(
+        SDXL_UNET
+        | {
+            "block_out_channels": [24, 48, 96, 96],
+            "attention_head_dim": [6, 12, 24, 24],
+            "down_block_types": [PLAIN, CROSS, CROSS, PLAIN],
+            "up_block_types": [UP, UP_CROSS, UP_CROSS, UP],
+            "cross_attention_dim": 80,
+            "projection_class_embeddings_input_dim": 256 * 5 + 80,
+            "transformer_layers_per_block": 4,
+        },
+        "sdxl",
+        **XL | {"pipeline": "StableDiffusionXLImg2ImgPipeline"},
     ),
     "sd-inpainting": Published(
         UNET_SD1 | {"in_channels": 9}, "sd14", pipeline="StableDiffusionInpaintPipeline"
@@ -639,20 +721,23 @@ def write(name: str, out: Path, seed: int = 0, dtype: str | None = None) -> Path
             "feature_extractor": ["transformers", "CLIPImageProcessor"],
             "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
         }
-    elif model.pipeline != "StableDiffusionXLPipeline":
+    elif model.text_2 is None:
         index |= {
             "feature_extractor": [None, None],
             "safety_checker": [None, None],
             "requires_safety_checker": False,
         }
-    if model.pipeline == "StableDiffusionXLPipeline":
-        _write_text_encoder(TEXT_2_SDXL, out / "text_encoder_2", kind, False)
+    if model.text_2 is not None:
+        _write_text_encoder(model.text_2, out / "text_encoder_2", kind, False)
         write_tokenizer(out / "tokenizer_2", "turbo")
         index |= {
             "force_zeros_for_empty_prompt": True,
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
             "tokenizer_2": ["transformers", "CLIPTokenizer"],
         }
+        if model.pipeline == "StableDiffusionXLImg2ImgPipeline":  # the refiner
+            index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+            index["requires_aesthetics_score"] = True
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return out
 

@@ -27,7 +27,17 @@ _LORA = "with diffusers: fuse_lora, unload_lora_weights, save_pretrained; then l
 _LOAD = "pass it when the pipeline is loaded: Pipeline.from_pretrained(..., device=...)"
 
 Table = Mapping[str, tuple[tuple[object, ...], str]]
+_SDXL = "it is for models with two text encoders (SDXL's); this model has one: leave it out"
+_SIZES = (
+    "original_size",
+    "target_size",
+    "negative_original_size",
+    "negative_target_size",
+    "crops_coords_top_left",
+    "negative_crops_coords_top_left",
+)
 CALL: Table = {
+    **dict.fromkeys(("prompt_2", "negative_prompt_2", *_SIZES), ((None,), _SDXL)),
     "timesteps": ((None,), _TIMES),
     "sigmas": ((None,), _TIMES),
     "eta": ((None, 0.0), "no sampler takes it; sampler='euler-ancestral' draws in each step"),

@@ -124,8 +124,8 @@ def _each(name: str, given: object, count: int, repeat: int) -> list[str]:
     out = [n for n in arguments.texts(name, given) for _ in range(repeat)]
     if len(out) != count:
         raise InputError(
-            f"{len(out) // repeat} {name.replace('_', ' ')}s for {count // repeat} prompts; give one,"
-            " or one for each."
+            f"{len(out) // repeat} {name.replace('_', ' ')}s for {count // repeat} prompts; give"
+            " one, or one for each."
         )
     return out
 

@@ -24,13 +24,14 @@ pytestmark = [
     ),
 ]
 REFUSED = {  # model -> what the line must name
-    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
     "sd-inpainting": "StableDiffusionInpaintPipeline",
     "instruct-pix2pix": "StableDiffusionInstructPix2PixPipeline",
     "x4-upscaler": "StableDiffusionUpscalePipeline",
 }
 RUN = [m for m in published_models.MODELS if m not in REFUSED]
-TWICE = ("bk-sdm-base",)  # its blocks are small-sd's
+# bk-sdm-base: its blocks are small-sd's; of SDXL's class, base and the two outermost shapes
+TWICE = ("bk-sdm-base", "sdxl-turbo", "sdxl-lightning", "vega", "koala-1b")
 CONVERTED = ("bk-sdm-v2-tiny",)  # all traits of SD-2.x in few layers; the others with -m slow
 
 
@@ -82,6 +83,45 @@ def test_converted_it_makes_the_images_of_diffusers(
     monkeypatch.setenv("SDLITE_CACHE", str(tmp_path_factory.getbasetemp() / "published-cache"))
     for backend in ("onnxruntime", "openvino"):
         assert min(closeness(folders, wanted, name, backend)) >= 60, backend
+
+
+OPTIONS = {  # calls of SDXL's pipeline besides the plain one
+    "sizes": {
+        "original_size": (256, 192),
+        "crops_coords_top_left": (8, 16),
+        "target_size": (120, 96),
+    },
+    "negative sizes": {
+        "negative_original_size": (64, 64),
+        "negative_crops_coords_top_left": (4, 0),
+        "negative_target_size": (96, 96),
+    },
+    "second prompts": {"prompt_2": "a blue door", "negative_prompt_2": "fog"},
+    "an empty negative prompt, which is not none": {"negative_prompt": ""},
+    "a negative prompt": {"negative_prompt": "blurred, dark"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_what_sdxl_is_told_besides_the_prompt(folders, options):
+    """Each changes the image, as in diffusers."""
+    import numpy as np
+    import sdlite
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    folder, call = folders("vega"), {"height": 64, "width": 64, "num_inference_steps": 2}
+    call |= {"guidance_scale": 5.0, "output_type": "np"}
+    theirs = StableDiffusionXLPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    if "negative_prompt_2" in options:
+        options = options | {"negative_prompt": "dark"}
+    with sdlite.Pipeline.from_pretrained(folder, backend="torch", threads=1) as ours:
+        plain, got = (ours("a fox", seed=3, **call, **more).images[0] for more in ({}, options))
+    draws = torch.Generator().manual_seed(3)
+    right = theirs("a fox", generator=draws, **call, **options).images[0]
+    assert 10 * np.log10(1 / np.square(right.astype(float) - got).mean()) >= 60
+    assert np.abs(got - plain).max() > 0.02
 
 
 def test_another_prompt_is_another_image(wanted):

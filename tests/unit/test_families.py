@@ -18,6 +18,7 @@ from sdlite import families
 from sdlite.artifact import Artifact
 from sdlite.errors import InputError
 from sdlite.families.sd import StableDiffusion, guidance_embedding
+from sdlite.families.sdxl import StableDiffusionXL
 from sdlite.spec import Tensor
 from tests import folders
 
@@ -141,6 +142,101 @@ def test_steps_and_guidance_of_a_folder_that_does_not_say(lcm, plain, tmp_path):
     folder = remade(plain, tmp_path / "x", "LatentConsistencyModelPipeline", time_cond_proj_dim=16)
     own = Artifact.open(folder).sampler_defaults
     assert (own.num_inference_steps, own.guidance_scale) == (4, 8.5)
+
+
+# --- SDXL: two encoders
+
+
+class Spelled:
+    """Encoders that answer with the number of letters; the second one's are negative."""
+
+    def __init__(self, zeros=True, **unet):
+        self.index = {"force_zeros_for_empty_prompt": zeros}
+        self.unet_config = unet
+
+    def tokenize(self, prompts, part="text_encoder"):
+        return np.array([[len(p)] for p in prompts])
+
+    def encode(self, part, ids):
+        sign = -1 if part == "text_encoder_2" else 1
+        states = np.repeat(np.float32(sign * ids[:, :, None]), 2, axis=2)
+        pooled = {"text_embeds": states[:, 0]} if sign < 0 else {}
+        return {**pooled, "hidden_states.3": states}
+
+
+def told(negatives, more=None, guidance=5.0, **encoders):
+    call = families.Call(["fox", "a cat"], negatives, guidance, 64, 96, more or {})
+    return StableDiffusionXL().conditions(Spelled(**encoders), call)
+
+
+def test_both_encoders_of_sdxl_stand_side_by_side_and_sizes_are_told():
+    cond, uncond = told([])
+    assert uncond is None
+    states = cond["encoder_hidden_states"]
+    np.testing.assert_array_equal(states[:, 0], [[3, 3, -3, -3], [5, 5, -5, -5]])
+    np.testing.assert_array_equal(cond["text_embeds"], [[-3, -3], [-5, -5]])
+    np.testing.assert_array_equal(cond["time_ids"], [[64, 96, 0, 0, 64, 96]] * 2)
+    assert {v.dtype.name for v in cond.values()} == {"float32"}
+    cond, _ = told([], {"prompt_2": ["x", "xy"]})
+    np.testing.assert_array_equal(cond["encoder_hidden_states"][:, 0, 1:3], [[3, -1], [5, -2]])
+
+
+def test_no_negative_prompt_is_zeros_where_the_pipeline_says_so_and_an_empty_one_is_not():
+    for negatives, zeros, more, lengths in (
+        ([None, None], True, {}, [[0, 0], [0, 0]]),
+        ([None, "four"], True, {}, [[0, 0], [4, -4]]),
+        (["", "four"], True, {"negative_prompt_2": ["one", "no"]}, [[0, -3], [4, -2]]),
+        ([None, "four"], False, {}, [[0, 0], [4, -4]]),
+    ):
+        _, uncond = told(negatives, more, zeros=zeros)
+        np.testing.assert_array_equal(uncond["encoder_hidden_states"][:, 0, 1:3], lengths)
+        np.testing.assert_array_equal(uncond["text_embeds"][:, 0], [b for _, b in lengths])
+    _, uncond = told([None, None], {"negative_original_size": (8, 9)})
+    np.testing.assert_array_equal(uncond["time_ids"], [[8, 9, 0, 0, 64, 96]] * 2)
+
+
+def test_an_lcm_of_sdxl_is_told_its_guidance_too():
+    cond, _ = told([], guidance=8.0, time_cond_proj_dim=16)
+    assert cond["timestep_cond"].shape == (2, 16)
+    inputs = StableDiffusionXL().unet_inputs({"time_cond_proj_dim": 16})
+    assert [t.name for t in inputs] == ["timestep_cond", "text_embeds", "time_ids"]
+    assert [t.shape[1] for t in inputs] == ["16", "1280", "6"]
+
+
+XL = {
+    "unet": {
+        "addition_embed_type": "text_time",
+        "cross_attention_dim": 2048,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "vae": {},
+    "text_encoder": {"hidden_size": 768},
+    "text_encoder_2": {"hidden_size": 1280, "projection_dim": 1280},
+}
+XL_INDEX = {
+    "_class_name": "StableDiffusionXLPipeline",
+    **{p: ["lib", kinds[0]] for p, kinds in StableDiffusionXL.networks.items()},
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("unet", {"addition_embed_type": "text_image"}, "told no sizes"),
+        ("unet", {"cross_attention_dim": 768}, "text of width 768.* give 768 and 1280"),
+        ("unet", {"encoder_hid_dim": 4096}, "projected embeddings"),
+        ("unet", {"in_channels": 9}, "takes 9 channels"),
+        ("text_encoder_2", {"projection_dim": 512}, "pooled text of width 1280.* gives 512"),
+        ("vae", {"latents_mean": [0, 0, 0, 0]}, "scales each channel"),
+    ],
+)
+def test_a_pipeline_with_sdxls_parts_that_do_not_fit_is_refused_in_its_words(part, change, words):
+    configs = {**XL, part: XL[part] | change}
+    assert families.refusal("m", XL_INDEX, XL.__getitem__) == ""
+    assert families.family_of(XL_INDEX, XL.__getitem__).name == "sdxl"
+    assert re.search(words, said := families.refusal("m", XL_INDEX, configs.__getitem__)), said
 
 
 class Labelled(StableDiffusion):
