@@ -106,9 +106,10 @@ OPTIONS = {  # calls of SDXL's pipeline besides the plain one
 def test_what_sdxl_is_told_besides_the_prompt(folders, options):
     """Each changes the image, as in diffusers."""
     import numpy as np
-    import sdlite
     import torch
     from diffusers import StableDiffusionXLPipeline
+
+    import sdlite
 
     folder, call = folders("vega"), {"height": 64, "width": 64, "num_inference_steps": 2}
     call |= {"guidance_scale": 5.0, "output_type": "np"}
