@@ -246,8 +246,8 @@ def test_report_says_what_is_on_disk(tmp_path, dtype, precision):
 
 
 SDXL = {
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer_2": ["transformers", "T5Tokenizer"],
 }
 SD3 = {
     "unet": ...,
@@ -262,7 +262,7 @@ PIXART = {
     "text_encoder": ["transformers", "T5EncoderModel"],
 }
 OTHERS = [
-    ("StableDiffusionXLPipeline", SDXL, {}, "it also has text_encoder_2, tokenizer_2"),
+    ("StableDiffusionXLPipeline", SDXL, {}, "its text_encoder_2 is of class T5EncoderModel"),
     (
         "StableDiffusion3Pipeline",
         SD3,

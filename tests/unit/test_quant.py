@@ -591,7 +591,7 @@ def test_errors(tmp_path, emoji, plain):
         ({"out": 3}, "out=3; accepted: a path"),
         ({"scheme": ["u8s7"]}, r"scheme=\['u8s7'\] \(list\); accepted: a string"),
         ({"threads": 0}, "threads=0; accepted: a whole number, 1 to"),
-        ({"keep_float": {"vae": ["conv"]}}, "accepted: a dict of text_encoder, unet, vae_decoder"),
+        ({"keep_float": {"vae": ["conv"]}}, "'vae'; the networks of emoji are text_encoder"),
         (
             {"keep_float": {"unet": "conv"}},
             r"keep_float\['unet'\]='conv' \(str\); accepted: a list of strings",

@@ -134,9 +134,8 @@ def test_prompts_that_push_each_other_out_of_a_fused_unet():
 
     def call(i):
         x = np.float32(i % 5)
-        return unet(
-            sample=x, timestep=np.float32(i % 3), encoder_hidden_states=np.full((1, 2), x)
-        ) - (3 * x + i % 3 + 1)
+        out = unet(sample=x, timestep=np.float32(i % 3), encoder_hidden_states=np.full((1, 2), x))
+        return out["y"] - (3 * x + i % 3 + 1)
 
     with ThreadPoolExecutor(8) as pool:
         assert not np.any(list(pool.map(call, range(400))))
@@ -157,7 +156,7 @@ def test_inputs_bound_to_a_device_are_the_calls_own():
             sample=latents[i % 6],
             timestep=np.array(500, np.float32),
             encoder_hidden_states=embeds[i % 3],
-        )
+        )["out_sample"]
 
     wanted = [call(want, i) for i in range(6)]
     with ThreadPoolExecutor(4) as pool:
