@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, Never, TypedDict, Unpack
 
 import numpy as np
 
@@ -152,6 +152,19 @@ def _check_loading(
     for name, value in texts.items():
         arguments.optional(arguments.text, name, value)
     arguments.threads(threads)
+
+
+class _Told(TypedDict, total=False):
+    """What SDXL's family takes in a call besides."""
+
+    prompt_2: str | Sequence[str] | None
+    negative_prompt_2: str | Sequence[str] | None
+    original_size: tuple[int, int] | None
+    crops_coords_top_left: tuple[int, int] | None
+    target_size: tuple[int, int] | None
+    negative_original_size: tuple[int, int] | None
+    negative_crops_coords_top_left: tuple[int, int] | None
+    negative_target_size: tuple[int, int] | None
 
 
 class _Class(type):
@@ -500,7 +513,7 @@ class Pipeline(metaclass=_Class):
         output_type: str = "pil",
         callback_on_step_end: StepEnd | None = None,
         max_pixels: int | None = None,
-        **others: Any,
+        **others: Unpack[_Told],
     ) -> PipelineOutput:
         """Generate images.
 
@@ -537,8 +550,10 @@ class Pipeline(metaclass=_Class):
         habits.positional(
             positional, "the prompt", "pipe(prompt, height=..., num_inference_steps=...)"
         )
-        own = {k: others.pop(k) for k in (*self.family.texts, *self.family.sizes) if k in others}
-        habits.keywords(others, habits.CALL, type(self).__call__.__kwdefaults__ or ())
+        told = (*self.family.texts, *self.family.sizes)
+        own = {k: v for k, v in others.items() if k in told}
+        unknown = {k: v for k, v in others.items() if k not in told}
+        habits.keywords(unknown, habits.CALL, type(self).__call__.__kwdefaults__ or ())
         arguments.one_of("output_type", output_type, habits.OUTPUTS)
         repeat = arguments.integer(
             "num_images_per_prompt", num_images_per_prompt, 1, arguments.MOST_IMAGES

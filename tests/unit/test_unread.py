@@ -132,7 +132,7 @@ def test_computed_or_unknown_tensor_is_refused(stored):
 
 
 def write_graph(root, part, *, unread):
-    parts = converter.networks(root, unread=unread)
+    parts = {p: converter.network(root, s, unread) for p, s in SPECS.items()}
     assert converter.free_sizes(parts["unet"].module)
     examples = converter._examples(parts, 1, ())
     converter._write_part(root, part, SPECS[part], parts[part], *examples[part])
