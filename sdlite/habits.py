@@ -16,8 +16,7 @@ import numpy as np
 
 from sdlite.errors import AttributeNameError, InputError, UnknownNameError
 
-_EMBEDS = "call the stages: pipe.encode_text(ids) makes embeddings, pipe.denoise(...) takes them"
-_TIMES = "the sampler chooses its own: sampler= and num_inference_steps="
+_POOLED = "this model's UNet takes no pooled text, as SDXL's do: give prompt_embeds= alone"
 _IP = "image prompts (IP-Adapter) are not supported"
 _HUB = "huggingface_hub's own settings hold"
 _UNSAFE = "there is none; check prompts and images in your app"
@@ -38,11 +37,8 @@ _SIZES = (
 )
 CALL: Table = {
     **dict.fromkeys(("prompt_2", "negative_prompt_2", *_SIZES), ((None,), _SDXL)),
-    "timesteps": ((None,), _TIMES),
-    "sigmas": ((None,), _TIMES),
-    "eta": ((None, 0.0), "no sampler takes it; sampler='euler-ancestral' draws in each step"),
-    "prompt_embeds": ((None,), _EMBEDS),
-    "negative_prompt_embeds": ((None,), _EMBEDS),
+    "pooled_prompt_embeds": ((None,), _POOLED),
+    "negative_pooled_prompt_embeds": ((None,), _POOLED),
     "ip_adapter_image": ((None,), _IP),
     "ip_adapter_image_embeds": ((None,), _IP),
     "return_dict": ((True,), "the answer is a PipelineOutput: .images is the tuple's first entry"),

@@ -18,7 +18,19 @@ from typing import TYPE_CHECKING, Any, Never, TypedDict, Unpack
 
 import numpy as np
 
-from sdlite import arguments, backends, families, habits, hub, images, memory, running, tiling
+from sdlite import (
+    arguments,
+    backends,
+    embeddings,
+    families,
+    habits,
+    hub,
+    images,
+    memory,
+    prompt_weights,
+    running,
+    tiling,
+)
 from sdlite._version import __version__
 from sdlite.artifact import Artifact, SamplerDefaults
 from sdlite.checkpoints import is_file
@@ -34,7 +46,7 @@ from sdlite.errors import Cancelled as Cancelled
 from sdlite.families import Conditions
 from sdlite.habits import Generators
 from sdlite.io import writing
-from sdlite.sampling import Draws, Noise, Sampler, Schedule, denoise, get_sampler, guided
+from sdlite.sampling import Control, Draws, Noise, Sampler, Schedule, denoise, get_sampler, guided
 from sdlite.spec import Arrays, latent_size
 from sdlite.tokenizer import ClipTokenizer
 
@@ -165,6 +177,8 @@ class _Told(TypedDict, total=False):
     negative_original_size: tuple[int, int] | None
     negative_crops_coords_top_left: tuple[int, int] | None
     negative_target_size: tuple[int, int] | None
+    pooled_prompt_embeds: object
+    negative_pooled_prompt_embeds: object
 
 
 class _Class(type):
@@ -431,16 +445,53 @@ class Pipeline(metaclass=_Class):
         guidance_scale: float,
         height: int,
         width: int,
+        prompt_weighting: str | None = None,
         **more: Any,
     ) -> tuple[Conditions, Conditions | None]:
         """What the UNet is given of prompts, guidance and size: name -> array with a row for each
         image; and the same of the negative prompts where guidance makes two rows of each image.
         `more`: of the family's own keywords, see `families.Call`.
+
+        Raises:
+            InputError: a prompt that `prompt_weights` refuses. ShapeError: a number of tokens that
+                this UNet does not take.
         """
         twice = guided(guidance_scale) and not self.family.guides_itself(self.unet_config)
         negatives = negatives if twice else []
         call = families.Call(prompts, negatives, guidance_scale, height, width, more)
-        return self.family.conditions(self, call)
+        cond, uncond = self.family.conditions(self._reader(call, prompt_weighting), call)
+        shapes = [c["encoder_hidden_states"].shape for c in (cond, uncond) if c]
+        if shapes[0] != shapes[-1]:
+            raise ShapeError(
+                f"prompt_embeds are {list(shapes[0])}, the negative ones {list(shapes[-1])}; give"
+                " prompt_embeds= and negative_prompt_embeds= of one shape."
+            )
+        self._takes(shapes[0][1])
+        return cond, uncond
+
+    def _reader(self, call: families.Call, style: str | None) -> families.Encoders:
+        """What reads the prompts of a call: plain text, or text with weights."""
+        if style is None:
+            return self
+        texts = [call.prompts, call.negatives, *(call.more.get(k, ()) for k in self.family.texts)]
+        each = [[t[i] or "" for t in texts if t] for i in range(len(call.prompts))]
+        reader = prompt_weights.Weighted(self, self.tokenizers, each)
+        self._takes(reader.count * self.tokenizer.max_length)
+        return reader
+
+    def _takes(self, tokens: int) -> None:
+        """Refuse a number of hidden states that the UNet cannot be given.
+
+        Raises:
+            ShapeError: its graph was made for another.
+        """
+        held = backends.fixed_tokens(self.networks.unet)
+        if held not in (None, tokens):
+            raise ShapeError(
+                f"the prompts make {tokens} hidden states, and this model's UNet was made for"
+                f" {held}: shorten them, use backend='torch' on a model with weights, or convert"
+                " the model again (sdlite convert), which makes a graph for any number."
+            )
 
     def init_latents(self, noise: Sequence[Draws], height: int, width: int) -> np.ndarray:
         """One generator per image -> unit normal latents float32 (B, C, height/8, width/8)."""
@@ -506,6 +557,12 @@ class Pipeline(metaclass=_Class):
         height: int | None = None,
         width: int | None = None,
         sampler: str | None = None,
+        timesteps: Sequence[int] | Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float | None = None,
+        prompt_weighting: str | None = None,
+        prompt_embeds: object = None,
+        negative_prompt_embeds: object = None,
         latents: np.ndarray | None = None,
         callback: Callback | None = None,
         progress: bool = False,
@@ -524,6 +581,14 @@ class Pipeline(metaclass=_Class):
             num_inference_steps, guidance_scale, sampler: default to the model's own. guidance g is
                 u + g (c - u) above 1; 0 to 1 runs without guidance, one network row per image, as
                 in diffusers.
+            timesteps, sigmas: descending lists of the call's own steps, for the samplers whose
+                scheduler takes them in diffusers (`sampling.Control`).
+            eta: 0 to 1, noise drawn again in each step of ddim and tcd; default 0.
+            prompt_weighting: "a1111" reads (word:1.3), [word] and BREAK in the prompts, and prompts
+                longer than the window (`prompt_weights`). None: a prompt is text, as in diffusers.
+            prompt_embeds, negative_prompt_embeds: float (B, L, D) of numpy or torch in place of
+                the prompts; SDXL's family takes pooled_prompt_embeds and
+                negative_pooled_prompt_embeds (B, D) with them.
             seed: image i uses seed + i, or seed[i], 0 to 2**64 - 1; None draws one. Equal to
                 diffusers with one CPU generator per image.
             height, width: pixels; default to the size that the student was trained at.
@@ -550,30 +615,36 @@ class Pipeline(metaclass=_Class):
         habits.positional(
             positional, "the prompt", "pipe(prompt, height=..., num_inference_steps=...)"
         )
-        told = (*self.family.texts, *self.family.sizes)
-        own = {k: v for k, v in others.items() if k in told}
+        told = self.family.keywords
+        own: dict[str, object] = {k: v for k, v in others.items() if k in told}
         unknown = {k: v for k, v in others.items() if k not in told}
         habits.keywords(unknown, habits.CALL, type(self).__call__.__kwdefaults__ or ())
         arguments.one_of("output_type", output_type, habits.OUTPUTS)
         repeat = arguments.integer(
             "num_images_per_prompt", num_images_per_prompt, 1, arguments.MOST_IMAGES
         )
-        prompts = [p for p in arguments.texts("prompt", prompt) for _ in range(repeat)]
-        negatives = self._negatives(negative_prompt, len(prompts), repeat)
-        steps, scale = self._steps(num_inference_steps), self._guidance(guidance_scale)
-        more = self._more(own, len(prompts), repeat)
-        self._refuse_negatives([*negatives, *more.get("negative_prompt_2", ())], scale)
+        own |= {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        embeds = self._embeds(own, repeat)
+        prompts, negatives = self._prompts(prompt, negative_prompt, embeds, repeat)
+        control = Control.of(timesteps, sigmas, eta)
+        steps, scale = self._steps(num_inference_steps, control), self._guidance(guidance_scale)
+        more = {**self._more(own, len(prompts), repeat), **embeds}
+        self._refuse_negatives([*negatives, *more.get("negative_prompt_2", ())], embeds, scale)
+        style = self._style(prompt_weighting, embeds)
         name = self.default_sampler if sampler is None else arguments.text("sampler", sampler)
-        solver = get_sampler(name, self.schedule, steps)
+        solver = get_sampler(name, self.schedule, steps, control)
         seeds, noise = self._noise(seed, generator, len(prompts))
         height, width, start = self._size(height, width, latents, len(prompts))
         self._within(len(prompts), height, width, max_pixels)
         self._familiar(height, width)
         listen = self._listener(callback, callback_on_step_end, solver)
         about = self._metadata(prompts, negatives, seeds, name, steps, scale)
+        said = {**control.said(), **({"prompt_weighting": style} if style else {})}
+        about = [{**row, **said, **embeddings.said(embeds, i)} for i, row in enumerate(about)]
         with self._call() as call:
             begin = time.perf_counter()
-            cond, uncond = self.conditions(prompts, negatives, scale, height, width, **more)
+            texts = (prompts, negatives, scale, height, width, style)
+            cond, uncond = self.conditions(*texts, **more)
             encoded = time.perf_counter()
             x = self.init_latents(noise, height, width) if start is None else start
             run = self.denoise(x, cond, noise, solver, uncond=uncond, guidance_scale=scale)
@@ -651,6 +722,43 @@ class Pipeline(metaclass=_Class):
 
         return iter(tqdm(run, total=steps, unit="step"))
 
+    def _embeds(self, own: Mapping[str, object], repeat: int) -> dict[str, np.ndarray]:
+        """The call's embeddings, a row for each image."""
+        inputs, width = (
+            self.artifact.spec("unet").inputs,
+            self.unet_config.get("cross_attention_dim"),
+        )
+        return embeddings.read(own, self.family.embeds, inputs, width, repeat)
+
+    def _prompts(
+        self, prompt: object, negative: object, embeds: Mapping[str, np.ndarray], repeat: int
+    ) -> tuple[list[str], list[str | None]]:
+        """One text for each image, "" where embeddings are given in its place."""
+        for name, text in (("prompt", prompt), ("negative_prompt", negative)):
+            nothing = text is None or (isinstance(text, tuple) and not text)
+            if f"{name}_embeds" in embeds and not nothing:
+                raise InputError(f"{name} and {name}_embeds are both given; give one of them.")
+        if "prompt_embeds" in embeds:
+            prompts = [""] * embeddings.rows(embeds)
+        else:
+            prompts = [p for p in arguments.texts("prompt", prompt) for _ in range(repeat)]
+        if embeds and embeddings.rows(embeds) != len(prompts):
+            raise ShapeError(
+                f"{embeddings.rows(embeds) // repeat} rows of negative_prompt_embeds for"
+                f" {len(prompts) // repeat} prompts; give as many."
+            )
+        return prompts, self._negatives(negative, len(prompts), repeat)
+
+    @staticmethod
+    def _style(style: object, embeds: Mapping[str, np.ndarray]) -> str | None:
+        if style is None:
+            return None
+        if embeds:
+            raise InputError(
+                "prompt_weighting reads prompts, and embeddings are given; leave it out."
+            )
+        return arguments.one_of("prompt_weighting", style, prompt_weights.STYLES)
+
     @staticmethod
     def _negatives(negative: object, count: int, repeat: int) -> list[str | None]:
         if negative is None:
@@ -663,29 +771,30 @@ class Pipeline(metaclass=_Class):
         for name, value in given.items():
             if value is not None and name in self.family.texts:
                 out[name] = _each(name, value, count, repeat)
-            elif value is not None:
+            elif value is not None and name in self.family.sizes:
                 out[name] = arguments.pair(name, value)
         return out
 
-    def _refuse_negatives(self, negatives: Sequence[str | None], scale: float) -> None:
+    def _refuse_negatives(
+        self, negatives: Sequence[str | None], embeds: Mapping[str, np.ndarray], scale: float
+    ) -> None:
         """Raises InputError where negative prompts would change nothing."""
-        if any(negatives) and not guided(scale):
+        given = "negative_prompt_embeds" if "negative_prompt_embeds" in embeds else ""
+        given = "negative_prompt" if any(negatives) else given
+        if given and not guided(scale):
             raise InputError(
-                f"negative_prompt has no effect at guidance_scale={scale:g}, which is no guidance;"
+                f"{given} has no effect at guidance_scale={scale:g}, which is no guidance;"
                 " raise it above 1, or leave the prompt out."
             )
-        if any(negatives) and self.family.guides_itself(self.unet_config):
+        if given and self.family.guides_itself(self.unet_config):
             raise InputError(
-                f"negative_prompt has no effect: {self.report.model} takes its guidance as an input"
+                f"{given} has no effect: {self.report.model} takes its guidance as an input"
                 " of the UNet, so there is no second call for it; leave the prompt out."
             )
 
-    def _steps(self, steps: object) -> int:
-        return (
-            self.defaults.num_inference_steps
-            if steps is None
-            else arguments.integer("num_inference_steps", steps, 1)
-        )
+    def _steps(self, steps: object, control: Control) -> int:
+        asked = arguments.optional(arguments.integer, "num_inference_steps", steps, 1)
+        return control.steps(asked, self.defaults.num_inference_steps)
 
     def _guidance(self, scale: float | None) -> float:
         """The call's guidance; warns where the student was made to need none."""

@@ -185,6 +185,14 @@ class ClipTokenizer:
             prompt = prompt.replace(token, self._vectors[token])
         return prompt, self._bpe.encode(prompt, add_special_tokens=False)
 
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, however many: without start, end and padding.
+
+        Raises:
+            InputError: not a string, or one that is no valid Unicode.
+        """
+        return list(self._encode(text)[1].ids)
+
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """ids int64 (B, L): start, tokens, end, padding.
 

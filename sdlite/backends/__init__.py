@@ -9,7 +9,7 @@ from sdlite.backends.base import Backend
 from sdlite.backends.checked import Checked, words_of
 from sdlite.backends.held import entry, lacking
 from sdlite.backends.loading import Networks, load
-from sdlite.backends.network import Network, Overflowing, RowByRow, rows
+from sdlite.backends.network import Network, Overflowing, RowByRow, fixed_tokens, rows
 from sdlite.backends.registry import get_backend, installed, installed_with, names, ready, register
 from sdlite.backends.report import NetworkReport, Report
 
@@ -24,6 +24,7 @@ __all__ = [
     "RowByRow",
     "choose",
     "entry",
+    "fixed_tokens",
     "get_backend",
     "installed",
     "installed_with",

@@ -25,9 +25,16 @@ class Hoisted:
     """
 
     def __init__(
-        self, time: Run, prompt: Run, step: Run, step_inputs: list[str], output: str, keep: int = 8
+        self,
+        time: Run,
+        prompt: Run,
+        step: Run,
+        step_inputs: list[str],
+        output: str,
+        keep: int = 8,
+        tokens: int | None = None,
     ):
-        self.step, self.output = step, output
+        self.step, self.output, self.tokens = step, output, tokens
         self.direct = [n for n in ("timestep", "encoder_hidden_states") if n in step_inputs]
         self._time, self._prompt = _Remembered(time, TIMES), _Remembered(prompt, keep)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -40,6 +40,23 @@ def close(network: object) -> None:
         network.close()
 
 
+def tokens_of(shapes: Mapping[str, Sequence[object]]) -> int | None:
+    """How many hidden states of text a network takes, where its engine says one number.
+
+    Args:
+        shapes: input -> its sides, numbers where they are fixed.
+    """
+    sides = shapes.get("encoder_hidden_states", ())
+    held = sides[1] if len(sides) == 3 else None
+    return held if isinstance(held, int) and held > 0 else None
+
+
+def fixed_tokens(network: object) -> int | None:
+    """How many hidden states of text a UNet takes; None: any number."""
+    held: int | None = getattr(network, "tokens", None)
+    return held
+
+
 def rows(inputs: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
     """Split inputs (B, ...) into B inputs (1, ...); scalars go with each."""
     count = max(v.shape[0] for v in inputs.values() if v.ndim)
@@ -51,7 +68,7 @@ class RowByRow:
     """Calls a network of batch 1 once for each row; guidance is then two calls."""
 
     def __init__(self, network: Network):
-        self.network = network
+        self.network, self.tokens = network, fixed_tokens(network)
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         out = []

@@ -19,6 +19,7 @@ import openvino as ov
 from sdlite import cpu, memory, running
 from sdlite.backends import compiled
 from sdlite.backends.checked import Declared, declared, words_of
+from sdlite.backends.network import tokens_of
 from sdlite.errors import ArtifactError, InputError, SdliteError, UnknownNameError
 from sdlite.io import scratch, working
 from sdlite.spec import SPECS, Arrays, IOSpec, spec_of
@@ -209,7 +210,9 @@ class CompiledNetwork:
         self._lock = threading.Lock()
         self.mapped = self.files[0].parent  # what the weights are mapped from
         self._graph: ov.Model | None = self._read()
-        declared(path, spec, _ends(self._graph.inputs, spec), _ends(self._graph.outputs, spec))
+        given = _ends(self._graph.inputs, spec)
+        declared(path, spec, given, _ends(self._graph.outputs, spec))
+        self.tokens = tokens_of({name: sides or () for name, _, sides in given})
 
     @property
     def model(self) -> ov.CompiledModel:

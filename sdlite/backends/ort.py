@@ -16,7 +16,7 @@ from sdlite.artifact import Artifact
 from sdlite.backends import fused
 from sdlite.backends.checked import declared, words_of
 from sdlite.backends.held import entry
-from sdlite.backends.network import Network
+from sdlite.backends.network import Network, tokens_of
 from sdlite.errors import ArtifactError, UnknownNameError
 from sdlite.manifest import NetworkRow
 from sdlite.spec import Arrays
@@ -104,6 +104,7 @@ class Session:
             )
         self.names = [o.name for o in self.session.get_outputs()]
         self.outputs = list(outputs or self.names)
+        self.tokens = tokens_of({i.name: i.shape for i in self.session.get_inputs()})
         self._runs = running.Runs()
         self._largest = 0  # elements of the largest long run since memory was given back
 
@@ -169,19 +170,26 @@ class BoundSession(Session):
         return value
 
 
+def _session(path: str | Path, threads: int | None) -> Session:
+    size = sum(f.stat().st_size for f in Path(path).parent.glob(f"{Path(path).name}*"))
+    return Session(str(path), "cpu", threads, size)
+
+
 def runner(path: str | Path, threads: int | None) -> tuple[fused.Run, list[str]]:
     """A graph file on onnxruntime's CPU, and the names of its inputs."""
-    size = sum(f.stat().st_size for f in Path(path).parent.glob(f"{Path(path).name}*"))
-    held = Session(str(path), "cpu", threads, size)
+    held = _session(path, threads)
     return (lambda inputs: held(**inputs)), [i.name for i in held.session.get_inputs()]
 
 
 def hoisted(folder: Path, threads: int | None, output: str) -> fused.Hoisted:
     """The three graphs of `folder` as one network whose answer is called `output`."""
-    (time, _), (prompt, _), (step, inputs) = (
-        runner(folder / f"{name}.onnx", threads) for name in fused.GRAPHS
+    (time, _), (step, inputs) = (
+        runner(folder / f"{name}.onnx", threads) for name in fused.GRAPHS if name != "prompt"
     )
-    return fused.Hoisted(time, prompt, step, inputs, output)
+    prompt = _session(folder / "prompt.onnx", threads)
+    return fused.Hoisted(
+        time, lambda given: prompt(**given), step, inputs, output, tokens=prompt.tokens
+    )
 
 
 def open_network(

@@ -18,7 +18,7 @@ import numpy as np
 from sdlite import running
 from sdlite.artifact import Artifact
 from sdlite.backends.base import Backend
-from sdlite.backends.network import Network, RowByRow
+from sdlite.backends.network import Network, RowByRow, tokens_of
 from sdlite.backends.report import NetworkReport
 from sdlite.errors import ArtifactError, MissingExtraError, PrecisionError, UnknownNameError
 from sdlite.spec import Arrays, IOSpec, spec_of
@@ -110,6 +110,12 @@ class Engine:
         with self._lock:
             running.check()
             return self._run(inputs)
+
+    @property
+    def tokens(self) -> int | None:
+        """How many hidden states of text the engine takes; None: any number."""
+        names = [t.name for t in self.spec.inputs]
+        return tokens_of({n: tuple(self.engine.get_tensor_shape(n)) for n in names})
 
     def _run(self, inputs: Arrays) -> Arrays:
         arrays = {

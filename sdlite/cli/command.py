@@ -140,6 +140,15 @@ def number(
     action.low, action.high = low, high
 
 
+def numbers(options: Options, name: str, text: str) -> None:
+    """Add an option that takes numbers with commas between them."""
+    options.add_argument(name, type=numbers_of, metavar="X,X", help=text)
+
+
+def numbers_of(text: str) -> list[float]:
+    return [int(x) if x.strip().isdigit() else float(x) for x in text.split(",")]
+
+
 def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Add MODEL, which may be left out where there is a default."""
     if default is None:

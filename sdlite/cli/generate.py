@@ -61,8 +61,19 @@ def _model_options(p: argparse.ArgumentParser) -> None:
 
 
 def _sampling_options(p: argparse.ArgumentParser) -> None:
+    from sdlite.prompt_weights import STYLES
+
     group = command.sampling(p, "sampling and size")
     command.add_guidance(group)
+    command.numbers(group, "--timesteps", "the call's own timesteps, descending, such as 999,499")
+    command.numbers(group, "--sigmas", "the call's own noise levels, descending, the end included")
+    text = "noise drawn again in each step, for ddim and tcd; default: 0"
+    command.number(group, "--eta", text, 0, 1)
+    group.add_argument(
+        "--prompt-weighting",
+        metavar="STYLE",
+        help=f"reads (word:1.3), [word] and long prompts: {command.one_of(STYLES)}; default: not",
+    )
     group.add_argument(
         "--negative-prompt",
         metavar="PROMPT",
@@ -110,6 +121,10 @@ def _run(args: argparse.Namespace) -> None:
         height=args.height,
         width=args.width,
         sampler=args.sampler,
+        timesteps=args.timesteps,
+        sigmas=args.sigmas,
+        eta=args.eta,
+        prompt_weighting=args.prompt_weighting,
         progress=not args.quiet,
         max_pixels=args.max_pixels,
     )

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from sdlite.families.base import NEGATIVE as NEGATIVE
 from sdlite.families.base import Call as Call
 from sdlite.families.base import Conditions as Conditions
 from sdlite.families.base import Config, Configs
+from sdlite.families.base import Encoders as Encoders
 from sdlite.families.base import Family as Family
 from sdlite.families.base import unet_arguments as unet_arguments
 from sdlite.families.configs import LatentScale as LatentScale

@@ -15,6 +15,7 @@ from sdlite.spec import SPECS, Arrays, IOSpec, Tensor
 # Named arrays, one row per image, that go to the UNet as they are, in every step.
 Conditions = Arrays
 Config = Mapping[str, Any]  # content of a config.json
+NEGATIVE = "negative_"  # before a keyword's name: the same of the negative prompt
 Configs = Callable[[str], Config]  # "unet", "vae", ... -> its configuration
 
 
@@ -27,8 +28,8 @@ class Call:
         negatives: the same where guidance makes two rows of each image, else (). None where the
             caller gave none, which is not "" to every family.
         height, width: the images' size in pixels.
-        more: of `Family.texts` (one per image, as negatives) and `Family.sizes` (pairs of whole
-            numbers), those that the caller gave.
+        more: of `Family.texts` (one per image, as negatives), `Family.sizes` (pairs of whole
+            numbers) and `Family.embeds` (arrays, a row per image), those that the caller gave.
     """
 
     prompts: Sequence[str]
@@ -63,6 +64,8 @@ class Family:
         tokenizers: text encoder -> folder of its tokenizer.
         texts, sizes: further keywords of a pipeline's call: texts, as the negative prompt is one,
             and (height, width) or (top, left) in pixels.
+        embeds: keywords that give conditions in place of a prompt -> those conditions. The same
+            with negative_ are of the negative prompt.
     """
 
     name: str
@@ -71,6 +74,12 @@ class Family:
     tokenizers: Mapping[str, str] = {"text_encoder": "tokenizer"}
     texts: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
+    embeds: Mapping[str, str] = {"prompt_embeds": "encoder_hidden_states"}
+
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        """All further keywords of a pipeline's call."""
+        return (*self.texts, *self.sizes, *self.embeds, *(f"{NEGATIVE}{k}" for k in self.embeds))
 
     def refusal(self, index: Config, configs: Configs) -> str:
         """Why a pipeline is not of this family, or not one of it that sdlite runs; "" where it is.
@@ -109,13 +118,20 @@ class Family:
 
     def conditions(self, encoders: Encoders, call: Call) -> tuple[Conditions, Conditions | None]:
         """The conditions of the prompts, and of the negative ones where there are some."""
-        texts = [*call.prompts, *(n or "" for n in call.negatives)]
-        out = encoders.encode("text_encoder", encoders.tokenize(texts))
-        embeds = out["last_hidden_state"]
-        if not call.negatives:
-            return {"encoder_hidden_states": embeds}, None
-        with_prompt, without = np.split(embeds, 2)
-        return {"encoder_hidden_states": with_prompt}, {"encoder_hidden_states": without}
+        cond, uncond = self.given(call), self.given(call, NEGATIVE)
+        texts = [] if cond else [*call.prompts]
+        count = len(texts)
+        texts += [] if uncond else [n or "" for n in call.negatives]
+        if texts:
+            made = encoders.encode("text_encoder", encoders.tokenize(texts))["last_hidden_state"]
+            cond = cond or {"encoder_hidden_states": made[:count]}
+            uncond = uncond or {"encoder_hidden_states": made[count:]}
+        return cond, uncond if call.negatives else None
+
+    def given(self, call: Call, prefix: str = "") -> Conditions:
+        """The conditions that the caller gave in place of a prompt; empty where there are none."""
+        names = {name: f"{prefix}{keyword}" for keyword, name in self.embeds.items()}
+        return {name: call.more[k] for name, k in names.items() if k in call.more}
 
 
 def unet_arguments(conditions: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sdlite.families.base import Call, Conditions, Config, Configs, Encoders
+from sdlite.families.base import NEGATIVE, Call, Conditions, Config, Configs, Encoders
 from sdlite.families.sd import StableDiffusion, misfit, unfed
 from sdlite.spec import SPECS, IOSpec, Tensor
 
@@ -36,6 +36,7 @@ class StableDiffusionXL(StableDiffusion):
     parts = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
     tokenizers: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     texts = ("prompt_2", "negative_prompt_2")
+    embeds: Mapping[str, str] = {**StableDiffusion.embeds, "pooled_prompt_embeds": POOLED}
     sizes = (
         "original_size",
         "crops_coords_top_left",
@@ -79,12 +80,14 @@ class StableDiffusionXL(StableDiffusion):
 
     def conditions(self, encoders: Encoders, call: Call) -> tuple[Conditions, Conditions | None]:
         second = call.more.get("prompt_2") or call.prompts
-        cond = _encoded(encoders, call.prompts, second)
-        uncond = _negative(encoders, call, cond) if call.negatives else None
+        cond = self.given(call) or _encoded(encoders, call.prompts, second)
+        uncond = None
+        if call.negatives:
+            uncond = self.given(call, NEGATIVE) or _negative(encoders, call, cond)
         cond["time_ids"] = _time_ids(call, "")
         if uncond is not None:
-            told = any(k.startswith("negative_") and k in self.sizes for k in call.more)
-            uncond["time_ids"] = _time_ids(call, "negative_") if told else cond["time_ids"]
+            told = any(k.startswith(NEGATIVE) and k in self.sizes for k in call.more)
+            uncond["time_ids"] = _time_ids(call, NEGATIVE) if told else cond["time_ids"]
         self.add_guidance(encoders, call, cond)
         return cond, uncond
 

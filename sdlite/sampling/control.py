@@ -70,6 +70,15 @@ class Control:
             )
         return count
 
+    def said(self) -> dict[str, str]:
+        """What an image's file keeps of it: name -> value; nothing of what was not asked for."""
+        given: dict[str, tuple[float, ...]] = {
+            "timesteps": self.timesteps or (),
+            "sigmas": self.sigmas or (),
+            "eta": (self.eta,) if self.eta else (),
+        }
+        return {k: ",".join(f"{x:g}" for x in v) for k, v in given.items() if v}
+
 
 def _descending(name: str, value: object, least: int) -> tuple[float, ...]:
     """Numbers from 0 up, at least so many of them."""

@@ -205,8 +205,6 @@ def test_only_the_first_argument_has_a_place(emoji):
 def test_prompt_that_is_left_out_is_asked_for(emoji):
     with pytest.raises(InputError, match="prompt is an empty list; accepted: a string"):
         emoji()
-    with pytest.raises(InputError, match="prompt_embeds= is diffusers'"):
-        emoji(prompt_embeds=np.zeros((1, 16, 128)))
 
 
 def test_pipeline_without_a_safety_checker_may_be_told_so_and_copied(emoji):
