@@ -240,3 +240,20 @@ def test_steps_of_ones_own(emoji):
         emoji("a cat", timesteps=[999, 499])
     with pytest.raises(InputError, match="num_inference_steps=3, but 2 timesteps"):
         emoji("a cat", sampler="euler", timesteps=[999, 499], num_inference_steps=3)
+
+
+def test_the_command_takes_them(tmp_path, capsys):
+    from PIL import Image
+
+    from sdlite.cli import main
+
+    out = tmp_path / "a.png"
+    call = ["generate", "a (red:1.4) apple", "--out", str(out), "--seed", "1", "--quiet"]
+    own = ["--sampler", "euler", "--timesteps", "999,499", "--prompt-weighting", "a1111"]
+    assert main([*call, *own]) == 0
+    said = Image.open(out).info
+    assert (said["timesteps"], said["steps"], said["prompt_weighting"]) == ("999,499", "2", "a1111")
+    assert main([*call, "--sampler", "euler", "--sigmas", "14.6,1,0"]) == 0
+    assert main([*call, "--eta", "0.5"]) == 0
+    assert main([*call, "--eta", "0.5", "--sampler", "euler"]) == 1
+    assert "choose one of ddim, tcd" in capsys.readouterr().err
