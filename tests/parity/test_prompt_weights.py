@@ -7,16 +7,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the torch extra")
-diffusers = pytest.importorskip("diffusers", reason="needs the torch extra")
+import sdlite
+from sdlite.errors import InputError
+
+pytest.importorskip("torch", reason="needs the torch extra")
+pytest.importorskip("diffusers", reason="needs the torch extra")
+import diffusers
+import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import published_models
 from benchmarks.published import psnr
-
-import sdlite
-from sdlite.errors import InputError
-from sdlite.families import Call
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sdlite.errors.SdliteWarning"),  # 64 px

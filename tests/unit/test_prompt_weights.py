@@ -100,7 +100,8 @@ def test_weights_keep_the_mean_of_a_chunk():
 class Encoder:
     """Text encoders whose hidden states are the ids, and whose pooled text is the first ones'."""
 
-    index = unet_config = {}
+    def __init__(self):
+        self.index, self.unet_config = {}, {}
 
     def encode(self, part, ids):
         states = np.repeat(ids[..., None], 3, axis=2).astype(np.float32)
@@ -127,7 +128,7 @@ def test_chunks_of_a_prompt_lie_side_by_side(emoji):
 
 def test_images_of_a_call_have_as_many_chunks(emoji):
     tokenizers = {"text_encoder": emoji.tokenizer}
-    with pytest.raises(InputError, match="are 1 to 2 chunks long.*call once for each length"):
+    with pytest.raises(InputError, match=r"are 1 to 2 chunks long.*call once for each length"):
         Weighted(Encoder(), tokenizers, [["a cat"], ["a cat BREAK a dog"]])
     with pytest.raises(InputError, match="is 40 chunks long; accepted: up to 32"):
         Weighted(Encoder(), tokenizers, [["a BREAK " * 39 + "b"]])
@@ -151,7 +152,7 @@ def test_weights_are_read_when_asked_for_and_only_then(emoji):
     assert np.array_equal(batch[0], weighted[0])
     out = emoji("a (red:1.5) apple", prompt_weighting="a1111", seed=1, num_inference_steps=1)
     assert out.metadata[0]["prompt_weighting"] == "a1111"
-    with pytest.raises(UnknownNameError, match="prompt_weighting='compel' is not known.*a1111"):
+    with pytest.raises(UnknownNameError, match=r"prompt_weighting='compel' is not known.*a1111"):
         emoji("a cat", prompt_weighting="compel")
 
 
@@ -236,7 +237,7 @@ def test_steps_of_ones_own(emoji):
     assert own.metadata[0]["steps"] == "4"
     trailing = pixels(emoji, "a cat", sampler="euler", num_inference_steps=4)
     assert np.array_equal(np.asarray(own.images), trailing)
-    with pytest.raises(InputError, match="sampler 'ddim' takes no timesteps=.*choose one of ddpm"):
+    with pytest.raises(InputError, match=r"sampler 'ddim' takes no timesteps=.*choose one of ddpm"):
         emoji("a cat", timesteps=[999, 499])
     with pytest.raises(InputError, match="num_inference_steps=3, but 2 timesteps"):
         emoji("a cat", sampler="euler", timesteps=[999, 499], num_inference_steps=3)
