@@ -175,6 +175,7 @@ def _examples(
         torch.export.Dim("batch", min=1, max=63),
         *(torch.export.Dim(n, min=9 if multiple == 1 else 1, max=2048 // multiple) for n in "hw"),
     )
+    tokens = torch.export.Dim("tokens", min=2, max=4096)  # prompts longer than one window
     sample = torch.randn(2, unet.in_channels, *[max(16, side // multiple * multiple)] * 2)
     texts = [p for p in parts if p.startswith("text_encoder")]
     width = sum(parts[p].module.config.hidden_size for p in texts)
@@ -188,7 +189,7 @@ def _examples(
             {
                 "sample": free,
                 "timestep": None,
-                "encoder_hidden_states": {0: b},
+                "encoder_hidden_states": {0: b, 1: tokens},
                 **({"more": tuple({0: b} for _ in conditions)} if conditions else {}),
             },
         ),

@@ -95,6 +95,16 @@ def test_images_of_any_multiple_of_the_vaes_stride_are_torchs(published, convert
     assert Artifact.open(converted).manifest.size_multiple == 8
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_converted_model_reads_prompts_longer_than_the_window(published, converted, backend):
+    """The graph takes any number of hidden states."""
+    pytest.importorskip(backend, reason="needs the dev extra")
+    long = {"prompt_weighting": "a1111", "negative_prompt": "blue BREAK and BREAK green"}
+    want, got = pixels(published, "torch", **long), pixels(converted, backend, **long)
+    assert psnr(got, want) >= 80
+
+
+
 def test_weights_are_stored_once_and_nothing_else_is_copied(converted):
     names = {p.relative_to(converted).as_posix() for p in converted.rglob("*") if p.is_file()}
     assert not [n for n in names if "fp16" in n or n.startswith(("safety", "feature"))]
