@@ -104,7 +104,6 @@ def test_a_converted_model_reads_prompts_longer_than_the_window(published, conve
     assert psnr(got, want) >= 80
 
 
-
 def test_weights_are_stored_once_and_nothing_else_is_copied(converted):
     names = {p.relative_to(converted).as_posix() for p in converted.rglob("*") if p.is_file()}
     assert not [n for n in names if "fp16" in n or n.startswith(("safety", "feature"))]
