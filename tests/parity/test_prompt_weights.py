@@ -1,5 +1,5 @@
-"""Weighted and long prompts, and embeddings in place of prompts, against diffusers' pipelines of
-published folders (their configs and layouts, narrow random networks).
+"""Weighted and long prompts, embeddings in place of prompts and steps of the call's own, against
+diffusers' pipelines of published folders (their configs and layouts, narrow random networks).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import pytest
 
 import sdlite
 from sdlite.errors import InputError
+from sdlite.sampling import Schedule
 
 pytest.importorskip("torch", reason="needs the torch extra")
 pytest.importorskip("diffusers", reason="needs the torch extra")
@@ -111,22 +112,18 @@ def pixels(out):
     return (np.asarray(out.images) * 255).round().astype(np.uint8)
 
 
-def theirs_of(pipe, **embeds):
-    out = pipe(
-        **embeds,
-        height=SIDE,
-        width=SIDE,
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        generator=torch.Generator().manual_seed(1),
-        output_type="np",
-    )
-    return pixels(out)
+def call_of(given):
+    steps = {} if {*given} & {"timesteps", "sigmas"} else {"num_inference_steps": STEPS}
+    own = {"guidance_scale": GUIDANCE, "output_type": "np", "height": SIDE, "width": SIDE}
+    return {**steps, **own, **given}
+
+
+def theirs_of(pipe, **call):
+    return pixels(pipe(**call_of(call), generator=torch.Generator().manual_seed(1)))
 
 
 def ours_of(pipe, prompt=(), **call):
-    call = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "np"} | call
-    return pixels(pipe(prompt, seed=1, height=SIDE, width=SIDE, **call))
+    return pixels(pipe(prompt, seed=1, **call_of(call)))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -199,3 +196,23 @@ def test_both_encoders_of_sdxl_weigh_and_the_first_chunk_is_pooled(pipes):
     assert psnr(ours_of(pipe, **want), theirs_of(theirs, **want)) >= 60
     with pytest.raises(InputError, match="without pooled_prompt_embeds="):
         ours_of(pipe, prompt_embeds=want["prompt_embeds"])
+
+
+CALLS = {  # of students of SDXL, as their cards have them
+    "SDXL-Lightning": ("euler", "EulerDiscreteScheduler", {"num_inference_steps": 4}),
+    "TCD": ("tcd", "TCDScheduler", {"num_inference_steps": 4, "eta": 0.3}),
+    "Hyper-SD, 1 step": ("lcm", "LCMScheduler", {"timesteps": [800]}),
+    "Align Your Steps": ("euler", "EulerDiscreteScheduler", {"sigmas": [14.615, 6.475, 3.861, 0]}),
+}
+
+
+@pytest.mark.parametrize("student", CALLS)
+def test_calls_of_few_step_students_are_diffusers(pipes, student, monkeypatch):
+    sampler, kind, call = CALLS[student]
+    pipe, theirs = pipes("sdxl")
+    config = {**theirs.scheduler.config, "timestep_spacing": "trailing"}
+    monkeypatch.setattr(theirs, "scheduler", getattr(diffusers, kind).from_config(config))
+    monkeypatch.setattr(pipe, "schedule", Schedule.from_config({**config, "_class_name": kind}))
+    call = {"guidance_scale": 0.0, **call}
+    want = theirs_of(theirs, prompt="a fox", **call)
+    assert psnr(ours_of(pipe, "a fox", sampler=sampler, **call), want) >= 60

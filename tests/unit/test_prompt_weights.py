@@ -258,3 +258,12 @@ def test_the_command_takes_them(tmp_path, capsys):
     assert main([*call, "--eta", "0.5"]) == 0
     assert main([*call, "--eta", "0.5", "--sampler", "euler"]) == 1
     assert "choose one of ddim, tcd" in capsys.readouterr().err
+
+
+def test_an_engine_says_how_many_hidden_states_it_takes():
+    from sdlite.backends.network import tokens_of
+
+    states = "encoder_hidden_states"
+    assert tokens_of({states: ["batch", 77, 768]}) == 77
+    for free in ({states: ["batch", "tokens", 768]}, {states: (1, -1, 768)}, {"sample": (1, 4)}):
+        assert tokens_of(free) is None
