@@ -5,6 +5,7 @@ opened only while they are called. For quantizing and for the checks of exports.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from sdlite.spec import Arrays, IOSpec
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
+LARGE, TOGETHER = 1 << 30, 1.3  # see OnDemand
 Visit = Callable[[str, int, str, np.ndarray], None]  # (part, step, tensor, values)
 
 
@@ -96,16 +98,40 @@ class Tape:
 class OnDemand:
     """A network on onnxruntime that is opened when it is called and can be let go: a second copy of
     a UNet in memory is one too many.
+
+    Of a model of `LARGE` bytes, those that are open together have at most `TOGETHER` times the
+    bytes of the largest; the others are opened again when they are called again.
     """
 
     def __init__(self, artifact: Artifact, part: str, precision: str, threads: int | None):
         self.arguments = (artifact, part, precision, "cpu", threads)
+        self.size = artifact.bytes_of(artifact.network_files(precision, part))
+        self.all: list[OnDemand] = [self]  # of the model
         self._network: Network | None = None
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
+        from sdlite.backends.ort import sparing
+
         if self._network is None:
-            self._network, _ = ready("onnxruntime").load_part(*self.arguments)
+            sizes = [x.size for x in self.all]
+            large = sum(sizes) >= LARGE
+            if large:
+                self._make_room(TOGETHER * max(sizes))
+            with sparing() if large else nullcontext():
+                self._network, _ = ready("onnxruntime").load_part(*self.arguments)
         return self._network(**inputs)
+
+    def _make_room(self, limit: float) -> None:
+        """Close the others where they and this one are more than `limit` bytes."""
+        held = [x for x in self.all if x.is_open]
+        if sum(x.size for x in held) + self.size > limit:
+            for other in held:
+                other.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is in memory."""
+        return self._network is not None
 
     def close(self) -> None:
         """Free the session or network until the next call."""
@@ -128,6 +154,8 @@ def on_demand(artifact: Artifact, threads: int | None, precision: str = "fp32") 
         ready("onnxruntime").engine(),
     )
     networks = {p: OnDemand(artifact, p, precision, threads) for p in artifact.parts}
+    for network in networks.values():
+        network.all = list(networks.values())
     return Pipeline(artifact, Networks(networks, report, own.size_multiple))
 
 

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
-from sdlite import Pipeline, memory
+from sdlite import Pipeline, instrument, memory
 from sdlite.artifact import Artifact
 from sdlite.cli import main
 from sdlite.errors import (
@@ -764,6 +764,23 @@ def test_command_line(tmp_path, capsys):
     )
     assert main(command) == 1  # the folder exists
     assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_networks_of_a_large_model_are_not_all_open_at_once(monkeypatch):
+    artifact = Artifact.open(EMOJI)
+    call = {"seed": 1, "num_inference_steps": 1, "guidance_scale": 1.0}
+
+    def made():
+        pipe = on_demand(artifact, 1)
+        image = np.asarray(pipe("pizza", **call).images[0])
+        return image, [p for p in artifact.parts if pipe.networks.parts[p].is_open]
+
+    image, held = made()
+    assert held == list(artifact.parts)
+    monkeypatch.setattr(instrument, "LARGE", 0)
+    again, held = made()
+    assert psnr(image, again) >= 60
+    assert held == ["vae_decoder"]
 
 
 def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ ort = pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 import onnx_ir as ir  # noqa: E402
 
 from sdlite import converter, unread  # noqa: E402
-from sdlite.backends.ort import once, session_options  # noqa: E402
+from sdlite.backends.ort import once, session_options, sparing  # noqa: E402
 from sdlite.torch_networks import open_network  # noqa: E402
 
 SIDE = 100  # of a large matrix
@@ -164,10 +164,13 @@ def test_network_whose_tensors_are_not_known_again_is_read_whole(wide, monkeypat
     assert "text_encoder are read whole: val_1" in caplog.text
 
 
-def test_session_for_one_call_packs_nothing():
+def test_sessions_that_save_memory_say_so_to_the_engine():
     usual = session_options(1)
     with once():
         lean = session_options(1)
+    with sparing():
+        less = session_options(1)
     assert lean.graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    assert not lean.enable_cpu_mem_arena
+    assert less.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    assert (lean.enable_cpu_mem_arena, less.enable_cpu_mem_arena) == (False, True)
     assert session_options(1).graph_optimization_level == usual.graph_optimization_level
