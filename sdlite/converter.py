@@ -41,7 +41,17 @@ from sdlite.tokenizer import ClipTokenizer
 from sdlite.torch_networks import open_network, text_states
 from sdlite.tryout import try_out
 from sdlite.unread import Links, UnknownTensorError, Unread, links
-from sdlite.weights import Stored, dtypes, stem, weight_files, weight_index, widen
+from sdlite.weights import (
+    Stored,
+    dtypes,
+    index_name,
+    plain_name,
+    stem,
+    variant_of,
+    weight_files,
+    weight_index,
+    widen,
+)
 
 # input -> its free axes by torch.export.Dim; None: none
 FreeShapes = dict[str, dict[int, Any] | tuple[dict[int, Any], ...] | None]
@@ -470,9 +480,7 @@ def _copy(source: Artifact, out: Path) -> None:
             if dtypes(weight_index(weights)) not in (["float16"], ["float32"]):
                 widen(weights, out / part / f"{stem(part)}.safetensors")
                 weights = []
-        index = [f"{stem(part)}.safetensors.index.json"] if len(weights) > 1 else []
-        for name in [*(w.name for w in weights), *index]:
-            files.copy(name, out / part / name)
+        _copy_weights(files, [w.name for w in weights], out / part)
     (out / "model_index.json").write_text(
         json.dumps(listed_index(source.index), indent=1), encoding="utf-8"
     )
@@ -480,6 +488,19 @@ def _copy(source: Artifact, out: Path) -> None:
     (out / "vae" / "config.json").write_text(json.dumps(vae, indent=2) + "\n", encoding="utf-8")
     for path in out.rglob("*.json"):
         _drop_paths(path)
+
+
+def _copy_weights(files: Files, names: Sequence[str], out: Path) -> None:
+    """One file, or shards and their index; those of a variant under the default names."""
+    base = stem(files.name)
+    plain = {n: plain_name(n, base) for n in names}
+    for name, to in plain.items():
+        files.copy(name, out / to)
+    if len(names) > 1:
+        index = files.read_json(index_name(base, variant_of(names[0], base)))
+        index["weight_map"] = {k: plain[n] for k, n in index["weight_map"].items()}
+        text = json.dumps(index, indent=2) + "\n"
+        (out / index_name(base, "")).write_text(text, encoding="utf-8")
 
 
 def _write_graphs(root: Path, manifest: Manifest, source: Artifact) -> dict[str, int]:

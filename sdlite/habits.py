@@ -22,7 +22,7 @@ _HUB = "huggingface_hub's own settings hold"
 _UNSAFE = "there is none; check prompts and images in your app"
 _PARTS = "a pipeline is loaded whole: save the folder with that part in it, and load the folder"
 _ENGINE = "the engine plans its memory itself; pipe.enable_vae_tiling() lowers the decoder's"
-_LORA = "with diffusers: fuse_lora, unload_lora_weights, save_pretrained; then load that folder"
+_LORA = "sdlite.convert(..., lora=[FILE]) (--lora) fuses it; load that"
 _LOAD = "pass it when the pipeline is loaded: Pipeline.from_pretrained(..., device=...)"
 
 Table = Mapping[str, tuple[tuple[object, ...], str]]
@@ -105,11 +105,9 @@ ATTRIBUTES: Mapping[str, str] = {
     "load_lora_weights": _LORA,
     "fuse_lora": _LORA,
     "set_adapters": _LORA,
-    "load_textual_inversion": (
-        "with diffusers: load_textual_inversion, save_pretrained; load the folder"
-    ),
+    "load_textual_inversion": "sdlite.convert(..., embedding=[FILE]) (--embedding); load that",
     "load_ip_adapter": _IP,
-    "from_single_file": "with diffusers: from_single_file, save_pretrained; then load that folder",
+    "from_single_file": "give the file to from_pretrained, or to `sdlite convert`",
     "from_pipe": "load each pipeline with Pipeline.from_pretrained",
     "encode_prompt": "it is two stages: pipe.encode_text(pipe.tokenize(prompts))",
     "decode_latents": "it is pipe.decode(latents)",

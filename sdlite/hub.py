@@ -296,8 +296,8 @@ def _check_names(at: str, commit: str, names: Sequence[str]) -> None:
 
 
 def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Path]) -> list[str]:
-    """The files that the model needs and no other: no pickles, variants, single-file copies, safety
-    checkers, foreign ONNX.
+    """The files that the model needs and no other: no pickles, single-file copies, safety checkers,
+    foreign ONNX; a variant only where there is nothing else.
 
     Args:
         at: what errors call the repository.
@@ -310,14 +310,14 @@ def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Pa
     if INDEX not in names:
         single = [n for n in names if "/" not in n and n.endswith((".safetensors", ".ckpt"))]
         how = (
-            f"; it holds {single[0]}: make a folder of it with diffusers' from_single_file"
+            f"; it holds {single[0]}: fetch that file and give it to `sdlite convert`"
             if single
             else ""
         )
         raise HubError(
             f"hub model {at} has no model_index.json, so it is not a diffusers pipeline{how}."
         )
-    inside = rf"({'|'.join(families.networks())})/(config|[\w.-]+\.index)\.json"
+    inside = rf"({'|'.join(families.networks())})/(config|[\w.-]+\.index(\.[\w-]+)?)\.json"
     about = rf"model_index\.json|{MANIFEST}|{REPORT}|student\.json|{inside}"
     small = [n for n in names if re.fullmatch(about, n)]
     folder = fetched(small)

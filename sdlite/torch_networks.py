@@ -21,7 +21,7 @@ from sdlite.artifact import config as read_config
 from sdlite.errors import ArtifactError
 from sdlite.files import Files
 from sdlite.schema import Json
-from sdlite.weights import Stored, cause, dtypes, weight_files, weight_index
+from sdlite.weights import Stored, cause, dtypes, stem, variant_of, weight_files, weight_index
 
 # What files of CLIP's text encoder may hold besides it: a buffer that is computed, and the rest of
 # CLIP, which no pipeline uses.
@@ -76,6 +76,7 @@ def open_network(folder: Path | Files, **options: Any) -> Any:
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
         "local_files_only": True,
+        "variant": variant_of(weights[0].name, stem(files.name)) or None,
         **options,
     }
     if _is_text(files.name):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,8 +45,8 @@ _CAUSES = (
     (
         "model.diffusion_model.",
         (
-            "it is a single-file checkpoint: save it with"
-            " StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+            "it is a checkpoint in one file: give it to `sdlite convert` itself, outside of a"
+            " pipeline's folder"
         ),
     ),
 )
@@ -88,7 +88,8 @@ def select(
     names: Collection[str], part: str, where: str, listed: Callable[[str], Json]
 ) -> list[str]:
     """The weight files among `names` that diffusers and transformers load by default: one file, or
-    its shards.
+    its shards. Where there are none, those of the only variant that is there (`fp16`, `non_ema`),
+    see `variant_of`.
 
     Args:
         names: file names of the folder of a pipeline.
@@ -101,33 +102,84 @@ def select(
             without an index.
     """
     base = stem(part)
-    single, index = f"{base}.safetensors", f"{base}.safetensors.index.json"
+    found = _of_variant(names, base, "", where, listed)
+    variants = sorted({v for n in names if (v := variant_of(n, base))})
+    if not found and len(variants) == 1:
+        found = _of_variant(names, base, variants[0], where, listed)
+    if found:
+        return found
+    single, index = f"{base}.safetensors", index_name(base, "")
+    others = sorted(n for n in names if n.endswith((".safetensors", *PICKLES)))
+    seen = f"only {', '.join(others)}" if others else "no weights"
+    raise ArtifactError(
+        f"{where} holds {seen}; accepted: {single}, or shards that {index} lists."
+        f"{_way_out(others, variants)}"
+    )
+
+
+def _of_variant(
+    names: Collection[str], base: str, variant: str, where: str, listed: Callable[[str], Json]
+) -> list[str]:
+    """The files of a variant, "" for the default; [] where there are none."""
+    dot = f".{variant}" if variant else ""
+    single, index = f"{base}{dot}.safetensors", index_name(base, variant)
     if index in names and not (
         base == "model" and single in names
     ):  # transformers prefers the single file
         return _listed(listed(index), names, f"{where}/{index}")
-    shards = sorted(n for n in names if re.fullmatch(rf"{base}-\d+-of-\d+\.safetensors", n))
+    shards = sorted(n for n in names if _is_shard(n, base, variant))
     if shards and index not in names:
         raise ArtifactError(
             f"{where} holds {len(shards)} shards (first: {shards[0]}) and no {index} that lists"
             " them; fetch the index too, or remove left-over shards."
         )
-    if single in names:
-        return [single]
-    others = sorted(n for n in names if n.endswith((".safetensors", *PICKLES)))
-    seen = f"only {', '.join(others)}" if others else "no weights"
-    raise ArtifactError(
-        f"{where} holds {seen}; accepted: {single}, or shards that {index} lists.{_way_out(others)}"
+    return [single] if single in names else []
+
+
+def index_name(base: str, variant: str) -> str:
+    """The file that lists the shards of a variant, "" for the default."""
+    return (
+        f"{base}.safetensors.index.{variant}.json" if variant else f"{base}.safetensors.index.json"
     )
 
 
-def _way_out(others: Collection[str]) -> str:
-    if variants := [
-        n.split(".")[1] for n in others if re.fullmatch(r"\w+\.[\w-]+\.safetensors", n)
-    ]:
+_NUMBERED = r"-\d+-of-\d+"
+
+
+def _is_shard(name: str, base: str, variant: str) -> bool:
+    """diffusers writes model.fp16-00001-of-00002.safetensors, and before 0.28
+    model-00001-of-00002.fp16.safetensors.
+    """
+    dot = re.escape(f".{variant}") if variant else ""
+    return bool(re.fullmatch(rf"{base}({dot}{_NUMBERED}|{_NUMBERED}{dot})\.safetensors", name))
+
+
+def variant_of(name: str, base: str) -> str:
+    """The variant that a file of weights, or an index of them, is of: "fp16" for
+    model.fp16.safetensors; "" for one of the default, and for any other file.
+
+    Args:
+        base: see `stem`.
+    """
+    ends = rf"(?P<a>[\w-]+?)(?:{_NUMBERED})?\.safetensors"
+    index = r"safetensors\.index\.(?P<b>[\w-]+)\.json"
+    found = re.fullmatch(rf"{base}(?:{_NUMBERED})?\.(?:{ends}|{index})", name)
+    return (found["a"] or found["b"] or "") if found else ""
+
+
+def plain_name(name: str, base: str) -> str:
+    """The default name of a file of a variant; any other name as it is."""
+    if not variant_of(name, base):
+        return name
+    numbered = re.search(_NUMBERED, name)
+    return f"{base}{numbered[0] if numbered else ''}.safetensors"
+
+
+def _way_out(others: Collection[str], variants: Sequence[str]) -> str:
+    if variants:
         return (
-            f" A variant: load it with diffusers (variant={variants[0]!r}) and save_pretrained()"
-            " without one."
+            f" It has several variants ({', '.join(variants)}): remove the others, or load one with"
+            f" diffusers (variant={variants[0]!r}) and save_pretrained() without one."
         )
     if any(n.endswith(PICKLES) for n in others):
         return (
@@ -178,8 +230,8 @@ def model_files(files: Files, networks: Iterable[str], tokenizers: Iterable[str]
         out += [f"{folder_name}/{n}" for n in TOKENIZER_FILES if files.part(folder_name).has(n)]
     for part in networks:
         folder = files.part(part)
-        index = f"{stem(part)}.safetensors.index.json"
         chosen = select(folder.names(), part, str(folder.folder), folder.read_json)
+        index = index_name(stem(part), variant_of(chosen[0], stem(part)))
         out += [
             f"{part}/{n}" for n in ("config.json", *chosen, *([index] if len(chosen) > 1 else []))
         ]

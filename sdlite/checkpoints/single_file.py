@@ -72,8 +72,8 @@ class SingleFile:
                 f" vae/ folder, or a file such as {_VAE_FILES[self.layout.version == 'xl']}."
             )
 
-    def network(self, part: str) -> nn.Module:
-        """One of `layout.configs`, in float32.
+    def network(self, part: str, half: bool = False) -> nn.Module:
+        """One of `layout.configs`, in float32, or in float16 where `half`: a third of the memory.
 
         Raises:
             InputError: see `check`.
@@ -85,7 +85,7 @@ class SingleFile:
         with _quiet(), _as_ours(self.path):
             tensors = _tensors(self.path)
             opened = _text_encoder if part.startswith("text_encoder") else _of_diffusers
-            network = opened(tensors, part, self.folder)
+            network = opened(tensors, part, self.folder, torch.float16 if half else torch.float32)
         _complete(self.path, part, network)
         if part == "unet":
             _nothing_left(self.path, tensors, network)
@@ -103,21 +103,21 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return out
 
 
-def _of_diffusers(tensors: dict[str, torch.Tensor], part: str, folder: Path) -> nn.Module:
+def _of_diffusers(
+    tensors: dict[str, torch.Tensor], part: str, folder: Path, dtype: torch.dtype
+) -> nn.Module:
     import diffusers
 
     kind = diffusers.UNet2DConditionModel if part == "unet" else diffusers.AutoencoderKL
     network: nn.Module = kind.from_single_file(
-        tensors,
-        config=str(folder),
-        subfolder=part,
-        local_files_only=True,
-        torch_dtype=torch.float32,
+        tensors, config=str(folder), subfolder=part, local_files_only=True, torch_dtype=dtype
     )
     return network
 
 
-def _text_encoder(tensors: dict[str, torch.Tensor], part: str, folder: Path) -> nn.Module:
+def _text_encoder(
+    tensors: dict[str, torch.Tensor], part: str, folder: Path, dtype: torch.dtype
+) -> nn.Module:
     import transformers
     from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 
@@ -127,7 +127,7 @@ def _text_encoder(tensors: dict[str, torch.Tensor], part: str, folder: Path) -> 
         checkpoint=tensors,
         subfolder=part,
         config=str(folder),
-        torch_dtype=torch.float32,
+        torch_dtype=dtype,
         local_files_only=True,
     )
     return network

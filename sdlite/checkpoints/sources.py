@@ -104,10 +104,12 @@ def prepared(source: Path, extras: Extras, scratch: Path) -> Prepared:
     notes = [w.note for w in added]
     if opened.few_step:
         notes.append(f"{source.name} is by its name made for {opened.few_step.words}")
-    for part in opened.parts:  # one at a time: the largest is what it takes in memory
-        network = opened.network(part)
-        notes += _changed(part, network, opened.folder, reads, added, extras)
+    # one at a time, the largest first: what it takes is what all take
+    for part in sorted(opened.parts, key=lambda p: p != "unet"):
         half = part in opened.half if extras.precision is None else extras.precision == "fp16"
+        # in float32 where something is added to it; else rounding at once is the same
+        network = opened.network(part, half and not (reads or added))
+        notes += _changed(part, network, opened.folder, reads, added, extras)
         _save(network, opened.folder / part, half=half)
     made = next((f for x in loras if (f := x.few_step)), opened.few_step)
     if made is not None:
@@ -123,14 +125,14 @@ class _Opened:
         folder: with all its files but weights.
         parts: folders of its networks.
         half: those that are stored in float16.
-        network: part -> its network in float32.
+        network: (part, whether float16 will do) -> its network; else in float32.
         few_step: what the name of a file says that it is made for.
     """
 
     folder: Path
     parts: tuple[str, ...]
     half: frozenset[str]
-    network: Callable[[str], nn.Module]
+    network: Callable[[str, bool], nn.Module]
     few_step: few_step.FewStep | None = None
 
 
@@ -194,7 +196,7 @@ def _opened(source: Path, extras: Extras, scratch: Path) -> _Opened:
     index = json.dumps(families.own_index(artifact.index), indent=1)
     (folder / "model_index.json").write_text(index, encoding="utf-8")
 
-    def network(part: str) -> Any:
+    def network(part: str, half: bool) -> Any:
         if part == "vae" and vae is not None:
             return single_file.autoencoder(vae, scratch / "own" / "vae")
         return open_network(artifact.files.part(part))

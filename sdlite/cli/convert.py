@@ -18,7 +18,7 @@ def _options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "source",
         metavar="SOURCE",
-        help="diffusers SD-1.x or SD-2.x folder, one file of weights, hub id org/name, or a name"
+        help="diffusers folder, one file of weights, hub id org/name, or a name"
         " that `sdlite models` lists",
     )
     command.add_revision(p)

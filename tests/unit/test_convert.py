@@ -24,6 +24,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
 from sdlite.converter import _copy, _link_weights, network  # noqa: E402
+from sdlite.torch_networks import open_network  # noqa: E402
 from sdlite.tryout import try_out  # noqa: E402
 
 CALL = {"seed": 3, "num_inference_steps": 2, "guidance_scale": 3.0}
@@ -183,6 +184,19 @@ def test_bfloat16_is_copied_as_float32_exactly(tmp_path):
     pipe = sdlite.Pipeline.from_pretrained(out, backend="torch")
     assert {n.storage for n in pipe.report.networks} == {"float32"}
     assert (pixels(out, "torch") == pixels(half, "torch")).all()
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_a_variant_alone_is_copied_under_the_default_names(tmp_path, size):
+    source, out = folders.write(tmp_path / "tiny"), tmp_path / "out"
+    network = open_network(source / "unet")
+    (source / "unet" / folders.WEIGHTS["unet"]).unlink()
+    network.half().save_pretrained(source / "unet", variant="fp16", max_shard_size=size)
+    out.mkdir()
+    _copy(Artifact.open(source), out)
+    assert not list(out.rglob("*fp16*"))
+    copied = open_network(out / "unet").state_dict()
+    assert all(torch.equal(v, copied[k].half()) for k, v in network.state_dict().items())
 
 
 # --- what must not be converted

@@ -374,14 +374,20 @@ def test_pickles_alone_are_refused_with_the_revisions_that_have_safetensors(hub,
     ]
 
 
-def test_variants_alone_are_named(hub, tmp_path):
-    said = resolve(
-        hub,
-        tmp_path,
-        pipeline(weights={k.replace(".safe", ".fp16.safe"): v for k, v in WEIGHTS.items()}),
-    )
-    assert "HubError org/x/text_encoder holds only model.fp16.safetensors" in said
-    assert "variant='fp16'" in said
+def variant(name):
+    """The weights under the names of a variant."""
+    return {k.replace(".safe", f".{name}.safe"): v for k, v in WEIGHTS.items()}
+
+
+def test_a_variant_is_fetched_where_there_is_nothing_else(hub, tmp_path):
+    alone = pipeline(weights=variant("fp16"))
+    assert resolve(hub, tmp_path, alone).split() == ["OK", *sorted(alone)]
+
+
+def test_several_variants_alone_are_named(hub, tmp_path):
+    said = resolve(hub, tmp_path, pipeline(weights=variant("fp16") | variant("non_ema")))
+    assert "HubError org/x/text_encoder holds only model.fp16.safetensors, model.non_ema" in said
+    assert "several variants (fp16, non_ema)" in said
     assert all(n.endswith(".json") for n, _, _ in hub.served)
 
 
@@ -422,7 +428,7 @@ def test_exported_folder_is_fetched_as_its_report_lists_it(hub, tmp_path):
 def test_repository_of_single_files_is_named(hub, tmp_path):
     said = resolve(hub, tmp_path, {"dreamshaper_8.safetensors": b"gigabytes", "README.md": b"r"})
     assert "no model_index.json" in said
-    assert "dreamshaper_8.safetensors: make a folder of it" in said
+    assert "dreamshaper_8.safetensors: fetch that file and give it to `sdlite convert`" in said
     assert hub.served == []
 
 

@@ -20,8 +20,17 @@ from tests import folders
 torch = pytest.importorskip("torch", reason="needs the torch extra")
 pytest.importorskip("diffusers", reason="needs the torch extra")
 
+from sdlite.files import Files  # noqa: E402
 from sdlite.torch_networks import open_network  # noqa: E402
-from sdlite.weights import weight_files, weight_index, widen  # noqa: E402
+from sdlite.weights import (  # noqa: E402
+    index_name,
+    model_files,
+    plain_name,
+    stem,
+    weight_files,
+    weight_index,
+    widen,
+)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +184,37 @@ def test_shards_are_what_the_index_lists(damaged, whole):
     )
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_a_variant_alone_is_read(damaged, whole, part, size):
+    network = open_network(damaged / part)
+    (damaged / part / folders.WEIGHTS[part]).unlink()
+    network.half().save_pretrained(damaged / part, variant="fp16", max_shard_size=size)
+    names = [w.name for w in weight_files(damaged / part)]
+    assert all(".fp16" in n for n in names)
+    assert (len(names) > 1) == (size == "20KB")
+    assert {plain_name(n, stem(part)).count("fp16") for n in names} == {0}
+    older = open_network(whole / part).state_dict()
+    got = open_network(damaged / part).state_dict()
+    assert all(torch.equal(v, older[k].half().float()) for k, v in got.items())
+    files = model_files(Files.of(damaged), [part], [])
+    assert (f"{part}/{index_name(stem(part), 'fp16')}" in files) == (len(names) > 1)
+    if len(names) > 1:
+        (damaged / part / index_name(stem(part), "fp16")).unlink()
+        with pytest.raises(ArtifactError, match=r"shards .* no .*index\.fp16\.json"):
+            weight_files(damaged / part)
+
+
+def test_two_variants_alone_are_told(damaged):
+    file = damaged / "unet" / folders.WEIGHTS["unet"]
+    for name in ("fp16", "non_ema"):
+        shutil.copy(file, file.with_suffix(f".{name}.safetensors"))
+    assert [w.name for w in weight_files(damaged / "unet")] == [file.name]
+    file.unlink()
+    with pytest.raises(ArtifactError, match=r"several variants \(fp16, non_ema\)"):
+        weight_files(damaged / "unet")
+
+
 def test_shards_without_an_index_or_with_one_missing_are_refused(damaged):
     shard(damaged, "unet")
     index = damaged / "unet" / "diffusion_pytorch_model.safetensors.index.json"
@@ -206,13 +246,7 @@ def test_an_index_names_files_by_text(damaged, named):
         weight_files(damaged / "unet")
 
 
-def test_variants_and_pickles_alone_are_named_with_the_way_out(damaged):
-    file = damaged / "unet" / folders.WEIGHTS["unet"]
-    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    with pytest.raises(
-        ArtifactError, match=r"only diffusion_pytorch_model\.fp16\.safetensors.*variant='fp16'"
-    ):
-        open_network(damaged / "unet")
+def test_pickles_alone_are_named_with_the_way_out(damaged):
     file = damaged / "vae" / folders.WEIGHTS["vae"]
     file.rename(file.with_name("diffusion_pytorch_model.bin"))
     with pytest.raises(ArtifactError, match=r"only diffusion_pytorch_model\.bin.*Pickles"):

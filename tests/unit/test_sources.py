@@ -4,7 +4,6 @@ held against diffusers' own reading of the same file.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -22,13 +21,14 @@ import diffusers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from benchmarks import published_models  # noqa: E402
-from sdlite import metrics  # noqa: E402
+from sdlite import families, metrics  # noqa: E402
 from sdlite.artifact import Artifact  # noqa: E402
 from sdlite.checkpoints import (  # noqa: E402
     embeddings,
     few_step,
     layouts,
     lora,
+    originals,
     pickles,
     single_file,
     sources,
@@ -96,9 +96,6 @@ def opened(path, tmp_path, **narrow):
     """A file, recognized and written out; `narrow`: what narrow networks have of their own."""
     layout = layouts.recognized(path, single_file.Header.read(path).shapes)
     layout.configs["unet"].update(narrow)
-    if layout.version == "xl":
-        heads = published_models.TEXT_2_SDXL["num_attention_heads"]
-        layout.configs["text_encoder_2"]["num_attention_heads"] = heads
     layout.write(tmp_path / "model")
     return layout, single_file.SingleFile(path, layout, tmp_path / "model")
 
@@ -136,30 +133,21 @@ def built(config):
     return shapes, [list(np.ravel(unet.config[f])) for f in flags]
 
 
-# Depths and middle blocks of SDXL's students, as their config.json has them; SSD-1B's and Vega's
-# single files are in this layout.
-XL = {
-    "sdxl": {},
-    "ssd-1b": {
-        "mid_block_type": "UNetMidBlock2D",
-        "transformer_layers_per_block": [1, [2, 2], [4, 4]],
-        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
-    },
-    "vega": {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, 1, 2]},
-    "koala-700m": {
-        "layers_per_block": 1,
-        "mid_block_type": None,
-        "transformer_layers_per_block": [1, 2, 5],
-    },
-    "koala-1b": {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]},
-}
-XL_UNET = published_models.SDXL_UNET | {  # true widths; on the meta device they cost nothing
-    "block_out_channels": [320, 640, 1280],
-    "cross_attention_dim": 2048,
-    "norm_num_groups": 32,
-    "projection_class_embeddings_input_dim": 2816,
-    "transformer_layers_per_block": [1, 2, 10],
-}
+# SSD-1B's and Vega's single files are in this layout.
+XL = ("sdxl", "ssd-1b", "vega", "koala-700m", "koala-1b")
+
+
+def at_true_width(name):
+    """A published UNet's configuration; on the meta device its widths cost nothing."""
+    return published_models.MODELS[name].unet | {
+        "block_out_channels": [320, 640, 1280],
+        "cross_attention_dim": 2048,
+        "norm_num_groups": 32,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+
+
+XL_UNET = at_true_width("sdxl")
 
 
 def header(config):
@@ -180,7 +168,7 @@ def header(config):
 
 @pytest.mark.parametrize("name", XL)
 def test_names_and_shapes_tell_sdxl_and_its_students(name, tmp_path):
-    config = XL_UNET | XL[name]
+    config = at_true_width(name)
     layout = layouts.recognized(tmp_path / "x.safetensors", header(config))
     assert built(layout.configs["unet"]) == built(config)
     assert layout.version == "xl"
@@ -216,6 +204,14 @@ def test_markers_of_sdxl_files(tmp_path):
             layouts.recognized(path, {**shapes, marker: (1,)})
 
 
+def test_an_sdxl_inpainting_file_is_told(tmp_path):
+    shapes = {**header(XL_UNET), f"{layouts.UNET}input_blocks.0.0.weight": (320, 9, 3, 3)}
+    layout = layouts.recognized(tmp_path / "x.safetensors", shapes)
+    assert "its UNet takes 9 channels" in families.refusal("x", layout.index, layout.config)
+    plain = layouts.recognized(tmp_path / "x.safetensors", header(XL_UNET))
+    assert families.refusal("x", plain.index, plain.config) == ""
+
+
 def test_unets_that_diffusers_has_no_configuration_for_are_told(tmp_path):
     path, shapes = tmp_path / "x.safetensors", header(XL_UNET)
     for pattern, words in (
@@ -231,11 +227,8 @@ def test_unets_that_diffusers_has_no_configuration_for_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sdxl", "ssd-1b"])
-def test_one_sdxl_file_is_diffusers_reading_of_it(tmp_path, monkeypatch, name):
-    unet = published_models.SDXL_UNET | XL[name]
-    model = dataclasses.replace(published_models.MODELS["sdxl"], unet=unet)
-    monkeypatch.setitem(published_models.MODELS, name, model)
-    source = published_models.write(name, tmp_path / "source")
+def test_one_sdxl_file_is_diffusers_reading_of_it(folders, tmp_path, name):
+    source = folders(name)
     tensors = ldm.checkpoint(source)
     save_file(tensors, tmp_path / "xl.safetensors")
     layout, file = opened(tmp_path / "xl.safetensors", tmp_path, norm_num_groups=8)
@@ -259,6 +252,18 @@ def test_the_image_of_a_file_is_diffusers(file, tmp_path):
     got = sources.prepared(file, Extras(), tmp_path)
     pipe = diffusers.StableDiffusionPipeline.from_single_file(
         str(file), config=str(got.folder), local_files_only=True, safety_checker=None
+    )
+    right = theirs(pipe)
+    assert same(ours(got.folder), right)
+    assert not same(ours(got.folder, "a red fox"), right)
+
+
+def test_the_image_of_an_sdxl_file_is_diffusers(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(originals.UNET_XL, "norm_num_groups", 8)  # of narrow networks
+    save_file(ldm.checkpoint(folders("vega")), tmp_path / "vega.safetensors")
+    got = sources.prepared(tmp_path / "vega.safetensors", Extras(), fresh(tmp_path))
+    pipe = diffusers.StableDiffusionXLPipeline.from_single_file(
+        str(tmp_path / "vega.safetensors"), config=str(got.folder), local_files_only=True
     )
     right = theirs(pipe)
     assert same(ours(got.folder), right)
@@ -438,6 +443,27 @@ def test_a_folder_of_pickles(folders, tmp_path):
     assert same(ours(folder), ours(folders("sd14")))
 
 
+def test_the_second_text_encoder_as_pickle_or_as_shards_of_a_variant(folders, tmp_path):
+    source = shutil.copytree(folders("vega"), tmp_path / "xl")
+    part = source / "text_encoder_2"
+    network = sources.open_network(part)
+    [weights] = part.glob("*.safetensors")
+    torch.save(load_file(weights), part / "pytorch_model.bin")
+    weights.unlink()
+    refused(source, tmp_path, "text_encoder_2 holds only pytorch_model.bin", Extras(clip_skip=0))
+    got = sources.prepared(source, Extras(from_pickle=True), fresh(tmp_path)).folder
+    same_weights(sources.open_network(got / "text_encoder_2"), network)
+    (part / "pytorch_model.bin").unlink()
+    network.half().save_pretrained(part, variant="fp16", max_shard_size="4MB")
+    assert len(list(part.glob("model*fp16*.safetensors"))) > 1
+    same_weights(sources.open_network(part), network.float())
+    got = sources.prepared(source, Extras(vae=source), fresh(tmp_path)).folder
+    kinds = {v.dtype for v in load_file(got / "text_encoder_2" / "model.safetensors").values()}
+    assert kinds == {torch.float16}  # as it was stored; the others in float32
+    kinds = {v.dtype for v in load_file(got / "text_encoder" / "model.safetensors").values()}
+    assert kinds == {torch.float32}
+
+
 # --- LoRA
 
 LAYERS = {
@@ -574,6 +600,31 @@ def test_a_fused_sdxl_lora_is_diffusers_fused(folders, tmp_path, layout):
         changed = {k for k in got if not torch.equal(got[k], plain[k])}
         assert changed == {f"{n}.weight" for n in names}
         assert all(torch.allclose(got[k], right[k], atol=1e-6) for k in got)
+
+
+def test_the_image_of_sdxl_with_a_lora_and_a_word_is_diffusers(folders, tmp_path):
+    pytest.importorskip("peft", reason="needs the lora extra")
+    source = folders("sdxl")
+    path = sgm(source, tmp_path / "sdxl_lightning_4step_lora.safetensors")
+    vectors = {"clip_l": torch.randn(2, 48), "clip_g": torch.randn(2, 80)}
+    save_file(vectors, tmp_path / "zqtoy.safetensors")
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(source, local_files_only=True)
+    pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="a")
+    pipe.set_adapters(["a"], [0.3])
+    for key, end in (("clip_l", ""), ("clip_g", "_2")):
+        encoder, tokenizer = (getattr(pipe, f"{p}{end}") for p in ("text_encoder", "tokenizer"))
+        pipe.load_textual_inversion(
+            vectors[key], token="<toy>", text_encoder=encoder, tokenizer=tokenizer
+        )
+    kind = diffusers.EulerDiscreteScheduler
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    extras = Extras(lora=[(path, 0.3)], embedding=[f"{tmp_path / 'zqtoy.safetensors'}:<toy>"])
+    got = sources.prepared(source, extras, fresh(tmp_path))
+    assert got.sampler == {"name": "euler", "num_inference_steps": 4, "guidance_scale": 1.0}
+    prompt = "a <toy> in the snow"
+    right = theirs(pipe, prompt, guidance_scale=1.0)
+    assert same(ours(got.folder, prompt, guidance_scale=1.0), right)
+    assert not same(ours(source, prompt, guidance_scale=1.0), right)
 
 
 def test_loras_of_another_base_are_counted(folders, tmp_path):
@@ -784,6 +835,8 @@ def test_clip_skips_that_cannot_be_are_one_line(folders, tmp_path):
     for given in (-1, 12, 1.0, True):
         words = r"clip_skip=.*accepted: a whole number, 0 to 11"
         refused(folders("sd14"), tmp_path, words, Extras(clip_skip=given))
+    words = "clip_skip=1 is for models with one text encoder"
+    refused(folders("vega"), tmp_path, words, Extras(clip_skip=1))
 
 
 # --- through the door
