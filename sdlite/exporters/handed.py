@@ -82,7 +82,7 @@ def torch_networks(
     """(part, network) in float32; each row of the batch is the first recorded one."""
     import torch
 
-    from sdlite.converter import network
+    from sdlite.tracing import network
 
     for p in artifact.parts:
         spec = artifact.spec(p)

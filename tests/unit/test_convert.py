@@ -23,8 +23,9 @@ diffusers = pytest.importorskip("diffusers", reason="needs the torch extra")
 pytest.importorskip("onnxscript", reason="needs the export extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
-from sdlite.converter import _copy, _link_weights, network  # noqa: E402
+from sdlite.converter import _copy  # noqa: E402
 from sdlite.torch_networks import open_network  # noqa: E402
+from sdlite.tracing import _link_weights, network  # noqa: E402
 from sdlite.tryout import try_out  # noqa: E402
 
 CALL = {"seed": 3, "num_inference_steps": 2, "guidance_scale": 3.0}

@@ -46,6 +46,7 @@ FLOORS = (
     "artifact disk",
     "backends torch_networks tiling hub",
     "checkpoints tryout unread",
+    "tracing",
     "converter",
     "pipeline",
     "bench onnx_graph metrics",

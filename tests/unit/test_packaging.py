@@ -127,7 +127,7 @@ def test_extra_brings_what_a_target_imports_and_asks_for(name):
     wanted |= {"onnxruntime"}  # which judges each
     wanted |= foreign(target.__module__) | foreign("sdlite.exporters.export") | {"pydantic"}
     if target.from_torch:
-        wanted |= foreign("sdlite.converter")
+        wanted |= foreign("sdlite.tracing")
     assert wanted <= modules(target.extra)
 
 
@@ -150,7 +150,9 @@ def test_an_export_names_an_extra_that_brings_what_is_missing(name, monkeypatch)
 def test_distill_brings_its_last_step():
     training = foreign("sdlite.distill.run") | foreign("sdlite.distill.doctor")
     assert {*CONVERT_NEEDS, "accelerate", "matplotlib"} | training <= modules("distill")
-    assert {*CONVERT_NEEDS} | foreign("sdlite.converter") <= modules("export")
+    assert {*CONVERT_NEEDS} | foreign("sdlite.converter") | foreign("sdlite.tracing") <= modules(
+        "export"
+    )
 
 
 def test_targets_are_all_but_those_that_need_a_package_index_of_their_own():

@@ -170,7 +170,8 @@ def test_random_text_encoder_is_close_in_int8(tmp_path):
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from sdlite.converter import _TextEncoder, trace
+    from sdlite.spec import SPECS
+    from sdlite.tracing import _TextEncoder, names_of, trace
 
     torch.manual_seed(0)
     config = CLIPTextConfig(
@@ -183,7 +184,7 @@ def test_random_text_encoder_is_close_in_int8(tmp_path):
         attn_implementation="eager",
     )
     ids = np.random.default_rng(0).integers(0, 998, (4, 77))
-    wrapped = _TextEncoder(CLIPTextModel(config).eval())
+    wrapped = _TextEncoder(CLIPTextModel(config).eval(), names_of(SPECS["text_encoder"]))
     model = trace(
         "text_encoder",
         wrapped,

@@ -18,7 +18,7 @@ ort = pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
 import onnx_ir as ir  # noqa: E402
 
-from sdlite import converter, unread  # noqa: E402
+from sdlite import tracing, unread  # noqa: E402
 from sdlite.backends.ort import once, session_options, sparing  # noqa: E402
 from sdlite.torch_networks import open_network  # noqa: E402
 
@@ -132,10 +132,10 @@ def test_computed_or_unknown_tensor_is_refused(stored):
 
 
 def write_graph(root, part, *, unread):
-    parts = {p: converter.network(root, s, unread) for p, s in SPECS.items()}
-    assert converter.free_sizes(parts["unet"].module)
-    examples = converter._examples(parts, 1, ())
-    converter._write_part(root, part, SPECS[part], parts[part], *examples[part])
+    parts = {p: tracing.network(root, s, unread) for p, s in SPECS.items()}
+    assert tracing.free_sizes(parts["unet"].module)
+    examples = tracing.examples(parts, 1, ())
+    tracing.write_graph(root, part, SPECS[part], parts[part], *examples[part])
     return (root / part / "model.onnx").read_bytes()
 
 
@@ -149,7 +149,7 @@ def test_graph_is_that_of_a_network_that_was_read_whole(wide, monkeypatch):
     index = weight_index([wide / "unet" / folders.WEIGHTS["unet"]])
     assert sum(np.prod(s.shape) > unread.LARGE for s in index.values()) > 10
     graph = write_graph(wide, "unet", unread=True)
-    monkeypatch.setattr(converter, "links", lambda *_: {})  # found by their names and values
+    monkeypatch.setattr(tracing, "links", lambda *_: {})  # found by their names and values
     assert graph == write_graph(wide, "unet", unread=False)
 
 
@@ -158,7 +158,7 @@ def test_network_whose_tensors_are_not_known_again_is_read_whole(wide, monkeypat
         raise unread.UnknownTensorError("val_1, (4, 4)")
 
     graph = write_graph(wide, "text_encoder", unread=True)
-    monkeypatch.setattr(converter, "links", unknown)
+    monkeypatch.setattr(tracing, "links", unknown)
     with caplog.at_level("INFO", "sdlite"):
         assert graph == write_graph(wide, "text_encoder", unread=True)
     assert "text_encoder are read whole: val_1" in caplog.text
