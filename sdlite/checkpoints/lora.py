@@ -193,7 +193,9 @@ def _fitting(
     path: Path, part: str, network: nn.Module, tensors: dict[str, Tensor], skip_missing: bool
 ) -> tuple[dict[str, Tensor], str]:
     """What of a LoRA has a layer in `network`, and what is said of the rest."""
-    modules = {f"{part}.{name}": module for name, module in network.named_modules()}
+    # transformers 5.6 and later has CLIPTextModel without this level, diffusers knows
+    inner = "text_model." if part != "unet" and not hasattr(network, "text_model") else ""
+    modules = {f"{part}.{inner}{name}": module for name, module in network.named_modules()}
     asked = {k.split(".lora_")[0] for k in tensors}
     missing = sorted(asked - set(modules))
     counted = f"{len(missing)} of its {len(asked)} layers of the {part.replace('_', ' ')}"
