@@ -876,6 +876,28 @@ def test_a_file_with_a_lora_becomes_a_model_by_the_command(file, folders, tmp_pa
 
 
 @pytest.mark.slow
+def test_an_sdxl_file_becomes_a_model(folders, tmp_path, monkeypatch):
+    import sdlite
+
+    monkeypatch.setitem(originals.UNET_XL, "norm_num_groups", 8)  # of narrow networks
+    save_file(ldm.checkpoint(folders("vega")), tmp_path / "sd_xl_turbo_vega.safetensors")
+    out = sdlite.convert(tmp_path / "sd_xl_turbo_vega.safetensors", tmp_path / "out")
+    model = Artifact.open(out)
+    assert model.samples_with == {
+        "name": "euler-ancestral",
+        "num_inference_steps": 1,
+        "guidance_scale": 1.0,
+    }
+    pipe = xl_pipe(folders("vega"))
+    kind = diffusers.EulerDiscreteScheduler
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    with Pipeline.from_pretrained(out, backend="onnxruntime", threads=1) as own:
+        call = {"sampler": "euler", "num_inference_steps": 3, "guidance_scale": 1.0, "seed": 0}
+        image = np.asarray(own(PROMPT, height=SIZE, width=SIZE, **call).images[0])
+    assert same(image, theirs(pipe, guidance_scale=1.0))
+
+
+@pytest.mark.slow
 def test_a_pipeline_opens_a_file_and_converts_it_once(file, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("SDLITE_CACHE", str(tmp_path / "cache"))
     for _ in range(2):
