@@ -50,7 +50,8 @@ class Weight:
 
     def array(self) -> np.ndarray:
         """The values, contiguous, read now."""
-        return np.ascontiguousarray(self.read(), dtype=self.dtype)
+        made = np.ascontiguousarray(self.read(), dtype=self.dtype)
+        return made.reshape(self.shape)  # of a scalar it makes a vector
 
     @property
     def size(self) -> int:

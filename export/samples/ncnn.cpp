@@ -54,7 +54,9 @@ static void make_image(const std::string& folder, const std::string& prompt, uin
     const auto predict = [&](const std::vector<float>& x, float time, const ncnn::Mat& embeds) {
         ncnn::Mat t(1);
         t[0] = time;
-        return from_mat(unet({latents(x), t, embeds}));
+        std::vector<ncnn::Mat> inputs{latents(x), t, embeds};
+        for (const auto& [name, values] : device.more) inputs.push_back(ncnn::Mat(int(values.size()), (void*)values.data()).clone());
+        return from_mat(unet(inputs));
     };
     const ncnn::Mat image = decoder({latents(sdlite::sample(device, prompt, seed, encode, predict))});
     sdlite::save(out, from_mat(image), image.w, image.h);

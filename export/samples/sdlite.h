@@ -39,6 +39,7 @@ struct Added {
 struct Device {
     int channels, height, width;  // of latents
     float guidance, scaling, shift, start;
+    std::vector<std::pair<std::string, std::vector<float>>> more;  // further inputs of the UNet, in order
     std::vector<Step> steps;
     int length, bos, eos, pad, unk;  // tokens of a prompt, and ids
     std::vector<Added> added;
@@ -48,10 +49,18 @@ struct Device {
 
     explicit Device(const std::string& folder) : path(folder + "/sdlite-device.txt"), file(path) {
         if (!file) fail("cannot open " + path + "; export the model again (an export whose sampler C++ has not says so in its README)");
-        if (words("sdlite-device", 1)[0] != "1") fail(path + " is of another version of sdlite");
+        if (words("sdlite-device", 1)[0] != "2") fail(path + " is of another version of sdlite; export the model again");
         const auto latents = words("latents", 3);
         channels = std::stoi(latents[0]), height = std::stoi(latents[1]), width = std::stoi(latents[2]);
         guidance = std::stof(words("guidance", 1)[0]);
+        each("more", [&](std::istringstream& in) {
+            std::string name;
+            std::vector<float> values;
+            in >> name;
+            for (float x; in >> x;) values.push_back(x);
+            if (values.empty()) broken();
+            more.emplace_back(name, values);
+        });
         const auto decoder = words("decoder", 2);
         scaling = std::stof(decoder[0]), shift = std::stof(decoder[1]);
         start = std::stof(words("start", 1)[0]);

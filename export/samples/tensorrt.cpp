@@ -106,9 +106,12 @@ static void make_image(const std::string& folder, const std::string& prompt, uin
         return text(stream, {{"input_ids", array(wide.data(), sizeof(int64_t), {1, device.length})}});
     };
     const auto predict = [&](const std::vector<float>& x, float time, const std::vector<float>& e) {
-        return unet(stream, {{"sample", latents(x)},
-                             {"timestep", array(&time, sizeof(float), {})},
-                             {"encoder_hidden_states", array(e.data(), sizeof(float), {1, device.length, int64_t(e.size()) / device.length})}});
+        std::map<std::string, Array> inputs{
+            {"sample", latents(x)},
+            {"timestep", array(&time, sizeof(float), {})},
+            {"encoder_hidden_states", array(e.data(), sizeof(float), {1, device.length, int64_t(e.size()) / device.length})}};
+        for (const auto& [name, values] : device.more) inputs[name] = array(values.data(), sizeof(float), {1, int64_t(values.size())});
+        return unet(stream, inputs);
     };
     const std::vector<float> z = sdlite::sample(device, prompt, seed, encode, predict);
     const std::vector<float> image = decoder(stream, {{"latent_sample", latents(z)}});

@@ -167,6 +167,16 @@ export function guided(scale, negative = "") {
 // u + g (c - u), as sdlite/sampling/loop.py
 export const guide = (uncond, cond, scale) => each(cond, (k) => uncond[k] + scale * (cond[k] - uncond[k]));
 
+// LCM: the guidance as an input of the UNet, as guidance_embedding in sdlite/families/sd.py
+export function embedded(scale, width) {
+  const half = Math.floor(width / 2), step = Math.fround(Math.fround(Math.log(10000)) / (half - 1)), out = new Float32Array(width);
+  for (let i = 0; i < half; i++) {
+    const angle = Math.fround(Math.fround(1000 * (scale - 1)) * Math.fround(Math.exp(Math.fround(i * -step))));
+    out[i] = Math.sin(angle), out[half + i] = Math.cos(angle);
+  }
+  return out;
+}
+
 // latents -> what the decoder takes, as Pipeline.decode in sdlite/pipeline.py
 export const unscaled = (latents, { scaling_factor: scaling, shift_factor: shift }) => each(latents, (k) => latents[k] / scaling + shift);
 
@@ -250,7 +260,9 @@ export class Pipeline {
     const begin = performance.now(), { schedule, latent_shape: shape } = this.settings;
     const own = this.settings.sampler, scale = guidance_scale ?? own.guidance_scale;
     const solver = sampler(own.name, schedule, num_inference_steps ?? own.num_inference_steps), n = solver.times.length;
-    const uncond = guided(scale, negative_prompt) ? await this.encode(negative_prompt) : null, cond = await this.encode(prompt);
+    const wide = this.settings.guidance_embedding, within = wide ? embedded(scale, wide) : null;
+    if (within && negative_prompt) throw new Error("this model takes its guidance as an input: a negative prompt has no effect; leave it empty");
+    const uncond = guided(scale, negative_prompt) && !within ? await this.encode(negative_prompt) : null, cond = await this.encode(prompt);
     const size = shape.reduce((a, b) => a * b), draws = new Noise(seed);
     let x = latents ? Float32Array.from(latents) : draws.normal(size);
     if (x.length !== size) throw new Error(`${x.length} latents; ${size} are needed, shape ${shape}`);
@@ -259,6 +271,7 @@ export class Pipeline {
       sample: { type: "float32", data, dims: shape },
       timestep: { type: "float32", data: Float32Array.of(t), dims: [] },
       encoder_hidden_states: { type: "float32", data: embeds.data, dims: embeds.dims },
+      ...(within && { timestep_cond: { type: "float32", data: within, dims: [1, wide] } }),
     });
     for (const [i, t] of solver.times.entries()) {
       signal?.throwIfAborted();

@@ -3,9 +3,10 @@ exports whose runtimes have a sample in `export/samples` hold it; `sdlite.h` the
 
 Lines of words with a space between them. `name` and what follows it:
 
-    sdlite-device 1        format
+    sdlite-device 2        format
     latents C h w
     guidance g             above 1: two calls of the UNet a step
+    more n                 then n lines, further inputs of the UNet: name, its numbers
     decoder scaling shift  the decoder takes latents / scaling + shift
     start s                latents are s times unit normal noise
     steps n                then n lines: timestep, k, a, b, c, draws. The UNet is given k x; its
@@ -34,6 +35,7 @@ import numpy as np
 from sdlite.artifact import Artifact
 from sdlite.errors import InputError
 from sdlite.families import vae_config
+from sdlite.families.sd import guidance_embedding
 from sdlite.sampling import Noise, Schedule, get_sampler
 from sdlite.tokenizer import ClipTokenizer
 from sdlite.tokenizer_files import END, START, WORDS
@@ -49,12 +51,13 @@ def write(out: Path, artifact: Artifact, latent_shape: Sequence[int]) -> Path:
         latent_shape: (B, C, h, w).
 
     Raises:
-        InputError: the C++ code has not the model's sampler or tokenizer; the message says which.
+        InputError: the C++ code has not the model's sampler or tokenizer, or does not feed its
+            UNet; the message says which.
     """
     lines = [
-        "sdlite-device 1",
+        "sdlite-device 2",
         _words("latents", *latent_shape[1:]),
-        _words("guidance", artifact.sampler_defaults.guidance_scale),
+        *_guidance(artifact),
         *_decoder(artifact),
         *_steps(artifact),
         *_tokenizer(artifact),
@@ -67,6 +70,35 @@ def write(out: Path, artifact: Artifact, latent_shape: Sequence[int]) -> Path:
 
 def _words(*given: object) -> str:
     return " ".join(f"{x:.9g}" if isinstance(x, float) else str(x) for x in given)
+
+
+def unfed(artifact: Artifact) -> str:
+    """What of a model a program that runs one text encoder, and feeds a UNet its guidance besides
+    latents, timestep and text, does not have; "" where it has all.
+    """
+    named = [t.name for t in artifact.family.unet_inputs(artifact.config("unet"))]
+    encoders = list(artifact.family.tokenizers)
+    if encoders == ["text_encoder"] and not {*named} - {"timestep_cond"}:
+        return ""
+    return (
+        f"it has {' and '.join(encoders)}, and its UNet is given {', '.join(named) or 'text alone'}"
+        " besides latents and timestep"
+    )
+
+
+def _guidance(artifact: Artifact) -> Iterator[str]:
+    """A UNet that takes its guidance has one call a step, and is given the model's own."""
+    unet, own = artifact.config("unet"), artifact.sampler_defaults.guidance_scale
+    if why := unfed(artifact):
+        raise InputError(
+            f"{why}; the C++ samples run one text encoder and feed timestep_cond alone: run the"
+            " networks by the Python code above, or by your own program."
+        )
+    named = [t.name for t in artifact.family.unet_inputs(unet)]
+    yield _words("guidance", 1.0 if named else own)
+    yield _words("more", len(named))
+    for name in named:
+        yield _words(name, *guidance_embedding(own, unet["time_cond_proj_dim"])[0].tolist())
 
 
 def _decoder(artifact: Artifact) -> Iterator[str]:

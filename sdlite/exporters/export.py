@@ -94,7 +94,6 @@ def export(
     wanted.need_packages()
     artifact, manifest = _exportable(model, wanted.profile, sampler)
     job = _Job(artifact, manifest, wanted, given, num_inference_steps, threads)
-    _refuse_conditions(artifact, wanted)
     wanted.specs = {p: artifact.spec(p) for p in artifact.parts}
     wanted.check(artifact)
     resources.check(artifact, wanted.profile, job.source, Path(out))
@@ -113,17 +112,6 @@ def export(
             raise _failed(Path(out), folder if keep_failed else None, report, recording, checked)
         write_json(folder / REPORT, report)
     return report
-
-
-def _refuse_conditions(artifact: Artifact, target: Target[object]) -> None:
-    """Raises InputError where the UNet is given more than the target feeds."""
-    further = [t.name for t in artifact.family.unet_inputs(artifact.config("unet"))]
-    if further and not target.conditions:
-        able = ", ".join(t for t in targets.names() if targets.get(t).conditions)
-        raise InputError(
-            f"the UNet of {artifact.name} is given {', '.join(further)} besides latents, timestep"
-            f" and text, which target {target.name} does not feed; choose one of {able}."
-        )
 
 
 def _profile(target: str | Path, fuse_schedule: bool) -> Profile:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from sdlite.exporters.described import NetworkRow
 from sdlite.exporters.parity import Recording
 from sdlite.exporters.snippets import IMAGE, ONE
@@ -97,7 +99,11 @@ def _table(about: Mapping[str, NetworkRow]) -> list[str]:
         start, package, _ = row["file"].partition(".mlpackage")
         files = start + package if package else ", ".join(sorted([row["file"], *row["weights"]]))
         first = f"{part} | {files}"
-        for kind, tensor in [*(("input", t) for t in row["inputs"]), ("output", row["output"])]:
+        made = [row["output"], *row.get("more_outputs", ())]
+        for kind, tensor in [
+            *(("input", t) for t in row["inputs"]),
+            *(("output", t) for t in made),
+        ]:
             shape = ", ".join(map(str, tensor["shape"])) or "a scalar"
             name, dtype, values = tensor["name"], tensor["dtype"], tensor["range"]
             lines.append(f"| {first} | {kind} | `{name}` | {dtype} | {shape} | {values} |")
@@ -105,15 +111,15 @@ def _table(about: Mapping[str, NetworkRow]) -> list[str]:
     return [*lines, ""]
 
 
-def _zeros(tensor: Tensor) -> str:
-    shape = (1, *map(int, tensor.shape[1:]))
+def _zeros(tensor: Tensor, seen: np.ndarray) -> str:
+    shape = (1, *seen.shape[1:]) if tensor.shape else ()
     return f"\n    {tensor.name}=np.zeros({shape}, np.{tensor.dtype}),"
 
 
 def _numbers(pipe: Pipeline, recording: Recording) -> dict[str, str]:
     """Placeholder -> Python code."""
     vae, name = pipe.vae_config, pipe.default_sampler
-    given = recording.calls["unet"][0][0]
+    spec, given = recording.specs["unet"], recording.calls["unet"][0][0]
     cls, told = CLASSES[name.removesuffix("-karras")]
     told = dict(told)
     if name.endswith("-karras"):
@@ -123,15 +129,14 @@ def _numbers(pipe: Pipeline, recording: Recording) -> dict[str, str]:
     if cls not in _NO_OFFSET:
         told["steps_offset"] = 1
     shift = vae.get("shift_factor") or 0.0
-    prepared, more = pipe.family.snippet(pipe.unet_config)
-    further = pipe.family.unet_inputs(pipe.unet_config)
+    height, width = recording.images.shape[1:3]
+    _, channels, *side = given["sample"].shape
+    latents = f"(1, {channels}, height // {height // side[0]}, width // {width // side[1]})"
     return {
-        "LATENTS": repr((1, *given["sample"].shape[1:])),
-        "EMBEDS": repr((1, *given["encoder_hidden_states"].shape[1:])),
-        "FURTHER": "".join(_zeros(t) for t in further),
-        "GUIDED": "False" if pipe.family.guides_itself(pipe.unet_config) else "guidance > 1",
-        "PREPARED": prepared,
-        "MORE": more,
+        "TEXT": pipe.family.snippet(pipe.index, pipe.unet_config),
+        "ZEROS": "".join(_zeros(t, given[t.name]) for t in spec.inputs),
+        "LATENTS": latents,
+        "SIZE": f"{height}, {width}",
         "CLASS": cls,
         "SETTINGS": "".join(f", {k}={v!r}" for k, v in told.items()),
         "PROMPT": repr(recording.prompts[0]),
@@ -162,18 +167,16 @@ def _around(
 ) -> list[str]:
     """What goes in and out of the networks, in words."""
     height, width = recording.images.shape[1:3]
+    latents = (1, *recording.calls["unet"][0][0]["sample"].shape[1:])
     free = any("width" in str(n) for t in about["unet"]["inputs"] for n in t["shape"])
     sizes = f"or any multiples of {pipe.networks.size_multiple}" if free else "this size alone"
     shift = numbers["SHIFT"].replace("np.float32", "")
     return [
         "## Around them",
         "",
+        *_tokens(pipe),
         (
-            f"- Tokens: `tokenizer/` (CLIP's), {numbers['WINDOW']} of them, padded with id "
-            f"{pipe.tokenizer.pad}; longer texts are cut before the end token."
-        ),
-        (
-            f"- Latents: unit normal noise of {numbers['LATENTS']} for an image of {height}x{width}"
+            f"- Latents: unit normal noise of {latents} for an image of {height}x{width}"
             f" px ({sizes}), from a generator with the image's seed."
         ),
         (
@@ -181,15 +184,33 @@ def _around(
             f" (diffusers' {numbers['CLASS']}), {numbers['STEPS']} steps,"
         ),
         f"  guidance {numbers['GUIDANCE']}; the UNet predicts {pipe.schedule.prediction_type}.",
-        (
-            "- Guidance g is u + g (c - u), u for the negative prompt and c for the prompt; from 0"
-            " to 1 there is none, and no second call."
-        ),
+        *_guidance(pipe),
         (
             f"- Decoder: gets latents / {numbers['SCALING']}{shift}; its pixels are -1 to 1, and (x"
             " / 2 + 0.5) x 255 is 0 to 255."
         ),
         "",
+    ]
+
+
+def _tokens(pipe: Pipeline) -> list[str]:
+    """What each text encoder reads."""
+    return [
+        f"- Tokens: `{folder}/` (CLIP's), {pipe.tokenizers[part].max_length} of them, padded with"
+        f" id {pipe.tokenizers[part].pad}; longer texts are cut before the end token."
+        for part, folder in pipe.family.tokenizers.items()
+    ]
+
+
+def _guidance(pipe: Pipeline) -> list[str]:
+    if pipe.family.guides_itself(pipe.unet_config):
+        return [
+            "- Guidance is an input of the UNet: one call a step at any guidance, and no negative"
+            " prompt."
+        ]
+    return [
+        "- Guidance g is u + g (c - u), u for the negative prompt and c for the prompt; from 0 to 1"
+        " there is none, and no second call."
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sdlite.families import snippets
 from sdlite.spec import SPECS, Arrays, IOSpec, Tensor
 
 # Named arrays, one row per image, that go to the UNet as they are, in every step.
@@ -110,11 +111,16 @@ class Family:
         """Steps and guidance of a folder that does not say, as diffusers' pipeline has them."""
         return 50, 7.5
 
-    def snippet(self, unet: Config) -> tuple[str, str]:
-        """Python code of an export's README: lines that make the further inputs of the UNet from
-        `guidance`, and how they are handed over, such as ", class_labels=labels".
+    def snippet(self, index: Config, unet: Config) -> str:
+        """Python code of an export's README that makes `conditions` of `prompt`, `negative_prompt`
+        (None: none), `guidance`, `height` and `width`: a list with a dict of the UNet's inputs,
+        besides latents and timestep, for each call of a step; the negative prompt's is the second.
+
+        The code has `np`, transformers' `CLIPTokenizer`, and `load(part)` for a network: a function
+        of the names of its inputs that gives its outputs by name. `@WINDOW@` stands for the number
+        of tokens.
         """
-        return "", ""
+        return snippets.ENCODE + snippets.GUIDED
 
     def conditions(self, encoders: Encoders, call: Call) -> tuple[Conditions, Conditions | None]:
         """The conditions of the prompts, and of the negative ones where there are some."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from sdlite.families import snippets
 from sdlite.families.base import Call, Conditions, Config, Configs, Encoders, Family
 from sdlite.spec import Tensor
 
@@ -22,12 +23,6 @@ UNFED = {
     "encoder_hid_dim_type": "image embeddings",
     "encoder_hid_dim": "projected embeddings",
 }
-
-# `guidance_embedding` without sdlite
-SNIPPET = """half = %d // 2
-angles = np.exp(np.arange(half) * -np.log(10000) / (half - 1)) * 1000 * (guidance - 1)
-timestep_cond = np.concatenate([np.sin(angles), np.cos(angles)])[None].astype(np.float32)
-"""
 
 
 class StableDiffusion(Family):
@@ -74,9 +69,11 @@ class StableDiffusion(Family):
             return 4, 8.5
         return super().defaults(index)
 
-    def snippet(self, unet: Config) -> tuple[str, str]:
+    def snippet(self, index: Config, unet: Config) -> str:
         width = unet.get("time_cond_proj_dim")
-        return (SNIPPET % width, ", timestep_cond=timestep_cond") if width else ("", "")
+        if width is None:
+            return super().snippet(index, unet)
+        return snippets.ENCODE + snippets.EMBEDDED % int(width)
 
     def conditions(self, encoders: Encoders, call: Call) -> tuple[Conditions, Conditions | None]:
         cond, uncond = super().conditions(encoders, call)

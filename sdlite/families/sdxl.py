@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from sdlite.families import snippets
 from sdlite.families.base import NEGATIVE, Call, Conditions, Config, Configs, Encoders
 from sdlite.families.sd import StableDiffusion, misfit, unfed
 from sdlite.spec import SPECS, IOSpec, Tensor
@@ -19,10 +20,6 @@ from sdlite.spec import SPECS, IOSpec, Tensor
 ENCODERS = ("text_encoder", "text_encoder_2")
 POOLED, STATES = "text_embeds", "encoder_hidden_states"
 TIME_IDS = 6  # numbers: height and width of the original, top and left of the crop, target's
-
-SNIPPET = """text_embeds = np.zeros((1, %d), np.float32)  # of text_encoder_2
-time_ids = np.array([[height, width, 0, 0, height, width]], np.float32)
-"""
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -74,9 +71,11 @@ class StableDiffusionXL(StableDiffusion):
     def defaults(self, index: Config) -> tuple[int, float]:
         return 50, 5.0
 
-    def snippet(self, unet: Config) -> tuple[str, str]:
-        more, given = super().snippet(unet)
-        return more, f", text_embeds=text_embeds, time_ids=time_ids{given}"
+    def snippet(self, index: Config, unet: Config) -> str:
+        width = unet.get("time_cond_proj_dim")
+        guided = snippets.GUIDED_OR_ZEROS if _zeros(index) else snippets.GUIDED
+        last = guided if width is None else snippets.EMBEDDED % int(width)
+        return snippets.ENCODE_TWO + last + snippets.SIZES
 
     def conditions(self, encoders: Encoders, call: Call) -> tuple[Conditions, Conditions | None]:
         second = call.more.get("prompt_2") or call.prompts
@@ -106,7 +105,7 @@ def _encoded(encoders: Encoders, first: Sequence[str], second: Sequence[str]) ->
 def _negative(encoders: Encoders, call: Call, like: Conditions) -> Conditions:
     """The same of the negative prompts; zeros where none is given and the pipeline says so."""
     second = call.more.get("negative_prompt_2") or call.negatives
-    zeros = encoders.index.get("force_zeros_for_empty_prompt", True)
+    zeros = _zeros(encoders.index)
     pairs = list(zip(call.negatives, second, strict=True))
     given = [i for i, (a, b) in enumerate(pairs) if not (zeros and a is None and b is None)]
     out = {k: np.zeros_like(v) for k, v in like.items()}
@@ -116,6 +115,11 @@ def _negative(encoders: Encoders, call: Call, like: Conditions) -> Conditions:
         for k, rows in made.items():
             out[k][given] = rows
     return out
+
+
+def _zeros(index: Config) -> bool:
+    """Whether no negative prompt is zeros, and not an empty text."""
+    return bool(index.get("force_zeros_for_empty_prompt", True))
 
 
 def _time_ids(call: Call, prefix: str) -> np.ndarray:

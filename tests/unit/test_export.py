@@ -4,6 +4,7 @@ half-written.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -32,12 +33,11 @@ from sdlite.errors import (
 from sdlite.exporters import profile, targets
 from sdlite.exporters.export import export, table
 from sdlite.exporters.targets.base import Runtime, Target
-from sdlite.families.sd import StableDiffusion
 from sdlite.io import sha256
 from sdlite.onnx_graph import Graph, constant
 from sdlite.pipeline import Pipeline
 from sdlite.settings import At, settings
-from sdlite.spec import Tensor
+from sdlite.spec import SPECS, Tensor
 from tests.conftest import EMOJI
 from tests.folders import relist
 
@@ -472,12 +472,16 @@ def test_a_target_from_outside_is_one_class(tmp_path, monkeypatch):
         export(EMOJI, tmp_path / "x", target=path, **given)
 
 
-def test_a_unet_with_more_inputs_is_refused_before_any_work(tmp_path, monkeypatch):
-    more = Tensor("timestep_cond", ("B", "16"), "float32", "guidance, embedded")
-    monkeypatch.setattr(StableDiffusion, "unet_inputs", lambda self, unet: (more,))
-    words = "is given timestep_cond besides .* target ncnn does not feed; choose one of onnx, openv"
-    with pytest.raises(InputError, match=words):
-        export(EMOJI, tmp_path / "x", target="ncnn")
+def test_the_code_names_what_the_model_has():
+    target = targets.of(profile.load("ncnn"))
+    pooled = Tensor("text_embeds", ("B", "16"), "float32", "pooled text")
+    spec = dataclasses.replace(SPECS["text_encoder"], outputs=(pooled, *SPECS["unet"].outputs))
+    target.specs = {"text_encoder_2": spec}
+    names = {}
+    exec(target.named("i, o = @INPUTS@, @OUTPUTS@"), names)
+    assert names["i"] == {"text_encoder_2": ["input_ids"]}
+    assert names["o"] == {"text_encoder_2": ["text_embeds", "out_sample"]}
+    assert "text_encoder_2" in target.runtime().code
 
 
 def test_every_target_says_which_backends_open_it():

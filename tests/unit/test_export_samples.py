@@ -18,8 +18,10 @@ from sdlite.artifact import Artifact
 from sdlite.errors import InputError, SdliteWarning
 from sdlite.exporters import device
 from sdlite.families import vae_config
+from sdlite.families.sd import StableDiffusion, guidance_embedding
 from sdlite.sampling import Noise, Schedule, get_sampler, guide
 from sdlite.sampling.names import SAMPLERS
+from sdlite.spec import Tensor
 from sdlite.tokenizer import ClipTokenizer
 from tests import folders
 from tests.conftest import EMOJI
@@ -59,8 +61,12 @@ def programs(tmp_path_factory):
     return {n: compiled(n, tmp_path_factory.mktemp("cpp")) for n in ("ncnn.cpp", "tensorrt.cpp")}
 
 
-def model(copy, name="ddim", guidance=2.0, steps=3, **scheduler):
-    """The embedded model with another sampler, schedule and VAE."""
+def model(copy, name="ddim", guidance=2.0, steps=3, width=None, **scheduler):
+    """The embedded model with another sampler, schedule and VAE. `width`: of a guidance that its
+    UNet is given.
+    """
+    if width:
+        folders.configure(copy / "unet" / "config.json", time_cond_proj_dim=width)
     path = copy / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **scheduler}))
     vae = copy / "vae" / "config.json"
@@ -101,8 +107,9 @@ def text_encoder(ids):
     return (np.float32(ids % 97)[:, None] / 97 - 0.5) * np.float32((i + d) % 3)
 
 
-def unet(x, t, embeds):
-    return x / 2 + np.float32(t / 4000) + embeds.mean(dtype=np.float32)
+def unet(x, t, embeds, more=()):
+    mean = embeds.mean(dtype=np.float32) + sum(m * i / 100 for i, m in enumerate(more))
+    return x / 2 + np.float32(t / 4000) + np.float32(mean)
 
 
 def image(artifact, prompt, seed):
@@ -113,12 +120,14 @@ def image(artifact, prompt, seed):
     cond, uncond = map(text_encoder, ids)
     schedule = Schedule.from_config(artifact.config("scheduler"))
     solver = get_sampler(artifact.sampler_name, schedule, own.num_inference_steps)
+    width = artifact.config("unet").get("time_cond_proj_dim")
+    more = () if width is None else guidance_embedding(own.guidance_scale, width)[0].tolist()
     noise = Noise(seed)
     x = noise.normal((8, 8, 8))[None] * np.float32(solver.init_noise_sigma)
     for i, t in enumerate(solver.timesteps):
         given = solver.scale_model_input(i, x)
-        out = unet(given, t, cond)
-        if own.guidance_scale > 1:
+        out = unet(given, t, cond, more)
+        if own.guidance_scale > 1 and width is None:
             out = guide(unet(given, t, uncond), out, own.guidance_scale)
         x = solver.step(i, out.astype(np.float32), x, [noise])
     vae = vae_config(artifact.config("vae"))
@@ -134,6 +143,7 @@ def image(artifact, prompt, seed):
         {"prediction_type": "epsilon", "rescale_betas_zero_snr": False},
         {"prediction_type": "sample", "name": "euler", "steps": 4},
         {"name": "lcm", "guidance": 1.0},
+        {"name": "lcm", "guidance": 8.0, "width": 16},
         {"name": "euler-ancestral", "rescale_betas_zero_snr": False},
     ],
     ids=lambda g: "-".join(map(str, g.values())) or "own",
@@ -220,7 +230,7 @@ def test_a_folder_without_its_file_is_said(driver, copy, tmp_path, damage):
     if damage == "none":
         path.unlink()
     else:
-        path.write_text("".join(lines[:40] if damage == "cut off" else ["sdlite-device 2\n"]))
+        path.write_text("".join(lines[:40] if damage == "cut off" else ["sdlite-device 1\n"]))
     done = subprocess.run([driver, folder, "1"], input=b"", capture_output=True, check=True)
     assert words[damage] in done.stdout.decode()
 
@@ -261,13 +271,22 @@ def test_a_tokenizer_that_the_samples_do_not_have_is_refused(
         device.write(tmp_path, model(copy), (1, 8, 8, 8))
 
 
+def test_a_unet_that_the_samples_do_not_feed_is_refused(copy, tmp_path, monkeypatch):
+    pooled = Tensor("text_embeds", ("B", "16"), "float32", "pooled text")
+    monkeypatch.setattr(StableDiffusion, "unet_inputs", lambda self, unet: (pooled,))
+    with pytest.raises(
+        InputError, match=r"UNet is given text_embeds besides .* timestep_cond alone"
+    ):
+        device.write(tmp_path, model(copy), (1, 8, 8, 8))
+
+
 def test_an_export_holds_the_file_or_says_why_not(tmp_path):
     pytest.importorskip("ncnn", reason="needs ncnn")
     from sdlite.exporters.export import export
 
     given = {"target": "ncnn", "prompts": ["a fox"], "num_inference_steps": 1, "threads": 1}
     export(EMOJI, tmp_path / "a", **given)
-    assert (tmp_path / "a" / device.FILE).read_text().startswith("sdlite-device 1\nlatents 8 8 8\n")
+    assert (tmp_path / "a" / device.FILE).read_text().startswith("sdlite-device 2\nlatents 8 8 8\n")
     assert "export/samples/ncnn.cpp" in (tmp_path / "a" / "README.md").read_text()
     said = r"sampler 'dpm\+\+2m' remembers earlier steps"
     with pytest.warns(SdliteWarning, match=f"no {device.FILE} was written: {said}"):

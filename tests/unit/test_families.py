@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,9 +109,7 @@ def test_a_converted_lcm_is_torchs_on_every_engine_and_in_int8(lcm, tmp_path):
 
 
 def exported(tmp_path):
-    """Exports that feed it make the model's images, by the code of their README too; others say
-    which do.
-    """
+    """Exports make the model's images, by the code of their README too."""
     from sdlite.exporters.export import export
 
     call = {"num_inference_steps": 2, "guidance_scale": 8.0}
@@ -130,11 +129,6 @@ def exported(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     made = np.asarray(Image.open(folder / "image.png")).astype(int)
     assert np.abs(right[0] - made).max() <= 1
-    for target in ("ncnn", "web"):
-        with pytest.raises(
-            InputError, match=r"given timestep_cond .* choose one of onnx, openvino"
-        ):
-            export(tmp_path / "model", tmp_path / target, target=target)
 
 
 def test_steps_and_guidance_of_a_folder_that_does_not_say(lcm, plain, tmp_path):
@@ -193,6 +187,48 @@ def test_no_negative_prompt_is_zeros_where_the_pipeline_says_so_and_an_empty_one
         np.testing.assert_array_equal(uncond["text_embeds"][:, 0], [b for _, b in lengths])
     _, uncond = told([None, None], {"negative_original_size": (8, 9)})
     np.testing.assert_array_equal(uncond["time_ids"], [[8, 9, 0, 0, 64, 96]] * 2)
+
+
+def by_the_readme(negative, guidance, zeros=True, **unet):
+    """Conditions as the code of an export's README makes them, with `Spelled` for the networks."""
+    encoders = Spelled(zeros, **unet)
+
+    class Tokenizer:
+        from_pretrained = classmethod(lambda cls, folder: cls())
+
+        def __call__(self, text, **padded):
+            assert padded["max_length"] == 7
+            return SimpleNamespace(input_ids=encoders.tokenize([text]))
+
+    names = {"np": np, "CLIPTokenizer": Tokenizer, "prompt": "fox", "negative_prompt": negative}
+    names |= {"guidance": guidance, "height": 64, "width": 96}
+    names["load"] = lambda part: lambda input_ids: encoders.encode(part, input_ids)
+    code = StableDiffusionXL().snippet(encoders.index, unet).replace("@WINDOW@", "7")
+    exec(code, names)
+    return names["conditions"]
+
+
+@pytest.mark.parametrize(
+    ("negative", "guidance", "more"),
+    [
+        (None, 5.0, {}),
+        ("", 5.0, {}),
+        ("four", 5.0, {}),
+        (None, 5.0, {"zeros": False}),
+        (None, 0.0, {}),
+        (None, 8.0, {"time_cond_proj_dim": 16}),
+    ],
+)
+def test_the_readmes_code_makes_the_conditions_of_sdxl(negative, guidance, more):
+    one = guidance <= 1 or "time_cond_proj_dim" in more
+    call = families.Call(["fox"], [] if one else [negative], guidance, 64, 96, {})
+    want = [c for c in StableDiffusionXL().conditions(Spelled(**more), call) if c]
+    made = by_the_readme(negative, guidance, **more)
+    assert [c.keys() for c in made] == [c.keys() for c in want]
+    for ours, right in zip(made, want, strict=True):
+        for name, x in right.items():
+            np.testing.assert_allclose(ours[name], x, atol=1e-3, err_msg=name)
+            assert ours[name].dtype == np.float32
 
 
 def test_an_lcm_of_sdxl_is_told_its_guidance_too():

@@ -23,7 +23,9 @@ from sdlite.exporters import profile, targets
 from sdlite.exporters.export import export, table
 from sdlite.exporters.targets import web
 from sdlite.exporters.targets.web import chromium
+from sdlite.families.sd import StableDiffusion, guidance_embedding
 from sdlite.sampling import Noise
+from sdlite.spec import Tensor
 from sdlite.tokenizer import ClipTokenizer
 from tests import folders
 from tests.conftest import EMOJI
@@ -473,6 +475,45 @@ def test_the_pages_guidance_and_latent_scaling_are_pythons(node, copy):
     pipe.decode(latents)
     given = {"u": latents.ravel().tolist(), "c": [], "vae": vae}
     np.testing.assert_allclose(node(script, given)[1], seen[0].ravel(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("guidance", "width"), [(8.5, 256), (1.0, 8), (0.0, 7), (7.3, 32)])
+def test_the_pages_guidance_of_an_lcm_is_pythons(node, guidance, width):
+    script = """
+      import { readFileSync } from "node:fs";
+      import { embedded } from "./sdlite.js";
+      const [scale, width] = JSON.parse(readFileSync("cases.json"));
+      console.log(JSON.stringify(Array.from(embedded(scale, width))));
+    """
+    made = np.float32(node(script, [guidance, width]))[None]
+    right = guidance_embedding(guidance, width)
+    np.testing.assert_allclose(made, right, atol=1e-3)  # ulp of an angle of 7500: 5e-4
+
+
+def test_an_lcm_has_one_call_a_step_and_no_negative_prompt(node):
+    lcm = """
+pipe.settings.guidance_embedding = 8;
+const fed = [];
+const run = pipe.run;
+pipe.run = (part, feeds) => (fed.push(feeds.timestep_cond?.dims ?? null), run(part, feeds));
+calls.length = 0;
+await pipe.generate({ prompt: "x", seed: 1, guidance_scale: 8 });
+const negative = { prompt: "x", negative_prompt: "y", guidance_scale: 8 };
+const why = await pipe.generate(negative).catch((e) => e.message);
+console.log(JSON.stringify([calls, fed, why]));
+"""
+    script = _CALLS.replace("console.log(JSON.stringify(said));", lcm)
+    calls, fed, why = node(script)
+    assert calls == ["text_encoder", "unet", "unet", "vae_decoder"]
+    assert fed == [None, [1, 8], [1, 8], None]
+    assert "takes its guidance as an input: a negative prompt has no effect" in why
+
+
+def test_a_model_of_two_text_encoders_is_refused_before_any_work(copy, monkeypatch):
+    pooled = Tensor("text_embeds", ("B", "16"), "float32", "pooled text")
+    monkeypatch.setattr(StableDiffusion, "unet_inputs", lambda self, unet: (pooled,))
+    with pytest.raises(InputError, match=r"is given text_embeds besides .* such as onnx"):
+        targets.of(profile.load("web")).check(Artifact.open(copy))
 
 
 def test_the_page_refuses_other_samplers_and_takes_guidance_as_python_does(node):

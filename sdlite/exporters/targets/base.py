@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,9 @@ class Runtime:
     Attributes:
         title: the runtime's name.
         install: what pip installs for `code`.
-        code: Python code with `load(part)`, which gives a function of the names in `sdlite.spec`
-            for one row; "" where the networks do not run in Python. It imports nothing of sdlite.
+        code: Python code with `load(part)`, which gives a function of a network's inputs by name,
+            for one row, that gives its outputs by name; "" where the networks do not run in Python.
+            It imports nothing of sdlite. See `Target.named`.
         usage: Markdown that stands in place of the Python code.
         note: said above the code.
         batch_axis: False where tensors have no batch axis and are called in0, in1, ..., out0.
@@ -114,8 +116,6 @@ class Target(Generic[Options]):
         free_size: False where only the batch can stay free.
         from_torch: whether `convert_torch` is called, with torch networks, in place of `convert`.
         opened_by: names of the backends with which `Pipeline.from_pretrained` opens the export.
-        conditions: whether it feeds what some UNets are given besides latents, timestep and hidden
-            states (`Family.unet_inputs`).
         sample: its file in `export/samples`, in C++; the export holds what that reads, see
             `sdlite.exporters.device`. "": none.
         options_type: dataclass of what a profile's `[options]` may say, see `sdlite.settings`.
@@ -130,7 +130,6 @@ class Target(Generic[Options]):
     free_size: ClassVar[bool] = True
     from_torch: ClassVar[bool] = False
     opened_by: ClassVar[tuple[str, ...]] = ()
-    conditions: ClassVar[bool] = False
     sample: ClassVar[str] = ""
     options_type: ClassVar[type] = NoOptions
 
@@ -169,6 +168,18 @@ class Target(Generic[Options]):
     def runtime(self) -> Runtime:
         """What the README says."""
         raise NotImplementedError
+
+    def named(self, code: str) -> str:
+        """`code` with tables in place of `@INPUTS@` and `@OUTPUTS@`: part -> the names of what it
+        takes and gives, in order.
+        """
+        for word, tensors in (
+            ("INPUTS", {p: s.inputs for p, s in self.specs.items()}),
+            ("OUTPUTS", {p: s.outputs for p, s in self.specs.items()}),
+        ):
+            rows = [f'    "{p}": {json.dumps([t.name for t in ts])},' for p, ts in tensors.items()]
+            code = code.replace(f"@{word}@", "\n".join(["{", *rows, "}"]))
+        return code
 
     def check(self, artifact: Artifact) -> None:
         """Refuse a model that the target cannot run, before any work.

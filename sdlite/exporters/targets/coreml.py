@@ -27,7 +27,7 @@ CODE = """
 import coremltools as ct
 import numpy as np
 
-OUTPUT = {"text_encoder": "last_hidden_state", "unet": "out_sample", "vae_decoder": "sample"}
+OUTPUTS = @OUTPUTS@
 
 
 def load(part):
@@ -37,7 +37,8 @@ def load(part):
         given = {k: np.atleast_1d(v) for k, v in inputs.items()}
         if "input_ids" in given:
             given["input_ids"] = given["input_ids"].astype(np.int32)
-        return model.predict(given)[OUTPUT[part]]
+        made = model.predict(given)
+        return {name: made[name] for name in OUTPUTS[part]}
 
     return network
 """
@@ -67,7 +68,7 @@ class CoreML(Target[Options]):
         return Runtime(
             "Core ML",
             "coremltools",
-            CODE,
+            self.named(CODE),
             note="Written from coremltools' documentation, not run by us.",
             narrow_ids=True,
             scalars=False,

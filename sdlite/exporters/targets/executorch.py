@@ -30,12 +30,16 @@ import numpy as np
 import torch
 from executorch.runtime import Runtime
 
+INPUTS = @INPUTS@
+OUTPUTS = @OUTPUTS@
+
 
 def load(part):
     method = Runtime.get().load_program(f"{part}/model.pte").load_method("forward")
 
-    def network(**inputs):  # by place, in the order of the table
-        return method.execute([torch.from_numpy(x) for x in inputs.values()])[0].numpy().copy()
+    def network(**inputs):  # by place
+        made = method.execute([torch.from_numpy(inputs[name]) for name in INPUTS[part]])
+        return {name: x.numpy().copy() for name, x in zip(OUTPUTS[part], made)}
 
     return network
 """
@@ -64,7 +68,7 @@ class ExecuTorch(Target[Options]):
 
     def runtime(self) -> Runtime:
         """ExecuTorch's Python package."""
-        return Runtime("ExecuTorch", "executorch", CODE)
+        return Runtime("ExecuTorch", "executorch", self.named(CODE))
 
     def convert_torch(
         self, part: str, network: torch.nn.Module, example: tuple[torch.Tensor, ...], out: Path

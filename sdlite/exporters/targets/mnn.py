@@ -22,18 +22,14 @@ import MNN
 import MNN.numpy as mnp
 import numpy as np
 
-INPUTS = {
-    "text_encoder": ["input_ids"],
-    "unet": ["sample", "timestep", "encoder_hidden_states"],
-    "vae_decoder": ["latent_sample"],
-}
-OUTPUT = {"text_encoder": "last_hidden_state", "unet": "out_sample", "vae_decoder": "sample"}
+INPUTS = @INPUTS@
+OUTPUTS = @OUTPUTS@
 runtime = MNN.nn.create_runtime_manager(({"backend": "CPU", "precision": "high", "numThread": 2},))
 
 
 def load(part):
     module = MNN.nn.load_module_from_file(
-        f"{part}/model.mnn", INPUTS[part], [OUTPUT[part]], runtime_manager=runtime
+        f"{part}/model.mnn", INPUTS[part], OUTPUTS[part], runtime_manager=runtime
     )
 
     def network(**inputs):
@@ -43,7 +39,9 @@ def load(part):
                 given.append(mnp.array(inputs[name].tolist(), dtype=mnp.int32))
             else:
                 given.append(mnp.array(np.array(inputs[name], np.float32)))
-        return np.array(module.forward(given)[0].read())
+        made = module.forward(given)
+        made = made if isinstance(made, (list, tuple)) else [made]
+        return {name: np.array(x.read()) for name, x in zip(OUTPUTS[part], made)}
 
     return network
 """
@@ -62,7 +60,7 @@ class MNN(Target[NoOptions]):
 
     def runtime(self) -> Runtime:
         """MNN's Python package."""
-        return Runtime("MNN", "MNN", CODE, narrow_ids=True)
+        return Runtime("MNN", "MNN", self.named(CODE), narrow_ids=True)
 
     def convert(self, part: str, graph: Path, out: Path) -> list[Path]:
         """ONNX to .mnn.

@@ -1,8 +1,8 @@
 """ncnn (.param and .bin) by pnnx, for Vulkan phones and ARM CPUs: batch 1, fixed shapes, float32 or
 float16 weights.
 
-Inputs are in0, in1, ... in the order of `sdlite.spec`, without the batch axis; token ids are int32;
-the output is out0.
+Inputs are in0, in1, ... in the order of the model's spec, without the batch axis; token ids are
+int32; outputs are out0, out1, ...
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ CODE = """
 import ncnn
 import numpy as np
 
-ORDER = {
-    "text_encoder": ["input_ids"],
-    "unet": ["sample", "timestep", "encoder_hidden_states"],
-    "vae_decoder": ["latent_sample"],
-}
+INPUTS = @INPUTS@
+OUTPUTS = @OUTPUTS@
 
 
 def load(part):
@@ -46,12 +43,13 @@ def load(part):
     def network(**inputs):
         kept = []  # ncnn.Mat does not keep its array alive
         with net.create_extractor() as run:
-            for i, name in enumerate(ORDER[part]):
+            for i, name in enumerate(INPUTS[part]):
                 x = inputs[name]
                 x = x.astype(np.int32 if name == "input_ids" else np.float32)
                 kept.append(np.ascontiguousarray(x[0] if x.ndim else x.reshape(1)))
                 run.input(f"in{i}", ncnn.Mat(kept[-1]))
-            return np.array(run.extract("out0")[1])[None]
+            names = enumerate(OUTPUTS[part])
+            return {name: np.array(run.extract(f"out{i}")[1])[None] for i, name in names}
 
     return network
 """
@@ -79,7 +77,7 @@ class Ncnn(Target[Options]):
 
     def runtime(self) -> Runtime:
         """ncnn's Python package."""
-        return Runtime("ncnn", "ncnn", CODE, batch_axis=False, narrow_ids=True)
+        return Runtime("ncnn", "ncnn", self.named(CODE), batch_axis=False, narrow_ids=True)
 
     def convert(self, part: str, graph: Path, out: Path) -> list[Path]:
         """ONNX to .param and .bin.

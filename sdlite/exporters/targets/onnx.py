@@ -38,31 +38,30 @@ import onnxruntime as ort
 
 def load(part):
     session = ort.InferenceSession(f"{part}/model.onnx", providers=["CPUExecutionProvider"])
-    return lambda **inputs: session.run(None, inputs)[0]
+    names = [o.name for o in session.get_outputs()]
+    return lambda **inputs: dict(zip(names, session.run(names, inputs)))
 """
 FUSED = """
 import numpy as np
 import onnxruntime as ort
 
 
+def opened(path):
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    wanted = {i.name for i in session.get_inputs()}
+    return lambda given: dict(
+        zip(names, session.run(names, {k: v for k, v in given.items() if k in wanted}))
+    )
+
+
 def load(part):
     if part != "unet":
-        session = ort.InferenceSession(f"{part}/model.onnx", providers=["CPUExecutionProvider"])
-        return lambda **inputs: session.run(None, inputs)[0]
+        network = opened(f"{part}/model.onnx")
+        return lambda **inputs: network(inputs)
     # time.onnx depends on the timestep alone, prompt.onnx on the prompt: once for each will do
-    graphs = {
-        name: ort.InferenceSession(f"unet/{name}.onnx", providers=["CPUExecutionProvider"])
-        for name in ("time", "prompt", "step")
-    }
-    wanted = {i.name for i in graphs["step"].get_inputs()}
-
-    def unet(**inputs):
-        for name, given in (("time", "timestep"), ("prompt", "encoder_hidden_states")):
-            made = graphs[name].run(None, {given: inputs[given]})
-            inputs |= dict(zip([o.name for o in graphs[name].get_outputs()], made))
-        return graphs["step"].run(None, {k: v for k, v in inputs.items() if k in wanted})[0]
-
-    return unet
+    time, prompt, step = (opened(f"unet/{name}.onnx") for name in ("time", "prompt", "step"))
+    return lambda **inputs: step(inputs | time(inputs) | prompt(inputs))
 """
 _SAID_SINCE_18 = [("Resize", "antialias", 0), ("Resize", "keep_aspect_ratio_policy", b"stretch")]
 
@@ -83,7 +82,6 @@ class Onnx(Target[Options]):
     packages = ("onnx", "onnxruntime")
     precisions = ("fp32", "fp16", "int8-static")
     dynamic = True
-    conditions = True
     opened_by = ("onnxruntime", "openvino")
     options_type = Options
 

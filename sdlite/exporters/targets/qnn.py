@@ -48,7 +48,8 @@ def load(part):
     settings = {"backend_path": qnn.get_qnn_htp_path(), "htp_arch": "@HTP@", "soc_model": "@SOC@"}
     options.add_provider_for_devices([device], settings)
     session = ort.InferenceSession(f"{part}/model.onnx", options)
-    return lambda **inputs: session.run(None, inputs)[0]
+    names = [o.name for o in session.get_outputs()]
+    return lambda **inputs: dict(zip(names, session.run(names, inputs)))
 """
 PROVIDER = "QNNExecutionProvider"
 OPERATORS = ("Conv", "MatMul", "Gemm")

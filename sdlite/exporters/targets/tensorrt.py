@@ -38,7 +38,7 @@ import numpy as np
 import tensorrt as trt
 import torch
 
-OUTPUT = {"text_encoder": "last_hidden_state", "unet": "out_sample", "vae_decoder": "sample"}
+OUTPUTS = @OUTPUTS@
 runtime = trt.Runtime(trt.Logger())
 
 
@@ -51,11 +51,13 @@ def load(part):
         for name, tensor in held.items():
             context.set_input_shape(name, tuple(tensor.shape))
             context.set_tensor_address(name, tensor.data_ptr())
-        out = torch.empty(tuple(context.get_tensor_shape(OUTPUT[part])), device="cuda")
-        context.set_tensor_address(OUTPUT[part], out.data_ptr())
+        made = {}
+        for name in OUTPUTS[part]:
+            made[name] = torch.empty(tuple(context.get_tensor_shape(name)), device="cuda")
+            context.set_tensor_address(name, made[name].data_ptr())
         context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
         torch.cuda.synchronize()
-        return out.cpu().numpy()
+        return {name: x.cpu().numpy() for name, x in made.items()}
 
     return network
 """
@@ -123,7 +125,7 @@ class TensorRT(Target[Options]):
         return Runtime(
             "TensorRT",
             "tensorrt torch",
-            CODE,
+            self.named(CODE),
             note="Written from TensorRT's documentation, not run by us.",
         )
 

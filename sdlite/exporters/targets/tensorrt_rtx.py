@@ -42,7 +42,9 @@ class TensorRTRTX(tensorrt.TensorRT):
         return Runtime(
             "TensorRT for RTX",
             "tensorrt-rtx torch",
-            tensorrt.CODE.replace("import tensorrt as trt", "import tensorrt_rtx as trt"),
+            self.named(tensorrt.CODE).replace(
+                "import tensorrt as trt", "import tensorrt_rtx as trt"
+            ),
             note="Written from TensorRT for RTX's documentation, not run by us.",
         )
 

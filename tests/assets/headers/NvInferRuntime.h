@@ -42,7 +42,7 @@ public:
     }
     bool enqueueV3(cudaStream_t) noexcept {
         if (part == "text_encoder") put("last_hidden_state", stand_in::text_encoder((const int64_t*)held.at("input_ids"), int(size("input_ids"))));
-        if (part == "unet") put("out_sample", stand_in::unet(get("sample"), *(const float*)held.at("timestep"), get("encoder_hidden_states")));
+        if (part == "unet") put("out_sample", stand_in::unet(get("sample"), *(const float*)held.at("timestep"), get("encoder_hidden_states"), held.count("timestep_cond") ? get("timestep_cond") : std::vector<float>()));
         if (part == "vae_decoder") put("sample", stand_in::vae_decoder(get("latent_sample"), int(size("latent_sample") / shapes["latent_sample"].d[1])));
         return true;
     }

@@ -57,7 +57,7 @@ public:
         if (std::strcmp(blob_name, "out0")) return 1;
         const Mat& x = given.at("in0");
         if (part == "text_encoder") feat = filled(stand_in::WIDTH, x.w, 1, stand_in::text_encoder((const int*)x, x.w));
-        if (part == "unet") feat = filled(x.w, x.h, x.c, stand_in::unet(plain(x), ((const float*)given.at("in1"))[0], plain(given.at("in2"))));
+        if (part == "unet") feat = filled(x.w, x.h, x.c, stand_in::unet(plain(x), ((const float*)given.at("in1"))[0], plain(given.at("in2")), given.count("in3") ? plain(given.at("in3")) : std::vector<float>()));
         if (part == "vae_decoder") feat = filled(x.w, x.h, 3, stand_in::vae_decoder(plain(x), x.w * x.h));
         return 0;
     }

@@ -14,8 +14,9 @@ template <typename Id> std::vector<float> text_encoder(const Id* ids, int length
     return out;
 }
 
-inline std::vector<float> unet(std::vector<float> x, float time, const std::vector<float>& embeddings) {
+inline std::vector<float> unet(std::vector<float> x, float time, const std::vector<float>& embeddings, const std::vector<float>& more) {
     float mean = 0;
+    for (size_t i = 0; i < more.size(); i++) mean += more[i] * float(i) / 100;
     for (const float e : embeddings) mean += e / float(embeddings.size());
     for (float& v : x) v = v / 2 + time / 4000 + mean;
     return x;

@@ -23,6 +23,7 @@ import onnx
 
 from sdlite.artifact import Artifact
 from sdlite.errors import ExportError, InputError, MissingExtraError
+from sdlite.exporters import device
 from sdlite.exporters.profile import assets
 from sdlite.exporters.targets.base import NotRunnable, Running, Runtime, Target
 from sdlite.exporters.targets.onnx import write_graph
@@ -88,16 +89,21 @@ class Web(Target[Options]):
         return Runtime("browsers, by onnxruntime-web", usage=USAGE)
 
     def check(self, artifact: Artifact) -> None:
-        """Refuse a model whose sampler the page does not have, and batches.
+        """Refuse a model that the page does not run, and batches.
 
         Raises:
-            InputError: another sampler, an Euler with settings that the page does not read, or a
-                batch.
+            InputError: another sampler, an Euler with settings that the page does not read, more
+                than one text encoder, further inputs of the UNet than its guidance, or a batch.
         """
         if self.profile.rows != 1:
             raise InputError(
                 f"profile {self.profile.name}: batch={self.profile.batch}; the page of target web"
                 " makes one image at a time: set batch = 1."
+            )
+        if why := device.unfed(artifact):
+            raise InputError(
+                f"the page of target web runs one text encoder and feeds timestep_cond alone;"
+                f" {artifact.name} is another model: {why}. Choose another target, such as onnx."
             )
         name = artifact.sampler_name
         said = Schedule.from_config(artifact.config("scheduler")).settings
@@ -163,6 +169,7 @@ def page_settings(
         "name": artifact.name,
         "sampler": artifact.samples_with,
         "latent_shape": latent_shape,
+        "guidance_embedding": artifact.config("unet").get("time_cond_proj_dim"),
         "weights": beside,
         "bytes": {
             f"{p}/{f.name}": f.stat().st_size
