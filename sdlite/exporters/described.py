@@ -23,7 +23,9 @@ class TensorRow(TypedDict):
 
 
 class NetworkRow(TypedDict):
-    """A network. `batch`: rows of a call, if fixed. `cuts`: it comes as three graphs."""
+    """A network. `batch`: rows of a call, if fixed. `cuts`: it comes as three graphs. `kept`: why
+    it is not in the export's float16.
+    """
 
     file: str
     weights: list[str]
@@ -34,6 +36,7 @@ class NetworkRow(TypedDict):
     more_outputs: NotRequired[list[TensorRow]]
     batch: NotRequired[int]
     cuts: NotRequired[bool]
+    kept: NotRequired[str]
 
 
 def networks(
@@ -61,7 +64,7 @@ def networks(
         out[part] = {
             "file": main,
             "weights": [n for n in names if n != main],
-            "storage": _storage(target, str(source[part]["storage"])),
+            "storage": _storage(target, part, str(source[part]["storage"])),
             "arithmetic": str(source[part]["arithmetic"]),
             "inputs": [tensors.input(t, given[t.name].shape, i) for i, t in enumerate(spec.inputs)],
             "output": tensors.row(spec.output, answers[spec.output.name].shape, "out0"),
@@ -73,6 +76,9 @@ def networks(
             out[part]["more_outputs"] = more
         if not profile.dynamic:
             out[part]["batch"] = profile.rows
+        if target.precision(part) != profile.precision:
+            why = target.overflowing[part]
+            out[part]["kept"] = f"float32, as it overflows in float16 ({why})"
         if main.endswith(STEP):
             out[part]["cuts"] = True
     return out
@@ -85,9 +91,9 @@ def _free(recording: Recording, free_size: bool) -> dict[str, str]:
     return {"B": "batch", **(sides if free_size else {})}
 
 
-def _storage(target: Target[object], source: str) -> str:
+def _storage(target: Target[object], part: str, source: str) -> str:
     """The weights' dtype. With fixed shapes casts are folded, so that float16 becomes float32."""
-    if target.profile.precision == "fp16":
+    if target.precision(part) == "fp16":
         return "float16"
     kept = target.profile.dynamic or target.profile.precision == "int8-static"
     return source if kept else "float32"

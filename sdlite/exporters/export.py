@@ -95,6 +95,7 @@ def export(
     artifact, manifest = _exportable(model, wanted.profile, sampler)
     job = _Job(artifact, manifest, wanted, given, num_inference_steps, threads)
     wanted.specs = {p: artifact.spec(p) for p in artifact.parts}
+    wanted.overflowing = artifact.family.overflowing(artifact.config)
     wanted.check(artifact)
     resources.check(artifact, wanted.profile, job.source, Path(out))
     with resources.watched(wanted.profile), scratch("export") as aside, writing(out) as folder:

@@ -185,6 +185,7 @@ def _around(
         ),
         f"  guidance {numbers['GUIDANCE']}; the UNet predicts {pipe.schedule.prediction_type}.",
         *_guidance(pipe),
+        *(f"- {p} stays in {row['kept']}." for p, row in about.items() if "kept" in row),
         (
             f"- Decoder: gets latents / {numbers['SCALING']}{shift}; its pixels are -1 to 1, and (x"
             " / 2 + 0.5) x 255 is 0 to 255."

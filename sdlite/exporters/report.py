@@ -141,6 +141,8 @@ def table(report: ExportReport) -> str:
         lines.append(f"  to reference  PSNR {min(parity['reference']):.1f} dB at worst")
     if seconds := report["picture_seconds"]:
         lines.append(_time(seconds))
+    kept = {p: row["kept"] for p, row in report["networks"].items() if "kept" in row}
+    lines += [f"  {p:<13} {why}" for p, why in kept.items()]
     lines += [f"  not run       {p}: {why}" for p, why in report["not_run"].items()]
     return "\n".join(lines)
 

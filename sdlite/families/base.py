@@ -111,6 +111,10 @@ class Family:
         """Steps and guidance of a folder that does not say, as diffusers' pipeline has them."""
         return 50, 7.5
 
+    def overflowing(self, configs: Configs) -> dict[str, str]:
+        """Parts that float16 arithmetic is too narrow for -> what says so."""
+        return {}
+
     def snippet(self, index: Config, unet: Config) -> str:
         """Python code of an export's README that makes `conditions` of `prompt`, `negative_prompt`
         (None: none), `guidance`, `height` and `width`: a list with a dict of the UNet's inputs,

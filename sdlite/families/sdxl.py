@@ -68,6 +68,11 @@ class StableDiffusionXL(StableDiffusion):
         also = ("last_hidden_state", *states[:-1])
         return replace(base, part=part, source=part, outputs=outputs, also=also)
 
+    def overflowing(self, configs: Configs) -> dict[str, str]:
+        vae = configs("vae")  # as diffusers reads it: AutoencoderKL's default is true
+        upcast = vae.get("force_upcast", vae.get("_class_name") != "AutoencoderTiny")
+        return {"vae_decoder": "force_upcast in vae/config.json"} if upcast else {}
+
     def defaults(self, index: Config) -> tuple[int, float]:
         return 50, 5.0
 

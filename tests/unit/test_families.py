@@ -231,6 +231,27 @@ def test_the_readmes_code_makes_the_conditions_of_sdxl(negative, guidance, more)
             assert ours[name].dtype == np.float32
 
 
+@pytest.mark.parametrize(
+    ("vae", "kept"),
+    [
+        ({"force_upcast": True}, True),  # SDXL's
+        ({"force_upcast": False}, False),  # madebyollin/sdxl-vae-fp16-fix
+        ({}, True),
+        ({"_class_name": "AutoencoderTiny"}, False),
+    ],
+)
+def test_a_vae_that_overflows_stays_in_float32(vae, kept):
+    from sdlite.exporters import profile, targets
+
+    assert StableDiffusion().overflowing({"vae": vae}.__getitem__) == {}
+    for name in ("onnx-fp16", "openvino-fp16", "ncnn-fp16", "onnx"):
+        target = targets.of(profile.load(name))
+        target.overflowing = StableDiffusionXL().overflowing({"vae": vae}.__getitem__)
+        wide = kept or name == "onnx"
+        assert target.precision("vae_decoder") == ("fp32" if wide else "fp16"), name
+        assert target.precision("unet") == ("fp32" if name == "onnx" else "fp16")
+
+
 def test_an_lcm_of_sdxl_is_told_its_guidance_too():
     cond, _ = told([], guidance=8.0, time_cond_proj_dim=16)
     assert cond["timestep_cond"].shape == (2, 16)

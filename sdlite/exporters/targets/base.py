@@ -120,6 +120,7 @@ class Target(Generic[Options]):
             `sdlite.exporters.device`. "": none.
         options_type: dataclass of what a profile's `[options]` may say, see `sdlite.settings`.
         profile, options: of this export. specs: part -> what the model's own takes and gives.
+        overflowing: part -> what says that float16 is too narrow for it; see `precision`.
     """
 
     name: ClassVar[str]
@@ -136,6 +137,7 @@ class Target(Generic[Options]):
     def __init__(self, profile: Profile):
         """Raises: InputError, PrecisionError: the target cannot do what the profile asks for."""
         self.specs: Mapping[str, IOSpec] = SPECS
+        self.overflowing: Mapping[str, str] = {}
         if profile.precision not in self.precisions:
             raise PrecisionError(
                 f"target {self.name} makes {', '.join(self.precisions)}, not {profile.precision}."
@@ -168,6 +170,11 @@ class Target(Generic[Options]):
     def runtime(self) -> Runtime:
         """What the README says."""
         raise NotImplementedError
+
+    def precision(self, part: str) -> str:
+        """The profile's; of a float16 export float32 for what overflows in float16."""
+        narrow = self.profile.precision == "fp16" and part in self.overflowing
+        return "fp32" if narrow else self.profile.precision
 
     def named(self, code: str) -> str:
         """`code` with tables in place of `@INPUTS@` and `@OUTPUTS@`: part -> the names of what it

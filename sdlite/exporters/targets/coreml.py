@@ -98,7 +98,7 @@ class CoreML(Target[Options]):
             ct.TensorType(name=t.name, shape=tuple(x.shape) or (1,), dtype=_KINDS[t.dtype])
             for t, x in zip(spec.inputs, example, strict=True)
         ]
-        half = self.profile.precision == "fp16"
+        half = self.precision(part) == "fp16"
         deployed = self._deployed(ct)
         try:
             model = ct.convert(

@@ -71,7 +71,7 @@ class MNN(Target[NoOptions]):
         made = (out / "model.mnn").absolute()
         files = ["--modelFile", str(graph.absolute()), "--MNNModel", str(made)]
         command = [sys.executable, "-c", CONVERTER, "-f", "ONNX", *files, "--bizCode", "sdlite"]
-        if self.profile.precision == "fp16":
+        if self.precision(part) == "fp16":
             command.append("--fp16")
         # It keeps weights in a file of the working folder: two conversions in one mix them up.
         with scratch("mnn") as own:

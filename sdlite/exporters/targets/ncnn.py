@@ -87,7 +87,7 @@ class Ncnn(Target[Options]):
         """
         import pnnx
 
-        half = self.profile.precision == "fp16"
+        half = self.precision(part) == "fp16"
         with scratch("pnnx") as tmp:  # pnnx writes nine files beside its input
             model = tmp / "model.onnx"
             onnx.save_model(onnx.load(str(graph)), str(model), save_as_external_data=False)

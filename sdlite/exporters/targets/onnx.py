@@ -125,8 +125,8 @@ class Onnx(Target[Options]):
     def convert(self, part: str, graph: Path, out: Path) -> list[Path]:
         """The graph with its weights, or the UNet's three graphs."""
         if part == "unet" and self.options.fuse_schedule:
-            return _hoisted(_stored(graph, self.profile.precision), graph, out)
-        return write_graph(graph, out, self.profile.precision)
+            return _hoisted(_stored(graph, self.precision(part)), graph, out)
+        return write_graph(graph, out, self.precision(part))
 
     def finish(self, out: Path, artifact: Artifact, latent_shape: tuple[int, ...]) -> list[Path]:
         """With free shapes the folder is a model too: `Pipeline.from_pretrained` opens it."""
@@ -145,7 +145,7 @@ class Onnx(Target[Options]):
                 "weights": [f"{part}/{f.name}" for f in beside],
                 "opset": opset_of(onnx.load(str(graph), load_external_data=False)),
             }
-            if precision == "fp16":
+            if self.precision(part) == "fp16":
                 entries[part]["storage"] = "float16"
         changed = dataclasses.replace(own, variants={precision: entries}, files={}, quality=None)
         write_manifest(out, changed)

@@ -46,7 +46,7 @@ class OpenVINO(Target[NoOptions]):
         """ONNX to OpenVINO IR."""
         import openvino as ov
 
-        half = self.profile.precision == "fp16"
+        half = self.precision(part) == "fp16"
         model = ov.Core().read_model(str(graph))
         ov.save_model(model, str(out / "model.xml"), compress_to_fp16=half)
         return [out / "model.xml", out / "model.bin"]
@@ -55,5 +55,5 @@ class OpenVINO(Target[NoOptions]):
         """The network on this machine's CPU."""
         from sdlite.backends.openvino_network import CompiledNetwork
 
-        spec, precision = self.specs[part], self.profile.precision
+        spec, precision = self.specs[part], self.precision(part)
         return CompiledNetwork(str(files[0]), spec, "cpu", threads, precision)

@@ -18,7 +18,7 @@ import numpy as np
 
 from sdlite.artifact import Artifact
 from sdlite.backends import Network
-from sdlite.errors import ExportError
+from sdlite.errors import ExportError, InputError
 from sdlite.exporters.profile import assets
 from sdlite.exporters.rewrites import a16w8
 from sdlite.exporters.targets.base import Facts, Graphs, Runtime, Target
@@ -91,6 +91,19 @@ class QNN(Target[Options]):
         code = code.replace("@SOC@", self.options.soc_model)
         title = "Qualcomm's NPU, by onnxruntime-qnn"
         return Runtime(title, "onnxruntime onnxruntime-qnn", code)
+
+    def check(self, artifact: Artifact) -> None:
+        """Refuse a model with a network that overflows in float16: the NPU's floats are these.
+
+        Raises:
+            InputError: it has one.
+        """
+        for part, why in artifact.family.overflowing(artifact.config).items():
+            raise InputError(
+                f"{part} of {artifact.name} overflows in float16 ({why}), and the NPU of target qnn"
+                " has no float32: give the model a VAE that was made for float16, such as"
+                " madebyollin/sdxl-vae-fp16-fix, or choose another target."
+            )
 
     def quantize(
         self,

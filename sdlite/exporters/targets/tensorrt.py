@@ -136,7 +136,7 @@ class TensorRT(Target[Options]):
         Raises:
             PrecisionError: an int8 graph with unsigned activations, which TensorRT does not take.
         """
-        match self.profile.precision:
+        match self.precision(part):
             case "fp16":
                 return to_half(graph, graph.with_name(f"{part}.half.onnx"))
             case "bf16":

@@ -120,7 +120,7 @@ class Web(Target[Options]):
         """One file for each network: a browser fetches it in one request. The weights of a large
         network stay beside it, as it is copied while it is read.
         """
-        files = write_graph(graph, out, self.profile.precision)
+        files = write_graph(graph, out, self.precision(part))
         if sum(f.stat().st_size for f in files) > LARGE:
             return files
         model = onnx.load(str(files[0]))
