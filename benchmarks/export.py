@@ -62,9 +62,7 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
         "opset": r["opset"],
         "source": r["source"],
         "bytes": sum(
-            f["bytes"]
-            for name, f in r["files"].items()
-            if name.split("/")[0] in ("text_encoder", "unet", "vae_decoder")
+            f["bytes"] for name, f in r["files"].items() if name.split("/")[0] in r["networks"]
         ),
         "checked_by": r["checked_by"],
         "not_run": next(iter(r["not_run"].values()), None),

@@ -482,6 +482,8 @@ def test_the_code_names_what_the_model_has():
     assert names["i"] == {"text_encoder_2": ["input_ids"]}
     assert names["o"] == {"text_encoder_2": ["text_embeds", "out_sample"]}
     assert "text_encoder_2" in target.runtime().code
+    with pytest.raises(InputError, match=r"ncnn cannot run text_encoder_2 .* such as mnn or onnx"):
+        target.check(Artifact.open(EMOJI))
 
 
 def test_every_target_says_which_backends_open_it():

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from sdlite.artifact import Artifact
 from sdlite.backends import Network
-from sdlite.errors import ExportError
+from sdlite.errors import ExportError, InputError
 from sdlite.exporters.targets.base import NotRunnable, Runtime, Target
 from sdlite.io import scratch
 from sdlite.settings import settings
@@ -78,6 +79,20 @@ class Ncnn(Target[Options]):
     def runtime(self) -> Runtime:
         """ncnn's Python package."""
         return Runtime("ncnn", "ncnn", self.named(CODE), batch_axis=False, narrow_ids=True)
+
+    def check(self, artifact: Artifact) -> None:
+        """Refuse a text encoder that gives pooled text: the row of the end token, found by its id.
+
+        Raises:
+            InputError: it does; pnnx leaves ArgMax and GatherND, which ncnn does not have.
+        """
+        for part, spec in self.specs.items():
+            if any(t.name == "text_embeds" for t in spec.outputs):
+                raise InputError(
+                    f"ncnn cannot run {part} of {artifact.name}: its pooled text (text_embeds) is"
+                    " found by ArgMax and GatherND, which ncnn does not have. Choose another"
+                    " target, such as mnn or onnx."
+                )
 
     def convert(self, part: str, graph: Path, out: Path) -> list[Path]:
         """ONNX to .param and .bin.
