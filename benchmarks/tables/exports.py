@@ -31,7 +31,8 @@ def exports() -> list[str]:
     body = []
     for (model, name), r in sorted(last.items()):
         if "error" in r:
-            why = f"failed: {r['error'].splitlines()[0][:120]}"
+            kind, _, words = r["error"].splitlines()[0].partition(": ")
+            why = f"refused: {words}" if kind == "InputError" else f"failed: {kind}: {words[:120]}"
             body.append([model, f"`{name}`", "", "", why, "", "", "", "", r["date"]])
             continue
         size = f", {r['size_px']} px" if r.get("size_px") else ""
