@@ -32,7 +32,7 @@ class NamedOutputs:
     """
 
     def __init__(self, graph: Graph, path: Path, threads: int | None = None):
-        graph.save(path)
+        self.size = sum(f.stat().st_size for f in graph.save(path))
         self.path, self.threads = path, threads
         self._open: tuple[InferenceSession, list[str]] | None = None
 
@@ -44,6 +44,8 @@ class NamedOutputs:
             options.log_severity_level = 3
             # hundreds of outputs: the arena would keep the largest of each
             options.enable_cpu_mem_arena = False
+            if self.size >= LARGE:  # see ort.sparing
+                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
             if self.threads is not None:
                 options.intra_op_num_threads = self.threads
             session = ort.InferenceSession(
