@@ -40,12 +40,15 @@ def test_parameters_are_those_of_the_published_configuration(name):
     diffusers = pytest.importorskip("diffusers", reason="needs the torch extra")
     config = dict(published_models.MODELS[TABLE[name].layout].unet)
     stages = len(config["block_out_channels"])
-    text = {48: 768, 64: 1024}[config["cross_attention_dim"]]  # narrow there, as published here
+    # narrow there, as published here
+    text = {48: 768, 64: 1024, 128: 2048}[config["cross_attention_dim"]]
     config |= {
         "block_out_channels": [320, 640, 1280, 1280][:stages],
         "cross_attention_dim": text,
         "norm_num_groups": 32,
     }
+    if "projection_class_embeddings_input_dim" in config:
+        config["projection_class_embeddings_input_dim"] = 6 * 256 + 1280
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(config)
     assert sum(p.numel() for p in unet.parameters()) == TABLE[name].unet_parameters
