@@ -58,6 +58,9 @@ class _Exponential(SigmaSampler):
             return (np.arange(0, n + 1) * float(last // (n + 1)))[::-1][:-1] + STEPS_OFFSET
         return np.arange(last, 0, -self.total / n).round() - 1
 
+    def add_noise(self, i: int, x0: Array, noise: Array) -> Array:
+        return F32(self.alpha[i]) * x0 + F32(self.sigma[i]) * noise
+
     def _x0(self, i: int, output: Array, x: Array) -> Array:
         alpha, sigma = F32(self.alpha[i]), F32(self.sigma[i])
         kind = self.schedule.prediction_type
@@ -66,8 +69,8 @@ class _Exponential(SigmaSampler):
         return output if kind == "sample" else alpha * x - sigma * output
 
     def _remember(self, i: int, value: Array) -> list[Array]:
-        """The last three values, newest last; step 0 begins anew."""
-        self._past = [*([] if i == 0 else self._past[-2:]), value]
+        """The last three values, newest last; the first step begins anew."""
+        self._past = [*([] if i == self.begin else self._past[-2:]), value]
         return self._past
 
 
@@ -91,7 +94,7 @@ class DPMSolverPP2M(_Exponential):
         left, few = self.n - i, self._setting("lower_order_final") and self.n < 15
         if left == 1 and (few or self._setting("euler_at_final") or self.sigmas[-1] == 0):
             return 1
-        return min(self.order, i + 1, 2 if left == 2 and few else 3)
+        return min(self.order, i - self.begin + 1, 2 if left == 2 and few else 3)
 
     def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         past, order = self._remember(i, self._x0(i, output, x)), self._order(i)
@@ -152,7 +155,7 @@ class DPMSolverPP2S(_Exponential):
 
     def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         past = self._remember(i, self._x0(i, output, x))
-        two = self.orders[i] == 2
+        two = self.orders[i] == 2 and i > self.begin
         start = i - 1 if two else i
         if not two:
             self._start = x
@@ -179,7 +182,9 @@ class DEIS(_Exponential):
         alpha, sigma = self.alpha, self.sigma
         eps = (x - F32(alpha[i]) * self._x0(i, output, x)) / F32(sigma[i])
         past = self._remember(i, eps)
-        if i == 0 or (i == self.n - 1 and self.n < 15 and self._setting("lower_order_final")):
+        if i == self.begin or (
+            i == self.n - 1 and self.n < 15 and self._setting("lower_order_final")
+        ):
             gain = sigma[i + 1] * np.expm1(self.lam[i + 1] - self.lam[i])
             return F32(alpha[i + 1] / alpha[i]) * x - F32(gain) * eps
         to, s0, s1 = (float(self.sigmas[k]) for k in (i + 1, i, i - 1))
@@ -209,10 +214,10 @@ class UniPC(_Exponential):
 
     def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
         x0 = self._x0(i, output, x)
-        if i > 0:
+        if i > self.begin:
             x = self._correct(i - 1, x0)
         self._remember(i, x0)
-        self._start, self._used = x, min(self.order, self.n - i, i + 1)
+        self._start, self._used = x, min(self.order, self.n - i, i - self.begin + 1)
         return self._move(i, *self._predictor(i))
 
     def _correct(self, i: int, now: Array) -> Array:

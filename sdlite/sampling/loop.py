@@ -48,6 +48,9 @@ def denoise(
     *,
     uncond: Array | Mapping[str, Array] | None = None,
     guidance_scale: float = 1.0,
+    noised: bool = False,
+    beside: Array | None = None,
+    after: Callable[[int, Array], Array] | None = None,
 ) -> Iterator[Array]:
     """The sampling loop: unit normal latents (B, C, h, w) -> latents after each network call.
 
@@ -59,21 +62,28 @@ def denoise(
         noise: the images' generators, for samplers that draw again.
         uncond: the same of the negative prompt; None runs without guidance.
         guidance_scale: 0 to 1 runs without guidance too.
+        noised: `latents` are x at the solver's first call already.
+        beside: (B, E, h, w), channels that the U-Net takes after the latents, in every call.
+        after: (call that comes next, x) -> x, done after each call.
     """
-    x = latents * np.float32(solver.init_noise_sigma)
+    x = latents if noised else latents * np.float32(solver.init_noise_sigma)
     cond, without = _named(conditions), None if uncond is None else _named(uncond)
     if without is None or not guided(guidance_scale):
         without, both = None, cond
     else:
         both = {k: np.concatenate([without[k], cond[k]]) for k in cond}
-    for i, t in enumerate(solver.timesteps):
+    for i, t in enumerate(solver.timesteps[solver.begin :], solver.begin):
         scaled = solver.scale_model_input(i, x)
+        if beside is not None:
+            scaled = np.concatenate([scaled, beside], axis=1)
         rows = scaled if without is None else np.concatenate([scaled, scaled])
         out = unet(sample=rows, timestep=np.array(t, np.float32), **both)
         if without is not None:
             without_prompt, with_prompt = np.split(out, 2)
             out = guide(without_prompt, with_prompt, guidance_scale)
         x = solver.step(i, out, x, noise)
+        if after is not None:
+            x = after(i + 1, x)
         yield x
 
 

@@ -32,12 +32,16 @@ class Sampler:
         control: what the call says of single steps.
         timesteps: what the network is given, one entry a network call.
         init_noise_sigma: scale of the first draw.
+        calls: network calls of a step.
+        begin: the first call that is made, see `begin_at`.
     """
 
     diffusers: ClassVar[str]
     takes: ClassVar[tuple[str, ...]] = ()
     whole: ClassVar[bool] = True
+    calls: ClassVar[int] = 1
     init_noise_sigma: float = 1.0
+    begin: int = 0
 
     def __init__(
         self, schedule: Schedule, num_inference_steps: int, control: Control | None = None
@@ -56,6 +60,33 @@ class Sampler:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def first_call(self, strength: float) -> int:
+        """The call that image to image begins with: the last `strength` of the steps is made, as in
+        diffusers' `get_timesteps`. The number of calls where none is.
+
+        Args:
+            strength: 0 to 1.
+        """
+        steps = min(int(self.n * strength), self.n)
+        return (self.n - steps) * self.calls if steps else len(self)
+
+    def begin_at(self, call: int) -> None:
+        """Make the calls from this one on; x is then `add_noise` of it.
+
+        Raises:
+            InputError: this solver begins with its first call alone.
+        """
+        self.begin = call
+
+    def add_noise(self, i: int, x0: Array, noise: Array) -> Array:
+        """x at call i of clean latents.
+
+        Args:
+            x0, noise: (B, C, h, w), noise unit normal.
+        """
+        a = self.alpha_bar[int(self.timesteps[i])]
+        return np.sqrt(a) * x0 + np.sqrt(F32(1) - a) * noise
 
     def scale_model_input(self, i: int, x: Array) -> Array:
         """x (B, C, h, w) as the network takes it at call i."""
@@ -215,25 +246,34 @@ class PNDM(Sampler):
             self.timesteps = np.concatenate([s[:1], s[1:2], s[1:]]) if self.n > 1 else s
         self._reset()
 
+    def begin_at(self, call: int) -> None:
+        if self.runge_kutta and call:
+            raise InputError(
+                "sampler 'pndm-rk' begins with its Runge-Kutta steps, so it makes no part of a"
+                " schedule; choose another one, such as 'pndm' (sampler=, --sampler)."
+            )
+        super().begin_at(call)
+
     def _reset(self) -> None:
         self._slopes: list[Array] = []
         self._held: Array | None = None
         self._mean: Array | F32 = F32(0)
 
     def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
-        if i == 0:
+        made = i - self.begin
+        if made == 0:
             self._reset()
         if self.runge_kutta and i < 12:
             return self._runge_kutta(i, output, x)
         stride, t = self.total // self.n, int(self.timesteps[i])
         before = t - stride
-        if i == 1:
+        if made == 1:
             before, t = t, t + stride
         else:
             self._slopes = [*self._slopes[-3:], output]
-        if i == 0:
+        if made == 0:
             self._held = x
-        elif i == 1:
+        elif made == 1:
             assert self._held is not None
             output, x, self._held = (output + self._slopes[-1]) / F32(2), self._held, None
         else:
@@ -426,6 +466,9 @@ class _KDiffusion(SigmaSampler):
     def _last_sigma(self, table: Array) -> float:
         return 0.0
 
+    def add_noise(self, i: int, x0: Array, noise: Array) -> Array:
+        return x0 + self.sigmas[i] * noise
+
     def scale_model_input(self, i: int, x: Array) -> Array:
         """x (B, C, h, w) as the network takes it at call i."""
         return x / np.sqrt(self.sigmas[i] ** 2 + F32(1))
@@ -481,6 +524,7 @@ class Heun(_KDiffusion):
 
     diffusers = "HeunDiscreteScheduler"
     takes = ("timesteps",)
+    calls = 2
     _start: Array
     _first: Array
 
@@ -509,6 +553,7 @@ class DPMSolverPPSDE(_KDiffusion):
     """
 
     diffusers = "DPMSolverSDEScheduler"
+    calls = 2
     _start: Array
     _drawn: Array
 
@@ -552,7 +597,11 @@ class DPMSolverPPSDE(_KDiffusion):
 
 
 class LMS(_KDiffusion):
-    """Linear multistep of order 4; k-diffusion `sample_lms`."""
+    """Linear multistep of order 4; k-diffusion `sample_lms`.
+
+    In a part of a schedule the order rises from 1 again. diffusers weighs slopes there that it does
+    not have, and its first steps are too short.
+    """
 
     diffusers = "LMSDiscreteScheduler"
     _slopes: list[Array]
@@ -562,7 +611,7 @@ class LMS(_KDiffusion):
         self._distinct()
 
     def step(self, i: int, output: Array, x: Array, noise: Sequence[Draws]) -> Array:
-        past = [] if i == 0 else self._slopes
+        past = [] if i == self.begin else self._slopes
         self._slopes = [*past[-3:], self._slope(self.sigmas[i], output, x)]
         for k, slope in enumerate(reversed(self._slopes)):
             x = x + F32(self._weight(i, k, len(self._slopes))) * slope
