@@ -13,10 +13,10 @@ from sdlite.sampling import Schedule, denoise, get_sampler
 torch = pytest.importorskip("torch", reason="needs the torch extra")
 pytest.importorskip("diffusers", reason="needs the torch extra")
 
-from tests.parity.test_samplers import CASES, NOISY, SD, SHAPE, TorchNoise, network, scheduler_class
+from tests.parity.test_samplers import CASES, NOISY, SD, SHAPE, TorchNoise, network, scheduler_class  # noqa: E402
 
 pytestmark = pytest.mark.parity
-# diffusers' LMS weighs slopes that it does not have where it begins later: its first steps are short
+# Where it begins later, diffusers' LMS weighs slopes that it does not have: too short steps.
 STARTS = {n: c for n, c in CASES.items() if n != "pndm-rk" and not n.startswith("lms")}
 
 
