@@ -139,7 +139,7 @@ class Artifact:
         """Raises ArtifactError where a network is listed that the family does not have."""
         listing = self.listing
         for precision, networks in listing.variants.items() if listing else ():
-            if unknown := sorted(set(networks) - set(self.parts)):
+            if unknown := sorted(set(networks) - {*self.parts, *self.family.optional}):
                 raise schema.refused(
                     self.files.path(self.files.listing),
                     f"a network in {precision}",
@@ -186,6 +186,11 @@ class Artifact:
     def parts(self) -> tuple[str, ...]:
         """Its networks, in the order of a call: folders of their graphs."""
         return self.family.parts
+
+    def held_parts(self, precision: str) -> tuple[str, ...]:
+        """Its networks that are listed in a precision, those that edit images included."""
+        listed = self.listing.variants.get(precision, {}) if self.listing else {}
+        return tuple(p for p in (*self.parts, *self.family.optional) if p in listed)
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -358,7 +363,7 @@ class Artifact:
         return sum(int(listed[f]["bytes"]) for f in dict.fromkeys(files))
 
     def bytes_held(self, precision: str) -> int:
-        """Bytes of the files of a precision's networks."""
+        """Bytes of the files of a precision's networks that make an image of a prompt."""
         if self.listing is None:
             return 0
         return self.bytes_of(f for p in self.parts for f in self.network_files(precision, p))

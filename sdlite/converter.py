@@ -172,7 +172,7 @@ def _write_graphs(root: Path, manifest: Manifest, source: Artifact) -> dict[str,
     """The graphs of the networks in `root`, and what the manifest says of them. Returns their
     parameters.
     """
-    specs = {p: source.spec(p) for p in source.parts}
+    specs = {p: source.spec(p) for p in (*source.parts, *source.family.optional)}
     parts = {p: network(root, spec, unread=True) for p, spec in specs.items()}
     module = parts["unet"].module
     multiple = 1 if free_sizes(module) else 2 ** (len(module.config.block_out_channels) - 1)
@@ -184,6 +184,7 @@ def _write_graphs(root: Path, manifest: Manifest, source: Artifact) -> dict[str,
     manifest.variants = dict.fromkeys(held, entries)
     counts = {f"{p}_parameters": sum(q.numel() for q in w.parameters()) for p, w in parts.items()}
     counts["vae_parameters"] = counts.pop("vae_decoder_parameters")
+    del counts["vae_encoder_parameters"]
     return counts
 
 

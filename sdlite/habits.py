@@ -47,9 +47,6 @@ CALL: Table = {
     "clip_skip": ((None,), "it is the model's: num_hidden_layers in text_encoder/config.json"),
     "callback_on_step_end_tensor_inputs": ((None, ["latents"]), "callbacks see latents alone"),
     "callback_steps": ((None, 1), "callback= is called after each step: skip some there"),
-    "image": ((None,), "image to image is not supported"),
-    "mask_image": ((None,), "inpainting is not supported"),
-    "strength": ((None,), "image to image is not supported"),
 }
 LOAD: Table = {
     "torch_dtype": ((None,), "pass precision='fp32' or 'fp16'"),

@@ -2,7 +2,7 @@
 
 Rules. A file, PIL image or array becomes 8-bit RGB: turned as its EXIF says, 16 bits scaled to 8,
 transparent pixels over white, CMYK and palettes as Pillow converts them. It is scaled until it
-covers the size that is asked for, and its middle is kept; where none is, it keeps its own size, each
+covers the size that is asked for, and its middle is kept; where none is it keeps its own size, each
 side rounded down to the multiple of the model. Scaling is Lanczos, as in diffusers.
 """
 
@@ -74,7 +74,7 @@ def mask(name: str, given: object, size: tuple[int, int]) -> Image:
             f"{name} is empty: nothing is white, so nothing would be painted. White is painted"
             " anew, black is kept; sdlite.image_input.alpha_mask makes one of transparency."
         )
-    return _from_array(np.where(painted, np.uint8(255), np.uint8(0)))
+    return from_array(np.where(painted, np.uint8(255), np.uint8(0)))
 
 
 def alpha_mask(image: Image) -> Image:
@@ -89,7 +89,7 @@ def alpha_mask(image: Image) -> Image:
             f"the image is in mode {image.mode!r}, without transparency; give one in RGBA, or a"
             " mask of its own in black and white."
         )
-    return _from_array(np.uint8(255) - np.asarray(image.getchannel("A")))
+    return from_array(np.uint8(255) - np.asarray(image.getchannel("A")))
 
 
 def extended(
@@ -111,20 +111,18 @@ def extended(
     sides = ((top, bottom), (left, right))
     canvas = np.pad(pixels, (*sides, (0, 0)), mode="symmetric")
     painted = np.pad(np.zeros(pixels.shape[:2], np.uint8), sides, constant_values=255)
-    return _from_array(canvas), _from_array(painted)
+    return from_array(canvas), from_array(painted)
 
 
 def covering(image: Image, height: int, width: int) -> Image:
     """Scaled until it covers the size, its middle kept."""
-    from PIL import Image as Pil
-
     if image.size == (width, height):
         return image
     scale = max(width / image.width, height / image.height)
     wide, high = (
         max(a, round(b * scale)) for a, b in zip((width, height), image.size, strict=True)
     )
-    resized = image.resize((wide, high), Pil.Resampling.LANCZOS)
+    resized = scaled(image, wide, high)
     left, top = (wide - width) // 2, (high - height) // 2
     return resized.crop((left, top, left + width, top + height))
 
@@ -172,7 +170,7 @@ def _opened(name: str, given: object) -> Image:
     if isinstance(given, (str, Path)):
         return _read(name, Path(given))
     if isinstance(given, np.ndarray):
-        return _from_array(_checked(name, given))
+        return from_array(_checked(name, given))
     if hasattr(given, "numpy"):
         raise InputError(
             f"{name} is a {type(given).__name__}; give its numbers as an array (H, W, 3), such as"
@@ -228,7 +226,7 @@ def _rgb(image: Image) -> Image:
 
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        image = _from_array(_narrowed(image))
+        image = from_array(_narrowed(image))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         over = Pil.new("RGBA", image.size, "white")
         image = Pil.alpha_composite(over, image.convert("RGBA"))
@@ -247,7 +245,15 @@ def _narrowed(image: Any) -> np.ndarray:
     return np.round(values / most * 255).astype(np.uint8)
 
 
-def _from_array(array: np.ndarray) -> Image:
+def scaled(image: Image, width: int, height: int) -> Image:
+    """An image of another size."""
+    from PIL import Image as Pil
+
+    return image.resize((width, height), Pil.Resampling.LANCZOS)
+
+
+def from_array(array: np.ndarray) -> Image:
+    """uint8 (H, W) or (H, W, 3) -> PIL image."""
     from PIL import Image as Pil
 
     return Pil.fromarray(np.ascontiguousarray(array))

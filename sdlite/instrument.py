@@ -155,10 +155,10 @@ def on_demand(artifact: Artifact, threads: int | None, precision: str = "fp32") 
         "the reference",
         ready("onnxruntime").engine(),
     )
-    networks = {p: OnDemand(artifact, p, precision, threads) for p in artifact.parts}
+    networks = {p: OnDemand(artifact, p, precision, threads) for p in artifact.held_parts(precision)}
     for network in networks.values():
         network.all = list(networks.values())
-    return Pipeline(artifact, Networks(networks, report, own.size_multiple))
+    return Pipeline(artifact, Networks({**networks}, report, own.size_multiple))
 
 
 def let_go(pipe: Pipeline) -> None:
@@ -168,5 +168,7 @@ def let_go(pipe: Pipeline) -> None:
 
 def with_networks(pipe: Pipeline, networks: Mapping[str, Network]) -> Pipeline:
     """The same pipeline with other callables."""
-    ordered = {p: networks[p] for p in pipe.artifact.parts}
-    return Pipeline(pipe.artifact, Networks(ordered, pipe.report, pipe.networks.size_multiple))
+    own = pipe.networks
+    return Pipeline(
+        pipe.artifact, Networks(dict(networks), pipe.report, own.size_multiple, opener=own.opener)
+    )

@@ -34,6 +34,7 @@ from sdlite import (
 from sdlite._version import __version__
 from sdlite.artifact import Artifact, SamplerDefaults
 from sdlite.checkpoints import is_file
+from sdlite.editing import Edit, Start
 from sdlite.errors import (
     CONVERT_NEEDS,
     InputError,
@@ -73,7 +74,8 @@ class PipelineOutput:
 
     With `output_type="np"` images is float32 (B, H, W, 3) in [0, 1], with "latent" float32 (B, C,
     h, w). `metadata` says how an image was made; PIL images have it in their `info`, and
-    `sdlite.images.save` writes it into the file.
+    `sdlite.images.save` writes it into the file. `calls` is how many calls of the UNet made an
+    image: fewer than there are steps where an image was edited.
     """
 
     images: list[Image]
@@ -81,6 +83,7 @@ class PipelineOutput:
     timings: dict[str, float]
     report: backends.Report
     metadata: list[dict[str, str]]
+    calls: int = 0
 
 
 def _with_graphs(artifact: Artifact, backend: str, precision: str) -> tuple[Artifact, str]:
@@ -507,6 +510,8 @@ class Pipeline(metaclass=_Class):
         *,
         uncond: np.ndarray | Conditions | None = None,
         guidance_scale: float = 1.0,
+        noised: bool = False,
+        after: Callable[[int, np.ndarray], np.ndarray] | None = None,
     ) -> Iterator[np.ndarray]:
         """Unit normal latents (B, C, h, w) and conditions -> latents after each step of `solver`.
 
@@ -516,6 +521,7 @@ class Pipeline(metaclass=_Class):
             uncond: the same of the negative prompts; None runs without guidance, one network row
                 per image.
             noise: the images' generators, for samplers that draw again.
+            noised, after: see `sampling.denoise`, for edits.
         """
         unet = self.networks.unet
         return denoise(
@@ -526,7 +532,46 @@ class Pipeline(metaclass=_Class):
             solver,
             uncond=uncond,
             guidance_scale=guidance_scale,
+            noised=noised,
+            after=after,
         )
+
+    def encode_image(self, pixels: np.ndarray, noise: Sequence[Draws]) -> np.ndarray:
+        """pixels float32 (B, 3, H, W) in [-1, 1] -> latents float32 (B, C, h, w), drawn from each
+        image's posterior by its generator.
+
+        Raises:
+            InputError: the model holds no encoder.
+        """
+        out = self._encoder()(sample=pixels)
+        z = out.get("latent_sample")
+        if z is None:
+            mean, log_variance = np.split(out["latent_parameters"], 2, axis=1)
+            spread = np.exp(np.clip(log_variance, -30, 20) * np.float32(0.5))
+            z = mean + spread * np.stack([n.normal(mean.shape[1:]) for n in noise])
+        return families.LatentScale.of(self.vae_config).from_encoder(
+            images.finite(z, "the latents of the VAE encoder")
+        )
+
+    def _encoder(self) -> backends.Network:
+        """The VAE encoder, opened at its first call."""
+        networks, part = self.networks, "vae_encoder"
+        with self._lock:
+            if part not in networks.parts:
+                if networks.opener is None or not self._holds(part):
+                    raise InputError(
+                        f"{self.report.model} holds no {part}, which edits need; convert the model"
+                        " again (sdlite convert), or use backend='torch' on a model with weights."
+                    )
+                networks.parts[part], row = networks.opener(part)
+                self.report = replace(self.report, networks=[*self.report.networks, row])
+            return networks.parts[part]
+
+    def _holds(self, part: str) -> bool:
+        """Whether the pipeline's backend finds a network in the model."""
+        if not backends.get_backend(self.report.backend).graphs:
+            return self.artifact.has_weights
+        return part in self.artifact.held_parts(self.report.precision)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """latents (B, C, h, w) -> images uint8 (B, H, W, 3)."""
@@ -560,6 +605,10 @@ class Pipeline(metaclass=_Class):
         timesteps: Sequence[int] | Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         eta: float | None = None,
+        image: object = None,
+        mask_image: object = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
         prompt_weighting: str | None = None,
         prompt_embeds: object = None,
         negative_prompt_embeds: object = None,
@@ -584,6 +633,13 @@ class Pipeline(metaclass=_Class):
             timesteps, sigmas: descending lists of the call's own steps, for the samplers whose
                 scheduler takes them in diffusers (`sampling.Control`).
             eta: 0 to 1, noise drawn again in each step of ddim and tcd; default 0.
+            image: what is edited, a PIL image, path or array, or one for each prompt
+                (`image_input`). Without height and width the call has its size, rounded down.
+            mask_image: white is painted anew, the rest stays bit by bit; of the image's size.
+            strength: 0 to 1, the share of the steps that is made: 0 gives the image back through
+                the autoencoder, 1 ignores it but for what a mask keeps. Default 0.8, with a mask 1.
+            padding_mask_crop: pixels around the mask; that part of the image is worked on at the
+                call's size and put back.
             prompt_weighting: "a1111" reads (word:1.3), [word] and BREAK in the prompts, and prompts
                 longer than the window (`prompt_weights`). None: a prompt is text, as in diffusers.
             prompt_embeds, negative_prompt_embeds: float (B, L, D) of numpy or torch in place of
@@ -634,33 +690,49 @@ class Pipeline(metaclass=_Class):
         name = self.default_sampler if sampler is None else arguments.text("sampler", sampler)
         solver = get_sampler(name, self.schedule, steps, control)
         seeds, noise = self._noise(seed, generator, len(prompts))
+        edit = Edit.of(image, mask_image, strength, padding_mask_crop, len(prompts))
+        height, width = self._edit_size(edit, height, width)
         height, width, start = self._size(height, width, latents, len(prompts))
         self._within(len(prompts), height, width, max_pixels)
         self._familiar(height, width)
+        edit = self._scheduled(edit, solver, height, width)
         listen = self._listener(callback, callback_on_step_end, solver)
         about = self._metadata(prompts, negatives, seeds, name, steps, scale)
         said = {**control.said(), **({"prompt_weighting": style} if style else {})}
+        said |= {"strength": f"{edit.strength:g}"} if edit else {}
         about = [{**row, **said, **embeddings.said(embeds, i)} for i, row in enumerate(about)]
         with self._call() as call:
             begin = time.perf_counter()
             texts = (prompts, negatives, scale, height, width, style)
             cond, uncond = self.conditions(*texts, **more)
             encoded = time.perf_counter()
-            x = self.init_latents(noise, height, width) if start is None else start
-            run = self.denoise(x, cond, noise, solver, uncond=uncond, guidance_scale=scale)
-            for step, x in enumerate(self._bar(run, len(solver), progress), 1):
+            first = self._start(edit, solver, noise, (height, width), start)
+            started, x = time.perf_counter(), first.latents
+            run = self.denoise(
+                x,
+                cond,
+                noise,
+                solver,
+                uncond=uncond,
+                guidance_scale=scale,
+                noised=first.noised,
+                after=first.after,
+            )
+            for step, x in enumerate(self._bar(run, len(solver) - solver.begin, progress), 1):
                 listen(step, x)
                 running.check()
             denoised = time.perf_counter()
-            made = self._images(x, output_type, about, call.tiling)
+            made = self._images(x, output_type, about, call.tiling, edit)
             end = time.perf_counter()
         timings = {
             "text_encoder": encoded - begin,
-            "unet": denoised - encoded,
+            **({"vae_encoder": started - encoded} if edit else {}),
+            "unet": denoised - started,
             "vae_decoder": end - denoised,
             "total": end - begin,
         }
-        return PipelineOutput(made, seeds, timings, _with_notes(call.report, call.said), about)
+        report, calls = _with_notes(call.report, call.said), len(solver) - solver.begin
+        return PipelineOutput(made, seeds, timings, report, about, calls)
 
     def _images(
         self,
@@ -668,14 +740,18 @@ class Pipeline(metaclass=_Class):
         output_type: str,
         about: Sequence[dict[str, str]],
         tiles: tiling.Tiling | None,
+        edit: Edit | None = None,
     ) -> Any:
         """latents (B, C, h, w) -> PIL images that know how they were made, or an array."""
         if output_type == "latent":
             return latents
         pixels = self._pixels(latents, tiles)
+        array = images.to_float(pixels) if output_type == "np" else images.to_uint8(pixels)
+        if edit is not None:
+            array = edit.finished(array)
         if output_type == "np":
-            return images.to_float(pixels)
-        made = images.to_pil(images.to_uint8(pixels))
+            return array
+        made = images.to_pil(array)
         for image, data in zip(made, about, strict=True):
             image.info.update(data)
         return made
@@ -848,13 +924,14 @@ class Pipeline(metaclass=_Class):
                     f"latents are not finite after step {step}; the input latents, the weights or"
                     " the precision are at fault."
                 )
-            if callback is not None and callback(step, len(solver), x) is False:
+            steps = len(solver) - solver.begin
+            if callback is not None and callback(step, steps, x) is False:
                 raise Cancelled(
-                    f"the callback cancelled after step {step} of {len(solver)}; nothing was"
-                    " written."
+                    f"the callback cancelled after step {step} of {steps}; nothing was written."
                 )
             if step_end is not None:
-                habits.step_end(step_end, self, step - 1, solver.timesteps[step - 1], x)
+                at = solver.timesteps[solver.begin + step - 1]
+                habits.step_end(step_end, self, step - 1, at, x)
                 images.finite(
                     x, f"the latents that callback_on_step_end returned after step {step}"
                 )
@@ -875,6 +952,41 @@ class Pipeline(metaclass=_Class):
             return self.artifact.manifest.max_pixels
         tall, wide = self.networks.size or (s * self.stride for s in latent_size(self.unet_config))
         return min(max(MAX_PIXELS[0], OWN_IMAGES * tall * wide), MAX_PIXELS[1])
+
+    def _edit_size(
+        self, edit: Edit | None, height: int | None, width: int | None
+    ) -> tuple[int | None, int | None]:
+        """Height and width of a call; an edit has its image's where nothing else is said."""
+        own = edit.own_size(max(self.networks.size_multiple, self.stride)) if edit else None
+        fixed = self.networks.size is not None
+        if own is None or fixed or height is not None or width is not None:
+            return height, width
+        return own
+
+    @staticmethod
+    def _scheduled(edit: Edit | None, solver: Sampler, height: int, width: int) -> Edit | None:
+        """The edit at the call's size, the solver where it begins."""
+        if edit is None:
+            return None
+        edit.schedule(solver)
+        return edit.fitted(height, width)
+
+    def _start(
+        self,
+        edit: Edit | None,
+        solver: Sampler,
+        noise: Sequence[Draws],
+        size: tuple[int, int],
+        given: np.ndarray | None,
+    ) -> Start:
+        """Where the loop starts: with the first draw, or with an image's latents."""
+
+        def drawn() -> np.ndarray:
+            return self.init_latents(noise, *size) if given is None else given
+
+        if edit is None:
+            return Start(drawn())
+        return edit.start(self.encode_image, solver, noise, drawn)
 
     def _within(self, count: int, height: int, width: int, most: int | None) -> None:
         """Refuse a call that is too large, before any work.

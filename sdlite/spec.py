@@ -83,6 +83,25 @@ VAE_DECODER = IOSpec(
 )
 
 
+VAE_ENCODER = IOSpec(
+    "vae_encoder",
+    "vae",
+    (Tensor("sample", ("B", "3", "H", "W"), "float32", "pixels, -1 to 1"),),
+    (
+        Tensor(
+            "latent_parameters",
+            ("B", "2C", "h", "w"),
+            "float32",
+            "mean and log variance of latents divided by scaling_factor",
+        ),
+    ),
+)
+# of an autoencoder that gives one answer, such as AutoencoderTiny
+LATENT_SAMPLE = Tensor(
+    "latent_sample", ("B", "C", "h", "w"), "float32", "latents divided by scaling_factor"
+)
+
+
 def latent_size(unet: Config) -> tuple[int, int]:
     """(height, width) of the latents that a U-Net was made for, from its config.json.
 
@@ -107,7 +126,7 @@ def latent_size(unet: Config) -> tuple[int, int]:
     )
 
 
-SPECS: dict[str, IOSpec] = {s.part: s for s in (TEXT_ENCODER, UNET, VAE_DECODER)}
+SPECS: dict[str, IOSpec] = {s.part: s for s in (TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER)}
 
 
 def spec_of(part: str | IOSpec) -> IOSpec:

@@ -122,6 +122,15 @@ def text_states(network: Any, input_ids: Any, names: Sequence[str]) -> tuple[Any
     )
 
 
+def latent_parameters(vae: Any, pixels: Any) -> Any:
+    """Pixels (B, 3, H, W) in [-1, 1] -> what an autoencoder's encoder gives: mean and log variance
+    (B, 2C, h, w), or the latents (B, C, h, w) of `AutoencoderTiny`.
+    """
+    out = vae.encoder(pixels)
+    convolution = getattr(vae, "quant_conv", None)
+    return out if convolution is None else convolution(out)
+
+
 def _class(part: str, config: Json) -> Any:
     if part == "vae":
         return vae_class(config)

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from sdlite import families
+from sdlite.families import vae_stride
 from sdlite.files import Files
 from sdlite.manifest import NetworkRow
 from sdlite.spec import IOSpec, latent_size, spec_of
 from sdlite.spec import Tensor as SpecTensor
-from sdlite.torch_networks import open_network, text_states
+from sdlite.torch_networks import latent_parameters, open_network, text_states
 from sdlite.unread import Links, UnknownTensorError, Unread, links
 from sdlite.weights import Stored, dtypes, weight_files, weight_index
 
@@ -81,6 +82,16 @@ class _Sizes(list[Tensor]):
     """A list that the tracer does not know for one: of those in a module it leaves copies behind,
     and a network may be traced twice.
     """
+
+
+class _VaeEncoder(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, sample: Tensor) -> Tensor:
+        out: Tensor = latent_parameters(self.module, sample)
+        return out
 
 
 class _Upsample(nn.Module):
@@ -135,8 +146,9 @@ def network(folder: Path | Files, spec: IOSpec, unread: bool = False) -> nn.Modu
         unread: leave its large weights unread, see `sdlite.unread`; not the decoder's.
     """
     source = Files.of(folder).part(spec.source)
-    if spec.part == "vae_decoder":
-        return _VaeDecoder(open_network(source))
+    if spec.source == "vae":
+        kind = _VaeEncoder if spec.part == "vae_encoder" else _VaeDecoder
+        return kind(open_network(source))
     with Unread() if unread else nullcontext():
         if spec.part == "unet":
             return _Unet(open_network(source), [t.name for t in spec.inputs[3:]])
@@ -170,6 +182,7 @@ def examples(
         *(torch.export.Dim(n, min=9 if multiple == 1 else 1, max=2048 // multiple) for n in "hw"),
     )
     tokens = torch.export.Dim("tokens", min=2, max=4096)  # prompts longer than one window
+    stride = vae_stride(dict(parts["vae_decoder"].module.config))
     sample = torch.randn(2, unet.in_channels, *[max(16, side // multiple * multiple)] * 2)
     texts = [p for p in parts if p.startswith("text_encoder")]
     width = sum(parts[p].module.config.hidden_size for p in texts)
@@ -188,6 +201,10 @@ def examples(
             },
         ),
         "vae_decoder": ((sample,), {"latent_sample": {0: b, 2: h, 3: w}}),
+        "vae_encoder": (
+            (torch.randn(2, 3, *(stride * n for n in sample.shape[2:])),),
+            {"sample": {0: b, 2: stride * h, 3: stride * w}},
+        ),
     }
 
 
@@ -378,7 +395,7 @@ def write_graph(
     weights = weight_files(root / spec.source)
     [dtype] = dtypes(weight_index(weights))
     traced, known = trace(spec, wrapped, inputs, shapes), Links()
-    if part != "vae_decoder":
+    if spec.source != "vae":
         try:
             known = links(traced, wrapped, weight_index(weights), "module.")
         except UnknownTensorError as e:  # a library has done what none does that we know
@@ -389,7 +406,7 @@ def write_graph(
     model = ir.to_proto(traced)
     _strip(model)
     (root / part).mkdir(exist_ok=True)
-    if part == "vae_decoder":
+    if spec.source == "vae":
         shutil.copy(root / "vae" / "config.json", root / part / "config.json")
         _own_weights(root / part, model, dtype)
         files = [f"{part}/model.onnx.data"]

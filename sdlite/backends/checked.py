@@ -150,6 +150,7 @@ class Checked:
         for tensor in self.spec.inputs:
             sides |= zip(tensor.shape, np.shape(inputs[tensor.name]), strict=False)
         sides |= {k.upper(): sides[k] * self.stride for k in ("h", "w") if k in sides}
+        sides |= {k.lower(): sides[k] // self.stride for k in ("H", "W") if k in sides}
         return made.ndim == len(output.shape) and all(
             int(k) == n if k.isdigit() else sides.get(k, n) == n
             for k, n in zip(output.shape, made.shape, strict=True)

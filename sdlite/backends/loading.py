@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sdlite.artifact import Artifact
@@ -13,7 +13,7 @@ from sdlite.backends.auto import choose
 from sdlite.backends.base import Backend
 from sdlite.backends.checked import Checked
 from sdlite.backends.network import Network, close
-from sdlite.backends.report import Report
+from sdlite.backends.report import NetworkReport, Report
 from sdlite.errors import PrecisionError, UnknownNameError
 from sdlite.families import vae_stride
 from sdlite.manifest import PRECISIONS
@@ -27,12 +27,14 @@ class Networks:
         parts: name -> network, in the order of a call.
         size_multiple: height and width of an image are multiples of this, in pixels.
         size: (height, width) in pixels where the networks take no other.
+        opener: opens a network that is not in `parts`, and says of it what the report does.
     """
 
-    parts: Mapping[str, Network]
+    parts: dict[str, Network]
     report: Report
     size_multiple: int
     size: tuple[int, int] | None = None
+    opener: Callable[[str], tuple[Network, NetworkReport]] | None = None
 
     @property
     def text_encoder(self) -> Network:
@@ -88,15 +90,19 @@ def load(
     notes = chosen.notes(precision, device, arithmetic)
     report = Report(artifact.name, name, device, precision, reason, chosen.engine(), notes=notes)
     stride = vae_stride(artifact.config("vae"))
+
+    def opened(part: str) -> tuple[Network, NetworkReport]:
+        start = time.perf_counter()
+        inner, row = chosen.load_part(artifact, part, precision, device, threads, arithmetic)
+        network = Checked(inner, artifact.spec(part), stride, report.engine)
+        return network, dataclasses.replace(row, load_seconds=time.perf_counter() - start)
+
     loaded: dict[str, Network] = {}
     for part in artifact.parts:
-        start = time.perf_counter()
-        opened, row = chosen.load_part(artifact, part, precision, device, threads, arithmetic)
-        loaded[part] = Checked(opened, artifact.spec(part), stride, report.engine)
-        seconds = time.perf_counter() - start
-        report.networks.append(dataclasses.replace(row, load_seconds=seconds))
+        loaded[part], row = opened(part)
+        report.networks.append(row)
     size = artifact.export.size if artifact.export else None
-    return Networks(loaded, report, chosen.size_multiple(artifact), size)
+    return Networks(loaded, report, chosen.size_multiple(artifact), size, opened)
 
 
 def _precisions() -> tuple[str, ...]:

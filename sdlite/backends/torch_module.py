@@ -18,7 +18,7 @@ from sdlite.backends.report import NetworkReport
 from sdlite.errors import MissingExtraError, UnknownNameError
 from sdlite.files import Files
 from sdlite.spec import Arrays, IOSpec, spec_of
-from sdlite.torch_networks import open_network, text_states
+from sdlite.torch_networks import latent_parameters, open_network, text_states
 from sdlite.weights import dtypes, weight_files, weight_index
 
 # transformers and diffusers patch torch while they load: two threads at once see each other's
@@ -94,6 +94,8 @@ class Module:
         elif self.spec.part == "unet":
             first = [t.pop(k) for k in ("sample", "timestep", "encoder_hidden_states")]
             out = m(*first, return_dict=False, **families.unet_arguments(t))[:1]
+        elif self.spec.part == "vae_encoder":
+            out = (latent_parameters(m, t["sample"]),)
         else:
             out = m.decode(t["latent_sample"], return_dict=False)[:1]
         return {
@@ -150,6 +152,8 @@ def _opened(
     module = open_network(folder).eval().requires_grad_(False)
     if part == "vae_decoder":
         module.encoder = None
+    if part == "vae_encoder":
+        module.decoder = None
     if precision == "fp16":
         module = module.half()
     if device == "cpu":

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sdlite.families import snippets
-from sdlite.spec import SPECS, Arrays, IOSpec, Tensor
+from sdlite.spec import LATENT_SAMPLE, SPECS, Arrays, IOSpec, Tensor
 
 # Named arrays, one row per image, that go to the UNet as they are, in every step.
 Conditions = Arrays
@@ -62,6 +62,8 @@ class Family:
         name: what errors and manifests call it.
         networks: folder of a diffusers pipeline -> classes that it may be of.
         parts: the networks that are run, in the order of a call; a part is the folder of its graph.
+        optional: networks that a model may have besides: what edits images alone needs. They are
+            opened at their first call.
         tokenizers: text encoder -> folder of its tokenizer.
         texts, sizes: further keywords of a pipeline's call: texts, as the negative prompt is one,
             and (height, width) or (top, left) in pixels.
@@ -72,6 +74,7 @@ class Family:
     name: str
     networks: Mapping[str, tuple[str, ...]]
     parts: tuple[str, ...] = ("text_encoder", "unet", "vae_decoder")
+    optional: tuple[str, ...] = ("vae_encoder",)
     tokenizers: Mapping[str, str] = {"text_encoder": "tokenizer"}
     texts: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
@@ -99,6 +102,8 @@ class Family:
     def spec(self, part: str, configs: Configs) -> IOSpec:
         """What a part takes and gives."""
         base = SPECS[part]
+        if part == "vae_encoder" and configs("vae").get("_class_name") == "AutoencoderTiny":
+            return replace(base, outputs=(LATENT_SAMPLE,))
         if part != "unet":
             return base
         return replace(base, inputs=(*base.inputs, *self.unet_inputs(configs("unet"))))
