@@ -13,7 +13,15 @@ from sdlite.sampling import Schedule, denoise, get_sampler
 torch = pytest.importorskip("torch", reason="needs the torch extra")
 pytest.importorskip("diffusers", reason="needs the torch extra")
 
-from tests.parity.test_samplers import CASES, NOISY, SD, SHAPE, TorchNoise, network, scheduler_class  # noqa: E402
+from tests.parity.test_samplers import (  # noqa: E402
+    CASES,
+    NOISY,
+    SD,
+    SHAPE,
+    TorchNoise,
+    network,
+    scheduler_class,
+)
 
 pytestmark = pytest.mark.parity
 # Where it begins later, diffusers' LMS weighs slopes that it does not have: too short steps.
