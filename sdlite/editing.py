@@ -152,7 +152,8 @@ class Edit:
 
         def after(call: int, x: Array) -> Array:
             kept = x0 if call == len(solver) else solver.add_noise(call, x0, noise)
-            return (1 - mask) * kept + mask * x
+            out: Array = (1 - mask) * kept + mask * x
+            return out
 
         return after
 

@@ -155,7 +155,9 @@ def on_demand(artifact: Artifact, threads: int | None, precision: str = "fp32") 
         "the reference",
         ready("onnxruntime").engine(),
     )
-    networks = {p: OnDemand(artifact, p, precision, threads) for p in artifact.held_parts(precision)}
+    networks = {
+        p: OnDemand(artifact, p, precision, threads) for p in artifact.held_parts(precision)
+    }
     for network in networks.values():
         network.all = list(networks.values())
     return Pipeline(artifact, Networks({**networks}, report, own.size_multiple))
