@@ -543,7 +543,7 @@ class Pipeline(metaclass=_Class):
         Raises:
             InputError: the model holds no encoder.
         """
-        out = self._encoder()(sample=pixels)
+        out = self.network("vae_encoder")(sample=pixels)
         z = out.get("latent_sample")
         if z is None:
             mean, log_variance = np.split(out["latent_parameters"], 2, axis=1)
@@ -553,12 +553,16 @@ class Pipeline(metaclass=_Class):
             images.finite(z, "the latents of the VAE encoder")
         )
 
-    def _encoder(self) -> backends.Network:
-        """The VAE encoder, opened at its first call."""
-        networks, part = self.networks, "vae_encoder"
+    def network(self, part: str) -> backends.Network:
+        """One of the model's networks; one that only edits need is opened at its first call.
+
+        Raises:
+            InputError: the model does not hold it.
+        """
+        networks = self.networks
         with self._lock:
             if part not in networks.parts:
-                if networks.opener is None or not self._holds(part):
+                if networks.opener is None or not self.holds(part):
                     raise InputError(
                         f"{self.report.model} holds no {part}, which edits need; convert the model"
                         " again (sdlite convert), or use backend='torch' on a model with weights."
@@ -567,8 +571,10 @@ class Pipeline(metaclass=_Class):
                 self.report = replace(self.report, networks=[*self.report.networks, row])
             return networks.parts[part]
 
-    def _holds(self, part: str) -> bool:
+    def holds(self, part: str) -> bool:
         """Whether the pipeline's backend finds a network in the model."""
+        if part in self.networks.parts:
+            return True
         if not backends.get_backend(self.report.backend).graphs:
             return self.artifact.has_weights
         return part in self.artifact.held_parts(self.report.precision)

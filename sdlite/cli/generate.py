@@ -18,7 +18,8 @@ FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 EXAMPLES = """
     sdlite generate "a red apple on a blue background" --seed 1 --out apple.png
     sdlite generate "a fox" --num 9 --grid --out foxes.png
-    sdlite generate "a fox" --model my-model --backend openvino --steps 20 --out fox.jpg"""
+    sdlite generate "a fox" --model my-model --backend openvino --steps 20 --out fox.jpg
+    sdlite generate "a green apple" --image apple.png --strength 0.6 --out green.png"""
 
 
 def _options(p: argparse.ArgumentParser) -> None:
@@ -35,6 +36,7 @@ def _options(p: argparse.ArgumentParser) -> None:
     command.whole(p, "--seed", text, 0, arguments.SEEDS)
     p.add_argument("--quiet", action="store_true", help="no progress bar, no report")
     _model_options(p)
+    _edit_options(p)
     _sampling_options(p)
 
 
@@ -58,6 +60,19 @@ def _model_options(p: argparse.ArgumentParser) -> None:
         help=f"what float layers are computed in ({told}); default: by precision and CPU",
     )
     command.add_threads(group)
+
+
+def _edit_options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("editing")
+    group.add_argument("--image", type=Path, metavar="FILE", help="image to edit")
+    group.add_argument(
+        "--mask", type=Path, metavar="FILE", help="white is painted anew, the rest stays as it is"
+    )
+    text = "share of the steps that is made; default: 0.8, with a mask 1"
+    command.number(group, "--strength", text, 0, 1)
+    text = "work on the mask and so many pixels around it alone"
+    most = arguments.MOST_PIXELS
+    command.whole(group, "--padding-mask-crop", text, 0, most, metavar="PX")
 
 
 def _sampling_options(p: argparse.ArgumentParser) -> None:
@@ -125,6 +140,10 @@ def _run(args: argparse.Namespace) -> None:
         sigmas=args.sigmas,
         eta=args.eta,
         prompt_weighting=args.prompt_weighting,
+        image=args.image,
+        mask_image=args.mask,
+        strength=args.strength,
+        padding_mask_crop=args.padding_mask_crop,
         progress=not args.quiet,
         max_pixels=args.max_pixels,
     )

@@ -122,8 +122,9 @@ def walk(
     samples: int,
 ) -> Iterator[None]:
     """Run the calibration images through watched networks: all of them up to their latents, then
-    all through the decoder, so that the UNet and the decoder, whose tensors are the largest, are
-    never in memory together. Yields after each half of an image.
+    all through the decoder, and the decoder's images through the encoder where there is one, so
+    that the networks whose tensors are the largest are never in memory together. Yields after each
+    half of an image.
 
     Args:
         sessions: part -> graph with extra outputs. They are closed when their part is done.
@@ -131,8 +132,8 @@ def walk(
     """
     prompts, later = calibration.shown, _Later(pipe.stride)
     height, width = calibration.size or (None, None)
-    specs = {p: pipe.artifact.spec(p) for p in pipe.artifact.parts}
-    first = [p for p in specs if p != "vae_decoder"]
+    specs = {p: pipe.artifact.spec(p) for p in sessions}
+    first = [p for p in pipe.artifact.parts if p != "vae_decoder"]
     for i in range(samples):
         watched: dict[str, Network] = {p: Watched(specs[p], sessions[p], visit) for p in first}
         with_networks(pipe, {**watched, "vae_decoder": later})(
@@ -146,7 +147,13 @@ def walk(
         yield
     for p in first:
         sessions[p].close()
+    made, decoder = [], Watched(specs["vae_decoder"], sessions["vae_decoder"], visit)
     for latents in later.given:
-        Watched(specs["vae_decoder"], sessions["vae_decoder"], visit)(latent_sample=latents)
+        made.append(np.clip(decoder(latent_sample=latents)["sample"], -1, 1))
+        decoder.step = 0
         yield
     sessions["vae_decoder"].close()
+    if "vae_encoder" in sessions:
+        for pixels in made:
+            Watched(specs["vae_encoder"], sessions["vae_encoder"], visit)(sample=pixels)
+        sessions["vae_encoder"].close()

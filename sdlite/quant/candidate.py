@@ -138,8 +138,8 @@ class Work:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The model's networks."""
-        return self.pipe.artifact.parts
+        """The model's networks, those that edit images included."""
+        return self.pipe.artifact.held_parts("fp32")
 
     def let_go(self) -> None:
         """Close the float networks and remove the graphs of finished passes."""

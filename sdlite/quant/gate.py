@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from sdlite import arguments
+from sdlite import arguments, image_input
 from sdlite.backends import Network
 from sdlite.instrument import Call, Tape, with_networks
 from sdlite.metrics import psnr, sqnr, ssim, structure_distance
@@ -114,8 +114,12 @@ class Comparison:
         return {k: finite(v) for k, v in asdict(self).items()}
 
 
-def images(pipe: Pipeline, prompts: Sequence[str], gate: Gate) -> np.ndarray:
-    """Each prompt with each of the gate's seeds: uint8 (prompts x seeds, H, W, 3)."""
+def images(
+    pipe: Pipeline, prompts: Sequence[str], gate: Gate, source: np.ndarray | None = None
+) -> np.ndarray:
+    """Each prompt with each of the gate's seeds: uint8 (prompts x seeds, H, W, 3); and one more
+    where the model edits images: `source` (default: the first of them), edited.
+    """
     height, width = gate.size or (None, None)
     every = [(p, s) for p in prompts for s in gate.seeds]
     side = (
@@ -136,14 +140,30 @@ def images(pipe: Pipeline, prompts: Sequence[str], gate: Gate) -> np.ndarray:
             width=width,
         )
         out += [np.asarray(x) for x in made.images]
+    if pipe.holds("vae_encoder"):
+        out.append(_edited(pipe, prompts[0], gate, out[0] if source is None else source))
     return np.stack(out)
+
+
+def _edited(pipe: Pipeline, prompt: str, gate: Gate, image: np.ndarray) -> np.ndarray:
+    """An image of the same prompt again, by half of the steps: what an edit does to it."""
+    steps = gate.num_inference_steps or pipe.defaults.num_inference_steps
+    made = pipe(
+        prompt,
+        image=image,
+        strength=0.5 if steps > 1 else 0.0,
+        seed=gate.seeds[0],
+        num_inference_steps=gate.num_inference_steps,
+        guidance_scale=gate.guidance_scale,
+    )
+    return np.asarray(made.images[0])
 
 
 def calls(floats: Pipeline, prompts: Sequence[str], gate: Gate) -> dict[str, list[Call]]:
     """Every network's calls in the first prompt's image."""
     tapes = {p: Tape(network, []) for p, network in floats.networks.parts.items()}
     height, width = gate.size or (None, None)
-    with_networks(floats, dict(tapes))(
+    made = with_networks(floats, dict(tapes))(
         prompts[0],
         seed=gate.seeds[0],
         num_inference_steps=gate.num_inference_steps,
@@ -151,6 +171,8 @@ def calls(floats: Pipeline, prompts: Sequence[str], gate: Gate) -> dict[str, lis
         height=height,
         width=width,
     )
+    if "vae_encoder" in tapes:
+        tapes["vae_encoder"](sample=image_input.pixels(made.images))
     return {p: t.calls for p, t in tapes.items()}
 
 
@@ -164,7 +186,7 @@ def compare(
     """Images of `pipe` against `reference`, and the SQNR of its networks on the float pipeline's
     inputs (`calls`).
     """
-    made = images(pipe, prompts, gate)
+    made = images(pipe, prompts, gate, reference[0])
     pairs = list(zip(reference, made, strict=True))
     values = [psnr(a, b) for a, b in pairs]
     at = int(np.argmin(values))
@@ -175,10 +197,17 @@ def compare(
         psnr_worst=float(np.min(values)),
         ssim_mean=float(np.mean([ssim(a, b) for a, b in pairs])),
         structure_distance_mean=float(np.mean([structure_distance(a, b) for a, b in pairs])),
-        worst=f"{prompts[at // len(gate.seeds)]!r}, seed {gate.seeds[at % len(gate.seeds)]}",
-        networks={p: _closeness(n, floats[p]) for p, n in pipe.networks.parts.items()},
+        worst=_named(at, prompts, gate),
+        networks={p: _closeness(pipe.network(p), held) for p, held in floats.items()},
     )
     return found, made
+
+
+def _named(at: int, prompts: Sequence[str], gate: Gate) -> str:
+    """Prompt and seed of an image."""
+    if at == len(prompts) * len(gate.seeds):
+        return f"{prompts[0]!r}, seed {gate.seeds[0]}, edited"
+    return f"{prompts[at // len(gate.seeds)]!r}, seed {gate.seeds[at % len(gate.seeds)]}"
 
 
 def _closeness(network: Network, calls: Sequence[Call]) -> float:

@@ -27,6 +27,7 @@ Keep = Mapping[str, Sequence[str]]  # part -> regular expressions of layers that
 # By torch module name: few parameters, and each error there reaches every pixel or every layer.
 KEEP_FLOAT: dict[str, tuple[str, ...]] = {
     "unet": (r"(time|add)_embedding\.", r"time_emb_proj$", r"^conv_in$", r"^conv_out$"),
+    "vae_encoder": (r"^quant_conv$", r"encoder\.conv_in$", r"encoder\.conv_out$"),
     "vae_decoder": (r"^post_quant_conv$", r"decoder\.conv_in$", r"decoder\.conv_out$"),
 }
 
@@ -81,12 +82,13 @@ def kept_in_float(asked: Keep | None, artifact: Artifact) -> dict[str, Sequence[
     part that is not named has its `KEEP_FLOAT`.
     """
     given: Keep = artifact.calibration.get("keep_float", {}) if asked is None else asked
-    if unknown := sorted(set(given) - set(artifact.parts)):
+    known = (*artifact.parts, *artifact.family.optional)
+    if unknown := sorted(set(given) - set(known)):
         raise InputError(
             f"keep_float names {unknown[0]!r}; the networks of {artifact.name} are"
-            f" {', '.join(artifact.parts)}."
+            f" {', '.join(known)}."
         )
-    return {p: given.get(p, KEEP_FLOAT.get(p, ())) for p in artifact.parts}
+    return {p: given.get(p, KEEP_FLOAT.get(p, ())) for p in known}
 
 
 def open_float(

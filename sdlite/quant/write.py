@@ -23,7 +23,7 @@ def model(work: Work, parts: Parts, folder: Path) -> None:
         remove(child) if child.is_dir() else child.unlink()
     index = json.dumps(families.listed_index(source.index), indent=1) + "\n"
     (folder / "model_index.json").write_text(index, encoding="utf-8")
-    for part in (*source.folders, "vae_decoder"):
+    for part in (*source.folders, "vae_decoder", "vae_encoder"):
         if (source.folder / part).is_dir():
             source.files.part(part).copy_configs(folder / part)
     for part, built in parts.items():
