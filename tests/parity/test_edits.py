@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import sdlite
 from sdlite.errors import InputError
 from sdlite.sampling import Schedule, denoise, get_sampler
 
 torch = pytest.importorskip("torch", reason="needs the torch extra")
-pytest.importorskip("diffusers", reason="needs the torch extra")
+diffusers = pytest.importorskip("diffusers", reason="needs the torch extra")
 
+from benchmarks import published_models  # noqa: E402
 from tests.parity.test_samplers import (  # noqa: E402
     CASES,
     NOISY,
@@ -112,3 +115,77 @@ def test_runge_kuttas_steps_are_no_part_of_a_schedule():
     solver.begin_at(0)
     with pytest.raises(InputError, match=r"'pndm-rk' begins with its Runge-Kutta steps.* 'pndm'"):
         solver.begin_at(3)
+
+
+# --- whole pipelines
+
+CALLS = {"4 steps": (4, 0.0, 0.5), "guided": (25, 5.0, 0.3)}
+
+
+@pytest.fixture(scope="module")
+def painted():
+    """A colorful image of 64 px, and a mask of its middle."""
+    rng = np.random.default_rng(0)
+    image = np.kron(rng.random((8, 8, 3)), np.ones((8, 8, 1)))
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:56] = 255
+    return Image.fromarray((image * 255).astype(np.uint8)), Image.fromarray(mask)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("edits")
+
+    def write(name):
+        out = root / name
+        return out if out.exists() else published_models.write(name, out)
+
+    return write
+
+
+@pytest.mark.skipif(
+    published_models.merges_file() is None,
+    reason="CLIP's merges: pip install --no-deps open_clip_torch",
+)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("masked", [False, True], ids=["image", "mask"])
+@pytest.mark.parametrize("name", ["bk-sdm-v2-tiny", "vega"])
+def test_an_edited_image_is_that_of_diffusers(folder, painted, name, masked):
+    image, mask = painted
+    kind = diffusers.AutoPipelineForInpainting if masked else diffusers.AutoPipelineForImage2Image
+    theirs = kind.from_pipe(diffusers.DiffusionPipeline.from_pretrained(folder(name)))
+    theirs.set_progress_bar_config(disable=True)
+    where = np.asarray(mask) > (0 if masked else -1)
+    more = {"mask_image": mask, "height": 64, "width": 64} if masked else {}
+    with sdlite.Pipeline.from_pretrained(folder(name), backend="torch", threads=1) as ours:
+        for steps, guidance, strength in CALLS.values():
+            call = {"num_inference_steps": steps, "guidance_scale": guidance, **more}
+            call |= {"strength": strength, "image": image, "output_type": "np"}
+            draws = torch.Generator().manual_seed(3)
+            right = theirs("a red fox", generator=draws, **call).images[0]
+            got = ours("a red fox", seed=3, **call).images[0]
+            assert -10 * np.log10(np.square(right - got)[where].mean()) >= 60
+            plain = ours("a red fox", seed=3, **{**call, "strength": 1.0}).images[0]
+            assert np.abs(plain - got).max() > 0.02
+            if masked:
+                assert (np.round(got * 255) == np.asarray(image))[~where].all()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_backends_edit_as_torch_does(painted, backend):
+    pytest.importorskip(backend, reason=f"needs {backend}")
+    image, mask = painted
+    made = []
+    for name in ("torch", backend):
+        with sdlite.Pipeline.from_pretrained(
+            "emoji", precision="fp32", backend=name, threads=1
+        ) as pipe:
+            call = {"image": image, "seed": 1, "output_type": "np"}
+            made.append(
+                [
+                    pipe("a red apple", strength=0.5, **call).images[0],
+                    pipe("a red apple", mask_image=mask, **call).images[0],
+                ]
+            )
+    for a, b in zip(*made, strict=True):
+        assert -10 * np.log10(np.square(a - b).mean()) >= 60
