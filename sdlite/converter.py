@@ -12,12 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from sdlite import arguments
+import numpy as np
+import torch
+from torch import nn
+
+from sdlite import arguments, preview
 from sdlite._version import __version__
 from sdlite.artifact import Artifact
 from sdlite.checkpoints import PICKLED, is_file, sources
 from sdlite.errors import CONVERT_NEEDS, InputError, need
-from sdlite.families import listed_index, vae_config, vae_stride
+from sdlite.families import LatentScale, listed_index, vae_config, vae_stride
 from sdlite.files import Files
 from sdlite.io import alone, cache_root, check_out, read_json, scratch, writing
 from sdlite.manifest import Manifest, SamplerRow, write_manifest
@@ -168,6 +172,22 @@ def _copy_weights(files: Files, names: Sequence[str], out: Path) -> None:
         (out / index_name(base, "")).write_text(text, encoding="utf-8")
 
 
+def _preview(decoder: nn.Module, root: Path) -> list[list[float]] | None:
+    """The map of previews, see `sdlite.preview`; None where the decoder gives no numbers."""
+    scale = LatentScale.of(read_json(root / "vae" / "config.json"))
+
+    @torch.no_grad()
+    def decode(latents: np.ndarray) -> np.ndarray:
+        pixels: np.ndarray = decoder(scale.to_decoder(torch.from_numpy(latents))).numpy()
+        return pixels
+
+    channels = read_json(root / "unet" / "config.json")["in_channels"]
+    colors = preview.fitted(decode, channels)
+    if not np.isfinite(colors).all():
+        return None
+    return [[round(float(x), 5) for x in row] for row in colors]
+
+
 def _write_graphs(root: Path, manifest: Manifest, source: Artifact) -> dict[str, int]:
     """The graphs of the networks in `root`, and what the manifest says of them. Returns their
     parameters.
@@ -179,6 +199,7 @@ def _write_graphs(root: Path, manifest: Manifest, source: Artifact) -> dict[str,
     manifest.size_multiple = vae_stride(read_json(root / "vae" / "config.json")) * multiple
     given = examples(parts, multiple, specs["unet"].inputs[3:])
     entries = {p: write_graph(root, p, specs[p], parts[p], *given[p]) for p in parts}
+    manifest.preview = _preview(parts["vae_decoder"], root)
     # float16 storage is exact in float32: one set of files is both variants.
     held = ("fp16", "fp32") if entries["unet"]["storage"] == "float16" else ("fp32",)
     manifest.variants = dict.fromkeys(held, entries)

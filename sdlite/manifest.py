@@ -94,6 +94,7 @@ class Manifest:
         size_multiple: height and width must be multiples of this for the ONNX graphs, in pixels.
         max_pixels: height x width x images that a call may make when it does not say; None is
             sdlite's own limit.
+        preview: what paints previews of latents, (channels + 1, 3); None: fitted when it is needed.
     """
 
     format: str = FORMAT
@@ -106,6 +107,7 @@ class Manifest:
     quality: QualityRow | None = None
     size_multiple: int = 8
     max_pixels: int | None = None
+    preview: list[list[float]] | None = None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], file: str | Path = MANIFEST) -> Manifest:
@@ -135,8 +137,9 @@ class Manifest:
     def to_dict(self) -> dict[str, object]:
         """What sdlite.json holds."""
         out = dataclasses.asdict(self)
-        if self.max_pixels is None:
-            del out["max_pixels"]  # earlier versions do not know it
+        for key in ("max_pixels", "preview"):  # earlier versions do not know them
+            if out[key] is None:
+                del out[key]
         return out
 
 
@@ -245,6 +248,9 @@ _MANIFEST = schema.record(
         ),
         "size_multiple": SIZE_MULTIPLE,
         "max_pixels": schema.optional(schema.whole(1)),
+        "preview": schema.optional(
+            schema.each(schema.each(schema.number(-1e6, 1e6), 3, 3), 2, 1025)
+        ),
     }
 )
 

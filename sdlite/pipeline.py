@@ -27,6 +27,7 @@ from sdlite import (
     hub,
     images,
     memory,
+    preview,
     prompt_weights,
     running,
     tiling,
@@ -221,6 +222,7 @@ class Pipeline(metaclass=_Class):
         self.stride = families.vae_stride(self.vae_config)
         self.defaults = artifact.sampler_defaults
         self.tiling: tiling.Tiling | None = None
+        self._map: np.ndarray | None = None  # of previews
         self.max_pixels: int | None = None  # no limit, for pipelines that are made of networks
         self._warned: set[str] = set()
         self._calls: set[running.Call] = set()
@@ -512,6 +514,7 @@ class Pipeline(metaclass=_Class):
         guidance_scale: float = 1.0,
         noised: bool = False,
         after: Callable[[int, np.ndarray], np.ndarray] | None = None,
+        watch: Callable[[int, np.ndarray], None] | None = None,
     ) -> Iterator[np.ndarray]:
         """Unit normal latents (B, C, h, w) and conditions -> latents after each step of `solver`.
 
@@ -521,7 +524,7 @@ class Pipeline(metaclass=_Class):
             uncond: the same of the negative prompts; None runs without guidance, one network row
                 per image.
             noise: the images' generators, for samplers that draw again.
-            noised, after: see `sampling.denoise`, for edits.
+            noised, after, watch: see `sampling.denoise`, for edits and previews.
         """
         unet = self.networks.unet
         return denoise(
@@ -534,6 +537,7 @@ class Pipeline(metaclass=_Class):
             guidance_scale=guidance_scale,
             noised=noised,
             after=after,
+            watch=watch,
         )
 
     def encode_image(self, pixels: np.ndarray, noise: Sequence[Draws]) -> np.ndarray:
@@ -595,6 +599,41 @@ class Pipeline(metaclass=_Class):
         return self.networks.vae_decoder(latent_sample=latents)["sample"]
 
     # --- the call
+
+    def stream(
+        self, prompt: str | Sequence[str] = (), **arguments: Any
+    ) -> Iterator[preview.Preview | PipelineOutput]:
+        """The same call, with a small image of what each step predicts, and at last the output.
+
+        It runs in a thread of its own from the first `next` on. Closing the iterator, or leaving
+        it, stops the call.
+
+        Args:
+            arguments: of a call; its callback is called too.
+
+        Yields:
+            Preview: of each step. PipelineOutput: what the call returns, last.
+
+        Raises:
+            What a call raises.
+        """
+        watch = preview.Watch(self._colors, arguments.pop("callback", None))
+        yield from watch.run(lambda: self(prompt, callback=watch, **arguments))
+
+    def _colors(self) -> np.ndarray:
+        """The map of previews, the model's own or fitted once."""
+        with self._lock:
+            if self._map is None:
+                own = self.artifact.manifest.preview if self.artifact.manifest else None
+                self._map = None if own is None else np.array(own, np.float32)
+        if self._map is None:
+            fixed = [s // self.stride for s in self.networks.size or ()]
+            side = (fixed[0], fixed[1]) if fixed else (preview.SIDE, preview.SIDE)
+            scale = families.LatentScale.of(self.vae_config)
+            self._map = preview.fitted(
+                lambda z: self._decoded(scale.to_decoder(z)), self.unet_config["in_channels"], side
+            )
+        return self._map
 
     def __call__(
         self,
@@ -707,8 +746,11 @@ class Pipeline(metaclass=_Class):
         said = {**control.said(), **({"prompt_weighting": style} if style else {})}
         said |= {"strength": f"{edit.strength:g}"} if edit else {}
         about = [{**row, **said, **embeddings.said(embeds, i)} for i, row in enumerate(about)]
+        watch = callback if isinstance(callback, preview.Watch) else None
         with self._call() as call:
             begin = time.perf_counter()
+            if watch is not None:
+                watch.call = call
             texts = (prompts, negatives, scale, height, width, style)
             cond, uncond = self.conditions(*texts, **more)
             encoded = time.perf_counter()
@@ -723,6 +765,7 @@ class Pipeline(metaclass=_Class):
                 guidance_scale=scale,
                 noised=first.noised,
                 after=first.after,
+                watch=watch.predicted if watch else None,
             )
             for step, x in enumerate(self._bar(run, len(solver) - solver.begin, progress), 1):
                 listen(step, x)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdlite import arguments
 from sdlite.cli import command, terminal
 from sdlite.errors import InputError
 from sdlite.io import check_file
+from sdlite.preview import Preview
 
 if TYPE_CHECKING:
-    from sdlite.pipeline import PipelineOutput
+    from sdlite.pipeline import Pipeline, PipelineOutput
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 EXAMPLES = """
@@ -34,6 +35,8 @@ def _options(p: argparse.ArgumentParser) -> None:
     )
     text = "image i uses seed + i; default: drawn, and written into the file"
     command.whole(p, "--seed", text, 0, arguments.SEEDS)
+    text = "image file that is written anew after each step: what the image will be"
+    p.add_argument("--preview", type=Path, metavar="FILE", help=text)
     p.add_argument("--quiet", action="store_true", help="no progress bar, no report")
     _model_options(p)
     _edit_options(p)
@@ -115,6 +118,8 @@ def _run(args: argparse.Namespace) -> None:
     from sdlite.pipeline import Pipeline
 
     paths = _paths(args.out, args.num, args.grid)
+    if args.preview is not None:
+        _paths(args.preview, 1, as_grid=True)
     pipe = Pipeline.from_pretrained(
         args.model,
         precision=args.precision,
@@ -126,7 +131,9 @@ def _run(args: argparse.Namespace) -> None:
     )
     if args.vae_tiling or args.vae_tile_size is not None:
         pipe.enable_vae_tiling(args.vae_tile_size)
-    out = pipe(
+    out = _made(
+        pipe,
+        args.preview,
         args.prompt,
         negative_prompt=args.negative_prompt,
         num_inference_steps=args.steps,
@@ -151,6 +158,21 @@ def _run(args: argparse.Namespace) -> None:
     if not args.quiet:
         terminal.say(*str(out.report).split("\n"))
     terminal.say(_wrote(out, paths))
+
+
+def _made(pipe: Pipeline, preview: Path | None, prompt: str, **arguments: Any) -> PipelineOutput:
+    """The call's output; `preview` is written anew after each step."""
+    if preview is None:
+        return pipe(prompt, **arguments)
+    from sdlite import images
+
+    for what in pipe.stream(prompt, **arguments):
+        if isinstance(what, Preview):
+            shown = [i.resize((8 * i.width, 8 * i.height)) for i in what.images]
+            images.save(images.grid(shown), preview)
+        else:
+            return what
+    raise AssertionError("a stream ends with its output")
 
 
 def _paths(out: Path, count: int, as_grid: bool) -> list[Path]:

@@ -46,7 +46,11 @@ def manifest(
     """
     own = work.pipe.artifact.required_manifest()
     out = Manifest(
-        name=own.name, student=own.student, sampler=own.sampler, size_multiple=own.size_multiple
+        name=own.name,
+        student=own.student,
+        sampler=own.sampler,
+        size_multiple=own.size_multiple,
+        preview=own.preview,
     )
     out.variants = {work.precision: {p: _row(p, built) for p, built in parts.items()}}
     if work.precision == "int8-static":

@@ -61,6 +61,9 @@ class _Exponential(SigmaSampler):
     def add_noise(self, i: int, x0: Array, noise: Array) -> Array:
         return F32(self.alpha[i]) * x0 + F32(self.sigma[i]) * noise
 
+    def predicted(self, i: int, output: Array, x: Array) -> Array:
+        return self._x0(i, output, x)
+
     def _x0(self, i: int, output: Array, x: Array) -> Array:
         alpha, sigma = F32(self.alpha[i]), F32(self.sigma[i])
         kind = self.schedule.prediction_type

@@ -51,6 +51,7 @@ def denoise(
     noised: bool = False,
     beside: Array | None = None,
     after: Callable[[int, Array], Array] | None = None,
+    watch: Callable[[int, Array], None] | None = None,
 ) -> Iterator[Array]:
     """The sampling loop: unit normal latents (B, C, h, w) -> latents after each network call.
 
@@ -65,6 +66,7 @@ def denoise(
         noised: `latents` are x at the solver's first call already.
         beside: (B, E, h, w), channels that the U-Net takes after the latents, in every call.
         after: (call that comes next, x) -> x, done after each call.
+        watch: (call, clean latents that are predicted there).
     """
     x = latents if noised else latents * np.float32(solver.init_noise_sigma)
     cond, without = _named(conditions), None if uncond is None else _named(uncond)
@@ -81,6 +83,8 @@ def denoise(
         if without is not None:
             without_prompt, with_prompt = np.split(out, 2)
             out = guide(without_prompt, with_prompt, guidance_scale)
+        if watch is not None:
+            watch(i, solver.predicted(i, out, x))
         x = solver.step(i, out, x, noise)
         if after is not None:
             x = after(i + 1, x)

@@ -88,6 +88,10 @@ class Sampler:
         a = self.alpha_bar[int(self.timesteps[i])]
         return np.sqrt(a) * x0 + np.sqrt(F32(1) - a) * noise
 
+    def predicted(self, i: int, output: Array, x: Array) -> Array:
+        """The clean latents x_0 that the network's output at call i stands for."""
+        return self._x0_eps(self.alpha_bar[int(self.timesteps[i])], output, x)[0]
+
     def scale_model_input(self, i: int, x: Array) -> Array:
         """x (B, C, h, w) as the network takes it at call i."""
         return x
@@ -468,6 +472,9 @@ class _KDiffusion(SigmaSampler):
 
     def add_noise(self, i: int, x0: Array, noise: Array) -> Array:
         return x0 + self.sigmas[i] * noise
+
+    def predicted(self, i: int, output: Array, x: Array) -> Array:
+        return self._x0(self.sigmas[i], output, x)
 
     def scale_model_input(self, i: int, x: Array) -> Array:
         """x (B, C, h, w) as the network takes it at call i."""
