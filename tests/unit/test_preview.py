@@ -117,9 +117,12 @@ def test_the_command_writes_a_preview_after_each_step(tmp_path, monkeypatch):
     from sdlite import images
 
     saved, save = [], images.save
-    monkeypatch.setattr(
-        images, "save", lambda i, path, *a: saved.append(path.name) or save(i, path, *a)
-    )
+
+    def watched(image, path, *more):
+        saved.append(path.name)
+        save(image, path, *more)
+
+    monkeypatch.setattr(images, "save", watched)
     shown, out = tmp_path / "p.png", tmp_path / "a.png"
     command = ["generate", "a fox", "--seed", "1", "--steps", "3", "--quiet"]
     assert main([*command, "--preview", str(shown), "--out", str(out)]) == 0
