@@ -742,10 +742,10 @@ class Pipeline(metaclass=_Class):
         self._familiar(height, width)
         edit = self._scheduled(edit, solver, height, width)
         listen = self._listener(callback, callback_on_step_end, solver)
-        about = self._metadata(prompts, negatives, seeds, name, steps, scale)
         said = {**control.said(), **({"prompt_weighting": style} if style else {})}
         said |= {"strength": f"{edit.strength:g}"} if edit else {}
-        about = [{**row, **said, **embeddings.said(embeds, i)} for i, row in enumerate(about)]
+        about = self._metadata(prompts, negatives, seeds, name, steps, scale, said)
+        about = [{**row, **embeddings.said(embeds, i)} for i, row in enumerate(about)]
         watch = callback if isinstance(callback, preview.Watch) else None
         with self._call() as call:
             begin = time.perf_counter()
@@ -755,31 +755,24 @@ class Pipeline(metaclass=_Class):
             cond, uncond = self.conditions(*texts, **more)
             encoded = time.perf_counter()
             first = self._start(edit, solver, noise, (height, width), start)
-            started, x = time.perf_counter(), first.latents
-            run = self.denoise(
-                x,
-                cond,
-                noise,
-                solver,
-                uncond=uncond,
-                guidance_scale=scale,
-                noised=first.noised,
-                after=first.after,
-                watch=watch.predicted if watch else None,
-            )
+            started = time.perf_counter()
+            given: dict[str, Any] = {
+                "uncond": uncond,
+                "guidance_scale": scale,
+                "after": first.after,
+            }
+            given |= {"noised": first.noised, "watch": watch.predicted if watch else None}
+            run = self.denoise(first.latents, cond, noise, solver, **given)
+            x = first.latents
             for step, x in enumerate(self._bar(run, len(solver) - solver.begin, progress), 1):
                 listen(step, x)
                 running.check()
             denoised = time.perf_counter()
             made = self._images(x, output_type, about, call.tiling, edit)
             end = time.perf_counter()
-        timings = {
-            "text_encoder": encoded - begin,
-            **({"vae_encoder": started - encoded} if edit else {}),
-            "unet": denoised - started,
-            "vae_decoder": end - denoised,
-            "total": end - begin,
-        }
+        timings = {"text_encoder": encoded - begin, "unet": denoised - started}
+        timings |= {"vae_encoder": started - encoded} if edit else {}
+        timings |= {"vae_decoder": end - denoised, "total": end - begin}
         report, calls = _with_notes(call.report, call.said), len(solver) - solver.begin
         return PipelineOutput(made, seeds, timings, report, about, calls)
 
@@ -813,6 +806,7 @@ class Pipeline(metaclass=_Class):
         sampler: str,
         steps: int,
         scale: float,
+        said: Mapping[str, str],
     ) -> list[dict[str, str]]:
         """How each image is made, as files keep it."""
         r = self.report
@@ -826,6 +820,7 @@ class Pipeline(metaclass=_Class):
             "steps": str(steps),
             "guidance": str(scale),
             "sdlite": __version__,
+            **said,
         }
         every = zip(prompts, negatives, seeds, strict=True)
         return [

@@ -47,6 +47,10 @@ def plain(tmp_path_factory):
     """The embedded student as a plain diffusers folder: no manifest, no ONNX."""
     out = tmp_path_factory.mktemp("plain") / "student"
     shutil.copytree(
-        EMOJI, out, ignore=shutil.ignore_patterns("*.onnx", "*.data", "sdlite.json", "vae_decoder")
+        EMOJI,
+        out,
+        ignore=shutil.ignore_patterns(
+            "*.onnx", "*.data", "sdlite.json", "vae_decoder", "vae_encoder"
+        ),
     )
     return out

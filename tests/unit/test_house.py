@@ -38,9 +38,9 @@ def test_any_is_rare():
 FLOORS = (
     "_version errors cpu offline",
     "io schema running arguments memory",
-    "downloads files headers graphs habits images published settings spec",
+    "downloads files headers graphs habits image_input images published settings spec",
     "tokenizer_files families sampling manifest",
-    "weights tokenizer embeddings",
+    "weights tokenizer embeddings editing preview",
     "prompt_weights",
     "exported",
     "artifact disk",

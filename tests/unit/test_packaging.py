@@ -266,4 +266,4 @@ def test_no_file_that_git_knows_is_large_and_no_content_is_there_twice():
     blobs = [line.split(None, 4) for line in listed.stdout.decode().splitlines()]
     assert sum(int(size) for *_, size, _ in blobs) < 42e6
     large = [sha for _, _, sha, size, _ in blobs if int(size) > 1e6]
-    assert len(large) == len(set(large)) <= 5
+    assert len(large) == len(set(large)) <= 6
