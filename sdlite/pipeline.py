@@ -746,22 +746,19 @@ class Pipeline(metaclass=_Class):
         said |= {"strength": f"{edit.strength:g}"} if edit else {}
         about = self._metadata(prompts, negatives, seeds, name, steps, scale, said)
         about = [{**row, **embeddings.said(embeds, i)} for i, row in enumerate(about)]
-        watch = callback if isinstance(callback, preview.Watch) else None
         with self._call() as call:
             begin = time.perf_counter()
-            if watch is not None:
-                watch.call = call
-            texts = (prompts, negatives, scale, height, width, style)
-            cond, uncond = self.conditions(*texts, **more)
+            sizes = (height, width)
+            cond, uncond = self.conditions(prompts, negatives, scale, *sizes, style, **more)
             encoded = time.perf_counter()
-            first = self._start(edit, solver, noise, (height, width), start)
+            first = self._start(edit, solver, noise, sizes, start)
             started = time.perf_counter()
             given: dict[str, Any] = {
                 "uncond": uncond,
                 "guidance_scale": scale,
                 "after": first.after,
             }
-            given |= {"noised": first.noised, "watch": watch.predicted if watch else None}
+            given |= {"noised": first.noised, "watch": preview.watching(callback, call)}
             run = self.denoise(first.latents, cond, noise, solver, **given)
             x = first.latents
             for step, x in enumerate(self._bar(run, len(solver) - solver.begin, progress), 1):

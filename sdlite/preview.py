@@ -78,6 +78,14 @@ def painted(latents: Array, colors: Array) -> Array:
     return out
 
 
+def watching(callback: object, call: running.Call) -> Callable[[int, Array], None] | None:
+    """What of a call's callback sees predictions; None where it is no `Watch`."""
+    if not isinstance(callback, Watch):
+        return None
+    callback.call = call
+    return callback.predicted
+
+
 class Watch:
     """A call's callback that also sees predictions, and hands previews to another thread. It stops
     the call when nobody takes them any longer.
