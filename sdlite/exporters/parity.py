@@ -57,7 +57,7 @@ def record(pipe: Pipeline, prompts: Sequence[str], arguments: CallArguments) -> 
     network.
     """
     calls: dict[str, list[Call]] = {p: [] for p in pipe.artifact.parts}
-    taped = with_networks(pipe, {p: Tape(n, calls[p]) for p, n in pipe.networks.parts.items()})
+    taped = with_networks(pipe, {p: Tape(pipe.networks.parts[p], calls[p]) for p in calls})
     specs = {p: pipe.artifact.spec(p) for p in pipe.artifact.parts}
     images = make_images(taped, prompts, arguments)
     return Recording(calls, images, list(prompts), arguments, specs)
