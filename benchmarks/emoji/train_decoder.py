@@ -26,7 +26,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from sdlite.distill.tasks.base import V_ZERO_SNR, CachedEncoder
+from sdlite.distill.encoders import CachedEncoder
+from sdlite.distill.tasks.base import V_ZERO_SNR
 from sdlite.distill.tasks.few_step import Solver, trailing_timesteps
 from sdlite.distill.train import Batch, Task, TrainConfig, fit
 from sdlite.images import to_uint8

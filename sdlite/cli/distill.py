@@ -41,7 +41,11 @@ def _extra() -> Iterator[None]:
 def _recipe_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("recipe", metavar="RECIPE", help="TOML file; `sdlite distill advise` writes one")
     p.add_argument(
-        "--teacher", type=Path, required=True, metavar="DIR", help="diffusers SD-1.x or 2.x folder"
+        "--teacher",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="diffusers folder of SD-1.x, 2.x or SDXL",
     )
     p.add_argument(
         "--data",
@@ -118,7 +122,7 @@ def _advise_options(p: argparse.ArgumentParser) -> None:
         "--teacher",
         type=Path,
         metavar="DIR",
-        help="diffusers SD-1.x or 2.x folder; default: SD-1.4's shape",
+        help="diffusers folder of SD-1.x, 2.x or SDXL; default: SD-1.4's shape",
     )
     text = "of training on this machine, from a run's stats.jsonl"
     command.number(p, "--images-per-second", text)

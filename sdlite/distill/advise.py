@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdlite.distill.evidence import DRAWS, Verdict, judge
+from sdlite.distill.features import blank
 from sdlite.distill.preview import guidance_width
 from sdlite.distill.recipe import Recipe
 from sdlite.distill.students import PRESETS, StudentSpec, parameters, shape
 from sdlite.errors import InputError, UnknownNameError
+from sdlite.families import unet_arguments
 from sdlite.spec import latent_size
 
 if TYPE_CHECKING:
@@ -175,11 +177,8 @@ def macs(network: UNet2DConditionModel, tokens: int = 77) -> int:
     network, c = shape(network, StudentSpec()), network.config
     size = latent_size(c)
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network(
-            torch.zeros(1, c.in_channels, *size),
-            torch.zeros(()),
-            torch.zeros(1, tokens, c.cross_attention_dim),
-        )
+        told = unet_arguments(blank(network, tokens))
+        network(torch.zeros(1, c.in_channels, *size), torch.zeros(()), **told)
     return int(counter.get_total_flops() // 2)
 
 
@@ -280,14 +279,14 @@ def _parsed(text: str) -> Said:
 
 
 def _teacher(folder: str | Path | None) -> tuple[UNet2DConditionModel, AutoencoderKL, int]:
-    """Its UNet and VAE on the meta device, and the parameters of text encoder and VAE decoder."""
+    """Its UNet and VAE on the meta device, and the parameters of text encoders and VAE decoder."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with torch.device("meta"):
         if folder is None:
             vae = AutoencoderKL(**SD14_VAE)
             return UNet2DConditionModel(**SD14), vae, SD14_TEXT + parameters(vae.decoder)
-        from transformers import CLIPTextConfig, CLIPTextModel
+        import transformers
 
         from sdlite.artifact import Artifact
         from sdlite.distill.teacher import refuse_unfed
@@ -295,12 +294,18 @@ def _teacher(folder: str | Path | None) -> tuple[UNet2DConditionModel, Autoencod
 
         artifact = Artifact.open(folder)
         refuse_unfed(artifact)
-        text = CLIPTextModel(CLIPTextConfig(**artifact.config("text_encoder")))
+        kinds = {
+            p: getattr(transformers, artifact.index[p][-1]) for p in artifact.family.tokenizers
+        }
+        texts = [
+            kind(transformers.CLIPTextConfig(**artifact.config(part)))
+            for part, kind in kinds.items()
+        ]
         vae = vae_class(artifact.config("vae")).from_config(artifact.config("vae"))
         return (
             UNet2DConditionModel.from_config(artifact.config("unet")),
             vae,
-            parameters(text) + parameters(vae.decoder),
+            sum(parameters(text) for text in texts) + parameters(vae.decoder),
         )
 
 
@@ -316,11 +321,12 @@ def _size(
             continue
     each = DEVICES[device][1]
     room = memory_gb * 1e9 / 2
-    fitting = sorted(
+    fitting = [
         (n, k)
         for k, n in sizes.items()
         if (n + rest) * each <= room and (k is not None or wish == "quality")
-    )
+    ]
+    fitting.sort(key=lambda one: (one[0], one[1] or ""))  # a preset may be the teacher's own size
     if not fitting:
         least = min(sizes.values())
         raise InputError(

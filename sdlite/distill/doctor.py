@@ -17,19 +17,21 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
+from sdlite.distill.encoders import TextEncoders, Tokenizers, text_width
 from sdlite.distill.features import Taps
 from sdlite.distill.latent_cache import CachedLatents
 from sdlite.distill.preview import Config, decode_scaled
 from sdlite.distill.recipe import Recipe, Stage
 from sdlite.distill.run import packages
 from sdlite.distill.students import build, parameters
-from sdlite.distill.tasks.base import TOLD_SCALES, Given, told
+from sdlite.distill.tasks.base import TOLD_SCALES, Given, predict
 from sdlite.distill.tasks.student import Output, StudentTask
-from sdlite.distill.teacher import Teacher
+from sdlite.distill.teacher import ONE_SIZE, Teacher
 from sdlite.distill.train import step_generator
 from sdlite.errors import InputError, MissingExtraError
 from sdlite.families import LatentScale
 from sdlite.sampling import Schedule, guided
+from sdlite.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -51,7 +53,7 @@ class Finding:
 def architecture(
     student: UNet2DConditionModel,
     teacher: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
+    text_encoder: CLIPTextModel | TextEncoders,
     vae: AutoencoderKL,
 ) -> list[Finding]:
     """Do the interfaces agree: latent channels, text width, sizes?"""
@@ -61,7 +63,7 @@ def architecture(
         ("latent channels out", s.out_channels, t.out_channels),
         ("cross_attention_dim", s.cross_attention_dim, t.cross_attention_dim),
         ("latent channels of the VAE", t.in_channels, vae.config.latent_channels),
-        ("text encoder width", t.cross_attention_dim, text_encoder.config.hidden_size),
+        ("text encoder width", t.cross_attention_dim, text_width(text_encoder)),
     ]
     for name, a, b in pairs:
         out.append(
@@ -96,20 +98,25 @@ def architecture(
     return out
 
 
-def conditions(recipe: Recipe, guidance_width: int | None) -> list[Finding]:
+def conditions(
+    recipe: Recipe, guidance_width: int | None, besides: Sequence[str] = ()
+) -> list[Finding]:
     """What is the teacher told besides latents and timestep, and does the recipe go with it?
 
     Args:
         guidance_width: of its guidance embedding; None: it has none.
+        besides: what else it is told, in words (`told_besides`).
     """
+    more = [Finding("ok", "conditions", f"the teacher is also told {x}") for x in besides]
     if guidance_width is None:
-        return [Finding("ok", "conditions", "the teacher is told the text, and nothing else")]
+        only = "" if besides else ", and nothing else"
+        return [Finding("ok", "conditions", f"the teacher is told the text{only}"), *more]
     low, high = TOLD_SCALES
     text = (
         f"the teacher is told text and guidance (time_cond_proj_dim={guidance_width}): the student"
         f" is told the same, at scales from {low:g} to {high:g}, and no call has a second row"
     )
-    out = [Finding("ok", "conditions", text)]
+    out = [Finding("ok", "conditions", text), *more]
     try:
         recipe.refuse_guidance()
     except InputError as e:
@@ -122,6 +129,32 @@ def conditions(recipe: Recipe, guidance_width: int | None) -> list[Finding]:
             )
             out.append(Finding("warn", "conditions", text))
     return out
+
+
+def told_besides(taught: Teacher) -> list[str]:
+    """What a teacher's UNet is told besides text and guidance, and what of it comes from where."""
+    artifact = taught.artifact
+    inputs = artifact.family.unet_inputs(artifact.config("unet"))
+    sizes = artifact.family.size_conditions(ONE_SIZE)
+    out = []
+    for t in (t for t in inputs if t.name != "timestep_cond"):
+        by = "the data: each image as it was, and how it was cropped and resized"
+        by = by if t.name in sizes else ", ".join(taught.text_encoders)
+        out.append(f"{t.name} ({t.range}) by {by}")
+    if isinstance(taught.text_encoder, TextEncoders) and taught.text_encoder.zeros:
+        out.append(
+            "zeros for an empty caption, as its pipeline says (force_zeros_for_empty_prompt)"
+        )
+    return out
+
+
+def text_encoders(recipe: Recipe, names: Sequence[str]) -> list[Finding]:
+    """Does the recipe go with a teacher of several text encoders?"""
+    try:
+        recipe.refuse_text_encoders(names)
+    except InputError as e:
+        return [Finding("fail", "conditions", str(e))]
+    return []
 
 
 def target(scheduler: Config, few_steps: bool) -> list[Finding]:
@@ -178,7 +211,7 @@ def prediction(
     # the middle half: all kinds differ there
     batch["t"] = task.schedule.num_train_timesteps // 4 + batch["t"] // 2
     x, _ = task.forward(batch["latents"], batch["noise"], batch["t"])
-    out = teacher(x, batch["t"], task.encode(batch["input_ids"]), **told(batch)).sample.float()
+    out = predict(teacher, x, batch["t"], task.conditions(batch)).float()
     alpha, sigma = task.forward.coefficients(batch["t"])
     kinds = {
         "epsilon": batch["noise"],
@@ -497,15 +530,16 @@ def examine(
     student = build(taught.unet, dataclasses.replace(recipe.student, score="l1"))
     few = any(s.kind.sampling_steps is not None for s in recipe.stages)
     out = architecture(student, taught.unet, taught.text_encoder, taught.vae)
-    out += conditions(recipe, taught.guidance_width)
+    out += conditions(recipe, taught.guidance_width, told_besides(taught))
+    if len(taught.text_encoders) > 1:
+        out += text_encoders(recipe, taught.text_encoders)
     out += target(taught.scheduler, few)
     if any(f.level == "fail" for f in out):
         return out
     out += installed(export)
     source = taught.source(data, cache, progress)
     out += settings(recipe, len(source))
-    ends = (source.ids == taught.tokenizer.eos).int().argmax(1)
-    truncated = int((ends == source.ids.shape[1] - 1).sum())
+    truncated = _truncated(source.ids, taught.tokenizer)
     out += preprocessing(source.latents[:512], len(source), len(source.skipped), truncated)
     out += left_out(source.skipped)
     for stage in recipe.stages:
@@ -521,6 +555,14 @@ def examine(
             task = stage.kind.task(given)
             return [*out, *_batch(task, source, stage.config.lr, batch_size)]
     return out
+
+
+def _truncated(ids: Tensor, tokenizer: ClipTokenizer | Tokenizers) -> int:
+    """How many captions (rows of ids, int64 (B, L)) fill the window of the first tokenizer."""
+    first = tokenizer.first if isinstance(tokenizer, Tokenizers) else tokenizer
+    ids = ids[:, : first([""]).shape[1]]
+    ends = (ids == first.eos).int().argmax(1)
+    return int((ends == ids.shape[1] - 1).sum())
 
 
 def _batch(task: StudentTask, source: CachedLatents, lr: float, batch_size: int) -> list[Finding]:
@@ -541,5 +583,5 @@ def _one_feature(task: StudentTask) -> Tensor:
     name, module = next(iter(task.teacher_taps.items()))
     batch = task.batch(2, step_generator(0, 1))
     with Taps(task.teacher, {name: module}) as tapped:
-        task.teacher(batch["latents"], batch["t"], task.encode(batch["input_ids"]), **told(batch))
+        predict(task.teacher, batch["latents"], batch["t"], task.conditions(batch))
     return tapped.features[name]

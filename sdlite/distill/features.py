@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sdlite.errors import InputError
+from sdlite.families import unet_arguments
+from sdlite.families.sdxl import TIME_IDS
 from sdlite.spec import latent_size
 
 if TYPE_CHECKING:
@@ -51,8 +53,19 @@ def probe(unet: UNet2DConditionModel) -> None:
     unet(
         torch.zeros(1, c.in_channels, *latent_size(c), device=device),
         0,
-        torch.zeros(1, 2, c.cross_attention_dim, device=device),
+        **unet_arguments(blank(unet, 2)),
     )
+
+
+def blank(unet: UNet2DConditionModel, tokens: int) -> dict[str, Tensor]:
+    """Zeros for what a UNet is given besides latents and timestep, one row, where it is."""
+    c, device = unet.config, next(unet.parameters()).device
+    out = {"encoder_hidden_states": torch.zeros(1, tokens, c.cross_attention_dim, device=device)}
+    if c.addition_embed_type == "text_time":
+        width = unet.add_embedding.linear_1.in_features - TIME_IDS * c.addition_time_embed_dim
+        out |= {"text_embeds": torch.zeros(1, width, device=device)}
+        out |= {"time_ids": torch.zeros(1, TIME_IDS, device=device)}
+    return out
 
 
 @torch.no_grad()

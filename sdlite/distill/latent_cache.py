@@ -14,9 +14,9 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdlite.distill import tensors
-from sdlite.distill.data import Captions
+from sdlite.distill.data import Captions, Item
 from sdlite.distill.pixels import on_white
 from sdlite.distill.train import Batch
 from sdlite.errors import InputError, SdliteWarning
-from sdlite.tokenizer import ClipTokenizer
+from sdlite.families import Conditions
 
 PART_SECONDS = 20.0  # of encoding that a killed pass loses at most
 
@@ -50,13 +50,33 @@ def to_size(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """
     height, width = size
     image = on_white(image)
-    wide = max(1, min(image.width, image.height * width // height))
-    high = max(1, min(image.height, image.width * height // width))
-    left, top = (image.width - wide) // 2, (image.height - high) // 2
+    left, top, wide, high = _crop(image.size, size)
     image = image.crop((left, top, left + wide, top + high)).resize(
         (width, height), Image.Resampling.LANCZOS
     )
     return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+def _crop(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the middle of an image (width, height) that becomes `size`."""
+    (across, down), (height, width) = original, size
+    wide = max(1, min(across, down * width // height))
+    high = max(1, min(down, across * height // width))
+    return (across - wide) // 2, (down - high) // 2, wide, high
+
+
+def told_sizes(original: tuple[int, int], size: tuple[int, int]) -> list[int]:
+    """What a UNet is told of an image (width, height) that `to_size` made `size` of: height and
+    width of the original, top and left of the crop, height and width of the image.
+
+    The original is upright and as it was before anything was cut off. The crop is counted in the
+    pixels of the image as it was resized, as in SDXL's own training (Podell et al. 2023,
+    arXiv:2307.01952, 2.2), where the shorter side is resized first and what is too long is cut off
+    then.
+    """
+    (across, down), (height, width) = original, size
+    left, top, wide, high = _crop(original, size)
+    return [down, across, round(top * height / high), round(left * width / wide), height, width]
 
 
 def items_hash(captions: Captions) -> str:
@@ -67,11 +87,20 @@ def items_hash(captions: Captions) -> str:
 
 
 Encode = Callable[[list[Any], int], Tensor]
+Told = Callable[[np.ndarray], Conditions]  # sizes int64 (B, 6) -> what a UNet is told of them
+
+
+class Tokenizes(Protocol):
+    """A tokenizer, or several as one."""
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray: ...
+    def digest(self) -> str: ...
 
 
 class CachedLatents:
     """A `LatentSource` that reads a cache. `captions` are its first 64 different ones; `skipped`
-    lists what was left out and why; `about` says what it was made of.
+    lists what was left out and why; `about` says what it was made of; `told` is what UNets are told
+    of the images' sizes, by name.
     """
 
     def __init__(
@@ -82,6 +111,7 @@ class CachedLatents:
         captions: list[str],
         skipped: dict[str, str],
         about: dict[str, Any] | None = None,
+        told: Mapping[str, Tensor] | None = None,
     ):
         self.latents, self.ids, self.empty_ids, self.captions, self.skipped = (
             latents,
@@ -90,7 +120,7 @@ class CachedLatents:
             captions,
             skipped,
         )
-        self.about = about or {}
+        self.about, self.told = about or {}, told or {}
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -98,13 +128,14 @@ class CachedLatents:
     def draw(self, size: int, generator: torch.Generator) -> Batch:
         """`size` samples, uniformly, with replacement."""
         i = torch.randint(0, len(self), (size,), generator=generator)
-        return {"ids": i, "latents": self.latents[i].float(), "input_ids": self.ids[i]}
+        told = {k: v[i] for k, v in self.told.items()}
+        return {"ids": i, "latents": self.latents[i].float(), "input_ids": self.ids[i], **told}
 
     @classmethod
     def build(
         cls,
         captions: Captions,
-        tokenizer: ClipTokenizer,
+        tokenizer: Tokenizes,
         encode: Encode,
         path: Path,
         *,
@@ -112,6 +143,7 @@ class CachedLatents:
         size: tuple[int, int],
         batch: int = 16,
         progress: bool = True,
+        told: Told | None = None,
     ) -> CachedLatents:
         """Read the cache at `path`, or make it, from where an earlier pass stopped.
 
@@ -119,6 +151,7 @@ class CachedLatents:
             encode: list of float32 (3, *size) arrays, or of captions when there are only prompts,
                 and how many samples came before -> scaled latents (B, C, h, w).
             key: what determines the latents besides the data (VAE hash, teacher, steps).
+            told: of UNets that are told sizes (`told_sizes`); captions alone have `size`.
 
         Raises:
             InputError: no image could be read.
@@ -128,13 +161,14 @@ class CachedLatents:
             "size": size[0] if size[0] == size[1] else size,
             "tokenizer": tokenizer.digest(),
             "items": items_hash(captions),
+            **({"sizes": True} if told else {}),
         }
         stamp = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         parts = path.with_name(f"{path.stem}.parts")
         kept = _kept(path, stamp)
         if kept is None:
-            made = _Pass(captions, encode, parts, stamp, size, batch).run(progress)
-            kept = _assembled(made, captions, tokenizer, stamp, parts)
+            made = _Pass(captions, encode, parts, stamp, size, batch, told is not None)
+            kept = _assembled(made.run(progress), captions, tokenizer, stamp, parts)
             tensors.save(path, *kept)
         shutil.rmtree(parts, ignore_errors=True)
         found, about = kept
@@ -146,7 +180,12 @@ class CachedLatents:
             json.loads(about["captions"]),
             json.loads(about["skipped"]),
             key,
+            _named(told(found["sizes"].numpy())) if told else None,
         )
+
+
+def _named(arrays: Conditions) -> dict[str, Tensor]:
+    return {k: torch.from_numpy(v) for k, v in arrays.items()}
 
 
 _Kept = tuple[dict[str, Tensor], dict[str, str]]
@@ -162,7 +201,7 @@ def _kept(path: Path, stamp: str) -> _Kept | None:
 
 
 def _assembled(
-    parts: list[_Kept], captions: Captions, tokenizer: ClipTokenizer, stamp: str, folder: Path
+    parts: list[_Kept], captions: Captions, tokenizer: Tokenizes, stamp: str, folder: Path
 ) -> _Kept:
     skipped = dict(captions.skipped)
     for _, about in parts:
@@ -175,10 +214,9 @@ def _assembled(
             f" {' '.join(next(iter(skipped.items()), ('', '')))}."
         )
     texts = [captions.items[i].caption for i in used]
-    found = {
-        "latents": torch.cat([p["latents"] for p, _ in parts if len(p["used"])]),
-        "ids": torch.from_numpy(tokenizer(texts)),
-    }
+    filled = [p for p, _ in parts if len(p["used"])]
+    found = {k: torch.cat([p[k] for p in filled]) for k in filled[0] if k != "used"}
+    found["ids"] = torch.from_numpy(tokenizer(texts))
     shown = list(dict.fromkeys(texts))[:64]
     return found, {"stamp": stamp, "captions": json.dumps(shown), "skipped": json.dumps(skipped)}
 
@@ -196,7 +234,9 @@ class _Pass:
         stamp: str,
         size: tuple[int, int],
         batch: int,
+        sizes: bool,
     ):
+        self.keeps_sizes = sizes
         self.items, self.encode, self.folder, self.stamp = captions.items, encode, folder, stamp
         self.size, self.batch = size, batch
         self.parts: list[_Kept] = []
@@ -211,6 +251,7 @@ class _Pass:
 
     def _clear(self) -> None:
         self.latents: list[Tensor] = []
+        self.sizes: list[list[int]] = []
         self.used: list[int] = []
         self.skipped: dict[str, str] = {}
 
@@ -241,6 +282,8 @@ class _Pass:
         }
         about["skipped"] = json.dumps(self.skipped)
         part = {"latents": latents, "used": torch.tensor(self.used, dtype=torch.int64)}
+        if self.keeps_sizes:
+            part["sizes"] = torch.tensor(self.sizes, dtype=torch.int64).view(len(self.sizes), 6)
         tensors.save(self.folder / f"{self.first:010d}.safetensors", part, about)
         self.parts.append((part, about))
         self.first = self.at
@@ -265,17 +308,23 @@ class _Pass:
             self._write()
         return self.parts
 
+    def _read_item(self, item: Item) -> tuple[np.ndarray | str, list[int]]:
+        """What is encoded, and the sizes that a UNet is told."""
+        if item.open is None:
+            return item.caption, told_sizes((self.size[1], self.size[0]), self.size)
+        image = on_white(item.open())
+        return to_size(image, self.size), told_sizes(image.size, self.size)
+
     def _step(self) -> None:
         """Read and encode one batch."""
-        end, used = self.at, list[int]()
+        end, used, sizes = self.at, list[int](), dict[int, list[int]]()
         waiting: list[Any] = []
         skipped: dict[int, str] = {}
         while end < len(self.items) and len(waiting) < self.batch:
             item = self.items[end]
             try:
-                waiting.append(
-                    item.caption if item.open is None else to_size(item.open(), self.size)
-                )
+                made, sizes[end] = self._read_item(item)
+                waiting.append(made)
                 used.append(end)
             except InputError as e:
                 skipped[end] = str(e)
@@ -290,6 +339,7 @@ class _Pass:
             }
             self.latents.append(latents[finite].contiguous())
             self.used += [n for n in used if n not in skipped]
+            self.sizes += [sizes[n] for n in used if n not in skipped]
             self.before += len(waiting)
         self.at = end
         for n, why in skipped.items():

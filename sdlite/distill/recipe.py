@@ -48,7 +48,7 @@ another start.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TypedDict, cast
@@ -228,6 +228,16 @@ class Recipe:
                     " this teacher is told its guidance, and so is its student, at scales from"
                     f" {low:g} to {high:g}; leave guidance_scale out."
                 )
+
+    def refuse_text_encoders(self, names: Collection[str]) -> None:
+        """For a teacher of several text encoders; `names`: their folders.
+
+        Raises:
+            InputError: a stage trains one.
+        """
+        for stage in self.stages:
+            if (why := stage.kind.of_several(names)) is not None:
+                raise InputError(f"stage {stage.name} {why}.")
 
 
 def _is_table(value: object) -> bool:

@@ -66,8 +66,7 @@ def plan(recipe: Recipe, teacher: Teacher) -> str:
     Raises:
         InputError: the recipe is not for this teacher.
     """
-    if teacher.guidance_width is not None:
-        recipe.refuse_guidance()
+    teacher.refuse(recipe)
     student = shape(teacher.unet, recipe.student)
     a, b = parameters(student), parameters(teacher.unet)
     lines = [
@@ -169,8 +168,7 @@ class _Run:
         if self.main:
             _look(self.out, asked.resume)
         self.teacher = Teacher(asked.teacher)
-        if self.teacher.guidance_width is not None:
-            recipe.refuse_guidance()
+        self.teacher.refuse(recipe)
         found = data.read(asked.data)
         begun_with = _fingerprint(recipe, self.teacher, found)
         if self.main:
@@ -401,7 +399,8 @@ def _fingerprint(recipe: Recipe, taught: Teacher, found: data.Captions) -> Said:
         config = {k: v for k, v in asdict(s.config).items() if k not in FREE}
         own = {"kind": s.kind.name, **config, **s.options}
         said |= {f"{s.name}.{k}": v for k, v in own.items()}
-    teacher = {part: taught.stamp(part) for part in ("unet", "text_encoder", "vae")}
+    more = taught.text_encoders[1:]
+    teacher = {part: taught.stamp(part) for part in ("unet", "text_encoder", "vae", *more)}
     out = {
         "recipe": said,
         "teacher": {

@@ -13,8 +13,9 @@ import torch
 from sdlite import families
 from sdlite.artifact import Artifact
 from sdlite.distill import data
+from sdlite.distill.encoders import TextEncoders, Tokenizers
 from sdlite.distill.latent_cache import CachedLatents
-from sdlite.distill.preview import Samples, guidance_width, paint
+from sdlite.distill.preview import Samples, guidance_width, image_size, paint
 from sdlite.errors import InputError
 from sdlite.io import sha256
 from sdlite.sampling import Schedule
@@ -27,13 +28,17 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
+    from sdlite.distill.recipe import Recipe
+
+ONE_SIZE = np.zeros((1, 6), np.int64)
 PAINTED = Samples()  # how the teacher makes images where the data are prompts alone
 
 
 class Teacher:
-    """A diffusers SD-1.x/2.x folder, opened for training.
+    """A diffusers folder of Stable Diffusion 1.x, 2.x or XL, opened for training.
 
     Attributes:
+        text_encoder, tokenizer: several of them are one (`TextEncoders`, `Tokenizers`).
         size: of its images, height and width in pixels.
         guidance_width: of the guidance embedding that its UNet is told (LCM); None: it is not.
         painted: how it makes images where the data are prompts alone.
@@ -54,17 +59,15 @@ class Teacher:
         part = self.artifact.files.part
         self.scheduler = self.artifact.config("scheduler")
         self.unet: UNet2DConditionModel = open_network(part("unet"))
-        self.text_encoder: CLIPTextModel = open_network(part("text_encoder"))
+        self.text_encoder = self._text_encoder()
         self.vae: AutoencoderKL = open_network(part("vae")).eval().requires_grad_(False)
-        config = self.artifact.config("text_encoder")
-        self.tokenizer = ClipTokenizer.from_pretrained(part("tokenizer"), config)
+        self.tokenizer = self._tokenizer()
         self.tokenizer_folder = part("tokenizer")
         height, width = latent_size(self.unet.config)
         self.unet.register_to_config(
             sample_size=height if height == width else [height, width]
         )  # students have it from here
-        stride = families.vae_stride(self.vae.config)
-        self.size = (height * stride, width * stride)
+        self.size = image_size(self.unet, self.vae)
         self.guidance_width, self.painted = guidance_width(self.unet), PAINTED
         if self.guidance_width is not None:  # it is sampled as it was made for
             own = self.artifact.samples_with
@@ -73,6 +76,34 @@ class Teacher:
                 guidance_scale=own["guidance_scale"],
                 sampler=own["name"],
             )
+
+    def _text_encoder(self) -> CLIPTextModel | TextEncoders:
+        """The text encoder, or several as one."""
+        if len(self.artifact.family.tokenizers) > 1:
+            return TextEncoders(self.artifact)
+        one: CLIPTextModel = open_network(self.artifact.files.part("text_encoder"))
+        return one
+
+    def _tokenizer(self) -> ClipTokenizer | Tokenizers:
+        if isinstance(self.text_encoder, TextEncoders):
+            return self.text_encoder.tokenizer
+        config = self.artifact.config("text_encoder")
+        return ClipTokenizer.from_pretrained(self.artifact.files.part("tokenizer"), config)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Folders of its text encoders."""
+        return tuple(self.artifact.family.tokenizers)
+
+    def refuse(self, recipe: Recipe) -> None:
+        """
+        Raises:
+            InputError: a stage of the recipe is not for this teacher.
+        """
+        if self.guidance_width is not None:
+            recipe.refuse_guidance()
+        if len(self.text_encoders) > 1:
+            recipe.refuse_text_encoders(self.text_encoders)
 
     @torch.no_grad()
     def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -134,6 +165,7 @@ class Teacher:
             size=self.size,
             batch=few,
             progress=progress,
+            told=self.artifact.family.size_conditions if told_of_sizes(self.artifact) else None,
         )
 
     def _key(self, prompts_only: bool) -> dict[str, object]:
@@ -141,6 +173,8 @@ class Teacher:
         key = {"vae": self.stamp("vae"), "scale": self.vae.config.scaling_factor}
         if not prompts_only:
             return key
+        if len(self.text_encoders) > 1:
+            key["text_encoders"] = [self.stamp(part) for part in self.text_encoders]
         key |= {
             "made_by": self.stamp("unet"),
             "steps": self.painted.num_inference_steps,
@@ -161,10 +195,18 @@ def refuse_unfed(artifact: Artifact) -> None:
     Raises:
         InputError: the model's UNet has an input that distilling does not feed.
     """
-    inputs = artifact.family.unet_inputs(artifact.config("unet"))
-    if more := [t.name for t in inputs if t.name != "timestep_cond"]:
+    family = artifact.family
+    inputs = family.unet_inputs(artifact.config("unet"))
+    of_text = {o.name for part in family.tokenizers for o in artifact.spec(part).outputs}
+    fed = {"timestep_cond", *of_text, *family.size_conditions(ONE_SIZE)}
+    if more := [t.name for t in inputs if t.name not in fed]:
         raise InputError(
             f"the UNet of {artifact.folder} is also given {', '.join(more)}; distilling feeds"
-            " latents, timestep, text and guidance. Give a teacher of Stable Diffusion 1.x or 2.x,"
-            " or make the student alone by sdlite.distill.students.build."
+            " latents, timestep, text, guidance and sizes. Give a teacher of Stable Diffusion 1.x,"
+            " 2.x or XL, or make the student alone by sdlite.distill.students.build."
         )
+
+
+def told_of_sizes(artifact: Artifact) -> bool:
+    """Whether the model's UNet is told the sizes of images."""
+    return bool(artifact.family.size_conditions(ONE_SIZE))

@@ -131,6 +131,22 @@ class Family:
         """
         return snippets.ENCODE + snippets.GUIDED
 
+    def empty_is_zeros(self, index: Config) -> bool:
+        """Whether a prompt that is not given is zeros, not the encoded "". `index`: content of
+        model_index.json.
+        """
+        return False
+
+    def size_conditions(self, sizes: np.ndarray) -> Conditions:
+        """What the UNet is told of images' sizes; {} where it is told nothing.
+
+        Args:
+            sizes: whole numbers (B, 6) in pixels: height and width of the original, top and left
+                of the crop (in the original resized to the crop's scale), height and width of the
+                image.
+        """
+        return {}
+
     def conditions(self, encoders: Encoders, call: Call) -> tuple[Conditions, Conditions | None]:
         """The conditions of the prompts, and of the negative ones where there are some."""
         cond, uncond = self.given(call), self.given(call, NEGATIVE)

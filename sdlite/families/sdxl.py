@@ -82,6 +82,12 @@ class StableDiffusionXL(StableDiffusion):
         last = guided if width is None else snippets.EMBEDDED % int(width)
         return snippets.ENCODE_TWO + last + snippets.SIZES
 
+    def empty_is_zeros(self, index: Config) -> bool:
+        return _zeros(index)
+
+    def size_conditions(self, sizes: np.ndarray) -> Conditions:
+        return {"time_ids": sizes.astype(np.float32)}
+
     def conditions(self, encoders: Encoders, call: Call) -> tuple[Conditions, Conditions | None]:
         second = call.more.get("prompt_2") or call.prompts
         cond = self.given(call) or _encoded(encoders, call.prompts, second)

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch", reason="needs the distill extra")
 pytest.importorskip("accelerate", reason="needs the distill extra")
 pytest.importorskip("diffusers", reason="needs the distill extra")
 
+from sdlite.distill.encoders import STATES  # noqa: E402
 from sdlite.distill.features import Taps  # noqa: E402
 from sdlite.distill.tasks.base import V_ZERO_SNR, Forward, Given  # noqa: E402
 from sdlite.distill.tasks.few_step import (  # noqa: E402
@@ -158,7 +159,9 @@ def test_guidance_scale_is_lcms_w_plus_one(scale):
             stage.teacher(x, t, e).sample
             for e in (embeds, stage.embeds(Source.empty_ids[None]).expand(3, -1, -1))
         )
-    torch.testing.assert_close(stage.teach(x, t, embeds), c + w * (c - u), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        stage.teach(x, t, {STATES: embeds}), c + w * (c - u), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_reconstruction_keeps_to_the_start_when_there_is_one():
@@ -178,7 +181,7 @@ def test_consistency_boundary_and_exact_network():
     stage, network = perfect(Consistency, grid=10)
     x = torch.randn(3, 4, 4, 4)
     clean = torch.full((3,), -1)
-    assert torch.equal(stage.consistency(network, x, clean, torch.zeros(3, 4, 8)), x)
+    assert torch.equal(stage.consistency(network, x, clean, {STATES: torch.zeros(3, 4, 8)}), x)
     assert stage.loss(stage.modules, batch_of(stage), 0)["loss"] < 1e-3
     stage = real(Consistency, grid=10)
     loss = stage.loss(stage.modules, batch_of(stage), 0)["loss"]

@@ -167,4 +167,4 @@ def test_frozen_networks_go_to_the_device_together():
     made.to(torch.device("meta"))
     networks = [made.teacher, made.encode.text_encoder, made.parts["vae"]]
     assert all(p.device.type == "meta" for m in networks for p in m.parameters())
-    assert all(v.device.type == "meta" for v in made.encode._seen.values())
+    assert all(x.device.type == "meta" for v in made.encode._seen.values() for x in v)

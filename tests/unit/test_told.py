@@ -24,7 +24,7 @@ from sdlite.distill.teacher import Teacher, refuse_unfed  # noqa: E402
 from sdlite.distill.teacher_cache import cache_targets  # noqa: E402
 from sdlite.distill.train import step_generator  # noqa: E402
 from sdlite.errors import InputError  # noqa: E402
-from sdlite.families.sd import guidance_embedding  # noqa: E402
+from sdlite.families.sd import StableDiffusion, guidance_embedding  # noqa: E402
 from sdlite.sampling import Schedule  # noqa: E402
 from sdlite.spec import Tensor  # noqa: E402
 from tests import folders  # noqa: E402
@@ -222,8 +222,14 @@ def test_advice_for_it_is_a_recipe_that_it_takes(wish, lcm, tmp_path):
 
 
 def test_a_teacher_with_inputs_that_are_not_fed_is_refused():
-    inputs = (Tensor("text_embeds", ("B", "1280"), "float32", ""),)
-    family = SimpleNamespace(unet_inputs=lambda config: inputs)
-    artifact = SimpleNamespace(folder="sdxl", family=family, config=lambda part: {})
-    with pytest.raises(InputError, match="UNet of sdxl is also given text_embeds; distilling"):
+    inputs = (Tensor("image_embeds", ("B", "1280"), "float32", ""),)
+
+    class Kandinsky(StableDiffusion):
+        def unet_inputs(self, unet):
+            return inputs
+
+    family = Kandinsky()
+    artifact = SimpleNamespace(folder="kandinsky", family=family, config=lambda part: {})
+    artifact.spec = lambda part: family.spec(part, artifact.config)
+    with pytest.raises(InputError, match="kandinsky is also given image_embeds; distilling"):
         refuse_unfed(artifact)

@@ -22,12 +22,8 @@ pytest.importorskip("diffusers", reason="needs the distill extra")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from sdlite.distill.tasks.base import (  # noqa: E402
-    V_ZERO_SNR,
-    CachedEncoder,
-    Forward,
-    stratified_timesteps,
-)
+from sdlite.distill.encoders import CachedEncoder  # noqa: E402
+from sdlite.distill.tasks.base import V_ZERO_SNR, Forward, stratified_timesteps  # noqa: E402
 from sdlite.distill.tasks.student import TeacherTask  # noqa: E402
 from sdlite.distill.train import TrainConfig, fit  # noqa: E402
 from sdlite.errors import SdliteError, TrainingError  # noqa: E402

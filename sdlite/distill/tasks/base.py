@@ -7,7 +7,7 @@ Shape letters: B batch, C latent channels, h,w latent size, L tokens, D text wid
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sdlite.distill.encoders import STATES, CachedEncoder, TextEncoders
 from sdlite.distill.preview import (
     USUAL,
     Config,
@@ -27,6 +28,7 @@ from sdlite.distill.preview import (
     save_pipeline,
 )
 from sdlite.distill.train import Batch, Modules, Task
+from sdlite.families import unet_arguments
 from sdlite.families.sd import guidance_embedding
 from sdlite.sampling import Schedule
 from sdlite.settings import At, settings
@@ -58,7 +60,10 @@ Options = Mapping[str, object]  # what a recipe says of a stage besides its trai
 # Scales at which a UNet that is told its guidance learns: LCM's w from 2 to 14, plus 1 (Luo et al.
 # 2023, arXiv:2310.04378).
 TOLD_SCALES = (3.0, 15.0)
-Told = Mapping[str, Tensor]  # keywords of a UNet besides latents, timesteps and text
+# What a UNet is told, (B, ...) each, by name: hidden states of the text, what else its family has
+Conditions = Mapping[str, Tensor]
+Told = Mapping[str, Tensor | dict[str, Tensor]]  # keywords of diffusers' UNets
+IN_BATCHES = ("timestep_cond", "time_ids")  # conditions that no text encoder makes
 
 
 class LatentSource(Protocol):
@@ -66,7 +71,8 @@ class LatentSource(Protocol):
 
     def draw(self, size: int, generator: torch.Generator) -> Batch:
         """{"ids": sample ids, "latents": (B, C, h, w) scaled as the UNet sees them, "input_ids":
-        int64 (B, L)}.
+        int64 (B, L), of all tokenizers side by side}; and "time_ids" (B, 6) where the UNet is told
+        sizes.
         """
 
     empty_ids: Tensor  # (L,), the tokens of ""
@@ -78,7 +84,7 @@ class Given:
 
     Attributes:
         student: the UNet as the stages before left it.
-        teacher, text_encoder: the teacher's networks.
+        teacher, text_encoder: the teacher's networks; several text encoders are one network.
         parts: the pipeline that is saved and shown; the task puts its own networks over them.
         scheduler: the noise schedule, as a scheduler_config.json says it.
         guided: an earlier stage has made the student its own teacher.
@@ -87,7 +93,7 @@ class Given:
 
     student: UNet2DConditionModel
     teacher: UNet2DConditionModel
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | TextEncoders
     source: LatentSource
     parts: Parts
     scheduler: Config
@@ -148,13 +154,19 @@ class StageKind(ABC):
         """What is wrong with the options beyond types and ranges; None where nothing is."""
         return None
 
+    def of_several(self, names: Collection[str]) -> str | None:
+        """What stands against it where the teacher has several text encoders; None where nothing
+        does.
+        """
+        return None
+
     def trainings(self, said: Options) -> list[tuple[str, StageKind, Options]]:
         """(name, kind, options) of each training that the stage is; `said` is what the recipe
         says of it.
         """
         return [(self.name, self, said)]
 
-    def made_size(self, text_encoder: CLIPTextModel, vae: nn.Module) -> str | None:
+    def made_size(self, text_encoder: CLIPTextModel | TextEncoders, vae: nn.Module) -> str | None:
         """How large the part is that it makes of the teacher's, in words; None for UNets."""
         return None
 
@@ -193,11 +205,22 @@ def stratified_timesteps(
     return (u**power * total).long().clamp(max=total - 1)
 
 
-def told(batch: Batch) -> Told:
-    """What of a batch the UNets are called with besides latents, timesteps and text: nothing, or
-    `timestep_cond` (B, width), the guidance.
+def carried(batch: Batch) -> dict[str, Tensor]:
+    """The conditions that a batch has besides those of its captions: the guidance, the sizes."""
+    return {k: batch[k] for k in IN_BATCHES if k in batch}
+
+
+def told(conditions: Conditions) -> Told:
+    """What UNets are called with besides latents, timesteps and hidden states, as diffusers names
+    it: nothing, or the guidance's embedding, or pooled text and sizes.
     """
-    return {k: batch[k] for k in ("timestep_cond",) if k in batch}
+    return {k: v for k, v in unet_arguments(conditions).items() if k != STATES}
+
+
+def predict(unet: nn.Module, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+    """A UNet's output (B, C, h, w) at latents x and timesteps (B,)."""
+    out: Tensor = unet(x, t, conditions[STATES], **told(conditions)).sample
+    return out
 
 
 def drawn_guidance(size: int, width: int, generator: torch.Generator) -> Tensor:
@@ -207,47 +230,12 @@ def drawn_guidance(size: int, width: int, generator: torch.Generator) -> Tensor:
     return torch.from_numpy(np.concatenate([guidance_embedding(float(g), width) for g in scales]))
 
 
-class CachedEncoder:
-    """A frozen text encoder that remembers its output: (B, L) token ids -> (B, L, D).
-
-    New captions are encoded `GROUP` at a time, filled up to that number: a matrix product may round
-    differently in another batch size, and a resumed run must see the same numbers. At most
-    `capacity` captions are kept (L D floats each); later ones are encoded every time.
-    """
-
-    GROUP = 8
-
-    def __init__(self, text_encoder: CLIPTextModel, capacity: int = 100_000):
-        self.text_encoder, self.capacity = text_encoder.eval().requires_grad_(False), capacity
-        self._seen: dict[bytes, Tensor] = {}
-
-    def to(self, device: torch.device) -> None:
-        """In place: the encoder and its kept output go to `device`."""
-        self.text_encoder.to(device)
-        self._seen = {k: v.to(device) for k, v in self._seen.items()}
-
-    @torch.no_grad()
-    def __call__(self, input_ids: Tensor) -> Tensor:
-        keys = [row.numpy().tobytes() for row in input_ids.cpu()]
-        rows = dict(zip(keys, input_ids, strict=True))
-        known = {k: self._seen[k] for k in rows if k in self._seen}
-        new = [k for k in rows if k not in known]
-        for start in range(0, len(new), self.GROUP):
-            part = new[start : start + self.GROUP]
-            full = part + part[:1] * (self.GROUP - len(part))
-            encoded = self.text_encoder(torch.stack([rows[k] for k in full]))[0].detach()
-            known |= zip(part, encoded, strict=False)
-        for k in new[: self.capacity - len(self._seen)]:
-            self._seen[k] = known[k].clone()
-        return torch.stack([known[k] for k in keys])
-
-
 class Denoising(Task):
     """A task on noised latents: it draws them, saves a whole pipeline, and shows its images.
 
     A subclass has `modules` and `loss`; `targets` and `not_cacheable`, too, where its teacher's
     answers can be kept (`sdlite.distill.teacher_cache`). Where its UNets are told their guidance it
-    calls `tell`, and calls them with `told(batch)`.
+    calls `tell`, and calls them with `conditions(batch)`.
     """
 
     timestep_power = 1.0  # see `stratified_timesteps`
@@ -284,6 +272,12 @@ class Denoising(Task):
         """Draw a guidance for each sample, if `unet` and those of its interface are told one."""
         self.guidance_width = guidance_width(unet)
 
+    def conditions(self, batch: Batch) -> dict[str, Tensor]:
+        """What the UNets are told of a batch, by name: of its captions by the frozen text encoder
+        `encode`, and what it carries besides.
+        """
+        return {**self.encode.conditions(batch["input_ids"]), **carried(batch)}
+
     def to(self, device: torch.device) -> None:
         for network in (*vars(self).values(), *self.parts.values()):
             if isinstance(network, (nn.Module, CachedEncoder)):
@@ -299,7 +293,7 @@ class Denoising(Task):
 
     def settings(self) -> dict[str, object]:
         """What `targets` depends on, besides weights and batch."""
-        return {"scheduler": self.scheduler}
+        return {"scheduler": self.scheduler, **self.encode.settings()}
 
     def save(self, modules: Modules, folder: Path) -> None:
         save_pipeline(folder, {**self.parts, **modules}, self.scheduler)

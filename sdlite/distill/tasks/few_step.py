@@ -14,18 +14,18 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdlite.distill.encoders import CachedEncoder
 from sdlite.distill.features import Taps, probe
 from sdlite.distill.losses import huber_loss, output_loss
 from sdlite.distill.preview import USUAL, guidance_width
 from sdlite.distill.tasks.base import (
-    CachedEncoder,
+    Conditions,
     Count,
     Denoising,
     Forward,
@@ -34,9 +34,8 @@ from sdlite.distill.tasks.base import (
     Scale,
     StageKind,
     Steps,
-    Told,
     Weight,
-    told,
+    predict,
 )
 from sdlite.distill.train import Batch, Modules
 from sdlite.sampling import guide, guided
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
 
 GUIDANCE = 4.0  # the scale that a stage puts into its student unless its recipe says another
 LCM_STEPS = 4  # of a consistency student
-NONE: Told = MappingProxyType({})
 JUDGED_AT = (10, 250, 500, 750)  # timesteps at which a discriminator looks
 
 
@@ -150,20 +148,22 @@ class FromTeacher(Denoising):
             "empty": self.source.empty_ids.tolist(),
         }
 
-    @torch.no_grad()
     def embeds(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) -> (B, L, D)."""
+        """Token ids (B, L) -> hidden states (B, l, D), without what else a UNet may be told."""
         return self.encode(ids)
 
     @torch.no_grad()
-    def teach(self, x: Tensor, t: Tensor, embeds: Tensor, told: Told = NONE) -> Tensor:
+    def teach(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """The teacher's output (B, C, h, w), guided by `guidance_scale`, or by what it is told."""
-        if told or not guided(self.guidance_scale):
-            out: Tensor = self.teacher(x, t, embeds, **told).sample
-            return out
-        empty = self.embeds(self.source.empty_ids[None].to(x.device)).expand_as(embeds)
-        both = self.teacher(torch.cat([x, x]), torch.cat([t, t]), torch.cat([empty, embeds])).sample
-        without, with_prompt = both.chunk(2)
+        if self.guidance_width is not None or not guided(self.guidance_scale):
+            return predict(self.teacher, x, t, conditions)
+        empty = self.encode.conditions(self.source.empty_ids[None].to(x.device))
+        both = {
+            k: torch.cat([empty[k].expand_as(c) if k in empty else c, c])
+            for k, c in conditions.items()
+        }
+        out = predict(self.teacher, torch.cat([x, x]), torch.cat([t, t]), both)
+        without, with_prompt = out.chunk(2)
         return guide(without, with_prompt, self.guidance_scale)
 
     def save(self, modules: Modules, folder: Path) -> None:
@@ -213,13 +213,13 @@ class GuidanceTask(FromTeacher):
     def targets(self, batch: Batch) -> Tensor:
         """The teacher's guided output."""
         x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
-        return self.teach(x, batch["t"], self.embeds(batch["input_ids"]), told(batch))
+        return self.teach(x, batch["t"], self.conditions(batch))
 
     def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
         wanted = batch["wanted"] if "wanted" in batch else self.targets(batch)
-        embeds = self.embeds(batch["input_ids"])
-        out = modules["unet"](x, batch["t"], embeds, **told(batch)).sample
+        told = self.conditions(batch)
+        out = predict(modules["unet"], x, batch["t"], told)
         return {"loss": output_loss(out, wanted)}
 
 
@@ -318,15 +318,15 @@ class ProgressiveTask(FromTeacher):
     def targets(self, batch: Batch) -> Tensor:
         """The x_0 that leads where the teacher's two steps lead."""
         x, t, half, end = self._point(batch)
-        embeds = self.embeds(batch["input_ids"])
-        z = self.solver.ddim(self.teach(x, t, embeds, told(batch)), x, t, half)
-        z = self.solver.ddim(self.teach(z, half, embeds, told(batch)), z, half, end)
+        told = self.conditions(batch)
+        z = self.solver.ddim(self.teach(x, t, told), x, t, half)
+        z = self.solver.ddim(self.teach(z, half, told), z, half, end)
         return self.solver.halved_target(x, z, t, end)
 
     def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         x, t, _, _ = self._point(batch)
         x0 = batch["wanted"] if "wanted" in batch else self.targets(batch)
-        out = modules["unet"](x, t, self.embeds(batch["input_ids"]), **told(batch)).sample
+        out = predict(modules["unet"], x, t, self.conditions(batch))
         if self.loss_type == "x0":
             return {"loss": output_loss(self.solver.x0_noise(out, x, t)[0], x0)}
         if self.solver.kind == "v_prediction":
@@ -393,11 +393,9 @@ class ConsistencyTask(FromTeacher):
         out["index"] = torch.randint(0, len(self.points) - 1, (size,), generator=generator)
         return out
 
-    def consistency(
-        self, unet: nn.Module, x: Tensor, t: Tensor, embeds: Tensor, told: Told = NONE
-    ) -> Tensor:
+    def consistency(self, unet: nn.Module, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """f(x, t) = c_skip x + c_out x_0; exactly x at the clean timestep."""
-        x0, _ = self.solver.x0_noise(unet(x, t.clamp(min=0), embeds, **told).sample, x, t)
+        x0, _ = self.solver.x0_noise(predict(unet, x, t.clamp(min=0), conditions), x, t)
         sigma = self.options.sigma_data
         scaled = (t.clamp(min=0).float() * self.options.timestep_scaling).view(-1, 1, 1, 1)
         skip = sigma**2 / (scaled**2 + sigma**2)
@@ -418,16 +416,16 @@ class ConsistencyTask(FromTeacher):
     def targets(self, batch: Batch) -> Tensor:
         """x after the teacher's step."""
         x, t, end = self._point(batch)
-        out = self.teach(x, t, self.embeds(batch["input_ids"]), told(batch))
+        out = self.teach(x, t, self.conditions(batch))
         return self.solver.ddim(out, x, t, end)
 
     def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         x, t, end = self._point(batch)
-        embeds = self.embeds(batch["input_ids"])
+        told = self.conditions(batch)
         with torch.no_grad():
             lower = batch["wanted"] if "wanted" in batch else self.targets(batch)
-            wanted = self.consistency(modules["unet"], lower, end, embeds, told(batch))
-        made = self.consistency(modules["unet"], x, t, embeds, told(batch))
+            wanted = self.consistency(modules["unet"], lower, end, told)
+        made = self.consistency(modules["unet"], x, t, told)
         return {"loss": huber_loss(made, wanted)}
 
 
@@ -551,23 +549,23 @@ class AdversarialTask(FromTeacher):
         out["judge_noise"] = torch.randn(out["latents"].shape, generator=generator)
         return out
 
-    def features(self, x0: Tensor, batch: Batch, embeds: Tensor) -> dict[str, Tensor]:
+    def features(self, x0: Tensor, batch: Batch, conditions: Conditions) -> dict[str, Tensor]:
         """The teacher's features of x_0 noised again; gradients reach x_0 but no teacher weight."""
         x, _ = self.forward(x0, batch["judge_noise"], batch["judged_at"])
         with Taps(self.teacher, self.taps) as tapped:
-            self.teacher(x, batch["judged_at"], embeds, **told(batch))
+            predict(self.teacher, x, batch["judged_at"], conditions)
         return dict(tapped.features)
 
     def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         t = self.points.to(batch["index"].device)[batch["index"]]
         x, _ = self.forward(batch["latents"], batch["noise"], t)
-        embeds = self.embeds(batch["input_ids"])
-        made, _ = self.solver.x0_noise(modules["unet"](x, t, embeds, **told(batch)).sample, x, t)
+        told = self.conditions(batch)
+        made, _ = self.solver.x0_noise(predict(modules["unet"], x, t, told), x, t)
         with torch.no_grad():
-            wanted, _ = self.solver.x0_noise(self._kept(x, t, embeds, told(batch)), x, t)
-            real = self.features(batch["latents"], batch, embeds)
+            wanted, _ = self.solver.x0_noise(self._kept(x, t, told), x, t)
+            real = self.features(batch["latents"], batch, told)
         judge = modules["discriminator"]
-        fake = self.features(made, batch, embeds)
+        fake = self.features(made, batch, told)
         frozen = {k: p.detach() for k, p in judge.named_parameters()}
         fooled: Tensor = torch.func.functional_call(judge, frozen, (fake,))
         seen_fake = judge({k: f.detach() for k, f in fake.items()})
@@ -585,9 +583,8 @@ class AdversarialTask(FromTeacher):
         )
         return {"loss": loss, **terms}
 
-    def _kept(self, x: Tensor, t: Tensor, embeds: Tensor, told: Told) -> Tensor:
+    def _kept(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """The output that the student keeps near to."""
         if self.start is None:
-            return self.teach(x, t, embeds, told)
-        out: Tensor = self.start(x, t, embeds, **told).sample
-        return out
+            return self.teach(x, t, conditions)
+        return predict(self.start, x, t, conditions)

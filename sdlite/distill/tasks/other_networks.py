@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,18 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sdlite.distill.encoders import STATES, CachedEncoder, TextEncoders
 from sdlite.distill.losses import multi_scale_loss, output_loss
 from sdlite.distill.preview import decode_scaled, save_grid
 from sdlite.distill.students import parameters
 from sdlite.distill.tasks.base import (
-    CachedEncoder,
     Denoising,
     Given,
     Share,
     StageKind,
     Steps,
     Weight,
-    told,
+    carried,
+    predict,
 )
 from sdlite.distill.train import Batch, Modules
 from sdlite.errors import InputError
@@ -120,7 +123,7 @@ class TinyDecoder(StageKind):
     latent_noise: Annotated[float, At(0, 100)] = 0.0
     multi_scale_weight: Weight = 1.0
 
-    def made_size(self, text_encoder: CLIPTextModel, vae: AutoencoderKL) -> str:
+    def made_size(self, text_encoder: CLIPTextModel | TextEncoders, vae: AutoencoderKL) -> str:
         tiny = tiny_vae(vae, self.width, self.blocks)
         return (
             f"decoder {parameters(tiny.decoder):,} parameters of the teacher's"
@@ -129,6 +132,15 @@ class TinyDecoder(StageKind):
 
     def task(self, given: Given) -> TinyDecoderTask:
         return TinyDecoderTask(given, self)
+
+
+@contextmanager
+def _no_overflow(device: torch.device) -> Iterator[None]:
+    """What runs inside is not lowered to float16, in which SDXL's decoder overflows."""
+    low = torch.is_autocast_enabled(device.type)
+    low = low and torch.get_autocast_dtype(device.type) == torch.float16
+    with torch.autocast(device.type, enabled=False) if low else nullcontext():
+        yield
 
 
 class TinyDecoderTask(Denoising):
@@ -148,7 +160,7 @@ class TinyDecoderTask(Denoising):
 
     def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         z = batch["latents"]
-        with torch.no_grad():
+        with torch.no_grad(), _no_overflow(z.device):
             wanted = decode_scaled(self.teacher, z)
         made = modules["decoder"](z + self.options.latent_noise * batch["noise"])
         terms = {"l1": (made - wanted).abs().mean(), "multi_scale": multi_scale_loss(made, wanted)}
@@ -238,11 +250,21 @@ class TextEncoder(StageKind):
     output_weight: Weight = 1.0
     caption_dropout: Share = 0.1
 
-    def made_size(self, text_encoder: CLIPTextModel, vae: AutoencoderKL) -> str:
+    def made_size(
+        self, text_encoder: CLIPTextModel | TextEncoders, vae: AutoencoderKL
+    ) -> str | None:
+        if isinstance(text_encoder, TextEncoders):
+            return None
         made = smaller_text_encoder(text_encoder, self.layers)
         return (
             f"text encoder {parameters(made):,} parameters of the teacher's"
             f" {parameters(text_encoder):,}"
+        )
+
+    def of_several(self, names: Collection[str]) -> str | None:
+        return (
+            f"makes one text encoder of fewer layers, but this teacher has {len(names)}"
+            f" ({', '.join(names)}), which its UNet reads side by side; leave the stage out"
         )
 
     def task(self, given: Given) -> TextEncoderTask:
@@ -262,6 +284,10 @@ class TextEncoderTask(Denoising):
         self.options, self.timesteps = options, given.timesteps
         self.unet = given.student.eval().requires_grad_(False)
         self.tell(self.unet)
+        if isinstance(given.text_encoder, TextEncoders):
+            raise InputError(
+                f"{options.name} {options.of_several([*given.text_encoder.networks])}."
+            )
         self.encode = CachedEncoder(given.text_encoder)
         fewer = smaller_text_encoder(given.text_encoder, options.layers)
         self.modules = {"text": TextForward(fewer.requires_grad_(True))}
@@ -283,8 +309,8 @@ class TextEncoderTask(Denoising):
         if self.options.output_weight:
             x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
             with torch.no_grad():
-                teacher = self.unet(x, batch["t"], wanted, **told(batch)).sample
-            out = self.unet(x, batch["t"], made, **told(batch)).sample
+                teacher = predict(self.unet, x, batch["t"], {STATES: wanted, **carried(batch)})
+            out = predict(self.unet, x, batch["t"], {STATES: made, **carried(batch)})
             terms["output"] = output_loss(out, teacher)
             loss = loss + self.options.output_weight * terms["output"]
         return {"loss": loss, **terms}

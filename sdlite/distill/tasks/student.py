@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlite.distill import losses
+from sdlite.distill.encoders import STATES, CachedEncoder, TextEncoders
 from sdlite.distill.features import Taps, matched_taps, tap_channels
 from sdlite.distill.losses import feature_loss, output_loss
 from sdlite.distill.preview import USUAL, Config, Parts, Samples
 from sdlite.distill.tasks.base import (
     V_ZERO_SNR,
-    CachedEncoder,
     Count,
     Denoising,
     Given,
@@ -27,6 +27,8 @@ from sdlite.distill.tasks.base import (
     Share,
     StageKind,
     Weight,
+    carried,
+    predict,
     told,
 )
 from sdlite.distill.train import Batch, Modules, step_generator
@@ -41,12 +43,16 @@ Temperature = Annotated[float, At(1e-3, 1e3)]
 
 
 class TeacherTask(Denoising):
-    """Train a UNet, with its text encoder or on a frozen one: MSE to the schedule's target."""
+    """Train a UNet, with its text encoder or on a frozen one: MSE to the schedule's target.
+
+    Raises:
+        InputError: `train_text_encoder` for a model of several text encoders.
+    """
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
+        text_encoder: CLIPTextModel | TextEncoders,
         source: LatentSource,
         *,
         parts: Parts,
@@ -62,6 +68,11 @@ class TeacherTask(Denoising):
         self.timestep_power = timestep_power
         self.tell(unet)
         if train_text_encoder:
+            if isinstance(text_encoder, TextEncoders):
+                raise InputError(
+                    "train_text_encoder=True for a model of several text encoders; accepted: one."
+                    " Give train_text_encoder=False: they stay as they are."
+                )
             self.modules["text_encoder"] = text_encoder
         else:
             self.encode = CachedEncoder(text_encoder)
@@ -70,15 +81,16 @@ class TeacherTask(Denoising):
         x, target = self.forward(batch["latents"], batch["noise"], batch["t"])
         if "text_encoder" in modules:
             embeds = modules["text_encoder"](batch["input_ids"])[0]
+            conditions = {STATES: embeds, **carried(batch)}
         else:
-            embeds = self.encode(batch["input_ids"])
-        out = modules["unet"](x, batch["t"], embeds, **told(batch)).sample
+            conditions = self.conditions(batch)
+        out = predict(modules["unet"], x, batch["t"], conditions)
         return {"loss": F.mse_loss(out.float(), target)}
 
 
 def teacher_gradients(
     unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
+    text_encoder: CLIPTextModel | TextEncoders,
     source: LatentSource,
     scheduler: Config,
     *,
@@ -117,7 +129,7 @@ class StudentForward(nn.Module):
         self.tapped = Taps(unet, taps).attach()
 
     def forward(
-        self, x: Tensor, t: Tensor, embeds: Tensor, **told: Tensor
+        self, x: Tensor, t: Tensor, embeds: Tensor, **told: Tensor | dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         out = self.unet(x, t, embeds, **told).sample
         return out, {
@@ -240,9 +252,7 @@ class StudentTask(Denoising):
     def targets(self, batch: Batch) -> Tensor:
         """The teacher's output."""
         x, _ = self.forward(batch["latents"], batch["noise"], batch["t"])
-        embeds = self.encode(batch["input_ids"])
-        out: Tensor = self.teacher(x, batch["t"], embeds, **told(batch)).sample
-        return out
+        return predict(self.teacher, x, batch["t"], self.conditions(batch))
 
     def weights(self) -> dict[str, float]:
         """term -> its weight in the loss."""
@@ -253,10 +263,10 @@ class StudentTask(Denoising):
     def loss(self, modules: Modules, batch: Batch, step: int) -> dict[str, Tensor]:
         x, target = self.forward(batch["latents"], batch["noise"], batch["t"])
         with torch.no_grad():
-            embeds = self.encode(batch["input_ids"])
+            conditions = self.conditions(batch)
             wanted = self._wanted(batch)
         theirs = dict(self.tapped.features)
-        out, mine = modules["student"](x, batch["t"], embeds, **told(batch))
+        out, mine = modules["student"](x, batch["t"], conditions[STATES], **told(conditions))
         terms = {"task": output_loss(out, target)}
         if wanted is not None:
             terms |= self._output_terms(out, wanted, target, batch["t"])
