@@ -191,4 +191,5 @@ class CachedEncoder:
     def _most(self, known: Mapping[bytes, tuple[Tensor, ...]]) -> int:
         """Captions that `MOST_BYTES` hold."""
         row = next(iter(known.values()), ())
-        return self.MOST_BYTES // max(1, sum(x.numel() * x.element_size() for x in row))
+        size: int = sum(x.numel() * x.element_size() for x in row)
+        return self.MOST_BYTES // max(1, size)
