@@ -108,27 +108,44 @@ def test_a_converted_lcm_is_torchs_on_every_engine_and_in_int8(lcm, tmp_path):
     assert Artifact.open(tmp_path / "int8").spec("unet").inputs[-1].name == "timestep_cond"
 
 
-def exported(tmp_path):
+def exported(tmp_path, guidance=8.0, targets=("onnx-fixed", "openvino"), **size):
     """Exports make the model's images, by the code of their README too."""
     from sdlite.exporters.export import export
+    from sdlite.exporters.profile import assets
 
-    call = {"num_inference_steps": 2, "guidance_scale": 8.0}
+    call = {"num_inference_steps": 2, "guidance_scale": guidance, **size}
     right = images(tmp_path / "model", "onnxruntime", **call).astype(int)[:1]
-    for target in ("onnx-fixed", "openvino"):
-        folder = tmp_path / target
-        export(tmp_path / "model", folder, target=target, num_inference_steps=2, threads=1)
+    for name in targets:
+        folder, path = tmp_path / name, tmp_path / f"{name}.toml"
+        text = (assets() / "profiles" / path.name).read_text()
+        path.write_text("".join(f"{k} = {v}\n" for k, v in size.items()) + text)
+        export(tmp_path / "model", folder, target=path, num_inference_steps=2, threads=1)
         got = images(folder, "auto", **call)[:1]
-        assert np.abs(right - got).max() <= 1, target
+        assert np.abs(right - got).max() <= 1, name
     text = (folder / "README.md").read_text()
     code = "".join(re.findall(r"```python\n(.*?)```", text, re.S))
-    code = re.sub(r"steps, guidance = .*", "steps, guidance = 2, 8.0", code)
+    code = re.sub(r"steps, guidance = .*", f"steps, guidance = 2, {guidance}", code)
     asked = r"prompt, negative_prompt, seed = "
-    code = re.sub(f"{asked}.*", f'{asked}"a fox", "", 0', code)
+    code = re.sub(f"{asked}.*", f'{asked}"a fox", None, 0', code)
     run = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     made = np.asarray(Image.open(folder / "image.png")).astype(int)
     assert np.abs(right[0] - made).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_exports_of_sdxl_make_its_images(tmp_path):
+    for package in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason="needs the dev extra")
+    from benchmarks import published_models
+
+    if published_models.merges_file() is None:
+        pytest.skip("needs the open_clip_torch wheel, for CLIP's merges")
+    published_models.write("vega", tmp_path / "vega")
+    sdlite.convert(tmp_path / "vega", tmp_path / "model")
+    exported(tmp_path, 9.0, height=256, width=256)
 
 
 def test_steps_and_guidance_of_a_folder_that_does_not_say(lcm, plain, tmp_path):
