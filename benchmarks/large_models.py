@@ -8,7 +8,8 @@ tensor at a time. Each task runs in a process of its own, whose peak is its larg
 The bar is 1.3 times the largest network as it is stored, plus 2 GB. Quantizing is judged on one
 image of 256 px in two steps, so its seconds are those of the work on the weights; a float network
 on a CPU computes in float32, so its bar counts it so. Rows (`cpu_seconds`: of all cores together)
-go to benchmarks/results/large_models.jsonl; the exit status is 1 where a peak is over its bar.
+go to benchmarks/results/large_models.jsonl, with the PSNR of that image and of an edit of it, and
+the SQNR of each network, in dB; the exit status is 1 where a peak is over its bar.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ import sdlite
 from sdlite.memory import peak_mib
 from sdlite.quant import Calibration, Gate
 task, source, out = sys.argv[1:]
-start = time.perf_counter()
+start, said = time.perf_counter(), {}
 if task == "convert":
     sdlite.convert(source, out)
 else:
@@ -66,8 +67,11 @@ else:
         engines=["onnxruntime"], **call)
     shown = Calibration(prompts=["a red fox", "two cats", "a boat"], samples=2, **call)
     sdlite.quantize(source, task, out=out, gate=gate, calibration=shown)
+    with open(f"{out}/sdlite.json") as f:
+        found = json.load(f)["quality"]["engines"]["onnxruntime"]
+    said = {"psnr_mean": found["psnr_mean"], "networks": found["networks"]}
 print(json.dumps({"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time(),
-    "peak_mib": peak_mib()}))
+    "peak_mib": peak_mib(), **said}))
 """
 
 
@@ -154,7 +158,7 @@ def largest(folder: Path) -> int:
     )
 
 
-def measured(task: str, source: Path, out: Path) -> dict[str, float]:
+def measured(task: str, source: Path, out: Path) -> dict[str, Any]:
     """A task in a process of its own."""
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -165,7 +169,7 @@ def measured(task: str, source: Path, out: Path) -> dict[str, float]:
     )
     if done.returncode:
         raise RuntimeError(f"{task} of {source}: {done.stderr[-2000:]}")
-    row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 
 
@@ -191,7 +195,7 @@ def main() -> int:
             over |= row["peak_mib"] > bar
             with RESULTS.open("a") as f:
                 f.write(json.dumps({**about, **row, **at, "env": environment()}) + "\n")
-            print(about, {k: round(v, 1) for k, v in row.items()})
+            print(about, {k: round(v, 1) if isinstance(v, float) else v for k, v in row.items()})
     return int(over)
 
 
