@@ -18,7 +18,7 @@ import numpy as np
 
 from sdlite import arguments, image_input
 from sdlite.errors import InputError
-from sdlite.sampling import Draws, Sampler
+from sdlite.sampling import Consistency, Draws, Sampler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,12 +110,18 @@ class Edit:
         whole = None if self.mask is None else (self.images, self.mask)
         return replace(self, images=images, mask=mask, whole=whole, box=box)
 
-    def schedule(self, solver: Sampler) -> None:
+    def schedule(self, solver: Sampler, spreads: bool) -> None:
         """Have the solver begin where the strength says.
+
+        Args:
+            spreads: see `Family.spreads`.
 
         Raises:
             InputError: the strength makes not one step, and is not 0.
         """
+        if spreads and self.strength > 0 and isinstance(solver, Consistency):
+            solver.spread_over(self.strength)
+            return
         first = solver.first_call(self.strength)
         if first == len(solver) and self.strength > 0:
             raise InputError(
@@ -126,18 +132,27 @@ class Edit:
         solver.begin_at(first)
 
     def start(
-        self, encode: Encode, solver: Sampler, noise: Sequence[Draws], drawn: Callable[[], Array]
+        self,
+        encode: Encode,
+        solver: Sampler,
+        noise: Sequence[Draws],
+        drawn: Callable[[], Array],
+        posterior: bool,
     ) -> Start:
         """Latents to start with.
 
         Args:
             drawn: the unit normal latents (B, C, h, w) of a call without an image.
+            posterior: `encode` draws. diffusers then encodes the masked image too, for UNets that
+                read it, and draws for every other: so that samplers that draw again draw the same.
         """
         if self.mask is None and self.strength == 1:
             return Start(drawn())
         x0 = encode(image_input.pixels(self.images), noise)
         first = drawn()
         after = None if self.mask is None else self._keeping(x0, first, solver)
+        for one in noise if posterior and self.mask is not None else ():
+            one.normal(x0.shape[1:])
         if self.strength == 1:
             return Start(first, after=after)
         if solver.begin == len(solver):

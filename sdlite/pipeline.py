@@ -1004,12 +1004,13 @@ class Pipeline(metaclass=_Class):
             return height, width
         return own
 
-    @staticmethod
-    def _scheduled(edit: Edit | None, solver: Sampler, height: int, width: int) -> Edit | None:
+    def _scheduled(
+        self, edit: Edit | None, solver: Sampler, height: int, width: int
+    ) -> Edit | None:
         """The edit at the call's size, the solver where it begins."""
         if edit is None:
             return None
-        edit.schedule(solver)
+        edit.schedule(solver, self.family.spreads(self.index))
         return edit.fitted(height, width)
 
     def _start(
@@ -1027,7 +1028,8 @@ class Pipeline(metaclass=_Class):
 
         if edit is None:
             return Start(drawn())
-        return edit.start(self.encode_image, solver, noise, drawn)
+        posterior = self.vae_config.get("_class_name") != "AutoencoderTiny"
+        return edit.start(self.encode_image, solver, noise, drawn, posterior)
 
     def _within(self, count: int, height: int, width: int, most: int | None) -> None:
         """Refuse a call that is too large, before any work.

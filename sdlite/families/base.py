@@ -112,6 +112,12 @@ class Family:
         """Whether guidance is an input of the UNet, so that no second row is needed."""
         return False
 
+    def spreads(self, index: Config) -> bool:
+        """Whether an edit makes all its steps on the less noisy part of a consistency sampler's
+        grid, in place of the last steps.
+        """
+        return False
+
     def defaults(self, index: Config) -> tuple[int, float]:
         """Steps and guidance of a folder that does not say, as diffusers' pipeline has them."""
         return 50, 7.5

@@ -64,6 +64,9 @@ class StableDiffusion(Family):
     def guides_itself(self, unet: Config) -> bool:
         return unet.get("time_cond_proj_dim") is not None
 
+    def spreads(self, index: Config) -> bool:
+        return "LatentConsistency" in str(index.get("_class_name"))
+
     def defaults(self, index: Config) -> tuple[int, float]:
         if "LatentConsistency" in str(index.get("_class_name")):
             return 4, 8.5

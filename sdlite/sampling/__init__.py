@@ -11,10 +11,11 @@ from sdlite.sampling.loop import denoise, guide, guided
 from sdlite.sampling.names import SAMPLERS, get_sampler, known_sampler, sampler_of
 from sdlite.sampling.noise import Draws, Noise
 from sdlite.sampling.schedule import Schedule
-from sdlite.sampling.solvers import Sampler
+from sdlite.sampling.solvers import Consistency, Sampler
 
 __all__ = [
     "SAMPLERS",
+    "Consistency",
     "Control",
     "Draws",
     "Noise",

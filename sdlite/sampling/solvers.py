@@ -321,25 +321,38 @@ class PNDMRungeKutta(PNDM):
     runge_kutta = True
 
 
-class _Consistency(Sampler):
+class Consistency(Sampler):
     """Samplers on the grid of consistency distillation, Luo et al. 2023, arXiv:2310.04378."""
 
     takes: ClassVar[tuple[str, ...]] = ("timesteps",)
+    strength: float = 1.0  # the share of the noise that the steps are spread over
+
+    def spread_over(self, strength: float) -> None:
+        """Make all steps on the less noisy part of the grid, as diffusers'
+        LatentConsistencyModelImg2ImgPipeline does, in place of a part of the steps.
+
+        Raises:
+            InputError: that part has fewer timesteps than there are steps.
+        """
+        self.strength = strength
+        self._prepare()
 
     def _prepare(self) -> None:
         if (asked := self._asked()) is not None:
             self.timesteps = asked.astype(np.int64)
             return
         origin = self._setting("original_inference_steps")
-        if self.n > origin:
+        most = int(origin * self.strength)
+        if self.n > most:
             said = f"this sampler takes 1 to original_inference_steps={origin}"
+            said += f" times strength={self.strength:g}" if self.strength < 1 else ""
             raise InputError(f"num_inference_steps={self.n}; {said}.")
-        grid = (np.arange(1, origin + 1) * (self.total // origin) - 1)[::-1]
+        grid = (np.arange(1, most + 1) * (self.total // origin) - 1)[::-1]
         chosen = np.floor(np.linspace(0, len(grid), self.n, endpoint=False)).astype(np.int64)
         self.timesteps = grid[chosen].astype(np.int64)
 
 
-class LCM(_Consistency):
+class LCM(Consistency):
     """Multistep latent consistency sampling: arXiv:2310.04378, algorithm 3."""
 
     diffusers = "LCMScheduler"
@@ -356,7 +369,7 @@ class LCM(_Consistency):
         return np.sqrt(a) * x0 + np.sqrt(F32(1) - a) * self._draw(noise, x)
 
 
-class TCD(_Consistency):
+class TCD(Consistency):
     """Trajectory consistency sampling, Zheng et al. 2024, arXiv:2402.19159, algorithm 4.
 
     gamma (`eta`) is 0 as in diffusers' pipeline, whose default it is: no noise is drawn again. With

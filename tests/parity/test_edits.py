@@ -171,6 +171,37 @@ def test_an_edited_image_is_that_of_diffusers(folder, painted, name, masked):
                 assert (np.round(got * 255) == np.asarray(image))[~where].all()
 
 
+@pytest.mark.skipif(
+    published_models.merges_file() is None,
+    reason="CLIP's merges: pip install --no-deps open_clip_torch",
+)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("masked", [False, True], ids=["lcm", "ancestral"])
+def test_few_step_samplers_edit_as_in_diffusers(folder, painted, masked):
+    """An LCM makes all its steps on less noise; inpainting draws what it draws there."""
+    image, mask = painted
+    name = "bk-sdm-v2-tiny" if masked else "lcm-dreamshaper"
+    kind = diffusers.AutoPipelineForInpainting if masked else diffusers.AutoPipelineForImage2Image
+    checker = {} if masked else {"safety_checker": None}
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder(name), **checker)
+    theirs = kind.from_pipe(theirs)
+    theirs.set_progress_bar_config(disable=True)
+    more = {"mask_image": mask, "height": 64, "width": 64} if masked else {}
+    sampler = None
+    if masked:
+        sampler, config = "euler-ancestral", theirs.scheduler.config
+        theirs.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(config)
+    where = np.asarray(mask) > (0 if masked else -1)
+    call = {"num_inference_steps": 4, "guidance_scale": 2.0, "strength": 0.5, "image": image}
+    call |= {"output_type": "np", **more}
+    draws = torch.Generator().manual_seed(3)
+    right = theirs("a red fox", generator=draws, **call).images[0]
+    with sdlite.Pipeline.from_pretrained(folder(name), backend="torch", threads=1) as ours:
+        out = ours("a red fox", seed=3, sampler=sampler, **call)
+    assert out.calls == (2 if masked else 4)
+    assert -10 * np.log10(np.square(right - out.images[0])[where].mean()) >= 60
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_backends_edit_as_torch_does(painted, backend):
     pytest.importorskip(backend, reason=f"needs {backend}")
