@@ -27,14 +27,14 @@ class Grey(Backend):
         return getattr(self, part), NetworkReport(part, "none", 0, precision, "nothing")
 
     def text_encoder(self, input_ids):
-        return np.zeros((*input_ids.shape, 192), np.float32)
+        return {"last_hidden_state": np.zeros((*input_ids.shape, 192), np.float32)}
 
     def unet(self, sample, timestep, encoder_hidden_states):
-        return np.zeros_like(sample)
+        return {"out_sample": np.zeros_like(sample)}
 
     def vae_decoder(self, latent_sample):
         b, _, h, w = latent_sample.shape
-        return np.zeros((b, 3, 8 * h, 8 * w), np.float32)
+        return {"sample": np.zeros((b, 3, 8 * h, 8 * w), np.float32)}
 
 
 @pytest.fixture
