@@ -523,17 +523,19 @@ def silence():
         yield f"http://127.0.0.1:{s.getsockname()[1]}"
 
 
+TIMEOUTS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")  # seconds
+PATIENT = dict.fromkeys(TIMEOUTS, "10")  # with a hub that answers, on a busy machine
+
+
 def asked(url, home, revision=None, **env):
     """(kind, seconds, what was said) of `hub.resolve("org/emoji", revision)`."""
-    said = run(
-        url, home, revision, code=SAID, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1", **env
-    )
+    said = run(url, home, revision, code=SAID, **{**dict.fromkeys(TIMEOUTS, "1"), **env})
     kind, *rest = said.split(" ", 3 if said.startswith("OK") else 2)
     return kind, int(rest[-2]), rest[-1]
 
 
 def test_a_silent_hub_does_not_hold_what_is_in_the_cache(hub, silence, tmp_path):
-    assert asked(hub.url, tmp_path)[::2] == ("OK", "[]")
+    assert asked(hub.url, tmp_path, **PATIENT)[::2] == ("OK", "[]")
     pinned = commit("main", hub.files)
     kind, seconds, said = asked(silence, tmp_path)
     assert kind == "OK"
@@ -562,7 +564,7 @@ def test_a_hub_that_falls_silent_in_a_download_ends_it(hub, tmp_path):
 
 
 def test_a_cache_that_is_not_whole_is_not_taken_for_a_model(hub, silence, tmp_path):
-    assert asked(hub.url, tmp_path)[0] == "OK"
+    assert asked(hub.url, tmp_path, **PATIENT)[0] == "OK"
     pinned = commit("main", hub.files)
     [link] = tmp_path.rglob("merges.txt")
     link.unlink()
@@ -570,7 +572,7 @@ def test_a_cache_that_is_not_whole_is_not_taken_for_a_model(hub, silence, tmp_pa
         kind, _, said = asked(silence, tmp_path, revision)
         assert kind == "HubError"
         assert "is not whole in the cache: tokenizer/merges.txt is missing" in said
-    assert asked(hub.url, tmp_path, pinned)[0] == "OK"
+    assert asked(hub.url, tmp_path, pinned, **PATIENT)[0] == "OK"
     assert link.exists()
 
 
