@@ -148,6 +148,17 @@ BETAS = {
     "beta_start": 0.00085,
     "num_train_timesteps": 1000,
 }
+EULER: dict[str, Any] = BETAS | {
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "sd14": {
         "_class_name": "PNDMScheduler",
@@ -184,17 +195,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "sd-turbo": {
         "_class_name": "EulerDiscreteScheduler",
         "_diffusers_version": "0.24.0.dev0",
-        **BETAS,
-        "clip_sample": False,
-        "interpolation_type": "linear",
-        "prediction_type": "epsilon",
-        "sample_max_value": 1.0,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
+        **EULER,
         "timestep_spacing": "trailing",
-        "trained_betas": None,
-        "use_karras_sigmas": False,
     },
     "tiny-sd": {
         "_class_name": "DPMSolverMultistepScheduler",
@@ -259,32 +261,14 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "sdxl-turbo": {
         "_class_name": "EulerAncestralDiscreteScheduler",
         "_diffusers_version": "0.24.0.dev0",
-        **BETAS,
-        "clip_sample": False,
-        "interpolation_type": "linear",
-        "prediction_type": "epsilon",
-        "sample_max_value": 1.0,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
+        **EULER,
         "timestep_spacing": "trailing",
-        "trained_betas": None,
-        "use_karras_sigmas": False,
     },
     "sdxl": {
         "_class_name": "EulerDiscreteScheduler",
         "_diffusers_version": "0.19.0.dev0",
-        **BETAS,
-        "clip_sample": False,
-        "interpolation_type": "linear",
-        "prediction_type": "epsilon",
-        "sample_max_value": 1.0,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
+        **EULER,
         "timestep_spacing": "leading",
-        "trained_betas": None,
-        "use_karras_sigmas": False,
     },
 }
 

@@ -106,6 +106,12 @@ class Edit:
         images = [image_input.covering(i, height, width) for i in images]
         if mask is not None:
             covered = np.asarray(image_input.covering(mask, height, width)) >= 128
+            if not covered.any():
+                raise InputError(
+                    f"mask_image is empty at {height}x{width}: what is white is too thin for that"
+                    " size, or lies outside what is kept of the image. Paint more of it, or pass"
+                    " padding_mask_crop."
+                )
             mask = image_input.from_array(np.where(covered, np.uint8(255), np.uint8(0)))
         whole = None if self.mask is None else (self.images, self.mask)
         return replace(self, images=images, mask=mask, whole=whole, box=box)

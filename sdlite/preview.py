@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdlite import images, running
+from sdlite import arguments, images, running
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,7 +93,8 @@ class Watch:
 
     def __init__(self, colors: Callable[[], Array], callback: Any = None):
         """`colors`: gives the map. `callback`: the caller's own, of `Pipeline.__call__`."""
-        self.colors, self.callback = colors, callback
+        self.colors = colors
+        self.callback = arguments.optional(arguments.function, "callback", callback)
         self.call: running.Call | None = None
         self._ready: queue.Queue[Preview | PipelineOutput | BaseException] = queue.Queue(1)
         self._left = threading.Event()

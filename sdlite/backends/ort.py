@@ -92,7 +92,7 @@ class Session:
         size: int = 0,
         outputs: Sequence[str] = (),
     ):
-        self.provider = _PROVIDERS[device]
+        self.device, self.provider = device, _PROVIDERS[device]
         if self.provider not in ort.get_available_providers():
             raise UnknownNameError(
                 f"device={device!r} needs {self.provider}, and this onnxruntime {ort.__version__}"
@@ -118,6 +118,7 @@ class Session:
         self.names = [o.name for o in self.session.get_outputs()]
         self.outputs = list(outputs or self.names)
         self.tokens = tokens_of({i.name: i.shape for i in self.session.get_inputs()})
+        self._mine = threading.local()
         self._runs = running.Runs()
         self._largest = 0  # elements of the largest long run since memory was given back
 
@@ -149,18 +150,6 @@ class BoundSession(Session):
     """Inputs are bound to the device. The prompt's embeddings are the same array in every step, and
     cross once: each thread keeps those of its last call.
     """
-
-    def __init__(
-        self,
-        path: str,
-        device: str,
-        threads: int | None,
-        size: int = 0,
-        outputs: Sequence[str] = (),
-    ):
-        super().__init__(path, device, threads, size, outputs)
-        self.device = device
-        self._mine = threading.local()
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         binding = self.session.io_binding()

@@ -223,6 +223,14 @@ def test_what_is_no_image_or_mask_is_one_line(pipe, call, says):
     assert "\n" not in str(e.value)
 
 
+def test_a_mask_that_is_lost_by_scaling_is_said(pipe):
+    mask = np.zeros((640, 640), np.uint8)
+    mask[3, 3] = 255
+    call = {"image": Image.new("RGB", (640, 640)), "mask_image": Image.fromarray(mask)}
+    with pytest.raises(InputError, match=r"mask_image is empty at 64x64: .* padding_mask_crop"):
+        pipe("x", height=64, width=64, **call, **FAST)
+
+
 def test_one_pixel_is_scaled_up(pipe):
     made = pipe("x", image=Image.new("RGB", (1, 1), "red"), strength=0.25, **FAST).images[0]
     assert made.size == (32, 32)

@@ -83,6 +83,8 @@ def test_a_stream_that_is_left_ends_its_call(pipe):
 def test_errors_come_out_where_the_stream_is_read(pipe):
     with pytest.raises(InputError, match="num_inference_steps=0"):
         next(pipe.stream("a fox", num_inference_steps=0))
+    with pytest.raises(InputError, match="callback='x'"):
+        next(pipe.stream("a fox", callback="x"))
     with pytest.raises(Cancelled, match="after step 1 of 4"):
         list(pipe.stream("a fox", num_inference_steps=4, callback=lambda *a: False))
 
