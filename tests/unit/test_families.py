@@ -159,14 +159,14 @@ def test_steps_and_guidance_of_a_folder_that_does_not_say(lcm, plain, tmp_path):
 
 
 class Spelled:
-    """Encoders that answer with the number of letters; the second one's are negative."""
+    """Encoders that answer with the number of letters and one; the second one's are negative."""
 
     def __init__(self, zeros=True, **unet):
         self.index = {"force_zeros_for_empty_prompt": zeros}
         self.unet_config = unet
 
     def tokenize(self, prompts, part="text_encoder"):
-        return np.array([[len(p)] for p in prompts])
+        return np.array([[len(p) + 1] for p in prompts])
 
     def encode(self, part, ids):
         sign = -1 if part == "text_encoder_2" else 1
@@ -184,20 +184,20 @@ def test_both_encoders_of_sdxl_stand_side_by_side_and_sizes_are_told():
     cond, uncond = told([])
     assert uncond is None
     states = cond["encoder_hidden_states"]
-    np.testing.assert_array_equal(states[:, 0], [[3, 3, -3, -3], [5, 5, -5, -5]])
-    np.testing.assert_array_equal(cond["text_embeds"], [[-3, -3], [-5, -5]])
+    np.testing.assert_array_equal(states[:, 0], [[4, 4, -4, -4], [6, 6, -6, -6]])
+    np.testing.assert_array_equal(cond["text_embeds"], [[-4, -4], [-6, -6]])
     np.testing.assert_array_equal(cond["time_ids"], [[64, 96, 0, 0, 64, 96]] * 2)
     assert {v.dtype.name for v in cond.values()} == {"float32"}
     cond, _ = told([], {"prompt_2": ["x", "xy"]})
-    np.testing.assert_array_equal(cond["encoder_hidden_states"][:, 0, 1:3], [[3, -1], [5, -2]])
+    np.testing.assert_array_equal(cond["encoder_hidden_states"][:, 0, 1:3], [[4, -2], [6, -3]])
 
 
 def test_no_negative_prompt_is_zeros_where_the_pipeline_says_so_and_an_empty_one_is_not():
     for negatives, zeros, more, lengths in (
         ([None, None], True, {}, [[0, 0], [0, 0]]),
-        ([None, "four"], True, {}, [[0, 0], [4, -4]]),
-        (["", "four"], True, {"negative_prompt_2": ["one", "no"]}, [[0, -3], [4, -2]]),
-        ([None, "four"], False, {}, [[0, 0], [4, -4]]),
+        ([None, "four"], True, {}, [[0, 0], [5, -5]]),
+        (["", "four"], True, {"negative_prompt_2": ["one", "no"]}, [[1, -4], [5, -3]]),
+        ([None, "four"], False, {}, [[1, -1], [5, -5]]),
     ):
         _, uncond = told(negatives, more, zeros=zeros)
         np.testing.assert_array_equal(uncond["encoder_hidden_states"][:, 0, 1:3], lengths)
