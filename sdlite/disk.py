@@ -25,7 +25,7 @@ def _existing(path: Path) -> Path:
 def sizes(artifact: Artifact, source: str) -> dict[str, int]:
     """Bytes of each network while it is converted: float16 weights are opened to float32."""
     out = {}
-    for p in artifact.parts:
+    for p in artifact.held_parts(source):
         files = artifact.network_files(source, p)
         stored = sum((artifact.folder / f).stat().st_size for f in files)
         out[p] = stored * (2 if artifact.network(source, p)["storage"] == "float16" else 1)

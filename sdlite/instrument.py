@@ -4,7 +4,8 @@ opened only while they are called. For quantizing and for the checks of exports.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from sdlite import memory
 from sdlite.artifact import Artifact
 from sdlite.backends import Network, Networks, Report, ready
+from sdlite.metrics import sqnr
 from sdlite.onnx_graph import Graph
 from sdlite.pipeline import Pipeline
 from sdlite.spec import Arrays, IOSpec
@@ -95,6 +97,27 @@ class Tape:
         copies = [{k: v.copy() for k, v in arrays.items()} for arrays in (inputs, out)]
         self.calls.append((copies[0], copies[1]))
         return out
+
+
+def closeness(network: Network, calls: Sequence[Call]) -> tuple[float, float]:
+    """A network over the calls of another: its SQNR in dB, of several outputs the lowest, and its
+    largest absolute error.
+
+    Mean and log variance of an encoder's latents are two outputs: the numbers of the second are
+    the larger ones, and would hide a wrong mean.
+    """
+    signal, noise, worst = defaultdict[str, float](float), defaultdict[str, float](float), 0.0
+    for inputs, wanted in calls:
+        got = network(**inputs)
+        for output, right in wanted.items():
+            parts = 2 if output == "latent_parameters" else 1
+            halves = (np.split(np.asarray(x, np.float64), parts, 1) for x in (right, got[output]))
+            for i, (a, b) in enumerate(zip(*halves, strict=True)):
+                name = f"{output}.{i}"
+                signal[name] += float(np.square(a).sum())
+                noise[name] += float(np.square(b - a).sum())
+                worst = max(worst, float(np.abs(b - a).max()))
+    return min(sqnr(signal[name], noise[name]) for name in signal), worst
 
 
 class OnDemand:

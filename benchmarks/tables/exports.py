@@ -68,7 +68,7 @@ def _checked(r: Row) -> str:
 def _closeness(r: Row) -> str:
     """The worst image and the worst network, and the worst image to the float model's."""
     parity = r["parity"]
-    image = min(parity["psnr"] or [float("nan")])
+    image = min([*(parity["psnr"] or [float("nan")]), *(parity.get("edit") or [])])
     network = min(n["sqnr"] for n in parity["networks"].values())
     to_float = f", {min(parity['reference']):.1f} dB to fp32" if parity.get("reference") else ""
     return f"{image:.1f} dB / {network:.1f} dB{to_float}"

@@ -1,10 +1,11 @@
-// sdlite in a browser: seeded noise, three samplers with guidance, three ONNX networks on onnxruntime-web (wasm or WebGPU).
+// sdlite in a browser: seeded noise, three samplers with guidance, ONNX networks on onnxruntime-web (wasm or WebGPU).
 // The same seed gives the image that Python's sdlite.Pipeline gives. Names follow diffusers.
 
 import * as ort from "./ort/ort.webgpu.bundle.min.mjs";
+import * as editing from "./editing.js";
 import { ClipTokenizer } from "./tokenizer.js";
 
-export { ClipTokenizer };
+export { ClipTokenizer, editing };
 
 // --- noise: torch.randn on the CPU, as sdlite/sampling/noise.py --------------------------------------------------------------
 
@@ -61,7 +62,8 @@ export function noise(seed, n) {
   return new Noise(seed).normal(n);
 }
 
-// --- samplers, as sdlite/sampling/solvers.py: {times, start, scaled(i, x), step(i, output, x, draw)} -------------------
+// --- samplers, as sdlite/sampling/solvers.py: {times, start, scaled(i, x), step(i, output, x, draw), ------------------
+// noised(i, x0, noise): x at call i of clean latents, predicted(i, output, x): clean latents}
 
 function rint(x) {  // halves to even, as numpy rounds
   const down = Math.floor(x);
@@ -97,11 +99,21 @@ function split(kind, a, output, x) {
 
 const blend = (a, x0, eps) => each(x0, (i) => Math.sqrt(a) * x0[i] + Math.sqrt(1 - a) * eps[i]);
 
+// of samplers whose x at time t has alpha-bar of t
+function plain(schedule, times) {
+  const bar = schedule.alphas_cumprod;
+  return {
+    times,
+    noised: (i, x0, noise) => blend(bar[times[i]], x0, noise),
+    predicted: (i, output, x) => split(schedule.prediction_type, bar[times[i]], output, x)[0],
+  };
+}
+
 // Song et al. 2020, eq. 12, eta 0
 function ddim(schedule, n) {
   const bar = schedule.alphas_cumprod, times = timesteps(schedule, n), stride = Math.floor(schedule.num_train_timesteps / n);
   return {
-    times,
+    ...plain(schedule, times),
     step(i, output, x) {
       const to = times[i] - stride;
       return blend(to >= 0 ? bar[to] : schedule.final_alpha, ...split(schedule.prediction_type, bar[times[i]], output, x));
@@ -109,14 +121,16 @@ function ddim(schedule, n) {
   };
 }
 
-// Luo et al. 2023, algorithm 3
-function lcm(schedule, n) {
-  const bar = schedule.alphas_cumprod, origin = schedule.original_inference_steps;
-  if (!(Number.isInteger(n) && n >= 1 && n <= origin)) throw new Error(`${n} steps; accepted: 1 to ${origin}`);
+// Luo et al. 2023, algorithm 3; share: of the schedule, the less noisy part, that the steps are spread over
+function lcm(schedule, n, share = 1) {
+  const bar = schedule.alphas_cumprod, origin = schedule.original_inference_steps, most = Math.trunc(origin * share);
+  if (!(Number.isInteger(n) && n >= 1 && n <= most)) {
+    throw new Error(`${n} steps; accepted: 1 to ${most}${share < 1 ? ` at strength ${share}` : ""}`);
+  }
   const stride = Math.floor(schedule.num_train_timesteps / origin);
-  const times = Array.from({ length: n }, (_, i) => (origin - Math.floor(i * (origin / n))) * stride - 1);
+  const times = Array.from({ length: n }, (_, i) => (most - Math.floor(i * (most / n))) * stride - 1);
   return {
-    times,
+    ...plain(schedule, times),
     step(i, output, x, draw) {
       const [x0] = split(schedule.prediction_type, bar[times[i]], output, x), scaled = (times[i] * schedule.timestep_scaling) ** 2;
       const skip = 0.25 / (scaled + 0.25), out = Math.sqrt(scaled / (scaled + 0.25));
@@ -136,25 +150,55 @@ function euler(schedule, n) {
     return table[low] + (Math.min(t, last) - low) * (table[high] - table[low]);
   });
   sigmas.push(0);
+  const kind = schedule.prediction_type;
+  const clean = (i, output, x) => {
+    const s = sigmas[i], [a, b] = [s / Math.sqrt(s ** 2 + 1), 1 / (s ** 2 + 1)];
+    return (k) => (kind === "epsilon" ? x[k] - s * output[k] : kind === "sample" ? output[k] : b * x[k] - a * output[k]);
+  };
   return {
     times,
+    noised: (i, x0, noise) => each(x0, (k) => x0[k] + sigmas[i] * noise[k]),
+    predicted: (i, output, x) => each(x, clean(i, output, x)),
     start: schedule.timestep_spacing === "leading" ? Math.sqrt(sigmas[0] ** 2 + 1) : sigmas[0],
     scaled: (i, x) => x.map((v) => v / Math.sqrt(sigmas[i] ** 2 + 1)),
     step(i, output, x) {
-      const s = sigmas[i], kind = schedule.prediction_type, [a, b] = [s / Math.sqrt(s ** 2 + 1), 1 / (s ** 2 + 1)];
-      const clean = (k) => (kind === "epsilon" ? x[k] - s * output[k] : kind === "sample" ? output[k] : b * x[k] - a * output[k]);
-      return each(x, (k) => x[k] + ((x[k] - clean(k)) / s) * (sigmas[i + 1] - s));
+      const s = sigmas[i], x0 = clean(i, output, x);
+      return each(x, (k) => x[k] + ((x[k] - x0(k)) / s) * (sigmas[i + 1] - s));
     },
   };
 }
 
 const SAMPLERS = { ddim, lcm, euler };
 
-export function sampler(name, schedule, n) {
+export function sampler(name, schedule, n, share) {
   if (!(name in SAMPLERS)) {
     throw new Error(`this page samples with ${Object.keys(SAMPLERS).join(", ")}, not ${name}: export the model with --sampler ddim`);
   }
-  return { start: 1, scaled: (i, x) => x, ...SAMPLERS[name](schedule, n) };
+  return { start: 1, scaled: (i, x) => x, ...SAMPLERS[name](schedule, n, share) };
+}
+
+// The sampler of an edit and its first call, as Edit.schedule in sdlite/editing.py: the last steps are made, strength of
+// them; or, of a model that spreads, all on the less noisy part.
+export function part({ sampler: own, schedule, spreads }, n, strength) {
+  if (spreads && strength > 0) return { solver: sampler(own.name, schedule, n, strength), first: 0 };
+  const solver = sampler(own.name, schedule, n), made = Math.min(Math.trunc(n * strength), n);
+  if (!made && strength > 0) {
+    throw new Error(`strength ${strength} of ${n} steps is not one step; accepted: 0, or at least ${(1 / n).toPrecision(3)}; or more steps`);
+  }
+  return { solver, first: n - made };
+}
+
+// latents (C, h, w) by the model's map -> RGBA of h x w, as sdlite/preview.py paints them
+export function preview(latents, colors, [, channels, height, width]) {
+  const plane = height * width, pixels = new Uint8ClampedArray(4 * plane).fill(255);
+  for (let i = 0; i < plane; i++) {
+    for (let c = 0; c < 3; c++) {
+      let v = colors[channels][c];
+      for (let k = 0; k < channels; k++) v += latents[k * plane + i] * colors[k][c];
+      pixels[4 * i + c] = ((v + 1) / 2) * 255;  // clamped, and rounded to even
+    }
+  }
+  return { pixels, width, height };
 }
 
 // whether g asks for guidance: above 1, as in diffusers
@@ -202,6 +246,8 @@ async function download(url, size, onBytes, signal) {
   return out;
 }
 
+export const NO_ENCODER = "this export has no VAE encoder, so it edits no images: convert the model again (sdlite convert) and export that";
+
 // --- pipeline ----------------------------------------------------------------------------------------------------------
 
 export class Pipeline {
@@ -215,23 +261,29 @@ export class Pipeline {
     pipe.settings = await (await answered(`${base}/sdlite-web.json`, signal)).json();
     sampler(pipe.settings.sampler.name, pipe.settings.schedule, 1);  // refuses before the networks are fetched
     pipe.tokenizer = await ClipTokenizer.load(`${base}/sdlite-tokenizer.json`);
-    pipe.sessions = {};
-    const sizes = pipe.settings.bytes, all = Object.values(sizes).reduce((a, b) => a + b, 0);
+    Object.assign(pipe, { base, provider, sessions: {} });
+    await pipe.open(["text_encoder", "unet", "vae_decoder"], { signal, onProgress });
+    return pipe;
+  }
+
+  // Fetch and open networks that are not open yet. The encoder, which edits alone need, is fetched at the first of them.
+  async open(parts, { signal, onProgress = () => {} } = {}) {
+    const { bytes: sizes, weights: beside } = this.settings, wanted = parts.filter((p) => !(p in this.sessions));
+    const all = Object.keys(sizes).filter((name) => wanted.includes(name.split("/")[0])).reduce((sum, name) => sum + sizes[name], 0);
     let have = 0;
-    for (const part of ["text_encoder", "unet", "vae_decoder"]) {
-      const file = (name) => download(`${base}/${part}/${name}`, sizes[`${part}/${name}`], (n) => {
+    for (const part of wanted) {
+      const file = (name) => download(`${this.base}/${part}/${name}`, sizes[`${part}/${name}`], (n) => {
         have += n;
         onProgress(`loading ${part}, ${(have / 1e6).toFixed(1)} of ${(all / 1e6).toFixed(1)} MB`, have / all);
       }, signal);
-      const options = { executionProviders: [provider] }, weights = pipe.settings.weights[part];
+      const options = { executionProviders: [this.provider] }, weights = beside[part];
       if (weights) {  // a large network: no second copy of its weights while it loads, wasm has 4 GB
         options.externalData = [{ path: weights, data: await file(weights) }];
         options.extra = { session: { disable_prepacking: "1" } };
       }
-      pipe.sessions[part] = await ort.InferenceSession.create(await file("model.onnx"), options);
+      this.sessions[part] = await ort.InferenceSession.create(await file("model.onnx"), options);
       signal?.throwIfAborted();
     }
-    return pipe;
   }
 
   // the networks' memory; the pipeline is of no use afterwards
@@ -241,6 +293,7 @@ export class Pipeline {
 
   // feeds: name -> {type, data, dims}; -> {data: Float32Array, dims}
   async run(part, feeds) {
+    await this.open([part]);
     const tensors = Object.fromEntries(Object.entries(feeds).map(([k, v]) => [k, new ort.Tensor(v.type, v.data, v.dims)]));
     const session = this.sessions[part];
     const out = (await session.run(tensors))[session.outputNames[0]];
@@ -254,26 +307,71 @@ export class Pipeline {
     return { ...out, warnings };
   }
 
+  get edits() {  // whether there is an encoder
+    return "vae_encoder/model.onnx" in this.settings.bytes;
+  }
+
+  // RGB image of the networks' size -> latents, drawn from its posterior where there is one, as Pipeline.encode_image
+  async encodeImage(image, draws) {
+    const { latent_shape: shape, scaling_factor: scaling, shift_factor: shift } = this.settings, size = shape.reduce((a, b) => a * b);
+    const dims = [1, 3, image.height, image.width];
+    const { data } = await this.run("vae_encoder", { sample: { type: "float32", data: editing.pixels(image), dims } });
+    let z = data;
+    if (data.length === 2 * size) {
+      const drawn = draws.normal(size);
+      z = each(drawn, (i) => data[i] + Math.exp(Math.min(Math.max(data[size + i], -30), 20) / 2) * drawn[i]);
+    }
+    return { z: each(z, (i) => (z[i] - shift) * scaling), posterior: data.length === 2 * size };
+  }
+
+  // Where the loop starts, as Edit.start in sdlite/editing.py: {x, after(call, x): done after each call}
+  async start(edit, solver, first, draws, drawn) {
+    const { latent_shape: shape } = this.settings, size = shape.reduce((a, b) => a * b), n = solver.times.length;
+    const fresh = () => drawn().map((v) => v * solver.start);
+    if (!edit || (!edit.mask && edit.strength === 1)) return { x: fresh(), after: (call, x) => x };
+    const { z: x0, posterior } = await this.encodeImage(edit.image, draws), noise = drawn();
+    let after = (call, x) => x;
+    if (edit.mask) {
+      if (posterior) draws.normal(size);  // diffusers encodes the masked image too
+      const plane = shape[2] * shape[3], painted = editing.latentMask(edit.mask, shape[2], shape[3]);
+      after = (call, x) => {
+        const kept = call === n ? x0 : solver.noised(call, x0, noise);
+        return each(x, (i) => (painted[i % plane] ? x[i] : kept[i]));
+      };
+    }
+    if (edit.strength === 1) return { x: noise.map((v) => v * solver.start), after };
+    return { x: first === n ? x0 : solver.noised(first, x0, noise), after };
+  }
+
+  // image: RGB {data, width, height, channels: 3} to edit, see editing.read; mask_image: the same with one channel, 128 and
+  // more is painted anew; strength: 0 to 1, the share of the steps that is made, default 0.8, with a mask 1
   // signal: an AbortSignal, looked at before every call of the UNet
-  // -> {pixels: Uint8ClampedArray RGBA, width, height, seconds, warnings: what of a prompt did not fit}
-  async generate({ prompt, negative_prompt = "", seed = 0, num_inference_steps, guidance_scale, latents, signal, onStep = () => true }) {
-    const begin = performance.now(), { schedule, latent_shape: shape } = this.settings;
-    const own = this.settings.sampler, scale = guidance_scale ?? own.guidance_scale;
-    const solver = sampler(own.name, schedule, num_inference_steps ?? own.num_inference_steps), n = solver.times.length;
+  // onStep(step from 1, of how many, preview: {pixels: RGBA, width, height} of what the image will be, or null)
+  // -> {pixels: Uint8ClampedArray RGBA, width, height, seconds, calls, warnings: what of a prompt did not fit}
+  async generate({
+    prompt, negative_prompt = "", seed = 0, num_inference_steps, guidance_scale, latents, image, mask_image, strength,
+    signal, onStep = () => true,
+  }) {
+    const begin = performance.now(), { latent_shape: shape, preview: colors } = this.settings;
+    const own = this.settings.sampler, scale = guidance_scale ?? own.guidance_scale, asked = num_inference_steps ?? own.num_inference_steps;
+    if (!image && (mask_image || strength !== undefined)) throw new Error("a mask or a strength is given without an image; give the image");
+    if (image && !this.edits) throw new Error(NO_ENCODER);
+    const edit = image ? editing.edit(image, mask_image ?? null, strength, ...this.settings.size) : null;
+    const { solver, first } = edit ? part(this.settings, asked, edit.strength) : { solver: sampler(own.name, this.settings.schedule, asked), first: 0 };
+    const n = solver.times.length;
     const wide = this.settings.guidance_embedding, within = wide ? embedded(scale, wide) : null;
     if (within && negative_prompt) throw new Error("this model takes its guidance as an input: a negative prompt has no effect; leave it empty");
     const uncond = guided(scale, negative_prompt) && !within ? await this.encode(negative_prompt) : null, cond = await this.encode(prompt);
     const size = shape.reduce((a, b) => a * b), draws = new Noise(seed);
-    let x = latents ? Float32Array.from(latents) : draws.normal(size);
-    if (x.length !== size) throw new Error(`${x.length} latents; ${size} are needed, shape ${shape}`);
-    x = x.map((v) => v * solver.start);
+    if (latents && latents.length !== size) throw new Error(`${latents.length} latents; ${size} are needed, shape ${shape}`);
+    let { x, after } = await this.start(edit, solver, first, draws, () => (latents ? Float32Array.from(latents) : draws.normal(size)));
     const unet = (embeds, data, t) => this.run("unet", {
       sample: { type: "float32", data, dims: shape },
       timestep: { type: "float32", data: Float32Array.of(t), dims: [] },
       encoder_hidden_states: { type: "float32", data: embeds.data, dims: embeds.dims },
       ...(within && { timestep_cond: { type: "float32", data: within, dims: [1, wide] } }),
     });
-    for (const [i, t] of solver.times.entries()) {
+    for (const [i, t] of Array.from(solver.times.entries()).slice(first)) {
       signal?.throwIfAborted();
       const given = solver.scaled(i, x);
       let out = (await unet(cond, given, t)).data;
@@ -281,17 +379,19 @@ export class Pipeline {
         signal?.throwIfAborted();
         out = guide((await unet(uncond, given, t)).data, out, scale);
       }
-      x = solver.step(i, out, x, () => draws.normal(size));
-      if (onStep(i + 1, n) === false) throw new Error(`cancelled after step ${i + 1} of ${n}`);
+      const seen = colors ? preview(solver.predicted(i, out, x), colors, shape) : null;
+      x = after(i + 1, solver.step(i, out, x, () => draws.normal(size)));
+      if (onStep(i + 1 - first, n - first, seen) === false) throw new Error(`cancelled after step ${i + 1 - first} of ${n - first}`);
       await new Promise((done) => setTimeout(done));  // wasm never leaves the page's thread: clicks and paints get their turn
     }
     signal?.throwIfAborted();
     const z = unscaled(x, this.settings);
-    const image = await this.run("vae_decoder", { latent_sample: { type: "float32", data: z, dims: shape } });
-    const [height, width] = image.dims.slice(2), plane = width * height;
+    const made = await this.run("vae_decoder", { latent_sample: { type: "float32", data: z, dims: shape } });
+    const [height, width] = made.dims.slice(2), plane = width * height;
     const pixels = new Uint8ClampedArray(4 * plane).fill(255);
-    for (let c = 0; c < 3; c++) for (let i = 0; i < plane; i++) pixels[4 * i + c] = (image.data[c * plane + i] / 2 + 0.5) * 255;
+    for (let c = 0; c < 3; c++) for (let i = 0; i < plane; i++) pixels[4 * i + c] = (made.data[c * plane + i] / 2 + 0.5) * 255;
+    if (edit) editing.paste(pixels, edit);
     const warnings = [...cond.warnings, ...(uncond?.warnings ?? [])];
-    return { pixels, width, height, seconds: (performance.now() - begin) / 1000, warnings };
+    return { pixels, width, height, seconds: (performance.now() - begin) / 1000, calls: n - first, warnings };
   }
 }

@@ -51,8 +51,8 @@ def export(
     sampler: str | None = None,
     keep_failed: bool = False,
 ) -> ExportReport:
-    """Export the three networks to a runtime, check them, and write them with tokenizer, scheduler
-    and configs.
+    """Export a model's networks to a runtime, check them, and write them with tokenizer, scheduler
+    and configs. The encoder of a model that edits images is one of them.
 
     Args:
         model: embedded name, folder or hub id. For an int8 profile: a model that `sdlite.quantize`
@@ -94,7 +94,7 @@ def export(
     wanted.need_packages()
     artifact, manifest = _exportable(model, wanted.profile, sampler)
     job = _Job(artifact, manifest, wanted, given, num_inference_steps, threads)
-    wanted.specs = {p: artifact.spec(p) for p in artifact.parts}
+    wanted.specs = {p: artifact.spec(p) for p in job.parts}
     wanted.overflowing = artifact.family.overflowing(artifact.config)
     wanted.check(artifact)
     resources.check(artifact, wanted.profile, job.source, Path(out))
@@ -179,6 +179,7 @@ class _Job:
         self.artifact, self.manifest, self.target = artifact, manifest, target
         self.profile, self.steps, self.threads = target.profile, steps, threads
         self.source = handed.source_of(artifact, self.profile)
+        self.parts, self.left_out = handed.parts_of(artifact, target, self.source)
         self.pipe = on_demand(artifact, threads, self.source)
         own = (manifest.calibration or {}).get("prompts")
         self.prompts = list(prompts or (own[:2] if isinstance(own, list) else PROMPTS))
@@ -187,6 +188,7 @@ class _Job:
         """The model's own images, and the calls of its networks."""
         out = parity.record(
             self.pipe,
+            self.parts,
             self.prompts,
             {
                 "num_inference_steps": self.steps,
@@ -202,7 +204,7 @@ class _Job:
         """The graphs that the converter is given, in `folder`; and what a calibration was."""
         shaped = {
             p: handed.shaped_graph(self.artifact, p, self.target, self.source, recording, folder)
-            for p in self.artifact.parts
+            for p in self.parts
         }
         graphs, facts = self.target.quantize(
             shaped, self.pipe, self.prompts, self.steps, self.threads
@@ -216,7 +218,7 @@ class _Job:
         """The files of each part, and the torch networks where they were made from these."""
         made: Made = {}
         networks: dict[str, TorchNetwork] = {}
-        for p in self.artifact.parts:
+        for p in self.parts:
             (folder / p).mkdir()
         if self.target.from_torch:
             for p, network in handed.torch_networks(self.artifact, self.profile, recording):
@@ -235,13 +237,14 @@ class _Job:
         self, folder: Path, made: Made, recording: Recording
     ) -> dict[str, described.NetworkRow]:
         """Write tokenizer, scheduler, configs and README; the report's rows of the networks."""
-        _companions(self.artifact, self.manifest, folder)
+        _companions(self.artifact, self.manifest, self.parts, folder)
         rows = described.networks(
             folder, made, recording, self.target, self.manifest.variants[self.source]
         )
         shape = recording.calls["unet"][0][0]["sample"].shape
         more = self._device_file(folder, shape) if self.target.sample else []
-        readme.write(folder, rows, self.pipe, self.target, recording, more)
+        told = readme.Told(self.target, recording, self.left_out)
+        readme.write(folder, rows, self.pipe, told, more)
         return rows
 
     def _device_file(self, folder: Path, latent_shape: tuple[int, ...]) -> list[str]:
@@ -289,11 +292,11 @@ class _Job:
             try:
                 running = self.target.run_all(folder, self.threads)
             except NotRunnable as e:
-                not_run = dict.fromkeys(self.artifact.parts, str(e))
+                not_run = dict.fromkeys(self.parts, str(e))
             if running:
                 stack.callback(running.close)
             networks = dict(running.networks) if running else {}
-            for p in self.artifact.parts:
+            for p in self.parts:
                 if p not in networks:
                     networks[p] = self._network(p, made[p], given[p], not_run)
             by_rows = {p: handed.by_rows(n, self.profile) for p, n in networks.items()}
@@ -325,13 +328,13 @@ class _Job:
 
     def _own_images(self, running: Running, recording: Recording, found: Parity) -> Seconds:
         """Compare the images that the target makes by itself, and take their time."""
-        found.own = parity.measure_own(recording, running.image)
+        found.own = parity.measure_own(recording, running.image, running.edit)
         return running.clock(self.prompts[0], self.steps)
 
     def failures(self, made: Made, found: Parity) -> list[str]:
         """What of the quality check does not hold."""
         out = found.fails(self.profile.gate)
-        weight = sum(f.stat().st_size for p in self.artifact.parts for f in made[p]) / (1 << 20)
+        weight = sum(f.stat().st_size for p in self.parts for f in made[p]) / (1 << 20)
         if self.profile.memory_mib and weight > self.profile.memory_mib:
             out.append(
                 f"the networks have {weight:.1f} MiB, wanted at most {self.profile.memory_mib}"
@@ -359,6 +362,7 @@ class _Job:
             "source": self.source,
             "opset": 0,
             "networks": rows,
+            "left_out": self.left_out,
             "size": None if any_size else list(recording.images.shape[1:3]),
             "size_multiple": self.manifest.size_multiple,
             "files": files,
@@ -421,12 +425,12 @@ def _refusals(part: str, profile: Profile) -> Iterator[None]:
         ) from e
 
 
-def _companions(artifact: Artifact, manifest: Manifest, out: Path) -> None:
+def _companions(artifact: Artifact, manifest: Manifest, parts: Sequence[str], out: Path) -> None:
     """Tokenizer, scheduler and configs, which the device's code reads."""
     for part in (*artifact.family.tokenizers.values(), "scheduler"):
         artifact.files.part(part).copy_configs(out / part)
     # optimum looks for the decoder's config beside its graph
-    sources = {p: artifact.spec(p).source for p in artifact.parts}
+    sources = {p: artifact.spec(p).source for p in parts}
     for part, source in {**{s: s for s in sources.values()}, **sources}.items():
         (out / part).mkdir(exist_ok=True)
         artifact.files.copy(f"{source}/config.json", out / part / "config.json")

@@ -56,6 +56,32 @@ def source_of(artifact: Artifact, profile: Profile) -> str:
     return source
 
 
+def parts_of(
+    artifact: Artifact, target: Target[object], source: str
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The networks that are exported, in the order of a call; and those that are not, with why.
+
+    Args:
+        source: see `source_of`.
+    """
+    held, left_out = artifact.held_parts(source), {}
+    for p in artifact.family.optional:
+        if p in held and (why := target.lacks(p)):
+            left_out[p] = why
+    if "vae_encoder" not in held:
+        which = f"no {source} one" if _elsewhere(artifact, "vae_encoder") else "none"
+        left_out["vae_encoder"] = (
+            f"{artifact.name} holds {which}, so the export edits no images; convert the model again"
+            " (sdlite convert), which makes one"
+        ) + (", and quantize that" if source.startswith("int8") else "")
+    return tuple(p for p in held if p not in left_out), left_out
+
+
+def _elsewhere(artifact: Artifact, part: str) -> bool:
+    """Whether it is held in any precision."""
+    return any(part in artifact.held_parts(p) for p in artifact.precisions)
+
+
 def shaped_graph(
     artifact: Artifact,
     part: str,
@@ -84,7 +110,7 @@ def torch_networks(
 
     from sdlite.tracing import network
 
-    for p in artifact.parts:
+    for p in recording.specs:
         spec = artifact.spec(p)
         module = network(artifact.files, dataclasses.replace(spec, also=()))
         seen = recording.calls[p][0][0]

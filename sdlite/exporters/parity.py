@@ -4,7 +4,6 @@ target's answers against the float ones, and its images against the model's.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -12,12 +11,15 @@ from typing import TypedDict
 import numpy as np
 
 from sdlite.backends import Network
+from sdlite.editing import Edit
 from sdlite.errors import InputError
 from sdlite.exporters.profile import Gate
-from sdlite.instrument import Call, Tape, with_networks
-from sdlite.metrics import psnr, sqnr
+from sdlite.image_input import from_array, pixels
+from sdlite.instrument import Call, Tape, closeness, with_networks
+from sdlite.metrics import psnr
 from sdlite.pipeline import Pipeline
-from sdlite.spec import SPECS, IOSpec
+from sdlite.sampling import get_sampler
+from sdlite.spec import IOSpec
 
 MOST_PSNR, MOST_SQNR = 100.0, 200.0  # dB that stand for equal
 
@@ -32,7 +34,7 @@ class CallArguments(TypedDict):
 
 
 class Figures(TypedDict):
-    """A network over all recorded calls: SQNR in dB (of several outputs the lowest), and the
+    """A network over all recorded calls, see `sdlite.instrument.closeness`: SQNR in dB, and the
     largest absolute error.
     """
 
@@ -43,24 +45,65 @@ class Figures(TypedDict):
 
 @dataclass
 class Recording:
-    """Every call of every network over some images, and the images."""
+    """Every call of every network over some images, and the images.
+
+    Attributes:
+        images: uint8 (N, H, W, 3), one for each prompt.
+        specs: of the networks, in the order of a call.
+        edit: uint8 (1, H, W, 3), the first image edited, where there is an encoder and the sampler
+            edits. strength: of it.
+    """
 
     calls: dict[str, list[Call]]
-    images: np.ndarray  # uint8 (N, H, W, 3)
+    images: np.ndarray
     prompts: list[str]
     arguments: CallArguments
-    specs: dict[str, IOSpec] = field(default_factory=lambda: dict(SPECS))  # of the networks
+    specs: dict[str, IOSpec]
+    edit: np.ndarray | None = None
+    strength: float | None = None
 
 
-def record(pipe: Pipeline, prompts: Sequence[str], arguments: CallArguments) -> Recording:
-    """Make one image of each prompt (seed i for prompt i) and keep what went in and out of each
-    network.
+def record(
+    pipe: Pipeline, parts: Sequence[str], prompts: Sequence[str], arguments: CallArguments
+) -> Recording:
+    """Make one image of each prompt (seed i for prompt i), edit the first of them where `parts`
+    has an encoder, and keep what went in and out of each network.
     """
-    calls: dict[str, list[Call]] = {p: [] for p in pipe.artifact.parts}
+    calls: dict[str, list[Call]] = {p: [] for p in parts}
     taped = with_networks(pipe, {p: Tape(pipe.networks.parts[p], calls[p]) for p in calls})
-    specs = {p: pipe.artifact.spec(p) for p in pipe.artifact.parts}
+    specs = {p: pipe.artifact.spec(p) for p in parts}
     images = make_images(taped, prompts, arguments)
-    return Recording(calls, images, list(prompts), arguments, specs)
+    out = Recording(calls, images, list(prompts), arguments, specs)
+    if "vae_encoder" in calls:
+        out.strength = edit_strength(pipe, arguments)
+        if out.strength is None:
+            taped.network("vae_encoder")(sample=pixels([from_array(images[0])]))
+        else:
+            out.edit = make_edit(taped, out)
+    return out
+
+
+def edit_strength(pipe: Pipeline, arguments: CallArguments) -> float | None:
+    """Of the edit that is compared: half of the steps; of one step none, so that the image goes
+    through the autoencoder alone. None where the sampler makes no part of a schedule.
+    """
+    steps = arguments["num_inference_steps"] or pipe.defaults.num_inference_steps
+    for strength in (0.5, 0.0):
+        solver = get_sampler(arguments["sampler"], pipe.schedule, steps)
+        try:
+            Edit([], None, strength).schedule(solver, pipe.family.spreads(pipe.index))
+        except InputError:
+            continue
+        return strength
+    return None
+
+
+def make_edit(pipe: Pipeline, recording: Recording) -> np.ndarray:
+    """uint8 (1, H, W, 3): the recording's first image, edited by its own prompt with seed 0."""
+    prompt, source = recording.prompts[0], recording.images[0]
+    strength = recording.strength
+    made = pipe(prompt, image=source, strength=strength, seed=0, **recording.arguments)
+    return np.asarray(made.images[0])[None]
 
 
 def make_images(pipe: Pipeline, prompts: Sequence[str], arguments: CallArguments) -> np.ndarray:
@@ -77,8 +120,9 @@ class Parity:
     Attributes:
         networks: those that ran.
         psnr: of the images that sdlite makes with these networks, dB; None where not all ran.
+        edit: of one image that is edited with them. None where there is no encoder, or not all ran.
         own: of the images that the target makes by itself, from the prompt on: its own tokenizer,
-            noise and sampler. None where it makes none.
+            noise and sampler; and last of its own edit. None where it makes none.
         reference: of the former to the images of another model: the float one that a quantized
             model was made of.
         not_run: why others did not run.
@@ -87,6 +131,7 @@ class Parity:
 
     networks: dict[str, Figures] = field(default_factory=dict)
     psnr: list[float] | None = None
+    edit: list[float] | None = None
     own: list[float] | None = None
     reference: list[float] | None = None
     not_run: dict[str, str] = field(default_factory=dict)
@@ -98,6 +143,7 @@ class Parity:
             f"{what} {min(found):.1f} dB, wanted {wanted:g}"
             for what, found, wanted in (
                 ("image PSNR", self.psnr, gate.psnr),
+                ("PSNR of an edited image", self.edit, gate.psnr),
                 ("PSNR of the target's own images", self.own, gate.psnr),
                 ("image PSNR to the reference", self.reference, gate.reference),
             )
@@ -147,18 +193,23 @@ def measure(
         made = with_networks(pipe, dict(networks))
         out.images = make_images(made, recording.prompts, recording.arguments)
         out.psnr = _each_psnr(recording.images, out.images)
+        if recording.edit is not None:
+            out.edit = _each_psnr(recording.edit, make_edit(made, recording))
         if reference is not None:
             out.reference = _each_psnr(reference, out.images)
     return out
 
 
 def measure_own(
-    recording: Recording, image: Callable[[str, int, int | None], np.ndarray]
+    recording: Recording,
+    image: Callable[[str, int, int | None], np.ndarray],
+    edit: Callable[[str, np.ndarray, float, int, int | None], np.ndarray],
 ) -> list[float]:
-    """PSNR in dB of the target's own images, made from the recording's prompts.
+    """PSNR in dB of the target's own images, made from the recording's prompts, and last of its own
+    edit, where there is one to compare with.
 
     Args:
-        image: see `targets.base.Running`.
+        image, edit: see `targets.base.Running`.
 
     Raises:
         InputError: the images have another size.
@@ -169,19 +220,16 @@ def measure_own(
         raise InputError(
             f"the target makes images {made[0].shape}, the model {recording.images.shape[1:]}."
         )
-    return _each_psnr(recording.images, np.stack(made))
+    out = _each_psnr(recording.images, np.stack(made))
+    if recording.edit is not None and recording.strength is not None:
+        first, source = recording.prompts[0], recording.images[0]
+        edited = edit(first, source, recording.strength, 0, steps)
+        out += _each_psnr(recording.edit, edited[None])
+    return out
 
 
 def _figures(network: Network, calls: Sequence[Call]) -> Figures:
-    signal, noise, worst = defaultdict[str, float](float), defaultdict[str, float](float), 0.0
-    for inputs, wanted in calls:
-        got = network(**inputs)
-        for name, right in wanted.items():
-            d = np.asarray(got[name], np.float64) - right
-            signal[name] += float(np.square(right, dtype=np.float64).sum())
-            noise[name] += float(np.square(d).sum())
-            worst = max(worst, float(np.abs(d).max()))
-    lowest = min(sqnr(signal[name], noise[name]) for name in signal)
+    lowest, worst = closeness(network, calls)
     return {"sqnr": min(lowest, MOST_SQNR), "max_error": worst, "calls": len(calls)}
 
 

@@ -39,7 +39,7 @@ class Gate:
     Attributes:
         psnr: PSNR of the images to the model's.
         reference: PSNR to the images of the float model that `export(reference=)` names.
-        text_encoder, unet, vae_decoder: SQNR of the network's outputs.
+        text_encoder, unet, vae_decoder, vae_encoder: SQNR of the network's outputs.
     """
 
     psnr: Decibel = None
@@ -47,6 +47,7 @@ class Gate:
     text_encoder: Decibel = None
     unet: Decibel = None
     vae_decoder: Decibel = None
+    vae_encoder: Decibel = None
 
     def wanted(self) -> dict[str, float]:
         """What is asked for, by name."""

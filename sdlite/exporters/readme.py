@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sdlite.exporters import snippets
 from sdlite.exporters.described import NetworkRow
 from sdlite.exporters.parity import Recording
-from sdlite.exporters.snippets import IMAGE, ONE
 from sdlite.exporters.targets.base import Runtime, Target
 from sdlite.pipeline import Pipeline
 from sdlite.spec import Tensor
@@ -53,12 +54,25 @@ _NO_ZERO_SNR = (  # do not know `rescale_betas_zero_snr`
 )
 
 
+@dataclass(frozen=True)
+class Told:
+    """What an export is of.
+
+    Attributes:
+        recording: of the model's calls; the first prompt is the code's.
+        left_out: part -> why it is not exported, of those that the model need not have.
+    """
+
+    target: Target[object]
+    recording: Recording
+    left_out: Mapping[str, str]
+
+
 def write(
     folder: Path,
     about: Mapping[str, NetworkRow],
     pipe: Pipeline,
-    target: Target[object],
-    recording: Recording,
+    export: Told,
     more: Sequence[str] = (),
 ) -> None:
     """Write README.md into an export.
@@ -66,10 +80,9 @@ def write(
     Args:
         about: its networks, see `sdlite.exporters.described.networks`.
         pipe: the model that was exported.
-        recording: of its calls; the first prompt is the code's.
         more: lines at its end.
     """
-    told, profile = target.runtime(), target.profile
+    recording, told, profile = export.recording, export.target.runtime(), export.target.profile
     numbers = _numbers(pipe, recording)
     lines = [
         f"# {pipe.artifact.name} for {told.title}",
@@ -83,16 +96,16 @@ def write(
             " info .` shows what the folder is."
         ),
         "",
-        *_table(about),
+        *_table(about, export.left_out),
         *_around(pipe, recording, numbers, about),
-        *([told.usage.strip("\n")] if told.usage else _code(told, numbers)),
+        *([told.usage.strip("\n")] if told.usage else _code(told, pipe, recording, numbers)),
         *([] if told.usage else _apart(pipe, numbers["CLASS"])),
         *more,
     ]
     (folder / FILE).write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
-def _table(about: Mapping[str, NetworkRow]) -> list[str]:
+def _table(about: Mapping[str, NetworkRow], left_out: Mapping[str, str]) -> list[str]:
     lines = ["## Networks", "", "| network | files | | name | dtype | shape | values |"]
     lines.append("|---|---|---|---|---|---|---|")
     for part, row in about.items():
@@ -108,7 +121,8 @@ def _table(about: Mapping[str, NetworkRow]) -> list[str]:
             name, dtype, values = tensor["name"], tensor["dtype"], tensor["range"]
             lines.append(f"| {first} | {kind} | `{name}` | {dtype} | {shape} | {values} |")
             first = " | "
-    return [*lines, ""]
+    said = [f"`{part}` is not here: {why}." for part, why in left_out.items()]
+    return [*lines, "", *(line for text in said for line in (text, ""))]
 
 
 def _zeros(tensor: Tensor, seen: np.ndarray) -> str:
@@ -190,7 +204,25 @@ def _around(
             f"- Decoder: gets latents / {numbers['SCALING']}{shift}; its pixels are -1 to 1, and (x"
             " / 2 + 0.5) x 255 is 0 to 255."
         ),
+        *_encoder(pipe, recording),
         "",
+    ]
+
+
+def _encoder(pipe: Pipeline, recording: Recording) -> list[str]:
+    """What the encoder takes and gives, where there is one."""
+    if "vae_encoder" not in recording.specs:
+        return []
+    shift = pipe.vae_config.get("shift_factor") or 0.0
+    scaled = f"(z - {shift})" if shift else "z"
+    drawn = recording.specs["vae_encoder"].output.name == "latent_parameters"
+    z = "mean + exp(log variance / 2) x unit normal noise" if drawn else "what it gives"
+    return [
+        (
+            "- Encoder, for edits: its pixels are 0 to 255 / 127.5 - 1; z is"
+            f" {z}, and latents are {scaled} x"
+            f" {pipe.vae_config['scaling_factor']}."
+        )
     ]
 
 
@@ -221,8 +253,10 @@ def _filled(code: str, numbers: Mapping[str, str]) -> str:
     return code.strip("\n")
 
 
-def _code(told: Runtime, numbers: Mapping[str, str]) -> list[str]:
-    """Two snippets: one network on numpy arrays, and an image."""
+def _code(
+    told: Runtime, pipe: Pipeline, recording: Recording, numbers: Mapping[str, str]
+) -> list[str]:
+    """Snippets: one network on numpy arrays, an image, and an edit of it."""
     return [
         "## Run one network",
         "",
@@ -233,7 +267,7 @@ def _code(told: Runtime, numbers: Mapping[str, str]) -> list[str]:
         told.code.strip("\n"),
         "",
         "",
-        _filled(ONE, numbers),
+        _filled(snippets.ONE, numbers),
         "```",
         "",
         "## Make an image",
@@ -244,7 +278,42 @@ def _code(told: Runtime, numbers: Mapping[str, str]) -> list[str]:
         ),
         "",
         "```python",
-        _filled(IMAGE, numbers),
+        _filled(snippets.IMAGE, numbers),
+        "```",
+        *_edit(pipe, recording, numbers),
+    ]
+
+
+def _edit(pipe: Pipeline, recording: Recording, numbers: Mapping[str, str]) -> list[str]:
+    """A snippet that edits the image, where there is an encoder and the sampler edits."""
+    if recording.strength is None:
+        return []
+    drawn = recording.specs["vae_encoder"].output.name == "latent_parameters"
+    spreads = pipe.family.spreads(pipe.index)
+    steps, shift = pipe.defaults.num_inference_steps, pipe.vae_config.get("shift_factor") or 0.0
+    factor = pipe.vae_config["scaling_factor"]
+    more = {
+        "ENCODED": (snippets.DRAWN if drawn else snippets.PLAIN).strip("\n"),
+        "FROM_ENCODER": f"(encoded - {shift}) * {factor}" if shift else f"encoded * {factor}",
+        "FIRST": (snippets.SPREAD if spreads else snippets.LAST).strip("\n"),
+        "STRENGTH": "0.6" if steps > 1 else "1.0",
+    }
+    return [
+        "",
+        "## Edit an image",
+        "",
+        (
+            "After the code above: the image is encoded, the noise of a later step is added, and"
+            " the steps from there on are made. To"
+        ),
+        (
+            "repaint a part of it, put the encoded image's own latents, with the noise of the next"
+            " timestep, in place of the rest after each"
+        ),
+        "step, and the image's own pixels in the end.",
+        "",
+        "```python",
+        _filled(snippets.EDIT, {**more, **numbers}),
         "```",
     ]
 

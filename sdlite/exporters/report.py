@@ -27,6 +27,7 @@ class ParityRow(TypedDict):
 
     networks: dict[str, Figures]
     psnr: list[float] | None
+    edit: list[float] | None
     own: list[float] | None
     reference: list[float] | None
     pictures: int
@@ -37,7 +38,8 @@ class ExportReport(TypedDict):
 
     `source`: precision of the graphs it was made of. `size`: (height, width) in pixels where shapes
     are fixed. `files` are what the target's converter made, `companions` the rest. `not_run`: part
-    -> why the runtime did not run it here. `picture_seconds`: of the target's own images.
+    -> why the runtime did not run it here, `left_out`: part -> why it is not exported, of those
+    that the model need not have. `picture_seconds`: of the target's own images.
     `failed`: what of the quality check does not hold.
     """
 
@@ -49,6 +51,7 @@ class ExportReport(TypedDict):
     source: str
     opset: int
     networks: dict[str, NetworkRow]
+    left_out: dict[str, str]
     size: list[int] | None
     size_multiple: int
     files: dict[str, FileRow]
@@ -69,6 +72,7 @@ def parity_row(parity: Parity, count: int) -> ParityRow:
     return {
         "networks": parity.networks,
         "psnr": parity.psnr,
+        "edit": parity.edit,
         "own": parity.own,
         "reference": parity.reference,
         "pictures": count,
@@ -129,22 +133,31 @@ def table(report: ExportReport) -> str:
         f" {report['checked_by']}"
     ]
     lines += [
-        f"  {p:<13} SQNR {n['sqnr']:.1f} dB, largest error {n['max_error']:.3g}, {n['calls']} calls"
+        f"  {p:<13} SQNR {n['sqnr']:.1f} dB, largest error {n['max_error']:.3g}, {n['calls']}"
+        f" call{'s' * (n['calls'] > 1)}, {_megabytes(report, p):.1f} MB"
         for p, n in parity["networks"].items()
     ]
     of = f"of {parity['pictures']}"
     if parity["psnr"]:
         lines.append(f"  images        PSNR {min(parity['psnr']):.1f} dB at worst {of}")
+    if parity["edit"]:
+        lines.append(f"  edited image  PSNR {parity['edit'][0]:.1f} dB")
     if parity["own"]:
-        lines.append(f"  from prompts  PSNR {min(parity['own']):.1f} dB at worst {of}, by itself")
+        lines.append(f"  from prompts  PSNR {min(parity['own']):.1f} dB at worst, by itself")
     if parity["reference"]:
         lines.append(f"  to reference  PSNR {min(parity['reference']):.1f} dB at worst")
     if seconds := report["picture_seconds"]:
         lines.append(_time(seconds))
     kept = {p: row["kept"] for p, row in report["networks"].items() if "kept" in row}
     lines += [f"  {p:<13} {why}" for p, why in kept.items()]
+    lines += [f"  left out      {p}: {why}" for p, why in report["left_out"].items()]
     lines += [f"  not run       {p}: {why}" for p, why in report["not_run"].items()]
     return "\n".join(lines)
+
+
+def _megabytes(report: ExportReport, part: str) -> float:
+    """Of a network's files."""
+    return sum(f["bytes"] for n, f in report["files"].items() if n.split("/")[0] == part) / 1e6
 
 
 def _time(seconds: Seconds) -> str:

@@ -30,17 +30,57 @@ scheduler = @CLASS@.from_pretrained("scheduler"@SETTINGS@)
 scheduler.set_timesteps(steps)
 generator = torch.Generator("cpu").manual_seed(seed)
 latents = torch.randn(@LATENTS@, generator=generator)
-latents = latents * scheduler.init_noise_sigma
-for t in scheduler.timesteps:
-    sample = scheduler.scale_model_input(latents, t).numpy()
-    timestep = np.array(t, np.float32)
-    answers = [unet(sample=sample, timestep=timestep, **c)["out_sample"] for c in conditions]
-    noise = answers[0]
-    if len(answers) == 2:
-        noise = answers[1] + guidance * (answers[0] - answers[1])
-    latents = scheduler.step(torch.from_numpy(noise), t, latents@NOISY@).prev_sample
-latents = latents.numpy() / np.float32(@SCALING@)@SHIFT@
-pixels = vae_decoder(latent_sample=latents)["sample"]
-image = np.clip(pixels[0].transpose(1, 2, 0) / 2 + 0.5, 0, 1)
-Image.fromarray((image * 255).round().astype(np.uint8)).save("image.png")
+
+
+def finished(latents, timesteps):
+    for t in timesteps:
+        sample = scheduler.scale_model_input(latents, t).numpy()
+        timestep = np.array(t, np.float32)
+        answers = [unet(sample=sample, timestep=timestep, **c)["out_sample"] for c in conditions]
+        noise = answers[0]
+        if len(answers) == 2:
+            noise = answers[1] + guidance * (answers[0] - answers[1])
+        latents = scheduler.step(torch.from_numpy(noise), t, latents@NOISY@).prev_sample
+    latents = latents.numpy() / np.float32(@SCALING@)@SHIFT@
+    pixels = vae_decoder(latent_sample=latents)["sample"]
+    image = np.clip(pixels[0].transpose(1, 2, 0) / 2 + 0.5, 0, 1)
+    return Image.fromarray((image * 255).round().astype(np.uint8))
+
+
+finished(latents * scheduler.init_noise_sigma, scheduler.timesteps).save("image.png")
+"""
+
+EDIT = """
+strength = @STRENGTH@  # the share of the steps that is made: more of it changes more
+image = Image.open("image.png").convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255 * 2 - 1
+generator = torch.Generator("cpu").manual_seed(seed)
+encoded = load("vae_encoder")(sample=np.ascontiguousarray(pixels))
+@ENCODED@
+@FIRST@
+if hasattr(scheduler, "set_begin_index"):
+    scheduler.set_begin_index(first)
+timesteps = scheduler.timesteps[first:]
+noise = torch.randn(encoded.shape, generator=generator)
+finished(scheduler.add_noise(encoded, noise, timesteps[:1]), timesteps).save("edited.png")
+"""
+# latents of the encoder's mean and log variance
+DRAWN = """
+mean, spread = np.split(encoded["latent_parameters"], 2, axis=1)
+spread = torch.from_numpy(np.exp(np.clip(spread, -30, 20) / 2))
+encoded = torch.from_numpy(mean) + spread * torch.randn(mean.shape, generator=generator)
+encoded = @FROM_ENCODER@
+"""
+PLAIN = """
+encoded = torch.from_numpy(encoded["latent_sample"])
+encoded = @FROM_ENCODER@
+"""
+# the steps that are made: the last of them, or all on the less noisy part of the schedule
+LAST = """
+scheduler.set_timesteps(steps)
+first = (steps - int(steps * strength)) * scheduler.order
+"""
+SPREAD = """
+scheduler.set_timesteps(steps, strength=strength)
+first = 0
 """

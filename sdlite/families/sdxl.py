@@ -71,7 +71,8 @@ class StableDiffusionXL(StableDiffusion):
     def overflowing(self, configs: Configs) -> dict[str, str]:
         vae = configs("vae")  # as diffusers reads it: AutoencoderKL's default is true
         upcast = vae.get("force_upcast", vae.get("_class_name") != "AutoencoderTiny")
-        return {"vae_decoder": "force_upcast in vae/config.json"} if upcast else {}
+        parts = ("vae_decoder", "vae_encoder") if upcast else ()
+        return dict.fromkeys(parts, "force_upcast in vae/config.json")
 
     def defaults(self, index: Config) -> tuple[int, float]:
         return 50, 5.0

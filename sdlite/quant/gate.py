@@ -4,16 +4,14 @@ each backend that runs it.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from sdlite import arguments, image_input
-from sdlite.backends import Network
-from sdlite.instrument import Call, Tape, with_networks
-from sdlite.metrics import psnr, sqnr, ssim, structure_distance
+from sdlite.instrument import Call, Tape, closeness, with_networks
+from sdlite.metrics import psnr, ssim, structure_distance
 from sdlite.pipeline import Pipeline
 from sdlite.spec import latent_size
 
@@ -198,7 +196,7 @@ def compare(
         ssim_mean=float(np.mean([ssim(a, b) for a, b in pairs])),
         structure_distance_mean=float(np.mean([structure_distance(a, b) for a, b in pairs])),
         worst=_named(at, prompts, gate),
-        networks={p: _closeness(pipe.network(p), held) for p, held in floats.items()},
+        networks={p: closeness(pipe.network(p), held)[0] for p, held in floats.items()},
     )
     return found, made
 
@@ -208,14 +206,3 @@ def _named(at: int, prompts: Sequence[str], gate: Gate) -> str:
     if at == len(prompts) * len(gate.seeds):
         return f"{prompts[0]!r}, seed {gate.seeds[0]}, edited"
     return f"{prompts[at // len(gate.seeds)]!r}, seed {gate.seeds[at % len(gate.seeds)]}"
-
-
-def _closeness(network: Network, calls: Sequence[Call]) -> float:
-    """SQNR in dB of a network over the calls of another; of several outputs the lowest."""
-    signal, noise = defaultdict[str, float](float), defaultdict[str, float](float)
-    for inputs, wanted in calls:
-        got = network(**inputs)
-        for name, right in wanted.items():
-            signal[name] += float(np.square(right, dtype=np.float64).sum())
-            noise[name] += float(np.square(got[name].astype(np.float64) - right).sum())
-    return min(sqnr(signal[name], noise[name]) for name in signal)

@@ -39,7 +39,7 @@ from sdlite.pipeline import Pipeline
 from sdlite.settings import At, settings
 from sdlite.spec import SPECS, Tensor
 from tests.conftest import EMOJI
-from tests.folders import relist
+from tests.folders import configure, relist
 
 PROMPTS = ["red apple", "dog face on a blue background"]
 NEEDS = {
@@ -76,7 +76,9 @@ def test_export_runs_on_its_runtime_and_holds_its_gate(target, tmp_path):
     )
     assert report["checked_by"] == "the runtime itself"
     assert min(report["parity"]["psnr"]) >= profile.load(target).gate.psnr
-    assert report["parity"]["networks"]["unet"]["calls"] == 6
+    assert report["parity"]["networks"]["unet"]["calls"] == 6 + 1  # an edit makes half of its steps
+    assert report["parity"]["edit"][0] >= profile.load(target).gate.psnr
+    assert report["left_out"] == {}
     on_disk = json.loads((tmp_path / "out/export-report.json").read_text())
     assert on_disk["files"].keys() == report["files"].keys()
     for name, about in on_disk["files"].items():
@@ -131,7 +133,7 @@ def test_fixed_graphs_have_at_most_four_axes_and_no_group_norm(tmp_path):
         num_inference_steps=1,
         threads=1,
     )
-    for part in ("text_encoder", "unet", "vae_decoder"):
+    for part in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
         proto = onnx.load(str(tmp_path / "out" / part / "model.onnx"), load_external_data=False)
         inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True).graph
         axes = {
@@ -159,7 +161,7 @@ def test_opset_of_the_profile(opset, tmp_path):
         threads=1,
     )
     assert report["opset"] == opset
-    for part in ("text_encoder", "unet", "vae_decoder"):
+    for part in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
         proto = onnx.load(str(tmp_path / "out" / part / "model.onnx"), load_external_data=False)
         assert [o.version for o in proto.opset_import] == [opset]
     assert report["parity"]["psnr"] == [100.0]
@@ -246,7 +248,8 @@ def test_a_broken_graph_fails_the_gate_and_nothing_is_written(tmp_path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
     failed = tmp_path / "out.failed"
     assert sorted(p.name for p in failed.iterdir()) == ["export-grid.png", "export-report.json"]
-    assert "unet SQNR" in json.loads((failed / "export-report.json").read_text())["failed"][1]
+    said = json.loads((failed / "export-report.json").read_text())["failed"]
+    assert any("unet SQNR" in line for line in said)
     _keeps_the_candidate(tmp_path, "onnx", "onnxruntime")
 
 
@@ -348,6 +351,73 @@ def test_the_gate_of_every_runtime_sees_a_network_that_changed_on_its_way(
     assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
     if target == "openvino":
         _keeps_the_candidate(tmp_path, target, target)
+
+
+def with_changed_mean(path):
+    """An encoder's graph whose latents' mean is a tenth too large; log variances stay."""
+    graph = Graph.load(path)
+    layer = graph.layers()[-1]  # a 1x1 convolution to both
+    weight = graph.weights[layer.weight].array().copy()
+    assert layer.name.startswith("quant_conv")
+    assert weight.shape == (16, 16, 1, 1)
+    weight[:8] *= np.float32(1.1)
+    graph.weights[layer.weight] = constant(weight)
+    return graph
+
+
+def test_the_gate_sees_an_encoder_with_a_wrong_mean(tmp_path, monkeypatch):
+    """Its log variances are some ten times larger, and right; the image changes little."""
+    from sdlite.exporters import handed
+
+    right = handed.shaped_graph
+
+    def wrong(artifact, part, *rest):
+        path = right(artifact, part, *rest)
+        if part == "vae_encoder":
+            with_changed_mean(path).save(path)
+        return path
+
+    monkeypatch.setattr(handed, "shaped_graph", wrong)
+    given = {"prompts": PROMPTS[:1], "num_inference_steps": 1, "threads": 1}
+    with pytest.raises(ExportError, match=r"PSNR of an edited image 4.*; vae_encoder SQNR 19"):
+        export(EMOJI, tmp_path / "out", target="onnx-fixed", **given)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
+
+
+def test_a_model_without_an_encoder_is_exported_and_it_is_said(copy, tmp_path):
+    manifest = json.loads((copy / "sdlite.json").read_text())
+    for parts in manifest["variants"].values():
+        del parts["vae_encoder"]
+    (copy / "sdlite.json").write_text(json.dumps(manifest))
+    out, given = tmp_path / "out", {"prompts": PROMPTS[:1], "num_inference_steps": 1, "threads": 1}
+    report = export(copy, out, target="onnx-fixed", **given)
+    assert report["parity"]["edit"] is None
+    assert "vae_encoder" not in report["networks"]
+    assert report["left_out"]["vae_encoder"].startswith("emoji holds none, so the export edits no")
+    assert "left out      vae_encoder: emoji holds none" in table(report)
+    text = (out / "README.md").read_text()
+    assert "`vae_encoder` is not here: emoji holds none" in text
+    assert "## Edit an image" not in text
+    pipe = Pipeline.from_pretrained(out, threads=1)
+    with pytest.raises(InputError, match="emoji holds no vae_encoder, which edits need"):
+        pipe(PROMPTS[0], image=np.zeros((64, 64, 3), np.uint8))
+
+
+def test_a_sampler_that_makes_no_part_of_a_schedule_exports_the_encoder_still(copy, tmp_path):
+    configure(copy / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=False)
+    relist(copy)
+    report = export(
+        copy,
+        tmp_path / "out",
+        target="onnx-fixed",
+        sampler="pndm-rk",
+        prompts=PROMPTS[:1],
+        num_inference_steps=4,
+        threads=1,
+    )
+    assert report["parity"]["edit"] is None
+    assert report["parity"]["networks"]["vae_encoder"]["calls"] == 1
+    assert "## Edit an image" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_pictures_of_the_reference_and_the_memory_ceiling(tmp_path, plain):
@@ -547,7 +617,7 @@ def test_mnns_converter_works_in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     export(EMOJI, "out", target="mnn", prompts=PROMPTS[:1], num_inference_steps=1, threads=1)
     folders = [c for c in seen if c is not None]
-    assert len(folders) == len(set(folders)) == 3
+    assert len(folders) == len(set(folders)) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -85,7 +85,9 @@ sys.__stdout__.write("\\n" + json.dumps(told) + "\\n")
 
 @pytest.fixture(scope="module")
 def ran(folders, tmp_path_factory):
-    """{target: what its README's two snippets printed}; image.png is in the folder's copy."""
+    """{target: what its README's snippets printed}; image.png and edited.png, an edit of it, are in
+    the folder's copy.
+    """
     pytest.importorskip("diffusers", reason="needs the torch extra")
     root = tmp_path_factory.mktemp("ran")
     code = {}
@@ -103,8 +105,9 @@ def ran(folders, tmp_path_factory):
         )
     for target, folder in folders.items():
         copy = shutil.copytree(folder, root / target)
-        one, image = re.findall(r"```python\n(.*?)```", (copy / "README.md").read_text(), re.S)
-        code[str(copy)] = one + image
+        every = re.findall(r"```python\n(.*?)```", (copy / "README.md").read_text(), re.S)
+        assert len(every) == 3
+        code[str(copy)] = "".join(every)
     done = subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps(code), capture_output=True, text=True
     )
@@ -136,6 +139,14 @@ def test_the_readmes_code_samples_as_the_export_does(sampler, ran):
     assert told == ["(1, 8, 8, 8)"], told
     own = pixels(Pipeline.from_pretrained(folder, threads=1))
     assert psnr(np.asarray(Image.open(folder / "image.png"))[None], own) > 80
+    assert edits_alike(folder, Pipeline.from_pretrained(folder, threads=1))
+
+
+def edits_alike(folder, pipe):
+    """Whether the code's edit of its image is sdlite's, and not the image."""
+    first, edited = (np.asarray(Image.open(folder / n)) for n in ("image.png", "edited.png"))
+    own = pixels(pipe, image=first, strength=0.6)
+    return psnr(edited[None], own) > 75 and psnr(edited, first) < 60
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -143,6 +154,7 @@ def test_the_readmes_code_runs_with_the_runtime_alone(target, ran, original):
     folder, told = ran[target]
     assert told == ["(1, 8, 8, 8)"], told
     assert psnr(np.asarray(Image.open(folder / "image.png"))[None], pixels(original)) > 80
+    assert edits_alike(folder, original)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -196,6 +208,11 @@ def test_an_export_opens_with_the_same_images(target, folders, original, tmp_pat
     assert (
         psnr(pixels(pipe, [PROMPT, "dog"], **call), pixels(original, [PROMPT, "dog"], **call)) > 80
     )
+    mask = np.zeros((64, 64, 3), np.uint8)
+    mask[:32] = 255
+    edit = {"image": pixels(original)[0], "mask_image": mask, "strength": 0.75}
+    assert psnr(pixels(pipe, "dog", **edit), pixels(original, "dog", **edit)) > 80
+    assert pipe.report.networks[-1].part == "vae_encoder"
     again = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "again"), threads=1)
     assert psnr(pixels(again), pixels(pipe)) > 80
     assert main(["verify", str(tmp_path / "again")]) == 0

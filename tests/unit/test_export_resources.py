@@ -55,7 +55,7 @@ def test_sizes_open_float16_weights_to_float32():
         p: (EMOJI / p / "diffusion_pytorch_model.safetensors").stat().st_size for p in ("unet",)
     }
     assert sizes["unet"] == pytest.approx(2 * stored["unet"], rel=0.1)
-    assert set(sizes) == {"text_encoder", "unet", "vae_decoder"}
+    assert set(sizes) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
 
 
 def test_too_little_disk_is_said_before_anything_is_made(tmp_path, monkeypatch):

@@ -234,6 +234,7 @@ def test_weights_of_a_large_network_stay_beside_it(page, tmp_path, monkeypatch):
         "text_encoder": None,
         "unet": "model.onnx.data",
         "vae_decoder": None,
+        "vae_encoder": None,
     }
 
 
@@ -359,7 +360,7 @@ def node(tmp_path):
     (tmp_path / "ort").mkdir()
     (tmp_path / "ort" / "ort.webgpu.bundle.min.mjs").write_text(_ORT)
     (tmp_path / "package.json").write_text('{"type": "module"}')
-    for file in ("sdlite.js", "tokenizer.js"):
+    for file in ("sdlite.js", "tokenizer.js", "editing.js"):
         shutil.copy(profile.assets() / "web" / file, tmp_path)
 
     def run(script, cases=()):

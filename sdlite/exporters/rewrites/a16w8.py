@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, helper
 
+from sdlite import image_input
 from sdlite.backends import RowByRow
 from sdlite.instrument import NamedOutputs, Watched, with_networks
 from sdlite.onnx_graph import Graph, Layer, constant
@@ -63,7 +64,7 @@ def observe(
     **arguments: Any,
 ) -> dict[str, dict[str, Range]]:
     """Ranges of the layers' inputs and outputs, zero included, while the pipeline makes images of
-    `prompts` (seed 1000 + i for prompt i).
+    `prompts` (seed 1000 + i for prompt i), and encodes them.
 
     Args:
         graphs: part -> graph of batch 1.
@@ -87,7 +88,9 @@ def observe(
         watched[p] = RowByRow(Watched(pipe.artifact.spec(p), session, visit))
     made = with_networks(pipe, watched)
     for i, prompt in enumerate(prompts):
-        made(prompt, seed=1000 + i, **arguments)
+        done = made(prompt, seed=1000 + i, **arguments)
+        if "vae_encoder" in watched:
+            watched["vae_encoder"](sample=image_input.pixels(done.images))
     return {p: {t: choose_range(h, "min-max") for t, h in seen[p].items()} for p in graphs}
 
 

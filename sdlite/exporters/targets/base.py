@@ -96,12 +96,15 @@ class Running:
         image: (prompt, seed, steps or None for the model's own) -> uint8 (H, W, 3), made by the
             target's own tokenizer, noise and sampler.
         clock: (prompt, steps) -> seconds of such images.
+        edit: (prompt, image uint8 (H, W, 3), strength, seed, steps or None) -> uint8 (H, W, 3),
+            edited by the target itself.
     """
 
     networks: Mapping[str, Network]
     close: Callable[[], None]
     image: Callable[[str, int, int | None], np.ndarray]
     clock: Callable[[str, int | None], Seconds]
+    edit: Callable[[str, np.ndarray, float, int, int | None], np.ndarray]
 
 
 class Target(Generic[Options]):
@@ -187,6 +190,10 @@ class Target(Generic[Options]):
             rows = [f'    "{p}": {json.dumps([t.name for t in ts])},' for p, ts in tensors.items()]
             code = code.replace(f"@{word}@", "\n".join(["{", *rows, "}"]))
         return code
+
+    def lacks(self, part: str) -> str:
+        """Why a network that a model need not have is left out; "" where it is exported."""
+        return ""
 
     def check(self, artifact: Artifact) -> None:
         """Refuse a model that the target cannot run, before any work.

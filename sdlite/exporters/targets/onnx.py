@@ -136,7 +136,7 @@ class Onnx(Target[Options]):
             return []
         precision = self.profile.precision
         entries: dict[str, NetworkRow] = {}
-        for part in artifact.parts:
+        for part in self.specs:
             graph = out / part / "model.onnx"
             beside = sorted(graph.parent.glob(f"{graph.name}.*"))
             entries[part] = {

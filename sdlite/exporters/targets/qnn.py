@@ -53,7 +53,7 @@ def load(part):
 """
 PROVIDER = "QNNExecutionProvider"
 OPERATORS = ("Conv", "MatMul", "Gemm")
-Part = Literal["text_encoder", "unet", "vae_decoder"]
+Part = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 
 
 @settings

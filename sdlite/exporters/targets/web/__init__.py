@@ -29,7 +29,7 @@ from sdlite.exporters.targets.base import NotRunnable, Running, Runtime, Target
 from sdlite.exporters.targets.onnx import write_graph
 from sdlite.exporters.targets.web import chromium
 from sdlite.exporters.targets.web.page import Page
-from sdlite.families import vae_config
+from sdlite.families import vae_config, vae_stride
 from sdlite.io import cache_root, scratch, write
 from sdlite.sampling import Schedule, get_sampler
 from sdlite.sampling.schedule import STEPS_OFFSET
@@ -62,6 +62,18 @@ const made = await pipe.generate({ prompt: "a red apple", seed: 0 });
 // made.pixels: RGBA, made.width, made.height
 ```
 """
+EDITED = """
+An image of the visitor's is edited so. A mask is one too, with one channel; what is 128 or more is
+painted anew:
+
+```js
+import { editing } from "./sdlite.js";
+
+const image = await editing.read(file); // a File or Blob
+const edited = await pipe.generate({ prompt: "a green apple", image, strength: 0.6, seed: 0 });
+// edited.calls: how many steps were made
+```
+"""
 
 
 @settings
@@ -86,7 +98,8 @@ class Web(Target[Options]):
 
     def runtime(self) -> Runtime:
         """The page, and a module for other pages."""
-        return Runtime("browsers, by onnxruntime-web", usage=USAGE)
+        edited = EDITED if "vae_encoder" in self.specs else ""
+        return Runtime("browsers, by onnxruntime-web", usage=USAGE + edited)
 
     def check(self, artifact: Artifact) -> None:
         """Refuse a model that the page does not run, and batches.
@@ -143,7 +156,7 @@ class Web(Target[Options]):
         config = artifact.config("text_encoder")
         tokenizer = ClipTokenizer.from_pretrained(artifact.files.part("tokenizer"), config)
         for name, content in (
-            ("web", page_settings(artifact, out, latent_shape)),
+            ("web", page_settings(artifact, tuple(self.specs), out, latent_shape)),
             ("tokenizer", tokenizer.to_json()),
         ):
             made.append(out / f"sdlite-{name}.json")
@@ -156,24 +169,28 @@ class Web(Target[Options]):
             raise NotRunnable(why)
         page = Page(folder, self.options.provider)
         networks = {part: page.network(spec) for part, spec in self.specs.items()}
-        return Running(networks, page.close, page.image, page.clock)
+        return Running(networks, page.close, page.image, page.clock, page.edit)
 
 
 def page_settings(
-    artifact: Artifact, folder: Path, latent_shape: Sequence[int]
+    artifact: Artifact, parts: Sequence[str], folder: Path, latent_shape: Sequence[int]
 ) -> dict[str, object]:
     """What `sdlite-web.json` holds, for the networks in `folder`."""
     vae = vae_config(artifact.config("vae"))
-    beside = {p: next((f.name for f in (folder / p).glob("*.data")), None) for p in artifact.parts}
+    stride = vae_stride(artifact.config("vae"))
+    beside = {p: next((f.name for f in (folder / p).glob("*.data")), None) for p in parts}
     return {
         "name": artifact.name,
         "sampler": artifact.samples_with,
         "latent_shape": latent_shape,
+        "size": [side * stride for side in latent_shape[2:]],
+        "preview": artifact.manifest.preview if artifact.manifest else None,
+        "spreads": artifact.family.spreads(artifact.index),
         "guidance_embedding": artifact.config("unet").get("time_cond_proj_dim"),
         "weights": beside,
         "bytes": {
             f"{p}/{f.name}": f.stat().st_size
-            for p in artifact.parts
+            for p in parts
             for f in sorted((folder / p).glob("model.onnx*"))
         },
         "scaling_factor": vae["scaling_factor"],

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -187,16 +188,50 @@ class Browser:
           ask();
         }})""")
 
-    def click(self, selector: str) -> None:
-        """A real mouse click in the middle of an element, which is scrolled into view."""
-        x, y = self.evaluate(f"""(() => {{
+    def _box(self, selector: str) -> tuple[float, float, float, float]:
+        """Left, top, width and height of an element, which is scrolled into view."""
+        left, top, width, height = self.evaluate(f"""(() => {{
           const element = document.querySelector({json.dumps(selector)});
           element.scrollIntoView({{block: "center", behavior: "instant"}});
           const box = element.getBoundingClientRect();
-          return [box.x + box.width / 2, box.y + box.height / 2];
+          return [box.x, box.y, box.width, box.height];
         }})()""")
-        for kind in ("mousePressed", "mouseReleased"):
-            self._send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        return left, top, width, height
+
+    def click(self, selector: str) -> None:
+        """A real mouse click in the middle of an element, which is scrolled into view."""
+        self.drag(selector, [(0.5, 0.5)])
+
+    def drag(self, selector: str, path: Sequence[tuple[float, float]], touch: bool = False) -> None:
+        """A mouse, or a finger, that goes down on an element, along a path, and up again.
+
+        Args:
+            path: points in shares of the element's width and height.
+        """
+        left, top, width, height = self._box(selector)
+        points = [{"x": left + x * width, "y": top + y * height} for x, y in path]
+        if touch:
+            kinds = ["touchStart", *("touchMove" for _ in points[1:])]
+            for kind, point in zip(kinds, points, strict=True):
+                self._send("Input.dispatchTouchEvent", type=kind, touchPoints=[point])
+            self._send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+            return
+        kinds = ["mousePressed", *("mouseMoved" for _ in points[1:]), "mouseReleased"]
+        held: dict[str, object] = {"button": "left", "buttons": 1, "clickCount": 1}
+        for kind, point in zip(kinds, [*points, points[-1]], strict=True):
+            self._send("Input.dispatchMouseEvent", type=kind, **point, **held)
+
+    def press(self, key: str, text: str = "") -> None:
+        """A key of the keyboard, by DOM's name; `text` is what it writes."""
+        for kind in ("keyDown", "keyUp"):
+            more = {"text": text} if text and kind == "keyDown" else {}
+            self._send("Input.dispatchKeyEvent", type=kind, key=key, **more)
+
+    def upload(self, selector: str, file: Path) -> None:
+        """Choose a file in an input, as its dialog does."""
+        script = f"document.querySelector({json.dumps(selector)})"
+        found = self._send("Runtime.evaluate", expression=script)["result"]["objectId"]
+        self._send("DOM.setFileInputFiles", files=[str(file)], objectId=found)
 
 
 def _serve(folder: Path, stack: ExitStack) -> int:

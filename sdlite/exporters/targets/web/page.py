@@ -56,6 +56,14 @@ class Page:
         made = cast(_Array, self.browser.evaluate(f"make_image({json.dumps(given)})"))
         return _received(made, np.uint8)[..., :3]
 
+    def edit(
+        self, prompt: str, image: np.ndarray, strength: float, seed: int, steps: int | None
+    ) -> np.ndarray:
+        """uint8 (H, W, 3): an edit of one, as a visitor of the page gets it."""
+        given = {"prompt": prompt, "seed": seed, "num_inference_steps": steps, "strength": strength}
+        script = f"edit_image({json.dumps(given)}, {json.dumps(_sent(image))})"
+        return _received(cast(_Array, self.browser.evaluate(script)), np.uint8)[..., :3]
+
     def clock(self, prompt: str, steps: int | None) -> Seconds:
         """Seconds as a visitor has them: a pipeline is opened anew, and three images follow."""
         given = {"prompt": prompt, "seed": 0, "num_inference_steps": steps}
@@ -99,6 +107,11 @@ globalThis.generate = ({num_inference_steps, ...given}) =>
 globalThis.make_image = async (given) => {
   const made = await generate(given);
   return sent(made.pixels, [made.height, made.width, 4]);
+};
+globalThis.edit_image = async (given, image) => {
+  const [height, width] = image.dims;
+  const data = Uint8Array.from(atob(image.data), (c) => c.charCodeAt(0));
+  return make_image({...given, image: {data, width, height, channels: 3}});
 };
 globalThis.clock = async (given) => {
   const begin = performance.now();
