@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks import published_models
 from benchmarks.env import environment
-from sdlite import metrics
+from sdlite import image_input, metrics
 from sdlite.errors import SdliteError
 
 RESULTS = Path(__file__).parent / "results" / "published.jsonl"
@@ -84,7 +84,7 @@ def diffusers_images(
     )
     pipe.set_progress_bar_config(disable=True)
     out = pipe(
-        prompts,
+        **({"prompt": prompts} | asked(model.pipeline, size, len(prompts))),
         height=size,
         width=size,
         num_inference_steps=model.steps,
@@ -92,7 +92,23 @@ def diffusers_images(
         output_type="np",
         generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
     )
-    return (out.images * 255).round().astype(np.uint8)
+    made = (out.images * 255).round().astype(np.uint8)
+    if more := asked(model.pipeline, size):  # sdlite keeps what is not painted, bit by bit
+        kept = np.asarray(more["mask_image"])[..., None] < 128
+        made = np.where(kept, np.asarray(more["image"]), made)
+    return made
+
+
+def asked(pipeline: str, size: int, count: int = 1) -> dict[str, Any]:
+    """What an inpainting pipeline is given besides, all steps of it; diffusers takes a list of
+    images and of masks where it is given a list of prompts.
+    """
+    if "Inpaint" not in pipeline:
+        return {}
+    image, mask = image_input.example(size, size)
+    if count == 1:
+        return {"image": image, "mask_image": mask, "strength": 1.0}
+    return {"image": [image] * count, "mask_image": [mask] * count, "strength": 1.0}
 
 
 def _dtypes(folder: Path) -> set[str]:
@@ -118,6 +134,7 @@ def sdlite_images(
     )
     out = pipe(
         prompts,
+        **asked(model.pipeline, size),
         seed=0,
         height=size,
         width=size,

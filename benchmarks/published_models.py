@@ -463,6 +463,12 @@ MODELS: dict[str, Published] = {
     "sd-inpainting": Published(
         UNET_SD1 | {"in_channels": 9}, "sd14", pipeline="StableDiffusionInpaintPipeline"
     ),
+    "sdxl-inpainting": Published(
+        SDXL_UNET | {"in_channels": 9},
+        "sdxl",
+        guidance=5.0,
+        **XL | {"pipeline": "StableDiffusionXLInpaintPipeline"},
+    ),
     "instruct-pix2pix": Published(
         UNET_SD1 | {"in_channels": 8}, "sd14", pipeline="StableDiffusionInstructPix2PixPipeline"
     ),

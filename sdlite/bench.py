@@ -124,6 +124,7 @@ def measure(job: Job) -> dict[str, Any]:
     Images are made until `job.seconds` have passed, at least `job.least` and at most fifty, after
     a first one that is reported alone.
     """
+    from sdlite.instrument import asked
     from sdlite.pipeline import Pipeline, PipelineOutput
 
     def run(pipe: Pipeline) -> PipelineOutput:
@@ -135,6 +136,7 @@ def measure(job: Job) -> dict[str, Any]:
             height=job.height,
             width=job.width,
             sampler=job.sampler,
+            **asked(pipe, job.height, job.width),
         )
 
     begin = time.perf_counter()

@@ -21,7 +21,7 @@ from sdlite._version import __version__
 from sdlite.artifact import Artifact
 from sdlite.checkpoints import PICKLED, is_file, sources
 from sdlite.errors import CONVERT_NEEDS, InputError, need
-from sdlite.families import LatentScale, listed_index, vae_config, vae_stride
+from sdlite.families import LatentScale, latent_channels, listed_index, vae_config, vae_stride
 from sdlite.files import Files
 from sdlite.io import alone, cache_root, check_out, read_json, scratch, writing
 from sdlite.manifest import Manifest, SamplerRow, write_manifest
@@ -181,7 +181,7 @@ def _preview(decoder: nn.Module, root: Path) -> list[list[float]] | None:
         pixels: np.ndarray = decoder(scale.to_decoder(torch.from_numpy(latents))).numpy()
         return pixels
 
-    channels = read_json(root / "unet" / "config.json")["in_channels"]
+    channels = latent_channels(read_json(root / "vae" / "config.json"))
     colors = preview.fitted(decode, channels)
     if not np.isfinite(colors).all():
         return None

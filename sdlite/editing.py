@@ -36,12 +36,13 @@ class Start:
 
     Attributes:
         latents: (B, C, h, w). noised: they are x at the solver's first call; else the first draw.
-        after: of `sampling.denoise`.
+        after, beside: of `sampling.denoise`.
     """
 
     latents: Array
     noised: bool = False
     after: Callable[[int, Array], Array] | None = None
+    beside: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,39 @@ class Edit:
             return Start(x0, noised=True)
         return Start(solver.add_noise(solver.begin, x0, first), noised=True, after=after)
 
+    def beside(
+        self,
+        encode: Encode,
+        solver: Sampler,
+        noise: Sequence[Draws],
+        drawn: Callable[[], Array],
+        posterior: bool,
+    ) -> Start:
+        """Latents to start with, for an inpainting UNet: it is given the mask and the image without
+        what the mask covers in every call, and nothing is blended. The arguments are `start`'s; the
+        image is encoded where a part of it is left in the noise, before the draw, as there.
+        """
+        pixels, painted = image_input.pixels(self.images), np.asarray(self.mask) >= 128
+        x0 = None if self.strength == 1 else encode(pixels, noise)
+        first = drawn()
+        rest = encode(np.where(painted, np.float32(0), pixels), noise)
+        mask = np.broadcast_to(self._latent_mask(rest), (len(rest), 1, *rest.shape[2:]))
+        beside = np.concatenate([mask, rest], axis=1)
+        if x0 is None:
+            return Start(first, beside=beside)
+        if solver.begin == len(solver):
+            return Start(x0, noised=True)
+        return Start(solver.add_noise(solver.begin, x0, first), noised=True, beside=beside)
+
+    def _latent_mask(self, latents: Array) -> Array:
+        """float32 (1, 1, h, w), 1 where it is painted: every stride-th pixel, as diffusers'."""
+        stride = self.images[0].size[0] // latents.shape[3]
+        painted = np.asarray(self.mask)[::stride, ::stride] >= 128
+        return painted[None, None].astype(np.float32)
+
     def _keeping(self, x0: Array, noise: Array, solver: Sampler) -> Callable[[int, Array], Array]:
         """What is not painted has the image's own latents after each step."""
-        stride = self.images[0].size[0] // x0.shape[3]
-        painted = np.asarray(self.mask)[::stride, ::stride] >= 128
-        mask = painted[None, None].astype(np.float32)
+        mask = self._latent_mask(x0)
 
         def after(call: int, x: Array) -> Array:
             kept = x0 if call == len(solver) else solver.add_noise(call, x0, noise)

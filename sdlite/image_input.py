@@ -127,6 +127,21 @@ def covering(image: Image, height: int, width: int) -> Image:
     return resized.crop((left, top, left + width, top + height))
 
 
+def example(height: int, width: int) -> tuple[Image, Image]:
+    """An image of that size in pixels and a mask of its right half, for models that must have them
+    where nobody gives any: soft colors, a bright disk across the mask's edge, and fine stripes.
+    """
+    y, x = np.mgrid[0:height, 0:width] / np.float32(max(height, width))
+    colors = np.stack([x, y, 1 - (x + y) / 2], axis=-1)
+    tall, wide = height / max(height, width), width / max(height, width)
+    colors[(x - wide / 2) ** 2 + (y - tall / 2) ** 2 < min(tall, wide) ** 2 / 16] = (1, 0.9, 0.2)
+    low = y > tall * 3 / 4
+    colors[low] = (np.sin(x * 200)[..., None][low] + 1) / 2
+    painted = np.zeros((height, width), np.uint8)
+    painted[:, width // 2 :] = 255
+    return from_array((colors * 255).astype(np.uint8)), from_array(painted)
+
+
 def crop_region(painted: Image, height: int, width: int, pad: int) -> Box:
     """The box around what a mask paints, `pad` pixels wider, then grown to the shape of height x
     width where the image has room.

@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdlite import memory
+from sdlite import image_input, memory
 from sdlite.artifact import Artifact
 from sdlite.backends import Network, Networks, Report, ready
 from sdlite.metrics import sqnr
 from sdlite.onnx_graph import Graph
 from sdlite.pipeline import Pipeline
-from sdlite.spec import Arrays, IOSpec
+from sdlite.spec import Arrays, IOSpec, latent_size
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -189,6 +189,20 @@ def on_demand(artifact: Artifact, threads: int | None, precision: str = "fp32") 
 def let_go(pipe: Pipeline) -> None:
     """Close the networks of an `on_demand` pipeline until they are called again."""
     pipe.networks.close()
+
+
+def asked(pipe: Pipeline, height: int | None = None, width: int | None = None) -> dict[str, Any]:
+    """What a call is given besides the prompt where nobody says: an inpainting model has to have
+    an image and a mask (`image_input.example`); others nothing.
+
+    Args:
+        height, width: pixels; None: the size that the model was made for.
+    """
+    if not pipe.inpaints:
+        return {}
+    tall, wide = pipe.networks.size or [s * pipe.stride for s in latent_size(pipe.unet_config)]
+    image, mask = image_input.example(height or tall, width or wide)
+    return {"image": image, "mask_image": mask}
 
 
 def with_networks(pipe: Pipeline, networks: Mapping[str, Network]) -> Pipeline:

@@ -220,6 +220,8 @@ class Pipeline(metaclass=_Class):
             families.vae_config(artifact.config("vae")),
         )
         self.stride = families.vae_stride(self.vae_config)
+        self.channels = families.latent_channels(self.vae_config)  # of the latents
+        self.inpaints = families.inpaints(self.unet_config, self.vae_config)
         self.defaults = artifact.sampler_defaults
         self.tiling: tiling.Tiling | None = None
         self._map: np.ndarray | None = None  # of previews
@@ -500,7 +502,7 @@ class Pipeline(metaclass=_Class):
 
     def init_latents(self, noise: Sequence[Draws], height: int, width: int) -> np.ndarray:
         """One generator per image -> unit normal latents float32 (B, C, height/8, width/8)."""
-        shape = (self.unet_config["in_channels"], height // self.stride, width // self.stride)
+        shape = (self.channels, height // self.stride, width // self.stride)
         return np.stack([n.normal(shape) for n in noise])
 
     def denoise(
@@ -513,6 +515,7 @@ class Pipeline(metaclass=_Class):
         uncond: np.ndarray | Conditions | None = None,
         guidance_scale: float = 1.0,
         noised: bool = False,
+        beside: np.ndarray | None = None,
         after: Callable[[int, np.ndarray], np.ndarray] | None = None,
         watch: Callable[[int, np.ndarray], None] | None = None,
     ) -> Iterator[np.ndarray]:
@@ -524,7 +527,7 @@ class Pipeline(metaclass=_Class):
             uncond: the same of the negative prompts; None runs without guidance, one network row
                 per image.
             noise: the images' generators, for samplers that draw again.
-            noised, after, watch: see `sampling.denoise`, for edits and previews.
+            noised, beside, after, watch: see `sampling.denoise`, for edits and previews.
         """
         unet = self.networks.unet
         return denoise(
@@ -536,6 +539,7 @@ class Pipeline(metaclass=_Class):
             uncond=uncond,
             guidance_scale=guidance_scale,
             noised=noised,
+            beside=beside,
             after=after,
             watch=watch,
         )
@@ -631,7 +635,7 @@ class Pipeline(metaclass=_Class):
             side = (fixed[0], fixed[1]) if fixed else (preview.SIDE, preview.SIDE)
             scale = families.LatentScale.of(self.vae_config)
             self._map = preview.fitted(
-                lambda z: self._decoded(scale.to_decoder(z)), self.unet_config["in_channels"], side
+                lambda z: self._decoded(scale.to_decoder(z)), self.channels, side
             )
         return self._map
 
@@ -736,6 +740,7 @@ class Pipeline(metaclass=_Class):
         solver = get_sampler(name, self.schedule, steps, control)
         seeds, noise = self._noise(seed, generator, len(prompts))
         edit = Edit.of(image, mask_image, strength, padding_mask_crop, len(prompts))
+        self._refuse_unmasked(edit)
         height, width = self._edit_size(edit, height, width)
         height, width, start = self._size(height, width, latents, len(prompts))
         self._within(len(prompts), height, width, max_pixels)
@@ -753,12 +758,9 @@ class Pipeline(metaclass=_Class):
             encoded = time.perf_counter()
             first = self._start(edit, solver, noise, sizes, start)
             started = time.perf_counter()
-            given: dict[str, Any] = {
-                "uncond": uncond,
-                "guidance_scale": scale,
-                "after": first.after,
-            }
-            given |= {"noised": first.noised, "watch": preview.watching(callback, call)}
+            given: dict[str, Any] = {"uncond": uncond, "guidance_scale": scale}
+            given |= {"noised": first.noised, "after": first.after, "beside": first.beside}
+            given |= {"watch": preview.watching(callback, call)}
             run = self.denoise(first.latents, cond, noise, solver, **given)
             x = first.latents
             for step, x in enumerate(self._bar(run, len(solver) - solver.begin, progress), 1):
@@ -1029,7 +1031,18 @@ class Pipeline(metaclass=_Class):
         if edit is None:
             return Start(drawn())
         posterior = self.vae_config.get("_class_name") != "AutoencoderTiny"
-        return edit.start(self.encode_image, solver, noise, drawn, posterior)
+        begin = edit.beside if self.inpaints else edit.start
+        return begin(self.encode_image, solver, noise, drawn, posterior)
+
+    def _refuse_unmasked(self, edit: Edit | None) -> None:
+        """Raises InputError where an inpainting model is not told what to paint."""
+        if self.inpaints and (edit is None or edit.mask is None):
+            lacks = "image and mask_image" if edit is None else "mask_image"
+            raise InputError(
+                f"{self.report.model} is an inpainting model, whose UNet reads an image and a mask:"
+                f" give {lacks} (white is painted anew; where all is white, nothing of the image is"
+                " kept)."
+            )
 
     def _within(self, count: int, height: int, width: int, most: int | None) -> None:
         """Refuse a call that is too large, before any work.
@@ -1061,7 +1074,7 @@ class Pipeline(metaclass=_Class):
     def _size(
         self, height: int | None, width: int | None, latents: np.ndarray | None, count: int
     ) -> tuple[int, int, np.ndarray | None]:
-        side, channels = latent_size(self.unet_config), self.unet_config["in_channels"]
+        side, channels = latent_size(self.unet_config), self.channels
         if self.networks.size is not None:
             side = (self.networks.size[0] // self.stride, self.networks.size[1] // self.stride)
         if latents is not None:

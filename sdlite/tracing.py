@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sdlite import families
-from sdlite.families import vae_stride
+from sdlite.families import latent_channels, vae_stride
 from sdlite.files import Files
 from sdlite.manifest import NetworkRow
 from sdlite.spec import IOSpec, latent_size, spec_of
@@ -182,7 +182,8 @@ def examples(
         *(torch.export.Dim(n, min=9 if multiple == 1 else 1, max=2048 // multiple) for n in "hw"),
     )
     tokens = torch.export.Dim("tokens", min=2, max=4096)  # prompts longer than one window
-    stride = vae_stride(dict(parts["vae_decoder"].module.config))
+    vae = dict(parts["vae_decoder"].module.config)
+    stride, channels = vae_stride(vae), latent_channels(vae)
     sample = torch.randn(2, unet.in_channels, *[max(16, side // multiple * multiple)] * 2)
     texts = [p for p in parts if p.startswith("text_encoder")]
     width = sum(parts[p].module.config.hidden_size for p in texts)
@@ -200,7 +201,7 @@ def examples(
                 **({"more": tuple({0: b} for _ in conditions)} if conditions else {}),
             },
         ),
-        "vae_decoder": ((sample,), {"latent_sample": {0: b, 2: h, 3: w}}),
+        "vae_decoder": ((sample[:, :channels],), {"latent_sample": {0: b, 2: h, 3: w}}),
         "vae_encoder": (
             (torch.randn(2, 3, *(stride * n for n in sample.shape[2:])),),
             {"sample": {0: b, 2: stride * h, 3: stride * w}},

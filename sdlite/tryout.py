@@ -32,11 +32,12 @@ def try_out(folder: Path) -> None:
     multiple = artifact.manifest.size_multiple if artifact.manifest else 1
     side = max(8 * stride, multiple)
     channels = artifact.config("unet")["in_channels"]
-    latents = np.stack([Noise(0).normal((channels, side // stride, side // stride))])
+    sample = np.stack([Noise(0).normal((channels, side // stride, side // stride))])
+    latents = sample[:, : families.latent_channels(artifact.config("vae"))]
     conditions, _ = artifact.family.conditions(
         _Encoders(artifact), families.Call([""], [], 1.0, side, side)
     )
-    _answer(artifact, "unet", sample=latents, timestep=np.array(500, np.float32), **conditions)
+    _answer(artifact, "unet", sample=sample, timestep=np.array(500, np.float32), **conditions)
     image = _answer(artifact, "vae_decoder", latent_sample=latents)["sample"]
     if image.shape != (1, 3, side, side):
         raise ArtifactError(

@@ -20,6 +20,7 @@ from sdlite.checkpoints.originals import Config
 from sdlite.checkpoints.unet_shape import PREFIX as UNET
 from sdlite.checkpoints.unet_shape import Shapes, UnknownShapeError, unet_shape
 from sdlite.errors import ArtifactError, InputError
+from sdlite.families import inpaints
 
 VAE = "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
@@ -89,11 +90,14 @@ class Layout:
         }
         for part in self.text_encoders:
             out[part] = ["transformers", *self.configs[part]["architectures"]]
+        kind = (
+            "InpaintPipeline" if inpaints(self.configs["unet"], self.configs["vae"]) else "Pipeline"
+        )
         if self.version == "xl":
-            own = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+            own = {"_class_name": f"StableDiffusionXL{kind}", "force_zeros_for_empty_prompt": True}
             return {**own, **out}
         return {
-            "_class_name": "StableDiffusionPipeline",
+            "_class_name": f"StableDiffusion{kind}",
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
             "safety_checker": [None, None],
@@ -137,8 +141,9 @@ def recognized(path: Path, shapes: Shapes, prediction_type: str | None = None) -
     Args:
         path: what errors call it.
         prediction_type: of a 2.x model; None takes what 2.1 at 768 px has, "v_prediction", as
-            diffusers does: names and shapes do not tell it from 2.1-base. 1.x and SDXL are
-            "epsilon" unless it is given, or an SDXL file has the marker `v_pred`.
+            diffusers does: names and shapes do not tell it from 2.1-base; one for inpainting is
+            "epsilon". So are 1.x and SDXL, unless it is given, or an SDXL file has the marker
+            `v_pred`.
 
     Raises:
         ArtifactError: another kind of file, or one that holds not all of a model.
@@ -164,6 +169,8 @@ def recognized(path: Path, shapes: Shapes, prediction_type: str | None = None) -
             f"{path} holds a UNet that no UNet2DConditionModel is: {e}. Fetch the file again, or"
             " give a diffusers folder, whose config.json says what it is."
         ) from None
+    if version == "2" and inpaints(configs["unet"], configs["vae"]):  # published at 512 px alone
+        prediction_type = prediction_type or "epsilon"
     scheduler = _scheduler(version, shapes, prediction_type)
     if version == "2" and scheduler["prediction_type"] == "epsilon":
         configs["unet"] |= originals.BASE_2

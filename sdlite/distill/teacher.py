@@ -56,6 +56,12 @@ class Teacher:
             )
         self.artifact, self._stamps = Artifact.open(folder), dict[str, str]()
         refuse_unfed(self.artifact)
+        if families.inpaints(*(self.artifact.config(p) for p in ("unet", "vae"))):
+            raise InputError(
+                f"teacher {folder} is an inpainting model, whose UNet reads an image and a mask:"
+                " distilling feeds it neither. Give the text-to-image model that it came from, or"
+                " compress it with sdlite quantize."
+            )
         part = self.artifact.files.part
         self.scheduler = self.artifact.config("scheduler")
         self.unet: UNet2DConditionModel = open_network(part("unet"))

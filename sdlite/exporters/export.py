@@ -146,6 +146,12 @@ def _exportable(
             f"{artifact.folder} failed its quality check ({'; '.join(artifact.failed)}); export a"
             " model that holds it."
         )
+    if families.inpaints(artifact.config("unet"), artifact.config("vae")):
+        raise InputError(
+            f"{artifact.name} is an inpainting model, whose UNet reads an image and a mask, and"
+            " exports make images of prompts alone. Its ONNX graphs run as they are: with"
+            " sdlite.Pipeline, or optimum's ORTStableDiffusionInpaintPipeline."
+        )
     artifact = artifact.with_sampler(arguments.optional(arguments.text, "sampler", sampler))
     assert artifact.manifest is not None
     known_sampler(artifact.sampler_name)  # before any work

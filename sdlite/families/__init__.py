@@ -22,6 +22,8 @@ from sdlite.families.base import Family as Family
 from sdlite.families.base import unet_arguments as unet_arguments
 from sdlite.families.configs import LatentScale as LatentScale
 from sdlite.families.configs import check_config as check_config
+from sdlite.families.configs import inpaints as inpaints
+from sdlite.families.configs import latent_channels as latent_channels
 from sdlite.families.configs import vae_config as vae_config
 from sdlite.families.configs import vae_stride as vae_stride
 from sdlite.families.sd import StableDiffusion, components

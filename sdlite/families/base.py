@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sdlite.families import snippets
+from sdlite.families.configs import inpaints
 from sdlite.spec import LATENT_SAMPLE, SPECS, Arrays, IOSpec, Tensor
 
 # Named arrays, one row per image, that go to the UNet as they are, in every step.
@@ -106,7 +107,12 @@ class Family:
             return replace(base, outputs=(LATENT_SAMPLE,))
         if part != "unet":
             return base
-        return replace(base, inputs=(*base.inputs, *self.unet_inputs(configs("unet"))))
+        unet, first = configs("unet"), base.inputs[0]
+        if inpaints(unet, configs("vae")):
+            shape = ("B", str(unet["in_channels"]), "h", "w")
+            said = f"{first.range}, the mask (1 is painted), the latents of the rest of the image"
+            first = replace(first, shape=shape, range=said)
+        return replace(base, inputs=(first, *base.inputs[1:], *self.unet_inputs(unet)))
 
     def guides_itself(self, unet: Config) -> bool:
         """Whether guidance is an input of the UNet, so that no second row is needed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -135,6 +136,19 @@ class LatentScale:
     def from_encoder(self, latents: T) -> T:
         """Latents (B, C, h, w) of the encoder -> those of the U-Net: (z - shift) * factor."""
         return cast(T, (cast(Any, latents) - self.shift) * self.factor)
+
+
+def latent_channels(vae: Mapping[str, Any]) -> int:
+    """Channels of the latents. `vae`: content of vae/config.json."""
+    channels: int = vae.get("latent_channels", 4)  # diffusers' own default
+    return channels
+
+
+def inpaints(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> bool:
+    """Whether a UNet is made for inpainting: beside the latents it takes a mask and the latents of
+    the image without what the mask covers. The arguments are contents of the two config.json.
+    """
+    return bool(unet.get("in_channels", 4) == 2 * latent_channels(vae) + 1)
 
 
 def vae_stride(config: Config) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from sdlite.families import snippets
 from sdlite.families.base import Call, Conditions, Config, Configs, Encoders, Family
+from sdlite.families.configs import inpaints, latent_channels
 from sdlite.spec import Tensor
 
 # Components of a pipeline that change nothing in its images, or that we have our own of.
@@ -134,8 +135,8 @@ def unfed(unet: Config, *fed: str) -> str:
 
 def misfit(unet: Config, vae: Config) -> str:
     """Why a UNet's latents are not the VAE's; "" where they are."""
-    takes, gives = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if takes != gives:
+    takes, gives = unet.get("in_channels", 4), latent_channels(vae)
+    if takes != gives and not inpaints(unet, vae):
         return f"its UNet takes {takes} channels, the latents have {gives}"
     if (out := unet.get("out_channels", 4)) != gives:
         return f"its UNet gives {out} channels, the latents have {gives}"

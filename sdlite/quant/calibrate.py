@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sdlite import arguments
+from sdlite import arguments, image_input
 from sdlite.backends import Network
 from sdlite.errors import InputError
-from sdlite.instrument import NamedOutputs, Visit, Watched, with_networks
+from sdlite.instrument import NamedOutputs, Visit, Watched, asked, with_networks
 from sdlite.pipeline import Pipeline
 from sdlite.quant.observe import OBSERVERS
 from sdlite.spec import Arrays
@@ -134,15 +134,17 @@ def walk(
     height, width = calibration.size or (None, None)
     specs = {p: pipe.artifact.spec(p) for p in sessions}
     first = [p for p in pipe.artifact.parts if p != "vae_decoder"]
+    around = {p: n for p, n in pipe.networks.parts.items() if p == "vae_encoder"}
     for i in range(samples):
         watched: dict[str, Network] = {p: Watched(specs[p], sessions[p], visit) for p in first}
-        with_networks(pipe, {**watched, "vae_decoder": later})(
+        with_networks(pipe, {**around, **watched, "vae_decoder": later})(
             prompts[i % len(prompts)],
             seed=calibration.seed + i,
             num_inference_steps=calibration.num_inference_steps,
             guidance_scale=calibration.guidance_scale,
             height=height,
             width=width,
+            **asked(pipe, height, width),
         )
         yield
     for p in first:
@@ -154,6 +156,8 @@ def walk(
         yield
     sessions["vae_decoder"].close()
     if "vae_encoder" in sessions:
-        for pixels in made:
+        # whatever people give: also black, white and saturated colors, which no image may have made
+        example, _ = image_input.example(*made[0].shape[2:])
+        for pixels in [*made, image_input.pixels([example])]:
             Watched(specs["vae_encoder"], sessions["vae_encoder"], visit)(sample=pixels)
         sessions["vae_encoder"].close()

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from sdlite import arguments, image_input
-from sdlite.instrument import Call, Tape, closeness, with_networks
+from sdlite.instrument import Call, Tape, asked, closeness, with_networks
 from sdlite.metrics import psnr, ssim, structure_distance
 from sdlite.pipeline import Pipeline
 from sdlite.spec import latent_size
@@ -136,6 +136,7 @@ def images(
             guidance_scale=gate.guidance_scale,
             height=height,
             width=width,
+            **asked(pipe, height, width),
         )
         out += [np.asarray(x) for x in made.images]
     if pipe.holds("vae_encoder"):
@@ -148,11 +149,11 @@ def _edited(pipe: Pipeline, prompt: str, gate: Gate, image: np.ndarray) -> np.nd
     steps = gate.num_inference_steps or pipe.defaults.num_inference_steps
     made = pipe(
         prompt,
-        image=image,
         strength=0.5 if steps > 1 else 0.0,
         seed=gate.seeds[0],
         num_inference_steps=gate.num_inference_steps,
         guidance_scale=gate.guidance_scale,
+        **{**asked(pipe, *image.shape[:2]), "image": image},
     )
     return np.asarray(made.images[0])
 
@@ -168,6 +169,7 @@ def calls(floats: Pipeline, prompts: Sequence[str], gate: Gate) -> dict[str, lis
         guidance_scale=gate.guidance_scale,
         height=height,
         width=width,
+        **asked(floats, height, width),
     )
     if "vae_encoder" in tapes:
         tapes["vae_encoder"](sample=image_input.pixels(made.images))

@@ -202,6 +202,37 @@ def test_few_step_samplers_edit_as_in_diffusers(folder, painted, masked):
     assert -10 * np.log10(np.square(right - out.images[0])[where].mean()) >= 60
 
 
+@pytest.mark.skipif(
+    published_models.merges_file() is None,
+    reason="CLIP's merges: pip install --no-deps open_clip_torch",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_inpainting_model_paints_as_in_diffusers(folder, painted):
+    """Its UNet has nine channels: latents, mask, and the latents of what is kept."""
+    image, mask = painted
+    source = folder("sd-inpainting")
+    theirs = diffusers.StableDiffusionInpaintPipeline.from_pretrained(source, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    where = np.asarray(mask) > 0
+    call = {"image": image, "mask_image": mask, "height": 64, "width": 64, "output_type": "np"}
+    with sdlite.Pipeline.from_pretrained(source, backend="torch", threads=1) as ours:
+        for steps, guidance, strength in ((4, 0.0, 0.5), (4, 5.0, 1.0), (25, 5.0, 0.6)):
+            call |= {"num_inference_steps": steps, "guidance_scale": guidance}
+            draws = torch.Generator().manual_seed(3)
+            right = theirs("a red fox", generator=draws, strength=strength, **call).images[0]
+            got = ours("a red fox", seed=3, strength=strength, **call).images[0]
+            assert -10 * np.log10(np.square(right - got)[where].mean()) >= 60
+            assert (np.round(got * 255) == np.asarray(image))[~where].all()
+        for more, lacks in (
+            ({}, "give image and mask_image"),
+            ({"image": image}, "give mask_image"),
+        ):
+            with pytest.raises(InputError, match=f"is an inpainting model.*{lacks}"):
+                ours("a red fox", **more)
+        zero = ours("a red fox", seed=3, **call | {"strength": 0.0})
+        assert zero.calls == 0
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_backends_edit_as_torch_does(painted, backend):
     pytest.importorskip(backend, reason=f"needs {backend}")

@@ -25,13 +25,12 @@ pytestmark = [
 ]
 REFUSED = {  # model -> what the line must name
     "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
-    "sd-inpainting": "StableDiffusionInpaintPipeline",
     "instruct-pix2pix": "StableDiffusionInstructPix2PixPipeline",
     "x4-upscaler": "StableDiffusionUpscalePipeline",
 }
 RUN = [m for m in published_models.MODELS if m not in REFUSED]
 # bk-sdm-base: its blocks are small-sd's; of SDXL's class, base and the two outermost shapes
-TWICE = ("bk-sdm-base", "sdxl-turbo", "sdxl-lightning", "vega", "koala-1b")
+TWICE = ("bk-sdm-base", "sdxl-inpainting", "sdxl-turbo", "sdxl-lightning", "vega", "koala-1b")
 CONVERTED = ("bk-sdm-v2-tiny",)  # all traits of SD-2.x in few layers; the others with -m slow
 
 

@@ -301,7 +301,7 @@ XL_INDEX = {
         ("unet", {"addition_embed_type": "text_image"}, "told no sizes"),
         ("unet", {"cross_attention_dim": 768}, "text of width 768.* give 768 and 1280"),
         ("unet", {"encoder_hid_dim": 4096}, "projected embeddings"),
-        ("unet", {"in_channels": 9}, "takes 9 channels"),
+        ("unet", {"in_channels": 8}, "takes 8 channels"),
         ("text_encoder_2", {"projection_dim": 512}, "pooled text of width 1280.* gives 512"),
         ("vae", {"latents_mean": [0, 0, 0, 0]}, "scales each channel"),
     ],

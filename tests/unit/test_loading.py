@@ -323,12 +323,6 @@ OTHERS = [
         "unet is of class OnnxRuntimeModel",
     ),
     (
-        "StableDiffusionInpaintPipeline",
-        {},
-        {"in_channels": 9},
-        "takes 9 channels, the latents have 4",
-    ),
-    (
         "StableDiffusionInstructPix2PixPipeline",
         {},
         {"in_channels": 8},
@@ -378,9 +372,9 @@ def test_other_kinds_are_refused_in_one_line_by_everything_that_opens_a_model(ot
 
 @pytest.mark.parametrize(
     "other",
-    OTHERS[:1] + OTHERS[6:7] + OTHERS[9:10],
+    OTHERS[:1] + OTHERS[6:7] + OTHERS[8:9],
     indirect=True,
-    ids=["sdxl", "inpaint", "unclip"],
+    ids=["sdxl", "pix2pix", "unclip"],
 )
 def test_other_kinds_are_refused_by_every_command(other, tmp_path, capsys):
     pytest.importorskip("onnxscript", reason="needs the export extra")

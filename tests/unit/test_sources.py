@@ -21,7 +21,7 @@ import diffusers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from benchmarks import published_models  # noqa: E402
-from sdlite import families, metrics  # noqa: E402
+from sdlite import families, image_input, metrics  # noqa: E402
 from sdlite.artifact import Artifact  # noqa: E402
 from sdlite.checkpoints import (  # noqa: E402
     embeddings,
@@ -212,12 +212,17 @@ def test_markers_of_sdxl_files(tmp_path):
             layouts.recognized(path, {**shapes, marker: (1,)})
 
 
-def test_an_sdxl_inpainting_file_is_told(tmp_path):
-    shapes = {**header(XL_UNET), f"{layouts.UNET}input_blocks.0.0.weight": (320, 9, 3, 3)}
-    layout = layouts.recognized(tmp_path / "x.safetensors", shapes)
-    assert "its UNet takes 9 channels" in families.refusal("x", layout.index, layout.config)
-    plain = layouts.recognized(tmp_path / "x.safetensors", header(XL_UNET))
-    assert families.refusal("x", plain.index, plain.config) == ""
+def test_an_sdxl_file_for_inpainting_is_known_by_its_channels(tmp_path):
+    for channels, kind in ((9, "InpaintPipeline"), (4, "Pipeline"), (8, None)):
+        first = f"{layouts.UNET}input_blocks.0.0.weight"
+        shapes = {**header(XL_UNET), first: (320, channels, 3, 3)}
+        layout = layouts.recognized(tmp_path / "x.safetensors", shapes)
+        why = families.refusal("x", layout.index, layout.config)
+        if kind is None:
+            assert "its UNet takes 8 channels" in why
+        else:
+            assert why == ""
+            assert layout.index["_class_name"] == f"StableDiffusionXL{kind}"
 
 
 def test_unets_that_diffusers_has_no_configuration_for_are_told(tmp_path):
@@ -400,12 +405,48 @@ def test_damaged_files_are_one_line(file, tmp_path):
     refused(tmp_path / "none.safetensors", tmp_path, "does not exist")
 
 
-def test_inpainting_checkpoints_are_told(file, tmp_path):
-    tensors = load_file(file)
+def with_channels(tensors, more):
+    """The checkpoint with further channels of the latents."""
     name = "model.diffusion_model.input_blocks.0.0.weight"
-    tensors[name] = torch.cat([tensors[name], tensors[name][:, :4], tensors[name][:, :1]], dim=1)
-    save_file(tensors, tmp_path / "inpaint.safetensors")
-    refused(tmp_path / "inpaint.safetensors", tmp_path, "its UNet takes 9 channels")
+    return tensors | {
+        name: torch.cat([tensors[name], tensors[name].flip(1).repeat(1, 2, 1, 1)[:, :more]], dim=1)
+    }
+
+
+def test_a_file_of_another_number_of_channels_is_told(file, tmp_path):
+    save_file(with_channels(load_file(file), 4), tmp_path / "edit.safetensors")
+    refused(tmp_path / "edit.safetensors", tmp_path, "its UNet takes 8 channels")
+
+
+def test_the_image_of_an_inpainting_file_is_diffusers(file, tmp_path):
+    save_file(with_channels(load_file(file), 5), tmp_path / "inpaint.safetensors")
+    got = sources.prepared(tmp_path / "inpaint.safetensors", Extras(), fresh(tmp_path))
+    pipe = diffusers.StableDiffusionInpaintPipeline.from_single_file(
+        str(tmp_path / "inpaint.safetensors"),
+        config=str(got.folder),
+        local_files_only=True,
+        safety_checker=None,
+    )
+    image, mask = image_input.example(SIZE, SIZE)
+    right = theirs(pipe, image=image, mask_image=mask)
+    half = SIZE // 2  # what is painted
+    made = ours(got.folder, image=image, mask_image=mask)
+    assert same(made[:, half:], right[:, half:])
+    other = ours(got.folder, image=image.rotate(180), mask_image=mask)
+    assert not same(other[:, half:], right[:, half:])
+
+
+def test_a_2x_inpainting_file_predicts_noise(folders, tmp_path):
+    save_file(with_channels(ldm.checkpoint(folders("sd21")), 5), tmp_path / "two.safetensors")
+    shapes = single_file.Header.read(tmp_path / "two.safetensors").shapes
+    layout = layouts.recognized(tmp_path / "two.safetensors", shapes)
+    assert layout.scheduler["prediction_type"] == "epsilon"
+    assert layout.configs["unet"]["sample_size"] == 64
+    plain = {
+        k: (v[0], 4, *v[2:]) if k.endswith("input_blocks.0.0.weight") else v
+        for k, v in shapes.items()
+    }
+    assert layouts.recognized(tmp_path / "x", plain).scheduler["prediction_type"] == "v_prediction"
 
 
 # --- pickles
