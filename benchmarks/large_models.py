@@ -47,10 +47,15 @@ XL = {
     "norm_num_groups": 32,
     "projection_class_embeddings_input_dim": 2816,
 }
+SD1 = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}
 WIDTHS: dict[str, dict[str, Any]] = {
-    "sd14": {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768},
+    "sd14": SD1,
+    "sd21-base": SD1 | {"cross_attention_dim": 1024, "norm_num_groups": 32},
+    "lcm-dreamshaper": SD1,
+    "vega": XL,
     "ssd-1b": XL,
 }
+TEXTS = {"sd21-base": {"hidden_size": 1024, "intermediate_size": 4096}}
 
 CHILD = """
 import json, sys, time
@@ -82,7 +87,7 @@ def true_shape(name: str) -> Published:
         model,
         unet=model.unet | WIDTHS[name],
         vae=model.vae | VAE,
-        text=model.text | TEXT,
+        text=model.text | TEXTS.get(name, TEXT),
         text_2=model.text_2 and model.text_2 | TEXT_2,
     )
 

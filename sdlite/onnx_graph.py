@@ -221,9 +221,13 @@ class Graph:
                 )
         return out
 
-    def save(self, path: Path) -> list[Path]:
+    def save(self, path: Path, whole: bool = False) -> list[Path]:
         """Write `path` and its weights beside it (safetensors bytes as ONNX external data). Returns
         the files.
+
+        Args:
+            whole: weights that are stored in float16 are written in float32, which is what they are
+                computed in.
         """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
@@ -231,7 +235,7 @@ class Graph:
         large: dict[str, tuple[Weight, np.dtype[np.generic]]] = {}
         casts = []
         for name, w in self.weights.items():
-            half = w.half and w.dtype == np.float32
+            half = w.half and w.dtype == np.float32 and not whole
             if w.size * w.dtype.itemsize < _SMALL:
                 proto.graph.initializer.append(numpy_helper.from_array(w.array(), name))
                 continue

@@ -114,6 +114,30 @@ class _Later:
         return {"sample": np.broadcast_to(np.float32(0), (b, 3, h * self.stride, w * self.stride))}
 
 
+class _Silence:
+    """Stands for the UNet while prompts are encoded."""
+
+    def __init__(self, channels: int):
+        self.channels = channels
+
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
+        b, _, *size = inputs["sample"].shape
+        return {"out_sample": np.zeros((b, self.channels, *size), np.float32)}
+
+
+class _Kept:
+    """A text encoder's answers: kept while there is a network, and given again without it."""
+
+    def __init__(self, answers: dict[bytes, Arrays], network: Network | None = None):
+        self.answers, self.network = answers, network
+
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
+        key = b"".join(x.tobytes() for x in inputs.values())
+        if self.network is not None:
+            self.answers[key] = self.network(**inputs)
+        return self.answers[key]
+
+
 def walk(
     pipe: Pipeline,
     calibration: Calibration,
@@ -121,10 +145,10 @@ def walk(
     visit: Visit,
     samples: int,
 ) -> Iterator[None]:
-    """Run the calibration images through watched networks: all of them up to their latents, then
-    all through the decoder, and the decoder's images through the encoder where there is one, so
-    that the networks whose tensors are the largest are never in memory together. Yields after each
-    half of an image.
+    """Run the calibration images through watched networks: all prompts through the text encoders,
+    all images up to their latents, then all through the decoder, and the decoder's images through
+    the encoder where there is one, so that the networks whose tensors or weights are the largest
+    are never in memory together. Yields after each half of an image.
 
     Args:
         sessions: part -> graph with extra outputs. They are closed when their part is done.
@@ -133,11 +157,11 @@ def walk(
     prompts, later = calibration.shown, _Later(pipe.stride)
     height, width = calibration.size or (None, None)
     specs = {p: pipe.artifact.spec(p) for p in sessions}
-    first = [p for p in pipe.artifact.parts if p != "vae_decoder"]
     around = {p: n for p, n in pipe.networks.parts.items() if p == "vae_encoder"}
-    for i in range(samples):
-        watched: dict[str, Network] = {p: Watched(specs[p], sessions[p], visit) for p in first}
-        with_networks(pipe, {**around, **watched, "vae_decoder": later})(
+    answers: dict[str, dict[bytes, Arrays]] = {p: {} for p in pipe.tokenizers}
+
+    def image(i: int, networks: dict[str, Network]) -> None:
+        with_networks(pipe, {**around, **networks})(
             prompts[i % len(prompts)],
             seed=calibration.seed + i,
             num_inference_steps=calibration.num_inference_steps,
@@ -146,9 +170,19 @@ def walk(
             width=width,
             **asked(pipe, height, width),
         )
-        yield
-    for p in first:
+
+    silence = _Silence(pipe.unet_config["out_channels"])
+    for i in range(samples):
+        texts = {p: _Kept(answers[p], Watched(specs[p], sessions[p], visit)) for p in answers}
+        image(i, {**texts, "unet": silence, "vae_decoder": _Later(pipe.stride)})
+    for p in answers:
         sessions[p].close()
+    kept = {p: _Kept(answers[p]) for p in answers}
+    for i in range(samples):
+        unet = Watched(specs["unet"], sessions["unet"], visit)
+        image(i, {**kept, "unet": unet, "vae_decoder": later})
+        yield
+    sessions["unet"].close()
     made, decoder = [], Watched(specs["vae_decoder"], sessions["vae_decoder"], visit)
     for latents in later.given:
         made.append(np.clip(decoder(latent_sample=latents)["sample"], -1, 1))

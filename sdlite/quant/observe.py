@@ -11,10 +11,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sdlite.errors import InputError
+from sdlite.quant.summaries import SAMPLE
 
 BINS = 4096
-SAMPLE = 1 << 18  # values of one array that go into the histogram; minimum and maximum see all
 OBSERVERS = ("min-max", "percentile", "mse")
+
+
+def spread(x: np.ndarray) -> np.ndarray:
+    """At most `SAMPLE` of the values of `x`, evenly spread, as `summaries.values` takes them."""
+    flat = x.reshape(-1)
+    return flat[:: -(-flat.size // SAMPLE)]
 
 
 class Histogram:
@@ -32,8 +38,17 @@ class Histogram:
         Raises:
             InputError: a value is not finite.
         """
-        low, high = float(x.min()), float(x.max())
-        if not np.isfinite(low) or not np.isfinite(high):
+        self.add_some(float(x.min()), float(x.max()), spread(x), step, name)
+
+    def add_some(
+        self, low: float, high: float, some: np.ndarray, step: int = 0, name: str = ""
+    ) -> None:
+        """Count the values `some` (n,) of a tensor whose least and largest are `low` and `high`.
+
+        Raises:
+            InputError: a value is not finite.
+        """
+        if not np.isfinite([low, high, some.sum(dtype=np.float64)]).all():
             raise InputError(
                 f"activation {name or 'tensor'} is not finite at step {step}; the weights or the"
                 " calibration data are at fault: check that the float pipeline makes an image"
@@ -45,9 +60,7 @@ class Histogram:
         largest = max(abs(low), abs(high))
         if largest >= self.bound:
             self._grow(2.0 ** (np.floor(np.log2(largest)) + 1) if largest > 0 else 2.0**-30)
-        flat = x.reshape(-1)
-        flat = flat[:: -(-flat.size // SAMPLE)]
-        index = ((flat + self.bound) * (BINS / (2 * self.bound))).astype(np.int64)
+        index = ((some + self.bound) * (BINS / (2 * self.bound))).astype(np.int64)
         self.counts += np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
 
     def _grow(self, bound: float) -> None:
@@ -81,11 +94,23 @@ class ChannelMax:
         if x.ndim < 2:
             return
         a = np.abs(x)
-        seen = a.reshape(-1, x.shape[-1]).max(0)
-        self.values = seen if self.values is None else np.maximum(self.values, seen)
-        if x.ndim == 3 and x.shape[1] > 1:
-            self.first_token = max(self.first_token, float(a[:, 0].max()))
-            self.other_tokens = max(self.other_tokens, float(a[:, 1:].max()))
+        self.add_channels(a.reshape(-1, x.shape[-1]).max(0))
+        if x.ndim == 3:
+            self.add_tokens(a.max((0, 2)))
+
+    def add_shape(self, shape: np.ndarray) -> None:
+        """Take the tensor's shape, int64."""
+        self.shape = tuple(int(n) for n in shape)
+
+    def add_channels(self, largest: np.ndarray) -> None:
+        """Take the largest absolute value of each channel, (D,)."""
+        self.values = largest if self.values is None else np.maximum(self.values, largest)
+
+    def add_tokens(self, largest: np.ndarray) -> None:
+        """Take the largest absolute value of each token, (L,)."""
+        if len(largest) > 1:
+            self.first_token = max(self.first_token, float(largest[0]))
+            self.other_tokens = max(self.other_tokens, float(largest[1:].max()))
 
 
 def quantization_error(h: Histogram, low: float, high: float, levels: int = 256) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 from sdlite import arguments, disk, hub
 from sdlite.artifact import Artifact
 from sdlite.errors import InputError, PrecisionError, UnknownNameError
-from sdlite.instrument import on_demand
+from sdlite.instrument import LARGE, on_demand
 from sdlite.pipeline import Pipeline
 from sdlite.quant import insert
 from sdlite.quant.calibrate import Calibration
@@ -108,7 +108,7 @@ def open_float(
                 " starts from fp32 (or fp16) on onnxruntime: Pipeline.from_pretrained(model,"
                 " precision='fp32', backend='onnxruntime')."
             )
-        return on_demand(model.artifact.with_sampler(sampler), threads)
+        return on_demand(model.artifact.with_sampler(sampler), threads, aside=scratch / "float32")
     artifact = Artifact.open(hub.resolve(model, None))
     if artifact.export:
         raise InputError(
@@ -124,7 +124,7 @@ def open_float(
             f"{artifact.name} holds no float ONNX graphs (it holds: {held}); quantize the float"
             " model that it came from."
         )
-    return on_demand(artifact.with_sampler(sampler), threads)
+    return on_demand(artifact.with_sampler(sampler), threads, aside=scratch / "float32")
 
 
 def _converted(artifact: Artifact, folder: Path) -> Artifact:
@@ -182,13 +182,14 @@ def doubts(calibration: Calibration, gate: Gate) -> list[str]:
 
 
 def check_disk(artifact: Artifact, precision: str, out: Path) -> None:
-    """Whether there is room: calibration writes every network in float32, and the model has a
-    quarter of that at least.
+    """Whether there is room: calibration writes every network in float32, as does a large model in
+    float16, and the model has a quarter of that at least.
 
     Raises:
         InputError: too little disk, with what is needed and what is free.
     """
     floats = sum(disk.sizes(artifact, "fp32").values())
-    aside = floats if precision == "int8-static" else 0
+    widened = artifact.network("fp32", "unet")["storage"] == "float16" and floats >= 2 * LARGE
+    aside = floats if precision == "int8-static" or widened else 0
     if said := disk.lacking(precision, aside, floats // 4, out):
         raise InputError(said)

@@ -5,8 +5,7 @@ to them, and each layer's own error, by which the search puts layers back to flo
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from onnx import NodeProto
@@ -14,7 +13,7 @@ from onnx import NodeProto
 from sdlite.instrument import NamedOutputs, Visit
 from sdlite.metrics import sqnr
 from sdlite.onnx_graph import Graph, Layer
-from sdlite.quant import insert, rewrite
+from sdlite.quant import insert, rewrite, summaries
 from sdlite.quant.calibrate import walk
 from sdlite.quant.candidate import LayerRow, Part, Parts, Work
 from sdlite.quant.observe import ChannelMax, Histogram, choose_range
@@ -22,6 +21,7 @@ from sdlite.quant.observe import ChannelMax, Histogram, choose_range
 Graphs = dict[str, Graph]
 Layers = dict[str, list[Layer]]
 Ranges = dict[str, dict[str, insert.Range]]  # part -> tensor -> (low, high)
+TEXT = "encoder_hidden_states"
 SAMPLES = 4  # images that rewrites and the layers' own errors look at, at most
 
 
@@ -94,39 +94,31 @@ def float_parameters(graph: Graph) -> int:
     return sum(w.size for w in graph.weights.values() if w.dtype == np.float32)
 
 
-class _Echo(NamedOutputs):
-    """Also returns these inputs."""
-
-    def __init__(self, graph: Graph, path: Path, threads: int | None, echo: Iterable[str]):
-        super().__init__(graph, path, threads)
-        self.echo = set(echo)
-
-    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        return {**super().__call__(**inputs), **{k: v for k, v in inputs.items() if k in self.echo}}
-
-
-def _watching(work: Work, graph: Graph, name: str, tensors: set[str], echo: set[str]) -> _Echo:
-    """A session of a graph that returns `tensors`, and of its inputs those in `echo`."""
-    inputs = {i.name for i in graph.proto.graph.input}
-    path = work.scratch / f"{name}.onnx"
-    return _Echo(graph.outputs(sorted(tensors - inputs)), path, work.threads, echo & inputs)
+def _session(work: Work, graph: Graph, name: str) -> NamedOutputs:
+    return NamedOutputs(graph, work.scratch / f"{name}.onnx", work.threads)
 
 
 def _rewrite(
     work: Work, graphs: Graphs, keep: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, object]]:
     """Split and smooth the graphs in place, from one look at a few samples; what was done."""
-    linear = {p: _linear_inputs(g) for p, g in graphs.items()}
-    seen = {p: {x: ChannelMax() for x in linear[p] | _halves(g)} for p, g in graphs.items()}
-    sessions: dict[str, NamedOutputs] = {
-        p: _watching(work, g, f"{p}-rewrite", set(seen[p]), linear[p]) for p, g in graphs.items()
-    }
+    seen: dict[str, dict[str, ChannelMax]] = {}
+    sessions: dict[str, NamedOutputs] = {}
+    told: dict[tuple[str, str], Callable[[np.ndarray], None]] = {}
+    for p, graph in graphs.items():
+        widths, halves = _linear_inputs(graph), _halves(graph)
+        seen[p] = {x: ChannelMax() for x in widths.keys() | halves}
+        watched = summaries.shapes(summaries.channels(graph, widths), halves)
+        told |= {(p, summaries.channels_name(x)): seen[p][x].add_channels for x in widths}
+        told |= {(p, summaries.shape_name(x)): seen[p][x].add_shape for x in halves}
+        if TEXT in widths:
+            watched = summaries.tokens(watched, TEXT)
+            told[p, summaries.tokens_name(TEXT)] = seen[p][TEXT].add_tokens
+        sessions[p] = _session(work, watched, f"{p}-rewrite")
 
     def visit(part: str, _: int, name: str, x: np.ndarray) -> None:
-        if name in seen[part]:
-            seen[part][name].shape = x.shape
-            if name in linear[part]:
-                seen[part][name].add(x)
+        if tell := told.get((part, name)):
+            tell(x)
 
     _walk(work, sessions, visit, SAMPLES, "outliers")
     sessions.clear()
@@ -135,8 +127,13 @@ def _rewrite(
     return {p: _changed(g, seen[p], alpha, keep[p]) for p, g in graphs.items()}
 
 
-def _linear_inputs(graph: Graph) -> set[str]:
-    return {layer.input for layer in graph.layers() if layer.op != "Conv"}
+def _linear_inputs(graph: Graph) -> dict[str, int]:
+    """What Linear layers read -> its channels."""
+    return {
+        layer.input: graph.weights[layer.weight].shape[1 - layer.axis]
+        for layer in graph.layers()
+        if layer.op != "Conv"
+    }
 
 
 def _halves(graph: Graph) -> set[str]:
@@ -156,9 +153,9 @@ def _changed(
     """Split and smooth one graph in place; what was done."""
     shapes = {x: s.shape for x, s in seen.items() if s.shape}
     split = rewrite.split_concat(graph, shapes)
-    text = seen.get("encoder_hidden_states")
+    text = seen.get(TEXT)
     outlier = text is not None and text.first_token > 2 * text.other_tokens
-    first = rewrite.split_first_token(graph, "encoder_hidden_states") if outlier else []
+    first = rewrite.split_first_token(graph, TEXT) if outlier else []
     smooth = {} if alpha is None else rewrite.smooth(graph, seen, alpha, keep=keep)
     return {"split_concat": split, "split_first_token": first, "smooth": smooth}
 
@@ -181,11 +178,12 @@ def _histograms(work: Work, graphs: Graphs, layers: Layers) -> dict[str, dict[st
         inputs = {layer.input for layer in layers[p]}
         wanted = inputs | {layer.output for layer in layers[p] if layer.op == "Conv"}
         out[p] = {t: Histogram() for t in sorted(wanted)}
-        sessions[p] = _watching(work, graphs[p], f"{p}-observe", wanted, wanted)
+        sessions[p] = _session(work, summaries.values(graphs[p], out[p]), f"{p}-observe")
+    tensors = {(p, summaries.values_name(t)): t for p in out for t in out[p]}
 
     def visit(part: str, step: int, name: str, x: np.ndarray) -> None:
-        if name in out[part]:
-            out[part][name].add(x, step, f"{part}/{name}")
+        if t := tensors.get((part, name)):
+            out[part][t].add_some(float(x[0]), float(x[1]), x[2:], step, f"{part}/{t}")
 
     _walk(work, sessions, visit, None, "ranges")
     # the text encoder is cheap and its words are many: it sees every calibration prompt, not only
@@ -214,7 +212,7 @@ def _layer_sqnr(
     sessions = {}
     for p in graphs:
         twin = insert.insert(graphs[p], layers[p], ranges[p], scheme, twin=True)
-        sessions[p] = NamedOutputs(twin, work.scratch / f"{p}-twin.onnx", work.threads)
+        sessions[p] = _session(work, twin, f"{p}-twin")
     sums: dict[tuple[str, str], float] = {}
 
     def visit(part: str, _: int, name: str, x: np.ndarray) -> None:

@@ -32,7 +32,17 @@ from sdlite.images import to_uint8
 from sdlite.instrument import NamedOutputs, let_go, on_demand
 from sdlite.metrics import psnr, ssim, structure_distance
 from sdlite.onnx_graph import Graph
-from sdlite.quant import Calibration, Gate, insert, quantize, reports, rewrite, table
+from sdlite.quant import (
+    Calibration,
+    Gate,
+    insert,
+    observe,
+    quantize,
+    reports,
+    rewrite,
+    summaries,
+    table,
+)
 from sdlite.quant.calibrate import read_prompts, walk
 from sdlite.quant.gate import Comparison
 from sdlite.quant.observe import ChannelMax, Histogram, choose_range, quantization_error
@@ -163,6 +173,32 @@ def test_graph_round_trip_is_exact(emoji, unet, tmp_path):
         "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
     } <= names
     assert len(names) == len(unet.layers())
+
+
+def test_a_graph_says_what_numpy_would_of_its_tensors(unet, tmp_path, monkeypatch):
+    monkeypatch.setattr(summaries, "SAMPLE", 1000)
+    monkeypatch.setattr(observe, "SAMPLE", 1000)
+    inputs = unet_inputs()
+    layers = [x for x in unet.layers() if re.search(r"conv1$|attn2|ff\.net\.2", x.name)]
+    tensors = sorted({x.input for x in layers} | {x.output for x in layers})
+    widths = {x.input: unet.weights[x.weight].shape[1 - x.axis] for x in layers if x.op == "MatMul"}
+    assert "encoder_hidden_states" in widths
+    wanted = run(unet.outputs(sorted(set(tensors) - set(inputs))), tmp_path, inputs) | inputs
+    watched = summaries.shapes(summaries.channels(summaries.values(unet, tensors), widths), tensors)
+    seen = run(summaries.tokens(watched, "encoder_hidden_states"), tmp_path, inputs)
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    for name in tensors:
+        x, said = wanted[name], seen[summaries.values_name(name)]
+        np.testing.assert_allclose(said[:2], [x.min(), x.max()], **close)
+        np.testing.assert_allclose(said[2:], observe.spread(x), **close)
+        assert len(said) <= 1002
+        assert tuple(seen[summaries.shape_name(name)]) == x.shape
+    for name, width in widths.items():
+        largest = np.abs(wanted[name]).reshape(-1, width).max(0)
+        np.testing.assert_allclose(seen[summaries.channels_name(name)], largest, **close)
+    texts = np.abs(inputs["encoder_hidden_states"]).max((0, 2))
+    said = seen[summaries.tokens_name("encoder_hidden_states")]
+    np.testing.assert_allclose(said, texts, **close)
 
 
 def test_rewrites_leave_the_function(unet, tmp_path):
@@ -657,11 +693,11 @@ import sdlite.quant.api as api
 keep = sys.argv[2] == "keep"  # a broken observer that keeps what it sees
 if keep:
     from sdlite.quant.observe import Histogram
-    kept, right = [], Histogram.add
-    def add(self, x, *rest, **more):
-        kept.append(x.copy())
-        return right(self, x, *rest, **more)
-    Histogram.add = add
+    kept, right = [], Histogram.add_some
+    def add(self, low, high, some, *rest):
+        kept.append(some.copy())
+        return right(self, low, high, some, *rest)
+    Histogram.add_some = add
 prompts = read_prompts(sys.argv[3])
 api.quantize(
     sys.argv[4], "int8-static", out=sys.argv[5], threads=1,
@@ -702,14 +738,14 @@ def test_peak_memory_does_not_grow_with_samples(tmp_path):
 
 
 def test_disk_full_half_way_loses_nothing(tmp_path, monkeypatch):
-    def full(self, path):
+    def full(self, path, **more):
         if (
             "scratch" not in str(path)
             and path.name == "model.int8-static.onnx"
             and path.parent.name == "unet"
         ):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return right(self, path)
+        return right(self, path, **more)
 
     right = Graph.save
     monkeypatch.setattr(Graph, "save", full)
@@ -783,7 +819,30 @@ def test_networks_of_a_large_model_are_not_all_open_at_once(monkeypatch):
     assert held == ["vae_decoder"]
 
 
-def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path, monkeypatch):
+def test_a_large_model_in_float16_is_opened_from_a_copy_in_float32(tmp_path, monkeypatch):
+    artifact = Artifact.open(EMOJI)
+    assert artifact.network("fp32", "unet")["storage"] == "float16"
+    call = {"seed": 1, "num_inference_steps": 1, "guidance_scale": 1.0}
+
+    def made():
+        pipe = on_demand(artifact, 1, aside=tmp_path / "float32")
+        return np.asarray(pipe("pizza", **call).images[0])
+
+    image = made()
+    assert not (tmp_path / "float32").exists(), "a small one is not"
+    monkeypatch.setattr(instrument, "LARGE", 0)
+    assert psnr(image, made()) >= 60
+    copies = {p: (tmp_path / "float32" / f"{p}.onnx.data").stat().st_size for p in artifact.parts}
+    for part, size in copies.items():
+        stored = artifact.bytes_of(artifact.network_files("fp32", part))
+        assert size == pytest.approx(2 * stored, rel=0.15)
+    saved = []
+    monkeypatch.setattr(Graph, "save", lambda *_, **__: saved.append(1))
+    assert psnr(image, made()) >= 60
+    assert not saved, "copies are made once"
+
+
+def test_networks_are_never_open_together_while_calibrating(tmp_path, monkeypatch):
     artifact = Artifact.open(EMOJI)
     pipe, prompts = on_demand(artifact, 1), ["pizza", "red apple"]
     sessions = {
@@ -797,7 +856,7 @@ def test_unet_and_decoder_are_never_open_together_while_calibrating(tmp_path, mo
     decoded = []
 
     def visit(part, _step, name, values):
-        others = {"vae_decoder": ("text_encoder", "unet")}.get(part, ("vae_decoder",))
+        others = [p for p in sessions if p != part]
         assert [p for p in others if sessions[p]._open is not None] == []
         if part == "vae_decoder":
             decoded.append(values)
