@@ -77,19 +77,28 @@ def mask(name: str, given: object, size: tuple[int, int]) -> Image:
     return from_array(np.where(painted, np.uint8(255), np.uint8(0)))
 
 
-def alpha_mask(image: Image) -> Image:
+def alpha_mask(image: Image | str | Path) -> Image:
     """The mask of an image's transparency, as OpenAI's images API has it: transparent pixels are
     painted anew.
 
+    Args:
+        image: a PIL image or a path, turned as its EXIF says.
+
     Raises:
-        InputError: it has no transparency.
+        InputError: it has no transparency, or is a file that cannot be read.
     """
-    if "A" not in image.getbands():
+    from PIL import ImageOps
+
+    opened = ImageOps.exif_transpose(_opened("image", image))
+    if "transparency" in opened.info:
+        opened = opened.convert("RGBA")
+    if "A" not in opened.getbands():
+        where = f"{image} is" if isinstance(image, (str, Path)) else "the image is"
         raise InputError(
-            f"the image is in mode {image.mode!r}, without transparency; give one in RGBA, or a"
-            " mask of its own in black and white."
+            f"{where} in mode {opened.mode!r}, without transparency; give one in RGBA, or a mask of"
+            " its own in black and white."
         )
-    return from_array(np.uint8(255) - np.asarray(image.getchannel("A")))
+    return from_array(np.uint8(255) - np.asarray(opened.getchannel("A")))
 
 
 def extended(

@@ -315,8 +315,8 @@ class Pipeline(metaclass=_Class):
         return out
 
     def enable_vae_tiling(self, size_px: int | None = None, overlap: float = 0.25) -> None:
-        """Decode images larger than a tile in overlapping, blended tiles: the decoder's memory no
-        longer grows with the image.
+        """Decode images larger than a tile in overlapping, blended tiles, and encode those that are
+        edited so: the autoencoder's memory no longer grows with the image.
 
         Args:
             size_px: side of a tile, at most; default as in diffusers: the size that the autoencoder
@@ -551,10 +551,19 @@ class Pipeline(metaclass=_Class):
         Raises:
             InputError: the model holds no encoder.
         """
-        out = self.network("vae_encoder")(sample=pixels)
-        z = out.get("latent_sample")
-        if z is None:
-            mean, log_variance = np.split(out["latent_parameters"], 2, axis=1)
+        return self._encoded(pixels, noise, self.tiling)
+
+    def _encoded(
+        self, pixels: np.ndarray, noise: Sequence[Draws], tiles: tiling.Tiling | None
+    ) -> np.ndarray:
+        network, name = self.network("vae_encoder"), self.artifact.spec("vae_encoder").output.name
+
+        def encoded(tile: np.ndarray) -> np.ndarray:
+            return network(sample=tile)[name]
+
+        z = tiling.encode(encoded, pixels, tiles, self.stride) if tiles else encoded(pixels)
+        if name != "latent_sample":
+            mean, log_variance = np.split(z, 2, axis=1)
             spread = np.exp(np.clip(log_variance, -30, 20) * np.float32(0.5))
             z = mean + spread * np.stack([n.normal(mean.shape[1:]) for n in noise])
         return families.LatentScale.of(self.vae_config).from_encoder(
@@ -756,7 +765,7 @@ class Pipeline(metaclass=_Class):
             sizes = (height, width)
             cond, uncond = self.conditions(prompts, negatives, scale, *sizes, style, **more)
             encoded = time.perf_counter()
-            first = self._start(edit, solver, noise, sizes, start)
+            first = self._start(edit, solver, noise, sizes, start, call.tiling)
             started = time.perf_counter()
             given: dict[str, Any] = {"uncond": uncond, "guidance_scale": scale}
             given |= {"noised": first.noised, "after": first.after, "beside": first.beside}
@@ -1022,6 +1031,7 @@ class Pipeline(metaclass=_Class):
         noise: Sequence[Draws],
         size: tuple[int, int],
         given: np.ndarray | None,
+        tiles: tiling.Tiling | None,
     ) -> Start:
         """Where the loop starts: with the first draw, or with an image's latents."""
 
@@ -1032,7 +1042,7 @@ class Pipeline(metaclass=_Class):
             return Start(drawn())
         posterior = self.vae_config.get("_class_name") != "AutoencoderTiny"
         begin = edit.beside if self.inpaints else edit.start
-        return begin(self.encode_image, solver, noise, drawn, posterior)
+        return begin(lambda x, n: self._encoded(x, n, tiles), solver, noise, drawn, posterior)
 
     def _refuse_unmasked(self, edit: Edit | None) -> None:
         """Raises InputError where an inpainting model is not told what to paint."""

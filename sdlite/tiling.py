@@ -1,10 +1,11 @@
-"""Decode a large image in overlapping tiles: memory of one tile, whatever the image's size.
+"""Decode or encode a large image in overlapping tiles: memory of one tile, whatever its size.
 
-As diffusers' `AutoencoderKL.tiled_decode`: overlap and linear blend; but all tiles of an image
-have one size, spread evenly, where diffusers leaves narrow rests at the right and the bottom.
-Engines that compile for a shape compile once, and no tile sees only a strip. Each tile is decoded
-alone, and its norm layers see the tile alone: images differ slightly from those decoded at once,
-which is why it is an option.
+As diffusers' `AutoencoderKL.tiled_decode` and `tiled_encode`: overlap and linear blend; but all
+tiles of an image have one size, spread evenly, where diffusers leaves narrow rests at the right and
+the bottom.
+Engines that compile for a shape compile once, and no tile sees only a strip. Each tile is worked on
+alone, and its norm layers see the tile alone: images differ slightly from those made at once, which
+is why it is an option.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Tiling:
 
     def __str__(self) -> str:
         return (
-            f"VAE decoder in tiles of at most {self.size_px} px, {self.overlap:.0%} overlap,"
+            f"VAE in tiles of at most {self.size_px} px, {self.overlap:.0%} overlap,"
             " blended, where an image is larger than a tile"
         )
 
@@ -74,22 +75,40 @@ def decode(
 
     One row of tiles is held at a time, beside the image.
     """
-    most = tiling.size_px // stride
-    if max(latents.shape[2:]) <= most:
-        return network(latents)
-    (height, tops), (width, lefts) = (grid(n, most, tiling.overlap) for n in latents.shape[2:])
-    out = _Canvas(latents.shape[2] * stride, axis=2)
+    return _pieces(network, latents, tiling.size_px // stride, tiling.overlap, 1, stride)
+
+
+def encode(
+    network: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray, tiling: Tiling, stride: int
+) -> np.ndarray:
+    """Pixels (B, 3, H, W) -> latents, or their parameters, (B, C, h, w): as `decode`."""
+    return _pieces(network, pixels, tiling.size_px // stride, tiling.overlap, stride, 1)
+
+
+def _pieces(
+    network: Callable[[np.ndarray], np.ndarray],
+    given: np.ndarray,
+    most: int,
+    overlap: float,
+    taken: int,
+    made: int,
+) -> np.ndarray:
+    """A network's answer, of tiles of `most` latents: one latent is `taken` numbers of each side of
+    `given`, and `made` of the answer.
+    """
+    tall, wide = (n // taken for n in given.shape[2:])
+    if max(tall, wide) <= most:
+        return network(given)
+    (height, tops), (width, lefts) = (grid(n, most, overlap) for n in (tall, wide))
+    out = _Canvas(tall * made, axis=2)
     for top in tops:
-        row = _Canvas(latents.shape[3] * stride, axis=3)
+        lines = given[:, :, top * taken : (top + height) * taken]
+        row = _Canvas(wide * made, axis=3)
         for left in lefts:
             running.check()
-            row.add(
-                network(
-                    np.ascontiguousarray(latents[:, :, top : top + height, left : left + width])
-                ),
-                left * stride,
-            )
-        out.add(row.pixels, top * stride)
+            tile = lines[..., left * taken : (left + width) * taken]
+            row.add(network(np.ascontiguousarray(tile)), left * made)
+        out.add(row.pixels, top * made)
     return out.pixels
 
 

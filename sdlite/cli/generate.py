@@ -71,6 +71,8 @@ def _edit_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mask", type=Path, metavar="FILE", help="white is painted anew, the rest stays as it is"
     )
+    text = "painted is what is transparent, in --mask or else in --image, as in OpenAI's API"
+    group.add_argument("--alpha-mask", action="store_true", help=text)
     text = "share of the steps that is made; default: 0.8, with a mask 1"
     command.number(group, "--strength", text, 0, 1)
     text = "work on the mask and so many pixels around it alone"
@@ -107,7 +109,7 @@ def _sampling_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vae-tiling",
         action="store_true",
-        help="decode large images in tiles: less memory, slightly different pixels",
+        help="decode and encode large images in tiles: less memory, slightly different pixels",
     )
     text = "decode in tiles of at most PX pixels"
     most = arguments.MOST_PIXELS
@@ -148,7 +150,7 @@ def _run(args: argparse.Namespace) -> None:
         eta=args.eta,
         prompt_weighting=args.prompt_weighting,
         image=args.image,
-        mask_image=args.mask,
+        mask_image=_mask(args),
         strength=args.strength,
         padding_mask_crop=args.padding_mask_crop,
         progress=not args.quiet,
@@ -158,6 +160,22 @@ def _run(args: argparse.Namespace) -> None:
     if not args.quiet:
         terminal.say(*str(out.report).split("\n"))
     terminal.say(_wrote(out, paths))
+
+
+def _mask(args: argparse.Namespace) -> Any:
+    """The call's mask.
+
+    Raises:
+        InputError: --alpha-mask without a file, or with one that is not transparent.
+    """
+    if not args.alpha_mask:
+        return args.mask
+    from sdlite import image_input
+
+    given = args.mask or args.image
+    if given is None:
+        raise InputError("--alpha-mask is given without --image; give the image to edit.")
+    return image_input.alpha_mask(given)
 
 
 def _made(pipe: Pipeline, preview: Path | None, prompt: str, **arguments: Any) -> PipelineOutput:

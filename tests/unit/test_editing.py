@@ -191,6 +191,37 @@ def test_transparency_as_a_mask():
     assert array(image_input.alpha_mask(clear)).tolist() == [[0, 255]]
     with pytest.raises(InputError, match="mode 'RGB', without transparency"):
         image_input.alpha_mask(clear.convert("RGB"))
+    palette = Image.new("P", (2, 1), 1)
+    palette.putpixel((1, 0), 0)
+    palette.info["transparency"] = 0
+    assert array(image_input.alpha_mask(palette)).tolist() == [[0, 255]]
+
+
+def test_openais_mask_from_a_shell(pipe, apple, tmp_path, capsys):
+    """The image's own transparency, or another file's."""
+    from sdlite.cli import main
+
+    clear = apple.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.uint8(255) - np.asarray(half())))
+    clear.save(tmp_path / "clear.png")
+    apple.save(tmp_path / "apple.png")
+    where = np.asarray(half()) == 0
+    start = ["generate", "a ball", "--steps", "1", "--seed", "1", "--quiet", "--alpha-mask"]
+    for given in (["clear.png"], ["apple.png", "--mask", "clear.png"]):
+        out = tmp_path / "out.png"
+        files = [str(tmp_path / g) if g.endswith("png") else g for g in given]
+        assert main([*start, "--image", *files, "--out", str(out)]) == 0
+        made = np.asarray(Image.open(out))
+        assert (made[where] == np.asarray(apple)[where]).all()
+        assert (made[~where] != np.asarray(apple)[~where]).any()
+    for given, says in (
+        (["--image", "apple.png"], "without transparency"),
+        ([], "without --image"),
+    ):
+        files = [str(tmp_path / g) if g.endswith("png") else g for g in given]
+        assert main([*start, *files, "--out", str(tmp_path / "no.png")]) == 1
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "no.png").exists()
 
 
 WRONG = Image.new("RGB", (64, 64))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdlite.errors import InputError
-from sdlite.tiling import Tiling, decode, grid
+from sdlite.tiling import Tiling, decode, encode, grid
 
 FAST = {"num_inference_steps": 1, "guidance_scale": 1.0, "seed": 0}
 
@@ -97,6 +97,36 @@ def test_tiled_decode_is_about_as_close_to_the_whole_as_diffusers():
     assert 1e-3 < ours < 1.15 * theirs, (
         "tiles cannot be seen at all, or are seen more than diffusers' larger ones are"
     )
+
+
+@pytest.mark.parametrize("side", [(6, 11), (4, 9), (5, 5)])
+def test_encoding_in_tiles_is_encoding_where_a_latent_sees_its_own_pixels(side):
+    pixels = np.random.default_rng(0).random((2, 3, 8 * side[0], 8 * side[1])).astype(np.float32)
+    seen = []
+
+    def mean(tile):
+        seen.append(tile.shape[2:])
+        b, c, h, w = tile.shape
+        return tile.reshape(b, c, h // 8, 8, w // 8, 8).mean((3, 5))
+
+    got = encode(mean, pixels, Tiling(32, 0.25), 8)
+    assert len(seen) > 1
+    assert len(set(seen)) == 1
+    assert max(seen[0]) <= 32
+    np.testing.assert_allclose(got, mean(pixels), rtol=0, atol=1e-6)
+
+
+def test_an_edit_encodes_in_tiles_too(emoji):
+    image = emoji("pizza", height=128, width=128, **FAST).images[0]
+    call = {"image": image, "strength": 0.0, "output_type": "latent", **FAST}
+    whole = emoji("pizza", **call).images
+    try:
+        emoji.enable_vae_tiling(64)
+        tiled = emoji("pizza", **call).images
+    finally:
+        emoji.disable_vae_tiling()
+    assert tiled.shape == whole.shape
+    assert 1e-4 < np.abs(tiled - whole).mean() < 0.3 * np.abs(whole).mean()
 
 
 def test_pipeline_tiles_only_larger_pictures_and_says_so(emoji):
