@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlite import families, schema
-from sdlite.errors import ArtifactError, printable
+from sdlite.errors import ArtifactError, InputError, printable
 from sdlite.exported import Export
 from sdlite.files import TOKENIZER_FILES, Files, read_listing
 from sdlite.io import left_behind, plain, read_bytes, write_json
@@ -40,8 +41,9 @@ from sdlite.manifest import (
 )
 from sdlite.sampling import known_sampler, sampler_of
 from sdlite.spec import IOSpec
-from sdlite.weights import model_files, stem
+from sdlite.weights import check_variant, model_files, stem
 
+log = logging.getLogger("sdlite")
 GRAPH_BYTES = 64 << 20  # more than a graph has whose weights stand elsewhere
 ADAPTER = "adapter_config.json"
 # Keys of a configuration by which transformers and diffusers load code, kernels or other classes.
@@ -73,10 +75,17 @@ _COMPONENT = schema.each(schema.optional(TEXT), 2, 2)  # [library, class], or [n
 class Artifact:
     """An opened model folder. Its files are read through `files`, which verifies them."""
 
-    def __init__(self, folder: Path, manifest: Manifest | None, export: Export | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest | None,
+        export: Export | None = None,
+        variant: str | None = None,
+    ):
         self.folder, self.manifest, self.export = folder, manifest, export
         listed = self.listing.files if self.listing else None
-        self.files = Files(folder, listed, MANIFEST if manifest else REPORT if export else "")
+        listing = MANIFEST if manifest else REPORT if export else ""
+        self.files = Files(folder, listed, listing, variant=variant or "")
         self.index = self._index()
 
     def _index(self) -> schema.Json:
@@ -90,14 +99,18 @@ class Artifact:
         return out
 
     @classmethod
-    def open(cls, folder: str | Path, *, any_kind: bool = False) -> Artifact:
+    def open(
+        cls, folder: str | Path, *, any_kind: bool = False, variant: str | None = None
+    ) -> Artifact:
         """Read the manifest (or accept a plain diffusers folder); file contents are verified when
         they are loaded.
 
         Args:
             any_kind: open pipelines that sdlite does not run too, to look at them.
+            variant: of the weights of a plain folder, such as "fp16", where it has several.
 
         Raises:
+            UnknownNameError, InputError: a variant that the folder does not have, or cannot have.
             ArtifactError: not a model folder, a pipeline that sdlite does not run, or a manifest
                 that is damaged, unsafe or of another major version.
         """
@@ -123,6 +136,7 @@ class Artifact:
             folder,
             Manifest.from_dict(read_listing(folder, MANIFEST), path) if has else None,
             None if has else Export.open(folder),
+            variant,
         )
         if out.listing is None and (sign := out._lost()):
             raise ArtifactError(
@@ -133,7 +147,27 @@ class Artifact:
             if why := out.refusal():
                 raise ArtifactError(why)
             out._check_parts()
+        if variant is not None:
+            out._check_variant(variant)
         return out
+
+    def _check_variant(self, variant: str) -> None:
+        """Raises where no network has weights of a variant; says which have none."""
+        if self.listing is not None:
+            raise InputError(
+                f"variant={variant!r} is for diffusers folders and hub repositories; {self.folder}"
+                f" is a model of sdlite that holds {', '.join(self.listing.variants) or 'none'}:"
+                " choose one with precision=."
+            )
+        names = {p: self.files.part(p).names() for p in self.family.networks}
+        _, others = check_variant(variant, names, str(self.folder))
+        if others:
+            log.warning(
+                "%s has no %s of %s: the default weights are taken, as in diffusers",
+                self.folder,
+                variant,
+                ", ".join(others),
+            )
 
     def _check_parts(self) -> None:
         """Raises ArtifactError where a network is listed that the family does not have."""

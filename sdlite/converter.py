@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,6 +61,7 @@ def convert(
     prediction_type: str | None = None,
     from_pickle: bool = False,
     clip_skip: int | None = None,
+    variant: str | None = None,
 ) -> Path:
     """Make a model: the diffusers folder, ONNX graphs for its networks, and the manifest.
 
@@ -86,10 +88,14 @@ def convert(
             v_prediction for 2.x.
         from_pickle: whether pickled weights (.ckpt, .pt, .bin) may be read, by torch with
             weights_only=True, which runs no code.
-        clip_skip: how many layers of the text encoder the model does without, as diffusers counts
-            them: 1 reads the layer before the last. Of models with one text encoder; 0 to one less
-            than its layers. Negative prompts are read so too (diffusers reads these with all
-            layers). The manifest's student record says it.
+        clip_skip: how many layers of the text encoders the model does without, as diffusers counts
+            them: 1 reads the layer before the last (of SDXL, read before its last layer anyway, the
+            second before the last). 0 to one less than the layers of the shorter encoder. Negative
+            prompts are read so too (diffusers reads these with all layers). The manifest's student
+            record says it.
+        variant: of a folder's weights, such as "fp16" or "non_ema", where it has several. A network
+            without it is taken from its default weights, as in diffusers. None is the default
+            weights, or the only variant that is there.
 
     Returns:
         `out`.
@@ -98,7 +104,7 @@ def convert(
         ArtifactError: not a diffusers folder, a pipeline that sdlite does not run, or weights that
             are missing, damaged or not those of the config; also where what was written does not
             open again, and a LoRA or embedding of another base.
-        InputError: an argument cannot be used.
+        InputError, UnknownNameError: an argument cannot be used.
         MissingExtraError: a package of the extra `export` is not installed.
     """
     need("making ONNX graphs", "export", *CONVERT_NEEDS)
@@ -106,7 +112,15 @@ def convert(
     if sampler and "name" in sampler:
         known_sampler(arguments.text("sampler name", sampler["name"]))
     extras = sources.Extras(
-        lora, lora_skip_missing, embedding, vae, from_pickle, prediction_type, precision, clip_skip
+        lora,
+        lora_skip_missing,
+        embedding,
+        vae,
+        from_pickle,
+        prediction_type,
+        precision,
+        clip_skip,
+        variant,
     )
     said = {"clip_skip": clip_skip} if clip_skip else {}
     manifest = Manifest(name=name or (place.stem if is_file(place) else place.name))
@@ -121,7 +135,8 @@ def convert(
         for note in ready.notes:
             log.warning("%s", note)
         manifest.sampler = cast(SamplerRow, {**ready.sampler, **(sampler or {})})
-        _write(Artifact.open(ready.folder), out, manifest, {**said, **(student or {})})
+        opened = Artifact.open(ready.folder, variant=ready.variant)
+        _write(opened, out, manifest, {**said, **(student or {})})
     return out
 
 
@@ -219,20 +234,20 @@ def _drop_paths(path: Path) -> None:
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def convert_cached(source: Artifact) -> Artifact:
+def convert_cached(source: Artifact, clip_skip: int | None = None) -> Artifact:
     """`convert` into the user's cache, once for each state of the folder. Says so in the log.
 
-    The cache is `$SDLITE_CACHE` or `~/.cache/sdlite`; the key is the folder's path and its files'
-    names, sizes and times.
+    The cache is `$SDLITE_CACHE` or `~/.cache/sdlite`; the key is the folder's path, its files'
+    names, sizes and times, and what is asked for besides.
     """
     files = sorted(
         p for p in source.folder.rglob("*") if p.suffix in (".json", ".txt", ".safetensors")
     )
     state = [f"{p.relative_to(source.folder)} {_state(p)}" for p in files]
-    return _cached(source.folder, source.name, state)
+    return _cached(source.folder, source.name, state, clip_skip, source.files.variant or None)
 
 
-def convert_cached_file(path: Path) -> Artifact:
+def convert_cached_file(path: Path, clip_skip: int | None = None) -> Artifact:
     """`convert` of one file of weights into the user's cache, as `convert_cached`.
 
     Raises:
@@ -240,7 +255,7 @@ def convert_cached_file(path: Path) -> Artifact:
     """
     if path.suffix.lower() in PICKLED or not path.is_file():
         sources.check_file(path, from_pickle=False)
-    return _cached(path, path.stem, [_state(path)])
+    return _cached(path, path.stem, [_state(path)], clip_skip)
 
 
 def _state(path: Path) -> str:
@@ -248,15 +263,25 @@ def _state(path: Path) -> str:
     return f"{about.st_size} {about.st_mtime_ns}"
 
 
-def _cached(source: Path, name: str, state: list[str]) -> Artifact:
-    key = json.dumps([str(source.resolve()), __version__, *state]).encode()
+def _cached(
+    source: Path,
+    name: str,
+    state: list[str],
+    clip_skip: int | None = None,
+    variant: str | None = None,
+) -> Artifact:
+    asked = {"clip_skip": clip_skip, "variant": variant}
+    told = [f"{k}={v}" for k, v in asked.items() if v is not None]
+    key = json.dumps([str(source.resolve()), __version__, *state, *told]).encode()
     out = cache_root() / "onnx" / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
     if not out.exists():
-        _convert_once(source, name, out)
+        _convert_once(
+            source, out, partial(convert, name=name, clip_skip=clip_skip, variant=variant)
+        )
     return Artifact.open(out)
 
 
-def _convert_once(source: Path, name: str, out: Path) -> None:
+def _convert_once(source: Path, out: Path, make: Callable[[Path, Path], Path]) -> None:
     """Convert, or find what another process or thread has made meanwhile: one at a time, which also
     bounds the memory.
     """
@@ -269,7 +294,7 @@ def _convert_once(source: Path, name: str, out: Path) -> None:
             out,
         )
         try:
-            convert(source, out, name=name)
+            make(source, out)
         except InputError:
             if not out.exists():  # on a file system without locks another one may have been faster
                 raise

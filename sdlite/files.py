@@ -34,12 +34,14 @@ class Files:
         listed: path from `root` -> {sha256, bytes}; None for a plain folder.
         listing: name of the file that lists them.
         under: "" or "unet/": which folder of the model this is.
+        variant: of weights, such as "fp16", where a plain folder has several; "" is the default.
     """
 
     root: Path
     listed: Mapping[str, Mapping[str, Any]] | None = None
     listing: str = ""
     under: str = ""
+    variant: str = ""
     _whole: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
 
     @classmethod

@@ -44,14 +44,13 @@ CALL: Table = {
     "return_dict": ((True,), "the answer is a PipelineOutput: .images is the tuple's first entry"),
     "cross_attention_kwargs": ((None, {}), "a LoRA's scale is fused into the weights"),
     "guidance_rescale": ((None, 0.0), "it is not supported; leave it out"),
-    "clip_skip": ((None,), "it is the model's: num_hidden_layers in text_encoder/config.json"),
+    "clip_skip": ((None,), "it is the model's: sdlite.convert(..., clip_skip=N) (--clip-skip N)"),
     "callback_on_step_end_tensor_inputs": ((None, ["latents"]), "callbacks see latents alone"),
     "callback_steps": ((None, 1), "callback= is called after each step: skip some there"),
 }
 LOAD: Table = {
     "torch_dtype": ((None,), "pass precision='fp32' or 'fp16'"),
     "dtype": ((None,), "pass precision='fp32' or 'fp16'"),
-    "variant": ((None,), "pass precision='fp16' for half-precision weights"),
     "use_safetensors": ((None, True), "pickles can run code: save the model as safetensors"),
     "safety_checker": ((None,), _UNSAFE),
     "feature_extractor": ((None,), "it belongs to the safety checker, and there is none"),

@@ -25,7 +25,7 @@ from sdlite.files import TOKENIZER_FILES, Files
 from sdlite.io import write
 from sdlite.manifest import INDEX, MANIFEST, REPORT
 from sdlite.published import Published
-from sdlite.weights import select, stem
+from sdlite.weights import check_variant, select, stem, variants_of
 
 log = logging.getLogger("sdlite")
 EMBEDDED = Path(__file__).parent / "models"
@@ -41,17 +41,19 @@ def embedded_models() -> list[str]:
     )
 
 
-def resolve(model: str | Path, revision: str | None = None) -> Path:
+def resolve(model: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
     """Folder of a model. Order: embedded name, existing folder, name of a published model
     (`sdlite.published`), hub id `org/name`. The last two are downloaded once, then from the cache.
 
     Args:
         revision: branch, tag or commit of a hub repository; None is its main branch, or the commit
             of a published name. Only for these two.
+        variant: which weights to fetch where a repository has several, such as "fp16"; those of a
+            folder are chosen by `Artifact.open`.
 
     Raises:
-        UnknownNameError: none of the four; near names are said. InputError: `revision` given for
-            something that has none.
+        UnknownNameError: none of the four; near names are said. Or a variant that the repository
+            does not have. InputError: `revision` given for something that has none.
         HubError: the hub could not be reached and the cache does not hold the model, or it is not
             there, or nothing that sdlite loads. ArtifactError: it is of a kind that sdlite does not
             run. Both before any weights are fetched.
@@ -70,11 +72,11 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
             f" {name} --out FOLDER."
         )
     if row := known(model):
-        return _published(row, row.revision if revision is None else revision)
+        return _published(row, row.revision if revision is None else revision, variant)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise UnknownNameError(_unknown(name))
     _check_id(name, revision)
-    return _fetch(name, revision)
+    return _fetch(name, revision, variant)
 
 
 def known(model: str | Path) -> Published | None:
@@ -100,7 +102,7 @@ def _unknown(name: str) -> str:
     )
 
 
-def _published(row: Published, revision: str | None) -> Path:
+def _published(row: Published, revision: str | None, variant: str | None) -> Path:
     """The folder of a published model; its license is said where it is not in the cache yet."""
     _check_id(row.repo, revision)
     if _cached(row.repo, revision) is None:
@@ -108,7 +110,7 @@ def _published(row: Published, revision: str | None) -> Path:
         log.warning(
             "%s is %s, under %s: %s", row.name, at, row.license.name, row.license.restrictions
         )
-    return _fetch(row.repo, revision)
+    return _fetch(row.repo, revision, variant)
 
 
 def asset(name: str) -> Path:
@@ -145,7 +147,7 @@ def _check_id(repo: str, revision: str | None) -> None:
         )
 
 
-def _fetch(repo: str, revision: str | None) -> Path:
+def _fetch(repo: str, revision: str | None, variant: str | None) -> Path:
     """The folder of a hub model in the cache. A commit that the cache holds whole is not asked for:
     it cannot change.
     """
@@ -157,7 +159,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
         revision
         and re.fullmatch(r"[0-9a-f]{40}", revision)
         and (there := _cached(repo, revision))
-        and not _lacks(there)
+        and not _lacks(there, variant, every=True)
     ):
         return there
     try:
@@ -173,9 +175,10 @@ def _fetch(repo: str, revision: str | None) -> Path:
             " in with `hf auth login`."
         ) from e
     except Exception as e:  # requests', httpx' and the hub's own kinds
-        return _from_cache(repo, revision, at, e)
+        return _from_cache(repo, revision, variant, at, e)
     try:
-        return _download(repo, revision, str(info.sha), [s.rfilename for s in info.siblings or []])
+        names = [s.rfilename for s in info.siblings or []]
+        return _download(repo, revision, variant, str(info.sha), names)
     except SdliteError:
         raise
     except Exception as e:
@@ -204,19 +207,26 @@ def _cached(repo: str, revision: str | None) -> Path | None:
         return None
 
 
-def _lacks(folder: Path) -> str:
+def _lacks(folder: Path, variant: str | None, every: bool = False) -> str:
     """What a folder in the cache lacks or is wrong with, without hashing weights; "" where it is a
-    whole model.
+    whole model. `every`: also where some network has no weights of the variant in the cache, which
+    the repository may have.
     """
     try:
-        artifact = Artifact.open(folder, any_kind=True)
+        artifact = Artifact.open(folder, any_kind=True, variant=variant)
         names = artifact.listing.files if artifact.listing else artifact.plain_files()
-    except ArtifactError as e:
+    except (ArtifactError, UnknownNameError) as e:
         return str(e)
+    if variant and every:
+        for part in artifact.family.networks:
+            if variant not in variants_of(artifact.files.part(part).names(), part):
+                return f"{part} has no {variant}"
     return next((f"{n} is missing" for n in names if not artifact.files.path(n).exists()), "")
 
 
-def _from_cache(repo: str, revision: str | None, at: str, why: Exception) -> Path:
+def _from_cache(
+    repo: str, revision: str | None, variant: str | None, at: str, why: Exception
+) -> Path:
     """The cached folder where the hub does not answer."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -227,7 +237,7 @@ def _from_cache(repo: str, revision: str | None, at: str, why: Exception) -> Pat
         raise HubError(
             f"{said} and {at} is not in the cache; connect once, or give a local folder."
         ) from why
-    if lacks := _lacks(there):
+    if lacks := _lacks(there, variant):
         raise HubError(
             f"{said} and {at} is not whole in the cache: {lacks} Run again when it can; finished"
             " files are kept."
@@ -241,7 +251,9 @@ def _from_cache(repo: str, revision: str | None, at: str, why: Exception) -> Pat
     return there
 
 
-def _download(repo: str, revision: str | None, commit: str, names: Sequence[str]) -> Path:
+def _download(
+    repo: str, revision: str | None, variant: str | None, commit: str, names: Sequence[str]
+) -> Path:
     """Fetch what is needed of one commit into the cache. Weights come last: a folder that has them
     has all the rest.
     """
@@ -265,7 +277,7 @@ def _download(repo: str, revision: str | None, commit: str, names: Sequence[str]
             )
         return folder
 
-    folder = fetched(_wanted(at, names, fetched))
+    folder = fetched(_wanted(at, names, fetched, variant))
     if revision != commit:  # what "offline" finds by this name, which is whole from here
         ref = folder.parent.parent / "refs" / (revision or constants.DEFAULT_REVISION)
         with suppress(OSError):  # a cache that is read only
@@ -295,9 +307,14 @@ def _check_names(at: str, commit: str, names: Sequence[str]) -> None:
         )
 
 
-def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Path]) -> list[str]:
+def _wanted(
+    at: str,
+    names: Sequence[str],
+    fetched: Callable[[Iterable[str]], Path],
+    variant: str | None = None,
+) -> list[str]:
     """The files that the model needs and no other: no pickles, single-file copies, safety checkers,
-    foreign ONNX; a variant only where there is nothing else.
+    foreign ONNX; a variant only where it is asked for or there is nothing else.
 
     Args:
         at: what errors call the repository.
@@ -329,7 +346,7 @@ def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Pa
         wanted = {f"{p}/{n}" for p in places for n in TOKENIZER_FILES}
         wanted.add("scheduler/scheduler_config.json")
         texts = [n for n in names if n in wanted]
-        weights = _weights(at, names, folder, tuple(artifact.family.networks))
+        weights = _weights(at, names, folder, tuple(artifact.family.networks), variant)
         fetched(texts)
         return [*small, *texts, *weights]
     listed = [*artifact.listing.files, MANIFEST if artifact.manifest else REPORT]
@@ -341,12 +358,17 @@ def _wanted(at: str, names: Sequence[str], fetched: Callable[[Iterable[str]], Pa
     return listed
 
 
-def _weights(at: str, names: Sequence[str], folder: Path, networks: Sequence[str]) -> list[str]:
+def _weights(
+    at: str, names: Sequence[str], folder: Path, networks: Sequence[str], variant: str | None
+) -> list[str]:
     out = []
-    for part in networks:
-        there = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
+    there = {p: [n.removeprefix(f"{p}/") for n in names if n.startswith(f"{p}/")] for p in networks}
+    if variant is not None:
+        check_variant(variant, there, at)
+    for part, own in there.items():
+        read = Files(folder).part(part).read_json
         try:
-            chosen = select(there, part, f"{at}/{part}", Files(folder).part(part).read_json)
+            chosen = select(own, part, f"{at}/{part}", read, variant or "")
         except ArtifactError as e:
             raise HubError(f"{e}{_elsewhere(at, networks)}") from e
         out += [f"{part}/{n}" for n in chosen]

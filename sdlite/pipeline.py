@@ -109,16 +109,37 @@ def _with_graphs(artifact: Artifact, backend: str, precision: str) -> tuple[Arti
     return convert_cached(artifact), note
 
 
-def _opened(model: str | Path, revision: str | None) -> tuple[Artifact, str]:
-    """The model, and what there is to note: one file of weights is converted once."""
+def _opened(
+    model: str | Path, revision: str | None, variant: str | None, clip_skip: int | None
+) -> tuple[Artifact, str]:
+    """The model, and what there is to note: one file of weights is converted once, and so is a
+    folder whose text encoders are to do without layers.
+    """
+    note = f"converted from {model}, once, into the cache"
     if not is_file(model):
-        return Artifact.open(hub.resolve(model, revision)), ""
-    if revision is not None:
-        raise InputError(f"revision={revision!r} is for hub models; {str(model)!r} is a file.")
+        artifact = Artifact.open(hub.resolve(model, revision, variant), variant=variant)
+        if clip_skip is None:
+            return artifact, ""
+        if artifact.listing is not None:
+            raise InputError(
+                f"clip_skip={clip_skip!r} is for diffusers folders, hub repositories and files of"
+                f" weights; {artifact.folder} is a model of sdlite. Convert what it was made of"
+                f" again, with clip_skip={clip_skip!r} (`sdlite convert --clip-skip {clip_skip}`)."
+            )
+        need(f"clip_skip={clip_skip!r}", "export", *CONVERT_NEEDS)
+        from sdlite.converter import convert_cached
+
+        return convert_cached(artifact, clip_skip), note
+    for name, given, whose in (
+        ("revision", revision, "hub models"),
+        ("variant", variant, "diffusers folders and hub models"),
+    ):
+        if given is not None:
+            raise InputError(f"{name}={given!r} is for {whose}; {str(model)!r} is a file.")
     need(f"{model} is one file, and opening it", "export", *CONVERT_NEEDS)
     from sdlite.converter import convert_cached_file
 
-    return convert_cached_file(Path(model)), f"converted from {model}, once, into the cache"
+    return convert_cached_file(Path(model), clip_skip), note
 
 
 class _Call(running.Call):
@@ -240,9 +261,11 @@ class Pipeline(metaclass=_Class):
         backend: str = "auto",
         device: str = "cpu",
         revision: str | None = None,
+        variant: str | None = None,
         threads: int | None = None,
         arithmetic: str | None = None,
         max_pixels: int | None = None,
+        clip_skip: int | None = None,
         **others: Never,
     ) -> Pipeline:
         """Load a model.
@@ -258,6 +281,8 @@ class Pipeline(metaclass=_Class):
                 first two convert a plain diffusers folder once, into the cache.
             device: "cpu", "cuda"; "gpu" or "npu" on "openvino".
             revision: branch, tag or commit, for hub ids and published names.
+            variant: which weights of a diffusers folder or hub repository that has several, such as
+                "fp16" or "non_ema"; a network without it is taken from its default weights.
             threads: CPU threads per network call, 1 to 4 for each CPU (64 on small machines); None
                 is the engine's own choice.
             arithmetic: what float layers are computed in: "float32", "bfloat16" or "float16", on
@@ -266,6 +291,8 @@ class Pipeline(metaclass=_Class):
             max_pixels: height x width x images that one call may make; None is the model's own,
                 else 8 images of the model's own size, at least 3 and at most 8 million. Memory and
                 time of a call grow with them.
+            clip_skip: how many layers the text encoders do without, as diffusers counts; converts a
+                folder or file once, into the cache, on every backend. See `sdlite.convert`.
             positional, others: none; diffusers' keywords are answered with ours.
 
         Raises:
@@ -277,9 +304,11 @@ class Pipeline(metaclass=_Class):
         )
         habits.keywords(others, habits.LOAD, cls.from_pretrained.__kwdefaults__ or ())
         optional = {"precision": precision, "revision": revision, "arithmetic": arithmetic}
+        optional |= {"variant": variant}
         _check_loading(model, threads, backend, device, **optional)
         most = arguments.optional(arguments.integer, "max_pixels", max_pixels, 1)
-        artifact, opened = _opened(model, revision)
+        arguments.optional(arguments.integer, "clip_skip", clip_skip, 0)
+        artifact, opened = _opened(model, revision, variant, clip_skip)
         precision = artifact.precision if precision is None else precision
         artifact, converted = _with_graphs(artifact, backend, precision)
         pipe = cls(

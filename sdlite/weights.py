@@ -7,14 +7,14 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from sdlite import headers
-from sdlite.errors import ArtifactError
+from sdlite.errors import ArtifactError, UnknownNameError, printable
 from sdlite.files import TOKENIZER_FILES, Files
 from sdlite.manifest import INDEX, PICKLES
 from sdlite.schema import Json
@@ -85,7 +85,7 @@ def stem(part: str) -> str:
 
 
 def select(
-    names: Collection[str], part: str, where: str, listed: Callable[[str], Json]
+    names: Collection[str], part: str, where: str, listed: Callable[[str], Json], variant: str = ""
 ) -> list[str]:
     """The weight files among `names` that diffusers and transformers load by default: one file, or
     its shards. Where there are none, those of the only variant that is there (`fp16`, `non_ema`),
@@ -96,14 +96,15 @@ def select(
         part: name of that folder.
         where: what errors call it.
         listed: name of an index file -> its content.
+        variant: goes first where it is there, as diffusers takes it for each network by itself.
 
     Raises:
         ArtifactError: there are none (pickles and variants that are there are named), or shards
             without an index.
     """
-    base = stem(part)
-    found = _of_variant(names, base, "", where, listed)
-    variants = sorted({v for n in names if (v := variant_of(n, base))})
+    base, variants = stem(part), variants_of(names, part)
+    found = _of_variant(names, base, variant, where, listed) if variant in variants else []
+    found = found or _of_variant(names, base, "", where, listed)
     if not found and len(variants) == 1:
         found = _of_variant(names, base, variants[0], where, listed)
     if found:
@@ -167,6 +168,38 @@ def variant_of(name: str, base: str) -> str:
     return (found["a"] or found["b"] or "") if found else ""
 
 
+def variants_of(names: Iterable[str], part: str) -> list[str]:
+    """The variants that a network has weights of, without the default, sorted. `names`: file names
+    of the folder `part`.
+    """
+    return sorted({v for n in names if (v := variant_of(n, stem(part)))})
+
+
+def check_variant(
+    variant: str, names: Mapping[str, Collection[str]], where: str
+) -> tuple[list[str], list[str]]:
+    """The networks that have weights of a variant, and those whose default weights stand in, as in
+    diffusers.
+
+    Args:
+        names: part -> file names of its folder.
+        where: what errors call the model.
+
+    Raises:
+        UnknownNameError: no network has it; those that are there are said.
+    """
+    held = {part: variants_of(n, part) for part, n in names.items()}
+    own = [part for part, v in held.items() if variant in v]
+    if not own:
+        there = sorted({v for found in held.values() for v in found})
+        said = f"it has {', '.join(there)}" if there else "it has the default alone"
+        raise UnknownNameError(
+            f"{where} has no weights of variant {printable(repr(variant), 100)}; {said}. Take one"
+            " of these, or leave it out."
+        )
+    return own, [part for part in held if part not in own]
+
+
 def plain_name(name: str, base: str) -> str:
     """The default name of a file of a variant; any other name as it is."""
     if not variant_of(name, base):
@@ -178,8 +211,8 @@ def plain_name(name: str, base: str) -> str:
 def _way_out(others: Collection[str], variants: Sequence[str]) -> str:
     if variants:
         return (
-            f" It has several variants ({', '.join(variants)}): remove the others, or load one with"
-            f" diffusers (variant={variants[0]!r}) and save_pretrained() without one."
+            f" It has several variants ({', '.join(variants)}): choose one with"
+            f" variant={variants[0]!r} (`sdlite convert --variant {variants[0]}`)."
         )
     if any(n.endswith(PICKLES) for n in others):
         return (
@@ -215,7 +248,7 @@ def weight_files(folder: Path | Files) -> list[Path]:
         ArtifactError: see `select` and `Files.file`.
     """
     files = Files.of(folder)
-    chosen = select(files.names(), files.name, str(files.folder), files.read_json)
+    chosen = select(files.names(), files.name, str(files.folder), files.read_json, files.variant)
     return [files.file(n) for n in chosen]
 
 
@@ -230,7 +263,8 @@ def model_files(files: Files, networks: Iterable[str], tokenizers: Iterable[str]
         out += [f"{folder_name}/{n}" for n in TOKENIZER_FILES if files.part(folder_name).has(n)]
     for part in networks:
         folder = files.part(part)
-        chosen = select(folder.names(), part, str(folder.folder), folder.read_json)
+        where = str(folder.folder)
+        chosen = select(folder.names(), part, where, folder.read_json, folder.variant)
         index = index_name(stem(part), variant_of(chosen[0], stem(part)))
         out += [
             f"{part}/{n}" for n in ("config.json", *chosen, *([index] if len(chosen) > 1 else []))

@@ -46,8 +46,10 @@ class Extras:
         from_pickle: whether a .ckpt, .pt or .bin may be read, by torch with weights_only=True.
         prediction_type: of a single file of Stable Diffusion 2.x; see `layouts.recognized`.
         precision: "fp32" or "fp16", how weights are stored; None keeps the source's.
-        clip_skip: how many layers of the text encoder to leave out, from its end, as diffusers
-            counts: 1 is the layer before the last, then the final norm.
+        clip_skip: how many layers of the text encoders to pass over, from their end, as diffusers
+            counts: 1 is the layer before the last, then the final norm; of SDXL, whose encoders
+            are read before their last layer anyway, the second before the last.
+        variant: of a folder's weights, such as "fp16", where it has several.
     """
 
     lora: Sequence[Any] = ()
@@ -58,6 +60,7 @@ class Extras:
     prediction_type: str | None = None
     precision: str | None = None
     clip_skip: int | None = None
+    variant: str | None = None
 
     @property
     def any(self) -> bool:
@@ -69,11 +72,14 @@ class Extras:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A diffusers folder, the sampler that a few-step LoRA is made for, and what is to be said."""
+    """A diffusers folder, the sampler that a few-step LoRA is made for, what is to be said, and
+    which variant of the folder's weights is meant.
+    """
 
     folder: Path
     sampler: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    variant: str | None = None
 
 
 def prepared(source: Path, extras: Extras, scratch: Path) -> Prepared:
@@ -94,8 +100,13 @@ def prepared(source: Path, extras: Extras, scratch: Path) -> Prepared:
             f"prediction_type={extras.prediction_type!r} is for one file of weights; {source} is a"
             " folder, whose scheduler_config.json says it. Leave it out, or change it there."
         )
+    if extras.variant is not None and is_file(source):
+        raise InputError(
+            f"variant={extras.variant!r} is for diffusers folders and hub repositories; {source} is"
+            " one file of weights: leave it out."
+        )
     if not is_file(source) and not extras.any and not _pickled(source, extras):
-        return Prepared(source)
+        return Prepared(source, variant=extras.variant)
     opened = _opened(source, extras, scratch)
     unet = read_json(opened.folder / "unet" / "config.json") if loras else {}
     reads = [lora.read(x, unet, opened.parts) for x in loras]
@@ -153,29 +164,38 @@ def _changed(
         for word in words:
             embeddings.add(part, network, tokenizer, word)
         tokenizer.save_pretrained(place)
-    if extras.clip_skip and part == "text_encoder":
-        _leave_out(network, extras.clip_skip)
-    return lora.fuse(part, network, reads, extras.lora_skip_missing) if part != "vae" else []
+    notes = lora.fuse(part, network, reads, extras.lora_skip_missing) if part != "vae" else []
+    if part.startswith("text_encoder"):
+        _pass_over(network, extras.clip_skip, folder / part)
+    return notes
 
 
 def _check_clip_skip(opened: _Opened, layers: int | None) -> None:
     """Raises InputError where a text encoder cannot lose so many layers."""
     if layers is None:
         return
-    if "text_encoder_2" in opened.parts:
-        raise InputError(
-            f"clip_skip={layers!r} is for models with one text encoder; this one has two, and the"
-            " second one's last layer makes the pooled embedding. Leave it out."
-        )
-    config = read_json(opened.folder / "text_encoder" / "config.json")
-    arguments.integer("clip_skip", layers, 0, config.get("num_hidden_layers", 12) - 1)
+    texts = [p for p in opened.parts if p.startswith("text_encoder")]
+    configs = [read_json(opened.folder / p / "config.json") for p in texts]
+    shortest = min(c.get("num_hidden_layers", 12) for c in configs)
+    arguments.integer("clip_skip", layers, 0, shortest - 1)
 
 
-def _leave_out(network: Any, last: int) -> None:
-    """Take the last layers out of a CLIP text encoder; its final norm stays.
+def _pass_over(network: Any, last: int | None, folder: Path) -> None:
+    """Have a CLIP text encoder do without its last layers; None: as `folder` says.
 
-    Source: diffusers 0.39 `StableDiffusionPipeline.encode_prompt`, `clip_skip`.
+    Of one encoder they are taken out and its final norm stays. Of two all stay, and the
+    configurations say which layer is read (`families.CLIP_SKIP`).
+
+    Source: diffusers 0.39 `encode_prompt` of `StableDiffusionPipeline` and
+    `StableDiffusionXLPipeline`, `clip_skip`.
     """
+    if (folder.parent / "text_encoder_2").exists():
+        own = read_json(folder / "config.json").get(families.CLIP_SKIP)
+        if (said := own if last is None else last) is not None:
+            setattr(network.config, families.CLIP_SKIP, said)
+        return
+    if not last:
+        return
     inner = getattr(network, "text_model", network)
     inner.encoder.layers = inner.encoder.layers[:-last]
     network.config.num_hidden_layers = len(inner.encoder.layers)
@@ -187,7 +207,8 @@ def _opened(source: Path, extras: Extras, scratch: Path) -> _Opened:
     if is_file(source):
         return _from_file(source, extras, folder, vae)
     artifact = Artifact.open(
-        _without_pickles(source, scratch) if _pickled(source, extras) else source
+        _without_pickles(source, scratch) if _pickled(source, extras) else source,
+        variant=extras.variant,
     )
     parts = tuple(artifact.family.networks)
     folder.mkdir()

@@ -22,6 +22,11 @@ def _options(p: argparse.ArgumentParser) -> None:
         " that `sdlite models` lists",
     )
     command.add_revision(p)
+    p.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="which weights of a folder or repository that has several, such as fp16 or non_ema",
+    )
     command.add_out_folder(p)
     p.add_argument("--name", help="what reports call the model; default: the folder's name")
     p.add_argument(
@@ -70,8 +75,8 @@ def _changes(p: argparse.ArgumentParser) -> None:
         "--clip-skip",
         type=int,
         metavar="N",
-        help="layers that the text encoder does without, as diffusers counts; 1 reads the one"
-        " before the last",
+        help="layers that the text encoders do without, as diffusers counts; 1 reads the one"
+        " before the last (of SDXL, the one before that)",
     )
     group.add_argument(
         "--from-pickle",
@@ -97,7 +102,9 @@ def _run(args: argparse.Namespace) -> None:
         "guidance_scale": args.guidance,
     }
     out = convert(
-        args.source if is_file(args.source) else hub.resolve(args.source, args.revision),
+        args.source
+        if is_file(args.source)
+        else hub.resolve(args.source, args.revision, args.variant),
         args.out,
         name=args.name or "",
         sampler=own | {k: v for k, v in given.items() if v is not None},
@@ -110,6 +117,7 @@ def _run(args: argparse.Namespace) -> None:
         prediction_type=args.prediction_type,
         from_pickle=args.from_pickle,
         clip_skip=args.clip_skip,
+        variant=args.variant,
     )
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     terminal.say(f"wrote {out} ({size / 1e6:.2f} MB)")

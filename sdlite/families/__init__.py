@@ -27,6 +27,7 @@ from sdlite.families.configs import latent_channels as latent_channels
 from sdlite.families.configs import vae_config as vae_config
 from sdlite.families.configs import vae_stride as vae_stride
 from sdlite.families.sd import StableDiffusion, components
+from sdlite.families.sdxl import CLIP_SKIP as CLIP_SKIP
 from sdlite.families.sdxl import StableDiffusionXL
 
 _FAMILIES: list[Family] = [StableDiffusionXL(), StableDiffusion()]

@@ -82,6 +82,7 @@ SCHEMAS: dict[str, dict[str, Rule]] = {
         "intermediate_size": whole(1, 65536),
         "projection_dim": _CHANNELS,
         "num_hidden_layers": _LAYERS,
+        "_sdlite_clip_skip": whole(0, 255),
         "num_attention_heads": whole(1, 1024),
         "layer_norm_eps": number(0, 1),
         "hidden_act": text(),

@@ -19,6 +19,9 @@ from sdlite.spec import SPECS, IOSpec, Tensor
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 POOLED, STATES = "text_embeds", "encoder_hidden_states"
+# in the config.json of both encoders: how many more layers than the last are passed over, as
+# diffusers' `clip_skip` counts. All layers stay, for the second one's last makes the pooled text.
+CLIP_SKIP = "_sdlite_clip_skip"
 TIME_IDS = 6  # numbers: height and width of the original, top and left of the crop, target's
 
 
@@ -57,15 +60,15 @@ class StableDiffusionXL(StableDiffusion):
     def spec(self, part: str, configs: Configs) -> IOSpec:
         if part not in ENCODERS:
             return super().spec(part, configs)
-        config = configs(part)
-        layers, base = config.get("num_hidden_layers", 12), SPECS["text_encoder"]
-        states = [f"hidden_states.{i}" for i in range(layers)]
-        wanted = Tensor(states[-1], ("B", "L", "D"), "float32", "before the last layer")
+        config, base = configs(part), SPECS["text_encoder"]
+        states = [f"hidden_states.{i}" for i in range(_layers(config))]
+        read = states.pop(-1 - config.get(CLIP_SKIP, 0))
+        wanted = Tensor(read, ("B", "L", "D"), "float32", "before the last layer")
         outputs: tuple[Tensor, ...] = (wanted,)
         if part == "text_encoder_2":
             width = str(config.get("projection_dim", 512))
             outputs = (Tensor(POOLED, ("B", width), "float32", "of the end token"), wanted)
-        also = ("last_hidden_state", *states[:-1])
+        also = ("last_hidden_state", *states)
         return replace(base, part=part, source=part, outputs=outputs, also=also)
 
     def overflowing(self, configs: Configs) -> dict[str, str]:
@@ -145,6 +148,11 @@ def _time_ids(call: Call, prefix: str) -> np.ndarray:
     return np.repeat(np.array([row], np.float32), len(call.prompts), axis=0)
 
 
+def _layers(text: Config) -> int:
+    """Of a text encoder; transformers' default where its configuration does not say."""
+    return int(text.get("num_hidden_layers", 12))
+
+
 def _pooled_width(unet: Config) -> int:
     """Of the pooled text: what the UNet's embedding takes besides six numbers of that width."""
     sizes = TIME_IDS * int(unet.get("addition_time_embed_dim") or 256)
@@ -157,6 +165,9 @@ def _misfits(unet: Config, vae: Config, first: Config, second: Config) -> str:
         return f"its UNet is told no sizes (addition_embed_type={kind!r} instead of 'text_time')"
     if why := unfed(unet, "addition_embed_type") or misfit(unet, vae):
         return why
+    for part, config in zip(ENCODERS, (first, second), strict=True):
+        if (last := config.get(CLIP_SKIP, 0)) >= _layers(config):
+            return f"its {part} is to pass over {last} of its {_layers(config)} layers"
     widths = [c.get("hidden_size") for c in (first, second)]
     wide = unet.get("cross_attention_dim")
     if isinstance(wide, int) and all(isinstance(w, int) for w in widths):

@@ -286,10 +286,11 @@ def pipeline(index=SD, unet=None, weights=WEIGHTS):
     return {"model_index.json": json.dumps(index).encode(), **files, **TEXT, **weights}
 
 
-def resolve(hub, home, files, revision=None, **more):
-    """What `hub.resolve` says of a repository that holds `files`."""
+def resolve(hub, home, files, revision=None, asked=None, **more):
+    """What `hub.resolve` says of a repository that holds `files`; `asked`: a variant."""
     hub.repos["org/x"] = {"main": files, **more}
-    return run(hub.url, home, revision, code=RESOLVE, repo="org/x")
+    code = RESOLVE.replace("{revision!r}", "{revision!r}, " + repr(asked))
+    return run(hub.url, home, revision, code=code, repo="org/x")
 
 
 CLUTTER = [
@@ -389,6 +390,23 @@ def test_several_variants_alone_are_named(hub, tmp_path):
     assert "HubError org/x/text_encoder holds only model.fp16.safetensors, model.non_ema" in said
     assert "several variants (fp16, non_ema)" in said
     assert all(n.endswith(".json") for n, _, _ in hub.served)
+
+
+def test_the_variant_that_is_asked_for_is_fetched(hub, tmp_path):
+    half = {k: v for k, v in variant("fp16").items() if not k.startswith("vae")}
+    everything = pipeline() | half | variant("non_ema")
+    # the autoencoder has none: its default weights, as in diffusers
+    want = pipeline(weights=half | {k: v for k, v in WEIGHTS.items() if k.startswith("vae")})
+    done = resolve(hub, tmp_path, everything, asked="fp16")
+    assert done.split() == ["OK", *sorted(want)]
+    said = resolve(hub, tmp_path, everything, asked="fp8")
+    assert said.startswith("UnknownNameError org/x has no weights of variant 'fp8'")
+    assert "it has fp16, non_ema. " in said
+    # a pinned commit that holds the default alone in the cache is asked for again
+    pinned = {"0" * 40: everything}
+    resolve(hub, tmp_path, everything, "0" * 40, **pinned)
+    done = resolve(hub, tmp_path, everything, "0" * 40, "non_ema", **pinned)
+    assert set(variant("non_ema")) <= set(done.split())
 
 
 def listed(files):

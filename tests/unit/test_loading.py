@@ -14,7 +14,7 @@ import pytest
 import sdlite
 from sdlite import families
 from sdlite.artifact import Artifact
-from sdlite.errors import ArtifactError
+from sdlite.errors import ArtifactError, UnknownNameError
 from tests import folders
 
 torch = pytest.importorskip("torch", reason="needs the torch extra")
@@ -210,8 +210,16 @@ def test_two_variants_alone_are_told(damaged):
     for name in ("fp16", "non_ema"):
         shutil.copy(file, file.with_suffix(f".{name}.safetensors"))
     assert [w.name for w in weight_files(damaged / "unet")] == [file.name]
+    for name in ("fp16", "non_ema"):
+        [chosen] = weight_files(Artifact.open(damaged, variant=name).files.part("unet"))
+        assert chosen.name == file.with_suffix(f".{name}.safetensors").name
+    [other] = weight_files(Artifact.open(damaged, variant="fp16").files.part("vae"))
+    assert other.name == file.name  # which has no variant
+    said = r"has no weights of variant 'bf16'; it has fp16, non_ema\. Take one"
+    with pytest.raises(UnknownNameError, match=said):
+        Artifact.open(damaged, variant="bf16")
     file.unlink()
-    with pytest.raises(ArtifactError, match=r"several variants \(fp16, non_ema\)"):
+    with pytest.raises(ArtifactError, match=r"several variants \(fp16, non_ema\).*--variant fp16"):
         weight_files(damaged / "unet")
 
 

@@ -38,6 +38,7 @@ from sdlite.errors import ArtifactError, InputError, SdliteError  # noqa: E402
 from sdlite.pipeline import Pipeline  # noqa: E402
 from sdlite.sampling import sampler_of  # noqa: E402
 from tests import ldm  # noqa: E402
+from tests.folders import configure  # noqa: E402
 
 needs_clip = pytest.mark.skipif(
     published_models.merges_file() is None, reason="needs open_clip_torch for CLIP's vocabulary"
@@ -447,6 +448,43 @@ def test_a_2x_inpainting_file_predicts_noise(folders, tmp_path):
         for k, v in shapes.items()
     }
     assert layouts.recognized(tmp_path / "x", plain).scheduler["prediction_type"] == "v_prediction"
+
+
+# --- variants
+
+
+def test_the_variant_that_is_asked_for_is_diffusers(folders, tmp_path, monkeypatch, caplog):
+    from sdlite.cli import main
+
+    source = shutil.copytree(folders("sd14"), tmp_path / "two")
+    file = source / "unet" / "diffusion_pytorch_model.safetensors"
+    other = {k: v.half() * 0.9 for k, v in load_file(file).items()}
+    save_file(other, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    kind = diffusers.StableDiffusionPipeline
+    given = {"safety_checker": None, "local_files_only": True}
+    pipe = kind.from_pretrained(source, variant="fp16", torch_dtype=torch.float32, **given)
+    with Pipeline.from_pretrained(source, backend="torch", threads=1, variant="fp16") as own:
+        call = {"num_inference_steps": 3, "height": SIZE, "width": SIZE, "seed": 0}
+        image = np.asarray(own(PROMPT, **call).images[0])
+        own.save_pretrained(tmp_path / "saved")
+    assert same(image, theirs(pipe))
+    assert not same(image, ours(source))
+    assert "no fp16 of text_encoder, vae: the default weights are taken" in caplog.text
+    assert same(image, ours(tmp_path / "saved"))
+    made = sources.prepared(source, Extras(variant="fp16", precision="fp32"), fresh(tmp_path))
+    assert same(image, ours(made.folder))
+    out = tmp_path / "out"
+    assert main(["convert", str(source), "--variant", "fp8", "--out", str(out)]) == 1
+    assert not out.exists()
+
+
+def test_variants_where_there_can_be_none_are_one_line(file, tmp_path):
+    refused(file, tmp_path, "variant='fp16' is for diffusers folders", Extras(variant="fp16"))
+    for model, words in ((file, "is a file"), ("emoji", "model of sdlite that holds fp16, ")):
+        with pytest.raises(InputError, match=f"variant='fp16' is for diffusers folders.*{words}"):
+            Pipeline.from_pretrained(model, variant="fp16")
+    with pytest.raises(InputError, match=r"clip_skip=1 is for diffusers folders.*--clip-skip 1"):
+        Pipeline.from_pretrained("emoji", clip_skip=1)
 
 
 # --- pickles
@@ -887,8 +925,30 @@ def test_clip_skips_that_cannot_be_are_one_line(folders, tmp_path):
     for given in (-1, 12, 1.0, True):
         words = r"clip_skip=.*accepted: a whole number, 0 to 11"
         refused(folders("sd14"), tmp_path, words, Extras(clip_skip=given))
-    words = "clip_skip=1 is for models with one text encoder"
-    refused(folders("vega"), tmp_path, words, Extras(clip_skip=1))
+        refused(folders("vega"), tmp_path, words, Extras(clip_skip=given))
+
+
+def test_clip_skip_of_sdxl_is_diffusers(folders, tmp_path):
+    source = folders("vega")
+    made = sources.prepared(source, Extras(clip_skip=2), fresh(tmp_path)).folder
+    pipe = xl_pipe(source)
+    if not hasattr(pipe.text_encoder, "text_model"):
+        pytest.skip("diffusers 0.42 cannot leave out layers with transformers 5.6 and later")
+    # no negative prompt is zeros in both; a given one is read with all layers by diffusers alone
+    right = theirs(pipe, clip_skip=2, guidance_scale=5.0)
+    assert same(ours(made, guidance_scale=5.0), right)
+    assert not same(theirs(pipe, guidance_scale=5.0), right)
+    # all layers stay, for the pooled text: diffusers needs the keyword with the folder
+    assert same(theirs(xl_pipe(made), clip_skip=2, guidance_scale=5.0), right)
+    again = sources.prepared(made, Extras(precision="fp16"), fresh(tmp_path)).folder
+    texts = ("text_encoder", "text_encoder_2")
+    specs = [Artifact.open(again).spec(p).outputs[-1].name for p in texts]
+    assert specs == ["hidden_states.9", "hidden_states.29"]
+    back = sources.prepared(made, Extras(clip_skip=0), fresh(tmp_path)).folder
+    assert same(ours(back, guidance_scale=5.0), theirs(pipe, guidance_scale=5.0))
+    configure(made / "text_encoder_2" / "config.json", _sdlite_clip_skip=32)
+    with pytest.raises(ArtifactError, match="text_encoder_2 is to pass over 32 of its 32 layers"):
+        Artifact.open(made)
 
 
 # --- through the door
@@ -922,7 +982,7 @@ def test_an_sdxl_file_becomes_a_model(folders, tmp_path, monkeypatch):
 
     monkeypatch.setitem(originals.UNET_XL, "norm_num_groups", 8)  # of narrow networks
     save_file(ldm.checkpoint(folders("vega")), tmp_path / "sd_xl_turbo_vega.safetensors")
-    out = sdlite.convert(tmp_path / "sd_xl_turbo_vega.safetensors", tmp_path / "out")
+    out = sdlite.convert(tmp_path / "sd_xl_turbo_vega.safetensors", tmp_path / "out", clip_skip=1)
     model = Artifact.open(out)
     assert model.samples_with == {
         "name": "euler-ancestral",
@@ -935,7 +995,8 @@ def test_an_sdxl_file_becomes_a_model(folders, tmp_path, monkeypatch):
     with Pipeline.from_pretrained(out, backend="onnxruntime", threads=1) as own:
         call = {"sampler": "euler", "num_inference_steps": 3, "guidance_scale": 1.0, "seed": 0}
         image = np.asarray(own(PROMPT, height=SIZE, width=SIZE, **call).images[0])
-    assert same(image, theirs(pipe, guidance_scale=1.0))
+    assert same(image, theirs(pipe, guidance_scale=1.0, clip_skip=1))
+    assert not same(image, theirs(pipe, guidance_scale=1.0))
 
 
 @pytest.mark.slow
