@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +21,8 @@ from torch import nn
 from sdlite import arguments, preview
 from sdlite._version import __version__
 from sdlite.artifact import Artifact
-from sdlite.checkpoints import PICKLED, is_file, sources
-from sdlite.errors import CONVERT_NEEDS, InputError, need
+from sdlite.checkpoints import is_file, sources
+from sdlite.errors import CONVERT_NEEDS, ArtifactError, InputError, need
 from sdlite.families import LatentScale, latent_channels, listed_index, vae_config, vae_stride
 from sdlite.files import Files
 from sdlite.io import alone, cache_root, check_out, read_json, scratch, writing
@@ -144,11 +145,20 @@ def _write(source: Artifact, out: Path, manifest: Manifest, student: Mapping[str
     """The model at `out`, written beside, tried out, and renamed."""
     for part, folder in source.family.tokenizers.items():
         ClipTokenizer.from_pretrained(source.files.part(folder), source.config(part))
-    with writing(out) as tmp:
+    with writing(out) as tmp, _named(tmp, source.folder):
         _copy(source, tmp)
         manifest.student = {**_write_graphs(tmp, manifest, source), **student}
         write_manifest(tmp, manifest)
         try_out(tmp)
+
+
+@contextmanager
+def _named(copy: Path, folder: Path) -> Iterator[None]:
+    """Errors name the folder that was given, not its copy, which is gone when they are read."""
+    try:
+        yield
+    except ArtifactError as e:
+        raise ArtifactError(str(e).replace(str(copy), str(folder))) from e
 
 
 def _copy(source: Artifact, out: Path) -> None:
@@ -253,8 +263,8 @@ def convert_cached_file(path: Path, clip_skip: int | None = None) -> Artifact:
     Raises:
         InputError, ArtifactError: see `convert`.
     """
-    if path.suffix.lower() in PICKLED or not path.is_file():
-        sources.check_file(path, from_pickle=False)
+    sources.check_file(path, from_pickle=False)
+    sources.recognized(path)  # says what is wrong before it says that it converts
     return _cached(path, path.stem, [_state(path)], clip_skip)
 
 

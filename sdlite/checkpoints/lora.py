@@ -210,6 +210,12 @@ def _fitting(
         )
     if not missing:
         return tensors, ""
+    if len(missing) == len(asked) and not skip_missing:
+        raise ArtifactError(
+            f"{path} is a LoRA of another base: none of its {len(asked)} layers of the"
+            f" {part.replace('_', ' ')} is in this model ({', '.join(missing[:3])}). Take a LoRA of"
+            " this model."
+        )
     if not skip_missing:
         raise ArtifactError(
             f"{path}: {which}: it was trained on a model with other blocks. Leave them out with"

@@ -58,4 +58,11 @@ def _tensors(content: Any) -> dict[str, Tensor]:
 def _first(error: Exception) -> str:
     """torch explains at length how to run the code all the same; its first sentence is the fact."""
     text = str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__
-    return text.splitlines()[0].split(". ")[0].rstrip(".")
+    first = text.splitlines()[0].split(". ")[0].rstrip(".")
+    if "inline_container" in first:  # where in torch's source it is
+        return "it is a zip archive, and not one of torch's"
+    if "central directory" in first:
+        return f"it is cut off, or damaged ({first})"
+    if first.startswith("Unsupported operand"):
+        return f"it is a pickle of more than tensors, or none of torch's ({first})"
+    return first

@@ -93,6 +93,9 @@ def prepared(source: Path, extras: Extras, scratch: Path) -> Prepared:
     """
     loras = [lora.Lora.given(x) for x in extras.lora]
     words = [embeddings.Embedding.given(x) for x in extras.embedding]
+    _check_there("lora", [x.path for x in loras])
+    _check_there("embedding", [x.path for x in words])
+    _check_there("vae", [] if extras.vae is None else [Path(arguments.path("vae", extras.vae))])
     if extras.precision is not None:
         arguments.one_of("precision", extras.precision, PRECISIONS)
     if extras.prediction_type is not None and not is_file(source):
@@ -126,6 +129,12 @@ def prepared(source: Path, extras: Extras, scratch: Path) -> Prepared:
     if made is not None:
         _edit(opened.folder / "scheduler", "scheduler_config.json", made.scheduler)
     return Prepared(opened.folder, made.sampler if made else {}, tuple(notes))
+
+
+def _check_there(name: str, paths: Sequence[Path]) -> None:
+    """Raises InputError where a file that is to be added does not exist."""
+    if missing := [p for p in paths if not p.exists()]:
+        raise InputError(f"{name}={str(missing[0])!r} does not exist; give a file that does.")
 
 
 @dataclass(frozen=True)
@@ -231,17 +240,30 @@ def _from_file(source: Path, extras: Extras, folder: Path, vae: Path | None) -> 
     check_file(source, extras.from_pickle)
     if source.suffix.lower() in PICKLED:
         source = pickles.to_safetensors(source, folder.parent / f"{source.stem}.safetensors")
-    header = single_file.Header.read(source)
-    layout = layouts.recognized(source, header.shapes, extras.prediction_type)
-    made = few_step.by_name(source, few_step.FILES[layout.version])
-    if made is not None:
-        layout = layout.changed(made.unet, made.scheduler, extras.prediction_type)
-    if why := families.refusal(str(source), layout.index, layout.config):
-        raise ArtifactError(why)
+    layout, half, made = recognized(source, extras.prediction_type)
     file = single_file.SingleFile(source, layout, folder, vae)
     file.check()
     layout.write(folder)
-    return _Opened(folder, tuple(layout.configs), header.half, file.network, made)
+    return _Opened(folder, tuple(layout.configs), half, file.network, made)
+
+
+def recognized(
+    source: Path, prediction_type: str | None = None
+) -> tuple[layouts.Layout, frozenset[str], few_step.FewStep | None]:
+    """What a safetensors file is by its header and its name: its layout, the networks that it has
+    in float16, and what it is made for.
+
+    Raises:
+        ArtifactError: it is damaged, or no model that sdlite runs.
+    """
+    header = single_file.Header.read(source)
+    layout = layouts.recognized(source, header.shapes, prediction_type)
+    made = few_step.by_name(source, few_step.FILES[layout.version])
+    if made is not None:
+        layout = layout.changed(made.unet, made.scheduler, prediction_type)
+    if why := families.refusal(str(source), layout.index, layout.config):
+        raise ArtifactError(why)
+    return layout, header.half, made
 
 
 def check_file(source: Path, from_pickle: bool) -> None:

@@ -190,12 +190,29 @@ RECIPE = (
 )
 
 
+GIVEN = {"export": False, "progress": False}
+
+
+def same_images(folder, sampler, **call):
+    """The folder's images by diffusers, with the scheduler that stands in it, and ours."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    theirs = pipe("a fox", latents=x, output_type="np", **call).images[0]
+    with Pipeline.from_pretrained(folder, backend="torch", threads=1) as ours:
+        mine = np.asarray(ours("a fox", latents=x.numpy(), sampler=sampler, **call).images[0])
+    assert psnr(theirs * 255, mine) > 50
+    return pipe
+
+
 def test_a_run_resumes_exactly_and_its_folder_is_diffusers_and_ours(xl, pictures, tmp_path):
-    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+    from diffusers import DDIMScheduler
     from safetensors.torch import load_file
 
     recipe = parse(RECIPE + stage("output", 16) + stage("consistency", 4))
-    given = {"teacher": xl, "data": pictures, "export": False, "progress": False}
+    given = {"teacher": xl, "data": pictures, **GIVEN}
     whole = run(recipe, out=tmp_path / "whole", **given)
     assert whole["finished"]
     rows = (tmp_path / "whole" / "0-output" / "stats.jsonl").read_text().splitlines()
@@ -211,15 +228,30 @@ def test_a_run_resumes_exactly_and_its_folder_is_diffusers_and_ours(xl, pictures
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionXLPipeline"
     assert index["force_zeros_for_empty_prompt"] is True
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipe = same_images(folder, "ddim", num_inference_steps=2, guidance_scale=5.0)
     assert isinstance(pipe.scheduler, DDIMScheduler)
-    pipe.set_progress_bar_config(disable=True)
-    x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3))
-    call = {"num_inference_steps": 2, "guidance_scale": 5.0}
-    theirs = pipe("a fox", latents=x, output_type="np", **call).images[0]
-    with Pipeline.from_pretrained(folder, backend="torch", threads=1) as ours:
-        mine = np.asarray(ours("a fox", latents=x.numpy(), sampler="ddim", **call).images[0])
-    assert psnr(theirs * 255, mine) > 50
+
+
+@pytest.mark.slow
+def test_whole_runs_of_the_stages_for_few_steps(xl, pictures, tmp_path):
+    from safetensors.torch import load_file
+
+    halved = stage("progressive", 8).replace("steps = [2]", "steps = [2, 1]")
+    recipe = parse(RECIPE + stage("output", 2) + halved + stage("adversarial", 8))
+    out = tmp_path / "out"
+    assert run(recipe, teacher=xl, data=pictures, out=out, **GIVEN)["finished"]
+    before = None
+    for name, steps in (("1-progressive-2", 2), ("1-progressive-1", 1), ("2-adversarial", 4)):
+        rows = [json.loads(r) for r in (out / name / "stats.jsonl").read_text().splitlines()]
+        assert len(rows) == 4
+        assert all(np.isfinite(v) for r in rows for k, v in r.items() if "loss" in k)
+        folder = out / name / "model"
+        unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        if before is not None:
+            assert any((unet[k] != before[k]).any() for k in unet)
+        before = unet
+        pipe = same_images(folder, "ddim", num_inference_steps=steps, guidance_scale=1.0)
+        assert pipe.scheduler.config.timestep_spacing == "trailing"
 
 
 def test_what_is_not_for_several_text_encoders_is_refused_before_any_work(opened, tmp_path):

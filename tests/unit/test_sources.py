@@ -373,6 +373,25 @@ def test_files_that_lack_something_are_one_line(file, tmp_path, pattern, words):
     refused(tmp_path / "x.safetensors", tmp_path, words)
 
 
+def test_what_is_wrong_is_said_alone_and_names_what_was_given(file, folders, tmp_path, caplog):
+    import sdlite
+
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="cut off"):
+        Pipeline.from_pretrained(cut)
+    assert not caplog.records  # nothing of a conversion that does not come
+    for name in ("lora", "embedding", "vae"):
+        gone = tmp_path / "none.safetensors"
+        given = str(gone) if name == "vae" else [str(gone)]
+        refused(file, tmp_path, f"^{name}=.*does not exist; give", Extras(**{name: given}))
+    lacks = shutil.copytree(folders("sd14"), tmp_path / "lacks")
+    _without(f := lacks / "unet" / "diffusion_pytorch_model.safetensors", f, r"conv_in\.bias")
+    with pytest.raises(ArtifactError, match=f"^{re.escape(str(f))} lacks 1 .*conv_in.bias"):
+        sdlite.convert(lacks, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def refused(source, tmp_path, words, extras=None):
     with pytest.raises(SdliteError, match=words) as error:
         sources.prepared(source, extras or Extras(), fresh(tmp_path))
@@ -510,8 +529,15 @@ def test_pickles_that_want_code_run_and_files_that_are_none_are_refused(tmp_path
         z.writestr("data.txt", "no tensors")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.bin").write_text("hello")
-    for name in ("evil.ckpt", "zip.ckpt", "list.pt", "text.bin"):
-        with pytest.raises(ArtifactError, match=re.escape(name)) as error:
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "list.pt").read_bytes()[:400])
+    for name, words in (
+        ("evil.ckpt", ""),
+        ("zip.ckpt", "is a zip archive, and not one of torch's"),
+        ("cut.pt", "it is cut off, or damaged"),
+        ("list.pt", "holds no tensors"),
+        ("text.bin", ""),
+    ):
+        with pytest.raises(ArtifactError, match=f"{re.escape(name)}.*{words}") as error:
             pickles.to_safetensors(tmp_path / name, tmp_path / "out.safetensors")
         assert "\n" not in str(error.value)
         assert not (tmp_path / "out.safetensors").exists()
