@@ -286,8 +286,8 @@ class Pipeline(metaclass=_Class):
             threads: CPU threads per network call, 1 to 4 for each CPU (64 on small machines); None
                 is the engine's own choice.
             arithmetic: what float layers are computed in: "float32", "bfloat16" or "float16", on
-                "openvino". None: float32 for fp32; for fp16 and what int8 leaves in float, the
-                CPU's half precision where it has one. The report says which it is.
+                "openvino" and "torch". None: float32 for fp32; for fp16 and what int8 leaves in
+                float, the engine's half precision where it has one. The report says which it is.
             max_pixels: height x width x images that one call may make; None is the model's own,
                 else 8 images of the model's own size, at least 3 and at most 8 million. Memory and
                 time of a call grow with them.

@@ -15,9 +15,10 @@ ROW_BY_ROW = (
     "the rows of a batch run one by one, so that an image of a batch is its seed's image alone, bit"
     " by bit"
 )
+AUTOENCODER = {"vae_decoder": "decoded", "vae_encoder": "encoded"}  # parts that overflow
 OVERFLOWS = (
-    "the VAE decoder overflows in float16 (NaN or infinity, well known of Stable Diffusion's):"
-    " images for which it does are decoded in float32; precision='fp32' decodes all of them so"
+    "the {name} overflows in float16 (NaN or infinity, well known of Stable Diffusion's): images"
+    " for which it does are {done} in float32; precision='fp32' does all of them so"
 )
 
 
@@ -83,31 +84,32 @@ class RowByRow:
 
 
 class Overflowing:
-    """A decoder in float16 that decodes an image again in float32 where the result is not finite.
-    Which of the two an image gets depends on that image alone.
+    """A decoder or encoder in float16 that does an image again in float32 where the result is not
+    finite. Which of the two an image gets depends on that image alone.
 
     Args:
-        half: the decoder in float16.
-        whole: makes the decoder in float32, the first time that it is needed.
+        half: the network in float16.
+        whole: makes the network in float32, the first time that it is needed.
+        part: of `AUTOENCODER`.
     """
 
-    def __init__(self, half: Network, whole: Callable[[], Network]):
-        self.half, self.whole = half, whole
+    def __init__(self, half: Network, whole: Callable[[], Network], part: str = "vae_decoder"):
+        self.half, self.whole, self.part = half, whole, part
         self._float32: Network | None = None
         self._lock = threading.Lock()
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
-        """latent_sample (B, C, h, w) -> sample (B, 3, H, W)."""
-        [(name, out)] = self.half(**inputs).items()
+        """One array with a row for each image -> one of the same kind."""
+        [(name, out)], [(key, given)] = self.half(**inputs).items(), inputs.items()
         bad = ~np.isfinite(out).reshape(len(out), -1).all(axis=1)
         if not bad.any():
             return {name: out}
         with self._lock:
             self._float32 = self._float32 or self.whole()
-        running.say(OVERFLOWS)
+        what = self.part.replace("vae", "VAE").replace("_", " ")
+        running.say(OVERFLOWS.format(name=what, done=AUTOENCODER[self.part]))
         out = np.array(out)
-        again = np.ascontiguousarray(inputs["latent_sample"][bad])
-        out[bad] = self._float32(latent_sample=again)[name]
+        out[bad] = self._float32(**{key: np.ascontiguousarray(given[bad])})[name]
         return {name: out}
 
     def close(self) -> None:

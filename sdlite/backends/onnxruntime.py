@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 
 from sdlite.artifact import Artifact
 from sdlite.backends.base import Backend
-from sdlite.backends.network import ROW_BY_ROW, Network, Overflowing, RowByRow
+from sdlite.backends.network import AUTOENCODER, ROW_BY_ROW, Network, Overflowing, RowByRow
 from sdlite.backends.report import NetworkReport
 
 STORAGE = "fp16 on the CPU is storage: weights are float16 on disk, arithmetic is float32"
@@ -55,9 +55,9 @@ class OnnxRuntime(Backend):
 
         network, row, size = open_network(artifact, part, precision, device, threads)
         on_gpu = precision == "fp16" and device == "cuda"
-        if part == "vae_decoder" and on_gpu and artifact.has_onnx("fp32"):
+        if part in AUTOENCODER and on_gpu and artifact.has_onnx("fp32"):
             network = Overflowing(
-                network, lambda: open_network(artifact, part, "fp32", device, threads)[0]
+                network, lambda: open_network(artifact, part, "fp32", device, threads)[0], part
             )
         # int8-dynamic has one activation scale for a whole tensor: an image must not set that of
         # another

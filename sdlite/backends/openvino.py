@@ -8,7 +8,7 @@ from __future__ import annotations
 from sdlite.artifact import Artifact
 from sdlite.backends.base import Backend
 from sdlite.backends.held import entry
-from sdlite.backends.network import Network, Overflowing, RowByRow
+from sdlite.backends.network import AUTOENCODER, Network, Overflowing, RowByRow
 from sdlite.backends.report import NetworkReport
 
 LARGE = 32 << 20  # bytes of a network whose rows are computed one by one on the CPU
@@ -94,8 +94,8 @@ class OpenVINO(Backend):
 
         chosen = arithmetic_of(precision, device, arithmetic)
         network: Network = compiling(chosen)
-        if part == "vae_decoder" and chosen == "float16":
-            network = Overflowing(network, lambda: compiling("float32"))
+        if part in AUTOENCODER and chosen == "float16":
+            network = Overflowing(network, lambda: compiling("float32"), part)
         if row.get("batch") or (device == "cpu" and size >= LARGE):
             network = RowByRow(network)
         said = row["arithmetic"].replace("float32", chosen)

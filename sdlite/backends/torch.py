@@ -9,6 +9,7 @@ from sdlite.backends.base import Backend
 from sdlite.backends.held import lacking
 from sdlite.backends.network import ROW_BY_ROW, Network
 from sdlite.backends.report import NetworkReport
+from sdlite.errors import PrecisionError
 from sdlite.families import vae_stride
 
 STORAGE = "fp16 on the CPU is storage: weights are rounded to float16, arithmetic is float32"
@@ -23,6 +24,7 @@ class Torch(Backend):
     precisions = ("fp32", "fp16", "int8-dynamic")
     extra = "torch"
     devices = ("cpu", "cuda")
+    arithmetic = ("float32", "bfloat16", "float16")
     order = 2
     graphs = False
 
@@ -38,7 +40,7 @@ class Torch(Backend):
         return vae_stride(artifact.config("vae"))
 
     def notes(self, precision: str, device: str, arithmetic: str | None = None) -> list[str]:
-        if precision == "fp16" and device == "cpu":
+        if precision == "fp16" and device == "cpu" and arithmetic is None:
             return [STORAGE]
         if precision != "int8-dynamic":
             return []
@@ -57,4 +59,9 @@ class Torch(Backend):
 
         if not artifact.has_weights:
             raise lacking(artifact, precision)
-        return open_part(artifact, part, precision, device, threads)
+        if precision == "int8-dynamic" and arithmetic not in (None, "float32"):
+            raise PrecisionError(
+                f"int8-dynamic on torch leaves the other layers in float32, and {arithmetic!r} is"
+                " asked for; leave arithmetic out, or use precision='fp16'."
+            )
+        return open_part(artifact, part, precision, device, threads, arithmetic)

@@ -13,7 +13,7 @@ import torch
 
 from sdlite import families, running
 from sdlite.artifact import Artifact
-from sdlite.backends.network import Network, Overflowing, RowByRow
+from sdlite.backends.network import AUTOENCODER, Network, Overflowing, RowByRow
 from sdlite.backends.report import NetworkReport
 from sdlite.errors import MissingExtraError, UnknownNameError
 from sdlite.files import Files
@@ -104,9 +104,14 @@ class Module:
 
 
 def open_part(
-    artifact: Artifact, part: str, precision: str, device: str, threads: int | None
+    artifact: Artifact,
+    part: str,
+    precision: str,
+    device: str,
+    threads: int | None,
+    told: str | None = None,
 ) -> tuple[Network, NetworkReport]:
-    """A network and what the report says of it.
+    """A network and what the report says of it. `told`: the arithmetic that was asked for.
 
     Raises:
         UnknownNameError: no CUDA device. ArtifactError: the weights are missing or damaged.
@@ -122,7 +127,7 @@ def open_part(
     folder = artifact.files.part(source)
     weights = weight_files(folder)
     with _LOADING:
-        module, linear = _opened(folder, part, precision, device)
+        module, linear = _opened(folder, part, precision, device, told)
     arithmetic = str(next(module.parameters()).dtype).removeprefix("torch.")
     if linear is not None:
         arithmetic = f"int8 Linear ({linear} layers), rest float32"
@@ -132,9 +137,9 @@ def open_part(
     )
     storage = " and ".join(dtypes(weight_index(weights)))
     network: Network = Module(spec, module.to(device), device, threads)
-    if part == "vae_decoder" and arithmetic == "float16":
+    if part in AUTOENCODER and arithmetic == "float16":
         network = Overflowing(
-            network, lambda: Module(spec, copy.deepcopy(module).float(), device, threads)
+            network, lambda: Module(spec, copy.deepcopy(module).float(), device, threads), part
         )
     if (
         precision == "int8-dynamic" and device == "cpu"
@@ -144,10 +149,10 @@ def open_part(
 
 
 def _opened(
-    folder: Files, part: str, precision: str, device: str
+    folder: Files, part: str, precision: str, device: str, told: str | None
 ) -> tuple[torch.nn.Module, int | None]:
-    """The module in the precision's arithmetic on this device, and how many of its layers became
-    int8.
+    """The module in the arithmetic that is told, else the precision's on this device; and how many
+    of its layers became int8.
     """
     module = open_network(folder).eval().requires_grad_(False)
     if part == "vae_decoder":
@@ -156,6 +161,6 @@ def _opened(
         module.decoder = None
     if precision == "fp16":
         module = module.half()
-    if device == "cpu":
-        module = module.float()  # after rounding
+    if told is not None or device == "cpu":
+        module = module.to(getattr(torch, told or "float32"))  # after rounding
     return module, _quantize_linear(module) if precision == "int8-dynamic" else None

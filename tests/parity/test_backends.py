@@ -62,6 +62,19 @@ def test_fp16_equals_fp32_and_is_reported_as_storage(want):
     assert "storage" in half.report.notes[0]
 
 
+def test_torch_computes_in_what_it_is_told(want):
+    for told, least, most in (("bfloat16", 22, 60), ("float32", 60, 200)):
+        pipe = sdlite.Pipeline.from_pretrained(
+            "emoji", backend="torch", precision="fp32", threads=1, arithmetic=told
+        )
+        assert least < psnr(pixels(pipe(PROMPTS, latents=LATENTS, **CALL).images), want) <= most
+        assert {n.arithmetic for n in pipe.report.networks} == {told}
+    with pytest.raises(sdlite.errors.PrecisionError, match="leaves the other layers in float32"):
+        sdlite.Pipeline.from_pretrained(
+            "emoji", backend="torch", precision="int8-dynamic", arithmetic="bfloat16"
+        )
+
+
 def test_torchao_runs_linear_in_int8(want):
     pytest.importorskip("torchao", reason="needs the torchao extra")
     pipe = sdlite.Pipeline.from_pretrained(

@@ -511,6 +511,23 @@ def test_images_that_overflow_in_float16_are_decoded_in_float32(decoders):
     assert made == [1]
 
 
+def test_an_encoder_overflows_too_and_says_what_it_is():
+    def half(sample):
+        bright = sample.reshape(len(sample), -1).max(1) > 0.5
+        return {"latent_sample": np.where(bright[:, None, None, None], np.nan, sample)}
+
+    both = Overflowing(half, lambda: lambda sample: {"latent_sample": sample + 1}, "vae_encoder")
+    call = running.Call()
+    with running.entered(call):
+        pixels = np.stack([np.full((3, 4, 4), x, np.float32) for x in (0, 1)])
+        got = both(sample=pixels)["latent_sample"]
+    assert [float(g.mean()) for g in got] == [0, 2]
+    assert [s.split(":")[1] for s in call.said] == [
+        " images for which it does are encoded in float32; precision='fp32' does all of them so"
+    ]
+    assert call.said[0].startswith("the VAE encoder overflows in float16")
+
+
 def test_a_pipeline_says_once_that_its_decoder_overflows(decoders, emoji):
     both = Overflowing(decoders[0], lambda: decoders[1])
     parts = {**emoji.networks.parts, "vae_decoder": both}
