@@ -8,14 +8,22 @@ twice: by diffusers, in float32, and by each engine; equal seeds, so the images 
 for rounding: 80 dB and more. `another prompt` is how far apart two prompts are: a figure near it
 means another image. A model that is refused has the words of the refusal. One process a model; rows
 go to benchmarks/results/published.jsonl.
+
+    python -m benchmarks.published vega --true-widths
+
+makes one image of 1024 px in one step, by the UNet and the text encoders in their true widths, and
+the narrow autoencoder: the published one alone would take minutes of two cores. Its rows go to
+published_large.jsonl; `image_deviation` is of diffusers' image, of 255.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,14 +33,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import published_models
+from benchmarks import large_models, published_models
 from benchmarks.env import environment
 from sdlite import image_input, metrics
 from sdlite.errors import SdliteError
 
 RESULTS = Path(__file__).parent / "results" / "published.jsonl"
+RESULTS_LARGE = RESULTS.with_name("published_large.jsonl")
 PROMPTS = ["a red fox in snow!", "two cats", "a photo of an astronaut riding a horse, 8k"]
-SIZE = 128
+SIZE, LARGE = 128, 1024
 THREADS = 2
 
 
@@ -178,6 +187,20 @@ def measure(name: str, scratch: Path) -> dict[str, Any]:
     return {"another_prompt": apart, "runs": runs}
 
 
+def measure_true(name: str, scratch: Path, size: int) -> dict[str, Any]:
+    """As `measure`, of one image in true widths, on torch in float32 from weights in float16."""
+    narrow = published_models.write(name, scratch / "narrow", dtype="float16")
+    folder = large_models.write(name, scratch / name, "float16")
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(narrow / "vae", folder / "vae")
+    model = dataclasses.replace(published_models.MODELS[name], steps=1, guidance=1.0)
+    published_models.MODELS[name] = model
+    [ours] = sdlite_images(folder, name, PROMPTS[:1], Run("torch", "fp16"), size)
+    [theirs] = diffusers_images(folder, name, PROMPTS[:1], size)
+    spread = float(theirs.std())
+    return {"runs": {"torch fp16": psnr(ours, theirs)}, "image_deviation": spread, "steps": 1}
+
+
 def diffusers_apart(scratch: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """diffusers' images of two prompts at one seed."""
     folder = scratch / published_models.MODELS[name].dtype / name
@@ -193,21 +216,32 @@ def main() -> None:
         metavar="MODEL",
         help=f"default: all; {', '.join(published_models.MODELS)}",
     )
-    ap.add_argument("--out", type=Path, default=RESULTS)
+    ap.add_argument("--out", type=Path, help="file of the rows")
+    ap.add_argument("--true-widths", action="store_true", help=f"one image of {LARGE} px")
     ap.add_argument("--worker", help=argparse.SUPPRESS)
     args = ap.parse_args()
     if args.worker:
         logging.disable(logging.WARNING)
-        with tempfile.TemporaryDirectory() as scratch:
-            print(json.dumps(measure(args.worker, Path(scratch))))
+        with tempfile.TemporaryDirectory() as aside:
+            scratch = Path(aside)
+            if args.true_widths:
+                print(json.dumps(measure_true(args.worker, scratch, LARGE)))
+            else:
+                print(json.dumps(measure(args.worker, scratch)))
         return
+    shown, out = {"size_px": SIZE, "prompts": len(PROMPTS)}, args.out or RESULTS
+    if args.true_widths:
+        shown, out = {"size_px": LARGE, "prompts": 1}, args.out or RESULTS_LARGE
     about = {
         **environment(),
         "command": " ".join(["python -m benchmarks.published", *sys.argv[1:]]),
     }
     for name in args.models or published_models.MODELS:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "benchmarks.published", "--worker", name],
+            [
+                *(sys.executable, "-W", "ignore", "-m", "benchmarks.published", "--worker", name),
+                *(["--true-widths"] if args.true_widths else []),
+            ],
             capture_output=True,
             text=True,
         )
@@ -218,8 +252,8 @@ def main() -> None:
             }
         else:
             result = json.loads(lines[-1])
-        row = {"model": name, "size_px": SIZE, "prompts": len(PROMPTS), **result, **about}
-        with open(args.out, "a") as f:
+        row = {"model": name, **shown, **result, **about}
+        with open(out, "a") as f:
             f.write(json.dumps(row) + "\n")
         print(name, json.dumps(result), flush=True)
 

@@ -230,6 +230,24 @@ def published() -> list[str]:
             f"Least of {one['prompts']} images, dB; {one['size_px']} px. {one['cpu']},"
             f" {one['cores']} cores; {versions}."
         ),
+        *_true_widths(),
+    ]
+
+
+def _true_widths() -> list[str]:
+    """What large images in true widths are, a line each."""
+    last = {r["model"]: r for r in read("published_large")}
+    return [
+        line
+        for r in last.values()
+        if "runs" in r
+        for line in (
+            "",
+            f"`{r['model']}` in the true widths of its UNet and text encoders, with the narrow"
+            f" autoencoder, one image of {r['size_px']} px in one step:"
+            f" {', '.join(f'{k} {v:.1f} dB' for k, v in r['runs'].items())} to diffusers'"
+            f" ({r['date']} `{r['commit']}`).",
+        )
     ]
 
 

@@ -53,7 +53,7 @@ def load(part):
 """
 PROVIDER = "QNNExecutionProvider"
 OPERATORS = ("Conv", "MatMul", "Gemm")
-Part = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+Part = Literal["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"]
 
 
 @settings
