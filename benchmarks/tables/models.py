@@ -102,8 +102,59 @@ def quantizing() -> list[str]:
         "peak MiB",
         "MB",
         "mean / worst PSNR to float",
-        "text / UNet / VAE: SQNR, dB",
+        "text / UNet / VAE decoder / encoder: SQNR, dB",
         "PSNR with that one alone in int8, dB",
+        "measured",
+    ]
+    return table(head, body)
+
+
+def large() -> list[str]:
+    """Models of gigabytes at their true shape: the last row of each task."""
+    last = {(r["model"], r["dtype"], r["task"]): r for r in read("large_models")}
+    body = [
+        [
+            f"`{model}`",
+            f"{task}, {dtype} files",
+            f"{r['seconds'] / 60:.1f} ({r['load']:.1f})",
+            f"{r['peak_mib']:,.0f} (bar {r['bar_mib']:,.0f})",
+            "" if "psnr_mean" not in r else f"{r['psnr_mean']:.1f}",
+            ", ".join(f"{p} {decibels(v)}" for p, v in r.get("networks", {}).items()),
+            f"{r['env']['date']} `{r['env']['commit']}`",
+        ]
+        for (model, dtype, task), r in sorted(last.items())
+    ]
+    head = [
+        "model",
+        "task",
+        "minutes (load of 2 cores)",
+        "peak MiB",
+        "image, dB",
+        "SQNR of networks, dB",
+        "measured",
+    ]
+    return table(head, body)
+
+
+def rounding() -> list[str]:
+    """Int8 networks beside their layers rounded in torch: the last row of each."""
+    last = {(r["model"], r["part"], r["precision"]): r for r in read("rounding")}
+    body = []
+    for (model, part, precision), r in last.items():
+        kinds = sorted(r["kinds"].items(), key=lambda kv: kv[1]["both"])
+        worst = ", ".join(f"{k} {v['both']:.1f}" for k, v in kinds[:3])
+        whole = [decibels(r[k]) for k in ("graph", "all", "weights", "inputs", "weights_8_bits")]
+        cells = [f"`{model}` {part}", precision, *whole, worst]
+        body.append([*cells, f"{r['date']} `{r['commit']}`"])
+    head = [
+        "network",
+        "precision",
+        "graph",
+        "the same layers rounded in torch",
+        "their weights alone (7 bits)",
+        "their inputs alone (8 bits)",
+        "all, weights of 8 bits",
+        "kinds of layers alone, worst three",
         "measured",
     ]
     return table(head, body)
