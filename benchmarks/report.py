@@ -124,17 +124,17 @@ def _quantizing() -> list[str]:
         *models.quantizing(),
         "",
         "Models of gigabytes at their true shape, random weights, one image of 256 px in two steps"
-        " (`python -m benchmarks.large_models`); the bar is 1.3 times the largest network plus 2 GB,"
-        " of int8 counted in float32, which it is computed in. Minutes are of a machine that does"
-        " other work too:",
+        " (`python -m benchmarks.large_models`); the bar is 1.3 times the largest network plus 2"
+        " GB, of int8 counted in float32, which it is computed in. Minutes are of a machine that"
+        " does other work too:",
         "",
         *models.large(),
         "",
         "Why a network is under 30 dB: the layers that are int8, rounded in torch on the same"
         " inputs, without our graphs or smoothing (`python -m benchmarks.rounding`), dB to float."
         " Where the graph is as close as that, it is the rounding of the scheme. int8-dynamic loses"
-        " it in weights: 7 bits are 36 dB of a layer with normal weights, for x86 without VNNI"
-        " would saturate sums of 8, and the errors of all layers add up in the residual sum."
+        " it in weights: 7 bits are about 36 dB of a layer with normal weights, and the errors of"
+        ' all layers add up in the residual sum (`scheme="u8s8"` has 8, where CPUs have VNNI).'
         " int8-static loses it in the 8 bits of the convolutions' inputs and outputs.",
         "",
         *models.rounding(),

@@ -44,9 +44,9 @@ def quantize(
             graphs, tokenizer, scheduler and configurations, not the float weights.
         calibration: what static quantization is shown; default: the model's own prompts.
         gate: what must hold; default: the thresholds of `Gate`.
-        scheme: "u8s7" (static, default) gives weights 7 bits: x86 CPUs without VNNI saturate u8 x
+        scheme: "u8s7" (default) gives weights 7 bits: x86 CPUs without VNNI saturate u8 x
             s8 products, and a gate on the machine that quantizes cannot see the machine that runs.
-            "u8s8" where every target has VNNI or is ARM; "s8s8" for TensorRT.
+            "u8s8" where every target has VNNI or is ARM; "s8s8" for TensorRT, int8-static alone.
         keep_float: part -> regular expressions of torch module names that stay in float; default:
             the model's own (`calibration.keep_float` in its manifest), else
             `sdlite.quant.KEEP_FLOAT`. A part that is not named has its `KEEP_FLOAT`.
@@ -84,7 +84,7 @@ def quantize(
         keep = options.kept_in_float(keep_float, pipe.artifact)
         builder: Builder
         if precision == "int8-dynamic":
-            builder = DynamicBuilder(work, keep)
+            builder = DynamicBuilder(work, keep, insert.SCHEMES[scheme])
         else:
             builder = StaticBuilder(work, insert.SCHEMES[scheme], keep)
         return until_it_holds(work, builder, Path(out), keep_failed)

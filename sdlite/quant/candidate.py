@@ -41,7 +41,7 @@ class Part:
     """One network of a candidate.
 
     Attributes:
-        scheme: "dynamic" or a name of `insert.SCHEMES`.
+        scheme: a name of `insert.SCHEMES`; or "dynamic", "dynamic u8s8".
         arithmetic: what the manifest says that it is computed in.
         float_bytes: bytes of the float network's weights.
         float_share: share of the weights that stays in float.

@@ -15,7 +15,7 @@ from sdlite.artifact import Artifact
 from sdlite.errors import InputError, PrecisionError, UnknownNameError
 from sdlite.instrument import LARGE, on_demand
 from sdlite.pipeline import Pipeline
-from sdlite.quant import insert
+from sdlite.quant import dynamic, insert
 from sdlite.quant.calibrate import Calibration
 from sdlite.quant.gate import Gate
 from sdlite.sampling import known_sampler
@@ -49,6 +49,11 @@ def check_names(
             f"precision={precision!r} cannot be quantized to; choose one of {', '.join(QUANTIZED)}."
         )
     arguments.one_of("scheme", scheme, tuple(insert.SCHEMES))
+    if precision == "int8-dynamic" and scheme not in dynamic.SCHEMES:
+        raise InputError(
+            f"scheme={scheme!r} is not one of int8-dynamic, whose activations are uint8; choose one"
+            f" of {', '.join(dynamic.SCHEMES)}, or int8-static."
+        )
     if sampler is not None:
         arguments.text("sampler", sampler)
 

@@ -35,6 +35,7 @@ from sdlite.onnx_graph import Graph
 from sdlite.quant import (
     Calibration,
     Gate,
+    api,
     insert,
     observe,
     quantize,
@@ -372,6 +373,17 @@ def test_an_image_of_a_static_batch_is_that_seed_alone(static, backend):
     assert_rows_alone(Pipeline.from_pretrained(static[0], backend=backend, threads=1))
 
 
+@pytest.mark.parametrize(("scheme", "name", "most"), [("u8s7", "", 63), ("u8s8", " u8s8", 127)])
+def test_bits_of_dynamic_weights(tmp_path, monkeypatch, scheme, name, most):
+    monkeypatch.setattr(api, "until_it_holds", lambda work, builder, *_: builder.build([]))
+    parts = quantize(EMOJI, "int8-dynamic", out=tmp_path / "d", scheme=scheme, **QUICK)
+    part = parts["text_encoder"]
+    integers = [w for k, w in part.graph.weights.items() if k.endswith("/int8")]
+    assert len(integers) > 20
+    assert {int(np.abs(w.array().astype(int)).max()) for w in integers} == {most}
+    assert {part.scheme, *(x["scheme"] for x in part.layers)} == {f"dynamic{name}"}
+
+
 def test_dynamic(tmp_path, emoji):
     report = quantize(EMOJI, "int8-dynamic", out=tmp_path / "d", **QUICK)
     assert all(n["bytes"] <= n["float_bytes"] for n in report["networks"].values()), (
@@ -625,6 +637,7 @@ def test_errors(tmp_path, emoji, plain):
         ({"model": None}, r"model=None \(NoneType\); accepted: a name that"),
         ({"precision": 8}, "precision=8; accepted: a string"),
         ({"out": 3}, "out=3; accepted: a path"),
+        ({"precision": "int8-dynamic", "scheme": "s8s8"}, "one of u8s7, u8s8, or int8-static"),
         ({"scheme": ["u8s7"]}, r"scheme=\['u8s7'\] \(list\); accepted: a string"),
         ({"threads": 0}, "threads=0; accepted: a whole number, 1 to"),
         ({"keep_float": {"vae": ["conv"]}}, "'vae'; the networks of emoji are text_encoder"),
