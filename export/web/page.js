@@ -67,6 +67,7 @@ function drawSource() {
     }
   }
   if (!touched) at("strength").value = mask.empty ? editing.STRENGTH : editing.REPAINTED;
+  at("wide").textContent = `${Math.round(2 * Number(at("brush").value))} of ${WIDTH} px`;
   const painted = mask.empty ? "nothing painted: the whole image changes" : `${Math.max(1, Math.round(100 * mask.share))}% painted`;
   at("source").setAttribute("aria-label", `image to edit, and mask, ${painted}`);
   drawStrength();
@@ -176,6 +177,7 @@ at("all").addEventListener("click", changed(() => mask.fill(255), "the whole ima
 at("invert").addEventListener("click", changed(() => mask.invert(), "the mask is inverted"));
 at("clear").addEventListener("click", changed(() => mask.fill(0), "the mask is cleared"));
 at("erase").addEventListener("click", () => at("erase").setAttribute("aria-pressed", at("erase").getAttribute("aria-pressed") !== "true"));
+at("brush").addEventListener("input", drawSource);
 at("strength").addEventListener("input", () => (touched = true));
 for (const id of ["strength", "steps"]) at(id).addEventListener("input", drawStrength);
 
@@ -187,6 +189,10 @@ async function pipeline(provider, signal, parts) {
   if (parts.length) await pipes[provider].open(parts, { signal, onProgress });
   return pipes[provider];
 }
+
+// The result is brought into view where it stands below the form: as little as will do, and at once, so that no button
+// moves away under a finger.
+const reveal = () => at("image").scrollIntoView({ block: "nearest", behavior: "instant" });
 
 function draw({ pixels, width, height, label }) {
   context("image", width, height).putImageData(new ImageData(pixels, width, height), 0, 0);
@@ -201,6 +207,7 @@ async function paint(made, prompt, seed) {
   Object.assign(at("save"), { href: URL.createObjectURL(blob), download: `sdlite-${seed}.png`, hidden: false });
   result = { pixels: made.pixels, width: made.width, height: made.height, label };
   at("again").hidden = false;
+  reveal();
 }
 
 async function generate(signal) {
@@ -214,6 +221,7 @@ async function generate(signal) {
     onStep: (step, steps, preview) => {
       show(step / steps);
       say(`step ${step} of ${steps}`);
+      if (preview && step === 1) setTimeout(reveal);
       if (preview) draw({ ...preview, label: `preview after step ${step} of ${steps}` });
     },
   });
@@ -256,7 +264,8 @@ at("random").addEventListener("click", () => (at("seed").value = crypto.getRando
 at("steps").value = settings.sampler.num_inference_steps;
 at("guidance").value = settings.sampler.guidance_scale;
 Object.assign(at("brush"), { max: Math.max(WIDTH, HEIGHT) / 3, value: Math.max(WIDTH, HEIGHT) / 10 });
-at("camera").hidden = !matchMedia("(pointer: coarse)").matches;
+const coarse = matchMedia("(pointer: coarse)").matches;  // a phone: nothing is dropped there, and it has a camera
+[at("camera").hidden, at("hint").hidden] = [!coarse, coarse];
 const edits = "vae_encoder/model.onnx" in settings.bytes;
 [at("edit").hidden, at("noedit").hidden] = [!edits, edits];
 if (!edits) at("noedit").textContent = `No editing: ${NO_ENCODER}.`;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import itertools
 import json
@@ -12,19 +13,22 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
 import sdlite
+from sdlite import image_input
 from sdlite.artifact import Artifact
+from sdlite.editing import Edit
 from sdlite.errors import ExportError, InputError, MissingExtraError
 from sdlite.exporters import profile, targets
 from sdlite.exporters.export import export, table
 from sdlite.exporters.targets import web
 from sdlite.exporters.targets.web import chromium
 from sdlite.families.sd import StableDiffusion, guidance_embedding
-from sdlite.sampling import Noise
+from sdlite.sampling import Noise, Schedule, get_sampler
 from sdlite.spec import Tensor
 from sdlite.tokenizer import ClipTokenizer
 from tests import folders
@@ -89,6 +93,263 @@ def text(opened, id):
 def fill(opened, **fields):
     for id, value in fields.items():
         opened.evaluate(f"document.getElementById('{id}').value = {json.dumps(value)}")
+
+
+# --- editing on the page
+
+
+@pytest.fixture(scope="module")
+def python(page):
+    """The model as the page has it."""
+    return sdlite.Pipeline.from_pretrained(
+        EMOJI, precision="fp16", backend="onnxruntime", threads=1
+    )
+
+
+@pytest.fixture
+def opened(page):
+    """The page's browser; no image to edit is left there."""
+    yield page[1]
+    page[1].evaluate("document.getElementById('remove').click()")
+
+
+@pytest.fixture(scope="module")
+def wide_image(python, tmp_path_factory):
+    """The file of an apple, larger than the networks take and not square, partly transparent."""
+    apple = python("a red apple on a white background", seed=1).images[0]
+    image = apple.resize((150, 100), Image.Resampling.BICUBIC).convert("RGBA")
+    image.putalpha(Image.new("L", image.size, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 40, 30))
+    path = tmp_path_factory.mktemp("image") / "wide.png"
+    image.save(path)
+    return path
+
+
+def shown(opened, canvas):
+    """uint8 (H, W, 4) of a canvas."""
+    width, height, *pixels = opened.evaluate(
+        f"(() => {{ const c = document.getElementById('{canvas}'); return [c.width, c.height,"
+        " ...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; })()"
+    )
+    return np.array(pixels, np.uint8).reshape(height, width, 4)
+
+
+def edit(opened, path, **fields):
+    """Choose a file; what the page then shows of it, without a mask: uint8 (H, W, 3)."""
+    opened.evaluate("document.getElementById('status').textContent = ''")
+    opened.upload("#file", path)
+    opened.wait(f"document.getElementById('status').textContent.startsWith('{path.name}')", 20)
+    fill(opened, **fields)
+    for id in ("strength", "steps"):
+        script = f"document.getElementById('{id}').dispatchEvent(new Event('input'))"
+        opened.evaluate(script)
+    return shown(opened, "source")[..., :3]
+
+
+def click_and_wait(opened):
+    """uint8 (H, W, 3) of the image that a click makes."""
+    opened.evaluate("document.getElementById('status').textContent = ''")
+    opened.click("#go")
+    opened.wait(
+        "document.getElementById('status').textContent.endsWith('on wasm')"
+        " || document.getElementById('error').textContent",
+        120,
+    )
+    assert text(opened, "error") == ""
+    return shown(opened, "image")[..., :3]
+
+
+def array_of(images):
+    return np.asarray(images.images[0])
+
+
+@pytest.mark.parametrize("strength", ["0", "0.5", "1"])
+def test_an_edit_on_the_page_is_pythons(opened, python, wide_image, strength):
+    prompt = "a green apple on a white background"
+    fields = {"prompt": prompt, "seed": "4", "steps": "4", "guidance": "1"}
+    source = edit(opened, wide_image, **fields, strength=strength)
+    right = image_input.covering(image_input.images("image", wide_image, 1)[0], 64, 64)
+    np.testing.assert_array_equal(source, np.asarray(right))
+    made = click_and_wait(opened)
+    given = {"image": wide_image, "height": 64, "width": 64, "strength": float(strength)}
+    want = array_of(python(prompt, seed=4, num_inference_steps=4, **given))
+    assert psnr(made, want) >= 60
+    another = array_of(python(prompt, seed=5, num_inference_steps=4, **given))
+    assert psnr(made, another) < 60 or strength == "0"
+    said = {"0": "0.00: the image as it is", "0.5": "0.50: 2 of 4 steps", "1": "1.00: 4 of 4 steps"}
+    assert text(opened, "share").startswith(said[strength])
+
+
+@pytest.mark.parametrize("touch", [False, True])
+def test_a_painted_mask_is_pythons_and_keeps_the_rest(opened, python, wide_image, touch):
+    prompt = "a red apple on a blue background"
+    fields = {"prompt": prompt, "seed": "2", "steps": "3", "guidance": "1", "brush": "8"}
+    source = edit(opened, wide_image, **fields, strength="1" if touch else "0.7")
+    opened.drag("#source", [(0.1, 0.1), (0.9, 0.1), (0.9, 0.9)], touch=touch)
+    painted = (shown(opened, "source")[..., :3] != source).any(-1)
+    assert 0.3 < painted.mean() < 0.5
+    assert painted[:10, 8:50].all()
+    assert not painted[20:, :50].any()
+    label = opened.evaluate("document.getElementById('source').getAttribute('aria-label')")
+    assert label == f"image to edit, and mask, {round(100 * painted.mean())}% painted"
+    made = click_and_wait(opened)
+    np.testing.assert_array_equal(made[~painted], source[~painted])
+    mask = Image.fromarray(painted.astype(np.uint8) * 255)
+    given = {"image": Image.fromarray(source), "mask_image": mask, "num_inference_steps": 3}
+    want = array_of(python(prompt, seed=2, strength=1 if touch else 0.7, **given))
+    assert psnr(made[painted], want[painted]) >= 60
+    assert psnr(made[painted], source[painted]) < 30  # it was painted
+
+
+def test_the_mask_can_be_made_by_keys_and_buttons(opened, wide_image):
+    source = edit(opened, wide_image, brush="4")
+
+    def painted():
+        return (shown(opened, "source")[..., :3] != source).any(-1).mean()
+
+    opened.click("#all")
+    assert painted() == 1
+    opened.click("#invert")
+    assert painted() == 0
+    opened.evaluate("document.getElementById('source').focus()")
+    for key, write in [("ArrowLeft", ""), ("ArrowUp", ""), (" ", " "), ("ArrowDown", "")]:
+        opened.press(key, write)
+    opened.evaluate("document.getElementById('source').blur()")  # hides the keys' brush
+    assert 40 / 4096 < painted() < 60 / 4096  # a disc of radius 4
+    opened.click("#erase")
+    opened.drag("#source", [(0.5, 0.4), (0.4, 0.5)])
+    assert painted() < 20 / 4096
+    opened.click("#erase")
+    opened.click("#clear")
+    assert painted() == 0
+    opened.click("#remove")
+    assert opened.evaluate("document.getElementById('editor').hidden")
+
+
+def test_each_step_shows_the_preview_that_python_paints(opened, python):
+    opened.evaluate("globalThis.previews = []")
+    seen = """
+      sdlite.pipes.wasm.generate({prompt: "red apple", seed: 3, num_inference_steps: 3,
+        onStep: (step, steps, p) => { previews.push([step, steps, p.width, ...p.pixels]); }})
+      .then(() => previews)
+    """
+    made = opened.evaluate(seen)
+    *right, _ = python.stream("red apple", seed=3, num_inference_steps=3)
+    assert len(right) == len(made) == 3
+    for (step, steps, width, *pixels), want in zip(made, right, strict=True):
+        assert (step, steps, width) == (want.step, want.steps, 8)
+        got = np.array(pixels, np.int16).reshape(8, 8, 4)[..., :3]
+        assert np.abs(got - np.asarray(want.images[0])).max() <= 1
+    # and on the page: the canvas is small until the image is there
+    opened.evaluate("""globalThis.sizes = [];
+      new MutationObserver(() => sizes.push([
+        document.getElementById('status').textContent, document.getElementById('image').width,
+        document.getElementById('image').getAttribute('aria-label')])).observe(
+        document.getElementById('image'), {attributes: true, attributeFilter: ['aria-label']}), 1
+    """)
+    fill(opened, prompt="red apple", seed="3", steps="3", guidance="1")
+    click_and_wait(opened)
+    sizes = opened.evaluate("sizes")
+    previews = [f"preview after step {i} of 3" for i in (1, 2, 3)]
+    assert [label for _, width, label in sizes if width == 8] == previews
+    assert sizes[-1][1:] == [64, "generated image: red apple"]
+
+
+def test_the_result_can_be_edited_and_a_cancelled_edit_keeps_it(opened):
+    fill(opened, prompt="red apple", seed="3", steps="2", guidance="1")
+    made = click_and_wait(opened)
+    opened.click("#again")
+    np.testing.assert_array_equal(shown(opened, "source")[..., :3], made)
+    fill(opened, steps="400", strength="1")
+    opened.click("#all")
+    opened.evaluate("document.getElementById('go').focus()")
+    opened.click("#go")
+    opened.wait("document.getElementById('status').textContent.startsWith('step 2 ')", 120)
+    assert opened.evaluate("document.activeElement.id") == "cancel"
+    opened.click("#cancel")
+    opened.wait("document.getElementById('status').textContent === 'cancelled'", 30)
+    np.testing.assert_array_equal(shown(opened, "image")[..., :3], made)
+    assert opened.evaluate("document.activeElement.id") == "go"
+
+
+def test_files_that_are_no_images_and_strengths_that_make_no_step(opened, wide_image, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    opened.upload("#file", bad)
+    opened.wait("document.getElementById('error').textContent", 10)
+    said = "bad.png cannot be read as an image; give a PNG, JPEG or WebP file"
+    assert text(opened, "error") == said
+    edit(opened, wide_image, steps="4", seed="1", strength="0.2", prompt="apple")
+    assert text(opened, "error") == ""
+    assert text(opened, "share") == "0.20: strength 0.2 of 4 steps is not one step"
+    opened.click("#go")
+    opened.wait("document.getElementById('error').textContent", 30)
+    assert "accepted: 0, or at least 0.250" in text(opened, "error")
+
+
+def test_a_photo_stands_as_its_exif_says(opened, tmp_path):
+    image = Image.new("RGB", (96, 64), "white")
+    image.paste("red", (0, 0, 48, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    image.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    made = edit(opened, tmp_path / "photo.jpg").astype(int)
+    [right] = image_input.images("image", tmp_path / "photo.jpg", 1)
+    want = np.asarray(image_input.covering(right, 64, 64)).astype(int)
+    assert np.abs(made - want).max() <= 3  # two decoders of JPEG
+    assert made[5, 32, 1] < 60  # the red part is above
+    assert made[60, 32, 1] > 200
+
+
+def test_a_dropped_file_is_the_image(opened, wide_image):
+    data = base64.b64encode(wide_image.read_bytes()).decode()
+    opened.evaluate(f"""(() => {{
+      const bytes = Uint8Array.from(atob({json.dumps(data)}), (c) => c.charCodeAt(0));
+      const held = new DataTransfer();
+      held.items.add(new File([bytes], "dropped.png", {{type: "image/png"}}));
+      const about = {{dataTransfer: held, bubbles: true, cancelable: true}};
+      document.getElementById("drop").dispatchEvent(new DragEvent("drop", about));
+    }})()""")
+    opened.wait("document.getElementById('status').textContent.startsWith('dropped.png is')", 20)
+    assert not opened.evaluate("document.getElementById('editor').hidden")
+
+
+def test_an_export_without_an_encoder_hides_the_edit_and_says_why(page, tmp_path):
+    folder = shutil.copytree(page[0], tmp_path / "out", ignore=lambda *_: {"model.onnx"})
+    settings = json.loads((folder / "sdlite-web.json").read_text())
+    del settings["bytes"]["vae_encoder/model.onnx"]
+    (folder / "sdlite-web.json").write_text(json.dumps(settings))
+    with chromium.Browser(folder) as opened:
+        opened.wait("document.body?.dataset.ready === 'yes'")
+        assert (
+            opened.evaluate("getComputedStyle(document.getElementById('edit')).display") == "none"
+        )
+        assert "No editing: this export has no VAE encoder" in text(opened, "noedit")
+
+
+def test_everything_has_a_name_for_screen_readers_and_an_order_for_the_keyboard(opened, wide_image):
+    edit(opened, wide_image)
+    nameless = opened.evaluate("""
+      Array.from(document.querySelectorAll("input, select, button, canvas, progress"))
+        .filter((e) => !(e.labels?.length || e.textContent.trim() || e.getAttribute("aria-label")))
+        .map((e) => e.id)
+    """)
+    assert nameless == []
+    assert (
+        opened.evaluate("document.querySelectorAll('[tabindex]:not([tabindex=\"0\"])').length") == 0
+    )
+    opened.evaluate("document.getElementById('prompt').focus()")
+    order = ["prompt"]
+    while order[-1] != "go":
+        opened.press("Tab")
+        order.append(opened.evaluate("document.activeElement.id"))
+        assert len(order) < 30
+    assert order[:2] == ["prompt", "file"]
+    inner = ["remove", "source", "brush", "erase", "all", "invert", "clear", "strength", "seed"]
+    assert [o for o in order if o in inner] == inner
+    assert (
+        opened.evaluate("document.getElementById('status').getAttribute('aria-live')") == "polite"
+    )
 
 
 def test_an_empty_field_is_an_error(page):
@@ -167,18 +428,23 @@ def test_a_cut_off_network_is_said(page):
     assert re.search(r"unet/model.onnx ended after 1000 of \d+ bytes; load the page again", said)
 
 
-def test_a_phone_does_not_scroll_sideways(page):
-    _, opened = page
+def test_a_phone_does_not_scroll_sideways(opened, wide_image):
     opened.resize(375, 667)
     try:
         fill(opened, prompt="W" * 200, seed="9007199254740991")
         opened.evaluate("document.getElementById('warning').textContent = 'W'.repeat(200)")
+        edit(opened, wide_image)
         assert opened.evaluate("document.documentElement.scrollWidth") == 375
         wide = opened.evaluate(
             "Array.from(document.querySelectorAll('input, button, select, canvas')).filter("
             "(e) => e.getBoundingClientRect().right > 375).map((e) => e.id)"
         )
         assert wide == []
+        small = opened.evaluate(
+            "Array.from(document.querySelectorAll('button, label.button, select')).filter("
+            "(e) => e.offsetParent && e.getBoundingClientRect().height < 44).map((e) => e.id)"
+        )
+        assert small == []  # a finger hits them
     finally:
         opened.resize(1024, 768)
 
@@ -287,8 +553,6 @@ def test_a_prompt_that_does_not_fit_is_said_on_the_page(page):
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 def test_timesteps_are_pythons(page, spacing):
-    from sdlite.sampling import Schedule, get_sampler
-
     _, opened = page
     schedule = {"timestep_spacing": spacing, "num_train_timesteps": 1000, "steps_offset": 1}
     opened.evaluate("import('./sdlite.js').then((m) => (globalThis.lib = m, true))")
@@ -388,8 +652,6 @@ def _with_scheduler(copy, name, config):
 
 
 def test_the_pages_samplers_are_pythons(node, copy):
-    from sdlite.sampling import Schedule, get_sampler
-
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     cases, want = [], []
     for name, kind, spacing, zero, steps in itertools.product(
@@ -446,6 +708,189 @@ def test_the_pages_samplers_are_pythons(node, copy):
         np.testing.assert_allclose(
             made["x"], x, atol=exact * max(1.0, float(np.abs(x).max())), err_msg=what
         )
+
+
+_PARTS = """
+import { readFileSync } from "node:fs";
+import { part, noise, preview } from "./sdlite.js";
+const say = (f) => { try { return f(); } catch (e) { return e.message; } };
+const [x0, z] = [noise(1, 256), noise(2, 256)];
+const made = ({ steps, strength, ...settings }) => {
+  const { solver, first } = part(settings, steps, strength);
+  if (first === steps) return { first, times: Array.from(solver.times) };
+  const x = solver.noised(first, x0, z), seen = solver.predicted(first, z, x);
+  return { first, times: Array.from(solver.times), x: Array.from(x), seen: Array.from(seen) };
+};
+const out = JSON.parse(readFileSync("cases.json")).map((given) => say(() => made(given)));
+console.log(JSON.stringify(out));
+"""
+
+
+def test_an_edit_begins_where_pythons_does(node, copy):
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    cases, want, known = [], [], {}
+    for name, kind, steps, strength, spreads in itertools.product(
+        ("ddim", "lcm", "euler"),
+        ("epsilon", "v_prediction", "sample"),
+        (1, 4, 25),
+        (0.0, 0.29, 0.5, 0.6, 1.0),
+        (False, True),
+    ):
+        if spreads and name != "lcm":
+            continue
+        config = {**betas, "prediction_type": kind, "timestep_spacing": "leading"}
+        schedule = Schedule.from_config(config)
+        if (name, kind) not in known:
+            known[name, kind] = web.schedule_of(_with_scheduler(copy, name, config))
+        settings = known[name, kind]
+        own = {"sampler": {"name": name}, "schedule": settings, "spreads": spreads}
+        cases.append({"steps": steps, "strength": strength, **own})
+        solver = get_sampler(name, schedule, steps)
+        try:
+            Edit([], None, strength).schedule(solver, spreads)
+        except InputError:
+            want.append(None)
+            continue
+        x0, z = (Noise(s).normal((1, 1, 16, 16)) for s in (1, 2))
+        first = solver.begin
+        x = None if first == steps else solver.add_noise(first, x0, z)
+        seen = None if first == steps else solver.predicted(first, z, x)
+        want.append((first, solver.timesteps, x, seen))
+    assert None in want
+    for case, made, right in zip(cases, node(_PARTS, cases), want, strict=True):
+        what = str({k: v for k, v in case.items() if k != "schedule"})
+        if right is None:
+            assert "step" in made, what
+            assert isinstance(made, str), what
+            continue
+        first, times, x, seen = right
+        assert made["first"] == first, what
+        np.testing.assert_allclose(made["times"], times, rtol=1e-6, err_msg=what)
+        for name, value in (("x", x), ("seen", seen)):
+            if value is not None:
+                scale = max(1.0, float(np.abs(value).max()))
+                np.testing.assert_allclose(
+                    made[name], value.ravel(), atol=2e-4 * scale, err_msg=what
+                )
+
+
+_EDITS = """
+import { readFileSync } from "node:fs";
+import { Pipeline } from "./sdlite.js";
+const pipe = new Pipeline(), out = [];
+let z = null;
+pipe.tokenizer = { encode: () => ({ ids: [1n], dropped: "" }) };
+const networks = {
+  text_encoder: () => ({ data: [], dims: [] }),
+  unet: ({ sample, timestep }) => {
+    const mean = sample.data.reduce((a, b) => a + b, 0) / sample.data.length;
+    return { data: sample.data.map((v) => Math.sin(v + 9 * mean + timestep.data[0] / 400) * 0.7) };
+  },
+  vae_encoder: ({ sample }) => {
+    const data = new Float32Array(1024);
+    for (let i = 0; i < 1024; i++) {
+      const [k, y, x] = [i >> 6, ((i >> 3) & 7) * 8, (i & 7) * 8];
+      data[i] = sample.data[(k % 3) * 4096 + y * 64 + x] * (k < 8 ? 1 : 2);
+    }
+    return { data };
+  },
+  vae_decoder: ({ latent_sample }) =>
+    ((z = Array.from(latent_sample.data)), { data: new Float32Array(12288), dims: [1, 3, 64, 64] }),
+};
+pipe.run = async (part, feeds) => networks[part](feeds);
+for (const { settings, data, painted, ...given } of JSON.parse(readFileSync("cases.json"))) {
+  pipe.settings = settings;
+  const image = { data: Uint8Array.from(data), width: 64, height: 64, channels: 3 };
+  const mask = { data: Uint8Array.from(painted), width: 64, height: 64, channels: 1 };
+  const { calls } = await pipe.generate({
+    prompt: "x", seed: 5, image, mask_image: painted.length ? mask : undefined, ...given,
+  });
+  out.push({ calls, z });
+}
+console.log(JSON.stringify(out));
+"""
+
+
+class Wave:
+    """Networks that are the same few lines in JavaScript above."""
+
+    @staticmethod
+    def unet(sample, timestep, encoder_hidden_states):
+        mean = np.float32(9 * sample.mean(dtype=np.float64))
+        return {"out_sample": np.sin(sample + mean + timestep / np.float32(400)) * np.float32(0.7)}
+
+    @staticmethod
+    def vae_encoder(sample):
+        corners = np.tile(sample[:, :, ::8, ::8], (1, 6, 1, 1))[:, :16]
+        corners[:, 8:] *= 2
+        return {"latent_parameters": corners}
+
+
+def test_whole_edits_draw_what_python_draws(node, copy):
+    """Of samplers that draw in each step too: posterior, noise, and what a mask passes over."""
+    artifact = Artifact.open(copy)
+    settings = web.page_settings(artifact, (), copy, (1, 8, 8, 8))
+    settings |= {"bytes": {"vae_encoder/model.onnx": 1}, "scaling_factor": 0.5, "shift_factor": 0.1}
+    configure = folders.configure
+    configure(copy / "vae" / "config.json", scaling_factor=0.5, shift_factor=0.1)
+    folders.relist(copy)
+    pipe = sdlite.Pipeline.from_pretrained(copy, backend="onnxruntime", threads=1)
+    pipe.networks.parts |= {"unet": Wave.unet, "vae_encoder": Wave.vae_encoder}
+    rng = np.random.default_rng(0)
+    image, mask = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8), np.zeros((64, 64), np.uint8)
+    mask[:32, 16:] = 255
+    cases, want = [], []
+    for name, strength, masked in itertools.product(
+        ("ddim", "lcm", "euler"), (0.0, 0.5, 1.0), (False, True)
+    ):
+        own = {**settings, "sampler": {"name": name, "guidance_scale": 1}}
+        own["schedule"] = web.schedule_of(artifact.with_sampler(name))
+        painted = mask.ravel().tolist() if masked else []
+        given = {"strength": strength, "num_inference_steps": 4}
+        cases.append({"settings": own, "data": image.ravel().tolist(), "painted": painted, **given})
+        given |= {"mask_image": Image.fromarray(mask)} if masked else {}
+        out = pipe("x", seed=5, image=image, sampler=name, output_type="latent", **given)
+        want.append((out.calls, out.images / np.float32(0.5) + np.float32(0.1)))
+    for case, made, (calls, z) in zip(cases, node(_EDITS, cases), want, strict=True):
+        what = f"{case['settings']['sampler']}, {case['strength']}, mask {bool(case['painted'])}"
+        assert made["calls"] == calls, what
+        scale = max(1.0, float(np.abs(z).max()))
+        np.testing.assert_allclose(made["z"], z.ravel(), atol=2e-3 * scale, err_msg=what)
+
+
+def test_images_are_scaled_as_pillow_does(node):
+    """Bit by bit: larger, smaller, one side, photographs of odd sizes; and masks."""
+    rng, script = (
+        np.random.default_rng(0),
+        """
+      import { readFileSync } from "node:fs";
+      import { covering } from "./editing.js";
+      console.log(JSON.stringify(JSON.parse(readFileSync("cases.json")).map(
+        ({ data, to, ...sides }) =>
+          Array.from(covering({ data: Uint8Array.from(data), ...sides }, ...to).data))));
+    """,
+    )
+    cases, want = [], []
+    for width, height, to in [
+        (64, 64, (64, 64)),
+        (31, 17, (64, 64)),
+        (150, 101, (64, 64)),
+        (64, 99, (64, 64)),
+        (333, 47, (32, 64)),
+        (129, 128, (64, 64)),  # 64.5 is 64 to Python
+        (1, 1, (16, 16)),
+    ]:
+        for channels in (3, 1):
+            array = rng.integers(0, 2, (height, width, channels)).astype(np.uint8) * 255
+            if channels == 3:
+                array = rng.integers(0, 256, array.shape).astype(np.uint8)
+            sides = {"width": width, "height": height, "channels": channels, "to": to}
+            cases.append({"data": array.ravel().tolist(), **sides})
+            image = image_input.from_array(array if channels == 3 else array[..., 0])
+            want.append(np.asarray(image_input.covering(image, *to)))
+    for case, made, right in zip(cases, node(script, cases), want, strict=True):
+        sides = str({k: v for k, v in case.items() if k != "data"})
+        np.testing.assert_array_equal(np.uint8(made), right.ravel(), err_msg=sides)
 
 
 def test_the_pages_guidance_and_latent_scaling_are_pythons(node, copy):

@@ -23,6 +23,7 @@ from sdlite.errors import ExportError
 from sdlite.io import scratch
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+CODES = {"Tab": 9}  # keys that the browser itself acts on by number
 # Software WebGPU (SwiftShader) where there is no GPU; Chromium wants to be asked for it.
 FLAGS = (
     "--headless=new",
@@ -224,7 +225,9 @@ class Browser:
     def press(self, key: str, text: str = "") -> None:
         """A key of the keyboard, by DOM's name; `text` is what it writes."""
         for kind in ("keyDown", "keyUp"):
-            more = {"text": text} if text and kind == "keyDown" else {}
+            more: dict[str, object] = {"text": text} if text and kind == "keyDown" else {}
+            if key in CODES:
+                more["windowsVirtualKeyCode"] = CODES[key]
             self._send("Input.dispatchKeyEvent", type=kind, key=key, **more)
 
     def upload(self, selector: str, file: Path) -> None:
