@@ -149,7 +149,7 @@ def _exportable(
     if families.inpaints(artifact.config("unet"), artifact.config("vae")):
         raise InputError(
             f"{artifact.name} is an inpainting model, whose UNet reads an image and a mask, and"
-            " exports make images of prompts alone. Its ONNX graphs run as they are: with"
+            " exports are checked by images of prompts, and edits of these. Its ONNX graphs run as they are: with"
             " sdlite.Pipeline, or optimum's ORTStableDiffusionInpaintPipeline."
         )
     artifact = artifact.with_sampler(arguments.optional(arguments.text, "sampler", sampler))
