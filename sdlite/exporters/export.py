@@ -149,8 +149,8 @@ def _exportable(
     if families.inpaints(artifact.config("unet"), artifact.config("vae")):
         raise InputError(
             f"{artifact.name} is an inpainting model, whose UNet reads an image and a mask, and"
-            " exports are checked by images of prompts, and edits of these. Its ONNX graphs run as they are: with"
-            " sdlite.Pipeline, or optimum's ORTStableDiffusionInpaintPipeline."
+            " exports are checked by images of prompts, and edits of these. Its ONNX graphs run as"
+            " they are: with sdlite.Pipeline, or optimum's ORTStableDiffusionInpaintPipeline."
         )
     artifact = artifact.with_sampler(arguments.optional(arguments.text, "sampler", sampler))
     assert artifact.manifest is not None
