@@ -732,6 +732,41 @@ def write(name: str, out: Path, seed: int = 0, dtype: str | None = None) -> Path
     return out
 
 
+# of a UNet's config, what its ControlNet's says too; the rest is diffusers' default, as published
+_SHARED = (
+    "attention_head_dim",
+    "block_out_channels",
+    "cross_attention_dim",
+    "down_block_types",
+    "in_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "upcast_attention",
+    "use_linear_projection",
+)
+
+
+def write_controlnet(pipeline: Path, out: Path, seed: int = 0, **changes: Any) -> Path:
+    """A ControlNet in the new folder `out` for a folder's UNet, as sd-controlnet-canny is one for
+    SD-1.5's: its blocks and widths, and a middle block even where the UNet has none. What begins at
+    zero there is made loud.
+
+    Args:
+        changes: of its config.
+    """
+    import torch
+    from diffusers import ControlNetModel
+
+    unet = json.loads((pipeline / "unet" / "config.json").read_text())
+    torch.manual_seed(seed)
+    network = ControlNetModel(**{k: unet[k] for k in _SHARED if k in unet} | changes)
+    for weights in network.parameters():
+        if weights.dim() == 4 and not weights.any():
+            torch.nn.init.normal_(weights, std=0.2)
+    network.save_pretrained(out)
+    return out
+
+
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("model", choices=list(MODELS))

@@ -63,6 +63,7 @@ def convert(
     from_pickle: bool = False,
     clip_skip: int | None = None,
     variant: str | None = None,
+    controlnet: str | Path | None = None,
 ) -> Path:
     """Make a model: the diffusers folder, ONNX graphs for its networks, and the manifest.
 
@@ -97,6 +98,8 @@ def convert(
         variant: of a folder's weights, such as "fp16" or "non_ema", where it has several. A network
             without it is taken from its default weights, as in diffusers. None is the default
             weights, or the only variant that is there.
+        controlnet: a ControlNet's folder (config.json and safetensors), made for the source's UNet:
+            a call then takes a `control_image`. Of Stable Diffusion 1.x and 2.x.
 
     Returns:
         `out`.
@@ -122,6 +125,7 @@ def convert(
         precision,
         clip_skip,
         variant,
+        controlnet,
     )
     said = {"clip_skip": clip_skip} if clip_skip else {}
     manifest = Manifest(name=name or (place.stem if is_file(place) else place.name))

@@ -18,6 +18,10 @@ from sdlite.errors import AttributeNameError, InputError, UnknownNameError
 
 _POOLED = "this model's UNet takes no pooled text, as SDXL's do: give prompt_embeds= alone"
 _IP = "image prompts (IP-Adapter) are not supported"
+_CONTROL = (
+    "this model has no ControlNet: convert it with one (sdlite convert SOURCE --controlnet FOLDER"
+    " --out DIR)"
+)
 _HUB = "huggingface_hub's own settings hold"
 _UNSAFE = "there is none; check prompts and images in your app"
 _PARTS = "a pipeline is loaded whole: save the folder with that part in it, and load the folder"
@@ -37,6 +41,10 @@ _SIZES = (
 )
 CALL: Table = {
     **dict.fromkeys(("prompt_2", "negative_prompt_2", *_SIZES), ((None,), _SDXL)),
+    **dict.fromkeys(
+        ("control_image", "controlnet_conditioning_scale", "guess_mode"), ((None,), _CONTROL)
+    ),
+    **dict.fromkeys(("control_guidance_start", "control_guidance_end"), ((None,), _CONTROL)),
     "pooled_prompt_embeds": ((None,), _POOLED),
     "negative_pooled_prompt_embeds": ((None,), _POOLED),
     "ip_adapter_image": ((None,), _IP),

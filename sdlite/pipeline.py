@@ -35,6 +35,7 @@ from sdlite import (
 from sdlite._version import __version__
 from sdlite.artifact import Artifact, SamplerDefaults
 from sdlite.checkpoints import is_file
+from sdlite.controlling import ControlImage
 from sdlite.editing import Edit, Start
 from sdlite.errors import (
     CONVERT_NEEDS,
@@ -192,7 +193,7 @@ def _check_loading(
 
 
 class _Told(TypedDict, total=False):
-    """What SDXL's family takes in a call besides."""
+    """What SDXL's family, or a model with a ControlNet, takes in a call besides."""
 
     prompt_2: str | Sequence[str] | None
     negative_prompt_2: str | Sequence[str] | None
@@ -204,6 +205,11 @@ class _Told(TypedDict, total=False):
     negative_target_size: tuple[int, int] | None
     pooled_prompt_embeds: object
     negative_pooled_prompt_embeds: object
+    control_image: object
+    controlnet_conditioning_scale: float | None
+    control_guidance_start: float | None
+    control_guidance_end: float | None
+    guess_mode: bool | None
 
 
 class _Class(type):
@@ -547,6 +553,7 @@ class Pipeline(metaclass=_Class):
         beside: np.ndarray | None = None,
         after: Callable[[int, np.ndarray], np.ndarray] | None = None,
         watch: Callable[[int, np.ndarray], None] | None = None,
+        control: ControlImage | None = None,
     ) -> Iterator[np.ndarray]:
         """Unit normal latents (B, C, h, w) and conditions -> latents after each step of `solver`.
 
@@ -557,10 +564,10 @@ class Pipeline(metaclass=_Class):
                 per image.
             noise: the images' generators, for samplers that draw again.
             noised, beside, after, watch: see `sampling.denoise`, for edits and previews.
+            control: a control image of the latents' size in pixels.
         """
-        unet = self.networks.unet
         return denoise(
-            lambda **inputs: unet(**inputs)["out_sample"],
+            self._unet(control, len(solver) - solver.begin),
             latents,
             conditions,
             noise,
@@ -572,6 +579,19 @@ class Pipeline(metaclass=_Class):
             after=after,
             watch=watch,
         )
+
+    def _unet(self, control: ControlImage | None, calls: int) -> Callable[..., np.ndarray]:
+        """The UNet as the sampling loop calls it, `calls` times, with what a ControlNet adds."""
+        unet, family, config = self.networks.unet, self.family, self.unet_config
+        add: Callable[[Arrays], Arrays | None] = lambda inputs: None  # noqa: E731
+        if control is not None:
+            add = control.adding(self.network("controlnet"), config.get("out_channels", 4), calls)
+
+        def call(**inputs: np.ndarray) -> np.ndarray:
+            further = add(inputs) or family.uncontrolled(config, inputs["sample"])
+            return unet(**inputs, **further)["out_sample"]
+
+        return call
 
     def encode_image(self, pixels: np.ndarray, noise: Sequence[Draws]) -> np.ndarray:
         """pixels float32 (B, 3, H, W) in [-1, 1] -> latents float32 (B, C, h, w), drawn from each
@@ -600,7 +620,8 @@ class Pipeline(metaclass=_Class):
         )
 
     def network(self, part: str) -> backends.Network:
-        """One of the model's networks; one that only edits need is opened at its first call.
+        """One of the model's networks; one that edits or control images alone need is opened at its
+        first call.
 
         Raises:
             InputError: the model does not hold it.
@@ -609,8 +630,9 @@ class Pipeline(metaclass=_Class):
         with self._lock:
             if part not in networks.parts:
                 if networks.opener is None or not self.holds(part):
+                    use = "control images" if part == "controlnet" else "edits"
                     raise InputError(
-                        f"{self.report.model} holds no {part}, which edits need; convert the model"
+                        f"{self.report.model} holds no {part}, which {use} need; convert the model"
                         " again (sdlite convert), or use backend='torch' on a model with weights."
                     )
                 networks.parts[part], row = networks.opener(part)
@@ -622,7 +644,8 @@ class Pipeline(metaclass=_Class):
         if part in self.networks.parts:
             return True
         if not backends.get_backend(self.report.backend).graphs:
-            return self.artifact.has_weights
+            known = (*self.artifact.parts, *self.family.optional)
+            return self.artifact.has_weights and part in known
         return part in self.artifact.held_parts(self.report.precision)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -748,7 +771,11 @@ class Pipeline(metaclass=_Class):
                 `pipe.max_pixels`.
             others: of SDXL's family prompt_2, negative_prompt_2 (for its second text encoder),
                 original_size, crops_coords_top_left, target_size and the same with negative_, as
-                in diffusers. Else none; diffusers' habits are answered with ours.
+                in diffusers. Of models with a ControlNet control_image, scaled to the call's size
+                (beside an image as that is), controlnet_conditioning_scale,
+                control_guidance_start, control_guidance_end and guess_mode, as in diffusers'
+                StableDiffusionControlNetImg2ImgPipeline. Else none; diffusers' habits are answered
+                with ours.
             positional: none.
 
         Raises:
@@ -779,14 +806,17 @@ class Pipeline(metaclass=_Class):
         seeds, noise = self._noise(seed, generator, len(prompts))
         edit = Edit.of(image, mask_image, strength, padding_mask_crop, len(prompts))
         self._refuse_unmasked(edit)
-        height, width = self._edit_size(edit, height, width)
+        hint = ControlImage.of(own, edit, len(prompts))
+        height, width = self._edit_size(edit or hint, height, width)
         height, width, start = self._size(height, width, latents, len(prompts))
         self._within(len(prompts), height, width, max_pixels)
         self._familiar(height, width)
         edit = self._scheduled(edit, solver, height, width)
+        hint = hint.fitted(height, width, edit) if hint else None
         listen = self._listener(callback, callback_on_step_end, solver)
         said = {**control.said(), **({"prompt_weighting": style} if style else {})}
         said |= {"strength": f"{edit.strength:g}"} if edit else {}
+        said |= hint.said() if hint else {}
         about = self._metadata(prompts, negatives, seeds, name, steps, scale, said)
         about = [{**row, **embeddings.said(embeds, i)} for i, row in enumerate(about)]
         with self._call() as call:
@@ -796,7 +826,7 @@ class Pipeline(metaclass=_Class):
             encoded = time.perf_counter()
             first = self._start(edit, solver, noise, sizes, start, call.tiling)
             started = time.perf_counter()
-            given: dict[str, Any] = {"uncond": uncond, "guidance_scale": scale}
+            given: dict[str, Any] = {"uncond": uncond, "guidance_scale": scale, "control": hint}
             given |= {"noised": first.noised, "after": first.after, "beside": first.beside}
             given |= {"watch": preview.watching(callback, call)}
             run = self.denoise(first.latents, cond, noise, solver, **given)
@@ -1035,9 +1065,9 @@ class Pipeline(metaclass=_Class):
         return min(max(MAX_PIXELS[0], OWN_IMAGES * tall * wide), MAX_PIXELS[1])
 
     def _edit_size(
-        self, edit: Edit | None, height: int | None, width: int | None
+        self, edit: Edit | ControlImage | None, height: int | None, width: int | None
     ) -> tuple[int | None, int | None]:
-        """Height and width of a call; an edit has its image's where nothing else is said."""
+        """Height and width of a call; that of an image has its size where nothing else is said."""
         own = edit.own_size(max(self.networks.size_multiple, self.stride)) if edit else None
         fixed = self.networks.size is not None
         if own is None or fixed or height is not None or width is not None:

@@ -1,12 +1,14 @@
 """What each network takes and gives: used by every backend, the exporter and the tests.
 
 Names are optimum's, so that its ORT pipelines open our files. Shape letters: B batch, L tokens, D
-text width, C latent channels, h,w latent size, H,W pixels (8h, 8w for an SD autoencoder).
+text width, C latent channels, h,w latent size (h/2: half of it, rounded up), H,W pixels (8h, 8w for
+an SD autoencoder).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,6 +102,13 @@ VAE_ENCODER = IOSpec(
 LATENT_SAMPLE = Tensor(
     "latent_sample", ("B", "C", "h", "w"), "float32", "latents divided by scaling_factor"
 )
+
+
+def side_of(letter: str, sides: Mapping[str, int]) -> int:
+    """The size of an axis from those that are known: "h/4" is h halved twice, rounded up."""
+    name, _, divisor = letter.partition("/")
+    side = int(name) if name.isdigit() else sides[name]
+    return -(-side // int(divisor or 1))
 
 
 def latent_size(unet: Config) -> tuple[int, int]:

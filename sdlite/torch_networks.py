@@ -53,7 +53,8 @@ def vae_class(config: Json) -> Any:
 
 
 def open_network(folder: Path | Files, **options: Any) -> Any:
-    """The network of one folder of a pipeline (`text_encoder`, `text_encoder_2`, `unet` or `vae`),
+    """The network of one folder of a pipeline (`text_encoder`, `text_encoder_2`, `unet`,
+    `controlnet` or `vae`),
     in float32, whatever it is stored in.
 
     The libraries are given what was read and verified here, and look nowhere else.
@@ -131,6 +132,16 @@ def latent_parameters(vae: Any, pixels: Any) -> Any:
     return out if convolution is None else convolution(out)
 
 
+def control_residuals(network: Any, sample: Any, timestep: Any, states: Any, image: Any) -> Any:
+    """What a ControlNet adds to a UNet: its feature maps on the way down, and the middle's.
+
+    Args:
+        sample, timestep, states: as the UNet has them. image: pixels (B, 3, H, W) in [0, 1].
+    """
+    down, middle = network(sample, timestep, states, image, return_dict=False)
+    return (*down, middle)
+
+
 def _class(part: str, config: Json) -> Any:
     if part == "vae":
         return vae_class(config)
@@ -138,6 +149,10 @@ def _class(part: str, config: Json) -> Any:
         from diffusers import UNet2DConditionModel
 
         return UNet2DConditionModel
+    if part == "controlnet":
+        from diffusers import ControlNetModel
+
+        return ControlNetModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     return CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel

@@ -28,9 +28,9 @@ from sdlite import families
 from sdlite.families import latent_channels, vae_stride
 from sdlite.files import Files
 from sdlite.manifest import NetworkRow
-from sdlite.spec import IOSpec, latent_size, spec_of
+from sdlite.spec import IOSpec, latent_size, side_of, spec_of
 from sdlite.spec import Tensor as SpecTensor
-from sdlite.torch_networks import latent_parameters, open_network, text_states
+from sdlite.torch_networks import control_residuals, latent_parameters, open_network, text_states
 from sdlite.unread import Links, UnknownTensorError, Unread, links
 from sdlite.weights import Stored, dtypes, weight_files, weight_index
 
@@ -65,6 +65,23 @@ class _Unet(nn.Module):
         named = families.unet_arguments(dict(zip(self.conditions, more, strict=True)))
         first = (sample, timestep, encoder_hidden_states)
         out: Tensor = self.module(*first, return_dict=False, **named)[0]
+        return out
+
+
+class _ControlNet(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+    ) -> tuple[Tensor, ...]:
+        given = (sample, timestep, encoder_hidden_states, controlnet_cond)
+        out: tuple[Tensor, ...] = control_residuals(self.module, *given)
         return out
 
 
@@ -152,6 +169,8 @@ def network(folder: Path | Files, spec: IOSpec, unread: bool = False) -> nn.Modu
     with Unread() if unread else nullcontext():
         if spec.part == "unet":
             return _Unet(open_network(source), [t.name for t in spec.inputs[3:]])
+        if spec.part == "controlnet":
+            return _ControlNet(open_network(source))
         text = open_network(source, attn_implementation="eager")
     return _TextEncoder(text, names_of(spec))
 
@@ -185,6 +204,7 @@ def examples(
     vae = dict(parts["vae_decoder"].module.config)
     stride, channels = vae_stride(vae), latent_channels(vae)
     sample = torch.randn(2, unet.in_channels, *[max(16, side // multiple * multiple)] * 2)
+    pixels = torch.randn(2, 3, *(stride * n for n in sample.shape[2:]))
     texts = [p for p in parts if p.startswith("text_encoder")]
     width = sum(parts[p].module.config.hidden_size for p in texts)
     embeds = torch.randn(2, length, width)
@@ -193,25 +213,43 @@ def examples(
     return {
         **dict.fromkeys(texts, ((ids,), {"input_ids": {0: b}})),
         "unet": (
-            (sample, torch.tensor(500.0), embeds, *(_example(t) for t in conditions)),
+            (sample, torch.tensor(500.0), embeds, *(_example(t, sample) for t in conditions)),
             {
                 "sample": free,
                 "timestep": None,
                 "encoder_hidden_states": {0: b, 1: tokens},
-                **({"more": tuple({0: b} for _ in conditions)} if conditions else {}),
+                **({"more": tuple(_free(t, b) for t in conditions)} if conditions else {}),
             },
         ),
         "vae_decoder": ((sample[:, :channels],), {"latent_sample": {0: b, 2: h, 3: w}}),
-        "vae_encoder": (
-            (torch.randn(2, 3, *(stride * n for n in sample.shape[2:])),),
-            {"sample": {0: b, 2: stride * h, 3: stride * w}},
+        "vae_encoder": ((pixels,), {"sample": {0: b, 2: stride * h, 3: stride * w}}),
+        "controlnet": (
+            (sample[:, : _channels(parts)], torch.tensor(500.0), embeds, pixels),
+            {
+                "sample": free,
+                "timestep": None,
+                "encoder_hidden_states": {0: b, 1: tokens},
+                "controlnet_cond": {0: b, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},
+            },
         ),
     }
 
 
-def _example(tensor: SpecTensor) -> Tensor:
-    """Noise of a condition's shape, for two images; zeros where it is whole numbers."""
-    shape = (2, *map(int, tensor.shape[1:]))
+def _channels(parts: Mapping[str, nn.Module]) -> int | None:
+    """Of the latents that a ControlNet takes; a UNet may take more."""
+    return int(parts["controlnet"].module.config.in_channels) if "controlnet" in parts else None
+
+
+def _free(tensor: SpecTensor, batch: Any) -> dict[int, Any]:
+    """Free axes of a condition: rows, and sides that follow from the latents'."""
+    sides = (i for i, s in enumerate(tensor.shape) if s[0] in "hw")
+    return {0: batch, **dict.fromkeys(sides, torch.export.Dim.AUTO)}
+
+
+def _example(tensor: SpecTensor, sample: Tensor) -> Tensor:
+    """Noise of a condition's shape, for the images of `sample`; zeros where it is whole numbers."""
+    sides = dict(zip("BChw", sample.shape, strict=True))
+    shape = tuple(side_of(s, sides) for s in tensor.shape)
     kind = getattr(torch, tensor.dtype)
     return torch.randn(shape) if kind.is_floating_point else torch.zeros(shape, dtype=kind)
 

@@ -37,7 +37,14 @@ def try_out(folder: Path) -> None:
     conditions, _ = artifact.family.conditions(
         _Encoders(artifact), families.Call([""], [], 1.0, side, side)
     )
-    _answer(artifact, "unet", sample=sample, timestep=np.array(500, np.float32), **conditions)
+    given = {"sample": sample, "timestep": np.array(500, np.float32), **conditions}
+    given |= artifact.family.uncontrolled(artifact.config("unet"), latents)
+    if "controlnet" in artifact.family.optional:
+        own = {k: given[k] for k in ("sample", "timestep", "encoder_hidden_states")}
+        image = np.full((1, 3, side, side), 0.5, np.float32)
+        made = _answer(artifact, "controlnet", **own | {"sample": latents}, controlnet_cond=image)
+        given |= {families.taken_by_unet(k): v for k, v in made.items()}
+    _answer(artifact, "unet", **given)
     image = _answer(artifact, "vae_decoder", latent_sample=latents)["sample"]
     if image.shape != (1, 3, side, side):
         raise ArtifactError(

@@ -18,7 +18,7 @@ from sdlite.backends.report import NetworkReport
 from sdlite.errors import MissingExtraError, UnknownNameError
 from sdlite.files import Files
 from sdlite.spec import Arrays, IOSpec, spec_of
-from sdlite.torch_networks import latent_parameters, open_network, text_states
+from sdlite.torch_networks import control_residuals, latent_parameters, open_network, text_states
 from sdlite.weights import dtypes, weight_files, weight_index
 
 # transformers and diffusers patch torch while they load: two threads at once see each other's
@@ -94,6 +94,8 @@ class Module:
         elif self.spec.part == "unet":
             first = [t.pop(k) for k in ("sample", "timestep", "encoder_hidden_states")]
             out = m(*first, return_dict=False, **families.unet_arguments(t))[:1]
+        elif self.spec.part == "controlnet":
+            out = control_residuals(m, *(t[x.name] for x in self.spec.inputs))
         elif self.spec.part == "vae_encoder":
             out = (latent_parameters(m, t["sample"]),)
         else:

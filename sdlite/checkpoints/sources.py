@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from sdlite import arguments, families
 from sdlite.artifact import Artifact
 from sdlite.checkpoints import (
     PICKLED,
+    controlnet,
     embeddings,
     few_step,
     is_file,
@@ -30,7 +31,7 @@ from sdlite.torch_networks import open_network
 from sdlite.weights import dtypes, stem, weight_files, weight_index
 
 PRECISIONS = ("fp32", "fp16")
-FOLDERS = ("text_encoder", "text_encoder_2", "unet", "vae")  # of networks, of every family
+FOLDERS = ("text_encoder", "text_encoder_2", "unet", "controlnet", "vae")  # of networks
 _OTHERS = ("tokenizer", "tokenizer_2", "scheduler")
 
 
@@ -50,6 +51,7 @@ class Extras:
             counts: 1 is the layer before the last, then the final norm; of SDXL, whose encoders
             are read before their last layer anyway, the second before the last.
         variant: of a folder's weights, such as "fp16", where it has several.
+        controlnet: a ControlNet's folder, as diffusers saves one.
     """
 
     lora: Sequence[Any] = ()
@@ -61,6 +63,7 @@ class Extras:
     precision: str | None = None
     clip_skip: int | None = None
     variant: str | None = None
+    controlnet: str | Path | None = None
 
     @property
     def any(self) -> bool:
@@ -83,6 +86,22 @@ class Prepared:
 
 
 def prepared(source: Path, extras: Extras, scratch: Path) -> Prepared:
+    """A source as a diffusers folder, with all that `extras` says; made in `scratch`, an empty
+    folder, or the source itself where nothing is to be changed.
+
+    Raises:
+        InputError, ArtifactError, MissingExtraError: see `sdlite.convert`.
+    """
+    made = _prepared(source, extras, scratch)
+    if extras.controlnet is None:
+        return made
+    added = Path(arguments.path("controlnet", extras.controlnet))
+    half = None if extras.precision is None else extras.precision == "fp16"
+    folder = controlnet.added(made.folder, added, scratch / "controlled", half)
+    return replace(made, folder=folder)
+
+
+def _prepared(source: Path, extras: Extras, scratch: Path) -> Prepared:
     """Make the folder in `scratch`, an empty folder. A diffusers folder that nothing is to be
     changed in is its own answer.
 

@@ -64,6 +64,12 @@ def _changes(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--vae", metavar="PATH", help="an autoencoder instead of the source's own")
     group.add_argument(
+        "--controlnet",
+        metavar="FOLDER",
+        help="a ControlNet that was made for the source's UNet: images are then made after a"
+        " --control-image",
+    )
+    group.add_argument(
         "--precision", choices=["fp32", "fp16"], help="how weights are stored; default: as they are"
     )
     group.add_argument(
@@ -118,6 +124,7 @@ def _run(args: argparse.Namespace) -> None:
         from_pickle=args.from_pickle,
         clip_skip=args.clip_skip,
         variant=args.variant,
+        controlnet=args.controlnet,
     )
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     terminal.say(f"wrote {out} ({size / 1e6:.2f} MB)")

@@ -78,6 +78,14 @@ def _edit_options(p: argparse.ArgumentParser) -> None:
     text = "work on the mask and so many pixels around it alone"
     most = arguments.MOST_PIXELS
     command.whole(group, "--padding-mask-crop", text, 0, most, metavar="PX")
+    group.add_argument(
+        "--control-image",
+        type=Path,
+        metavar="FILE",
+        help="what a model's ControlNet reads: edges, depth, a pose, as it was made for",
+    )
+    text = "how much that counts; default: 1, beside --image 0.8, with a mask 0.5"
+    command.number(group, "--controlnet-conditioning-scale", text, 0)
 
 
 def _sampling_options(p: argparse.ArgumentParser) -> None:
@@ -153,6 +161,8 @@ def _run(args: argparse.Namespace) -> None:
         mask_image=_mask(args),
         strength=args.strength,
         padding_mask_crop=args.padding_mask_crop,
+        control_image=args.control_image,
+        controlnet_conditioning_scale=args.controlnet_conditioning_scale,
         progress=not args.quiet,
         max_pixels=args.max_pixels,
     )

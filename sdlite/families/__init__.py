@@ -3,6 +3,7 @@ JSON files before any weights.
 
     base.py     class Family: parts, inputs of the UNet, what a prompt becomes
     sd.py       Stable Diffusion 1.x, 2.x and their students, LCM too
+    controlled.py  sd with a ControlNet
     sdxl.py     SDXL and its students: two text encoders
     configs.py  what a configuration may say
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sdlite.families.base import CONTROLS as CONTROLS
 from sdlite.families.base import NEGATIVE as NEGATIVE
 from sdlite.families.base import Call as Call
 from sdlite.families.base import Conditions as Conditions
@@ -26,15 +28,17 @@ from sdlite.families.configs import inpaints as inpaints
 from sdlite.families.configs import latent_channels as latent_channels
 from sdlite.families.configs import vae_config as vae_config
 from sdlite.families.configs import vae_stride as vae_stride
+from sdlite.families.controlled import ControlledStableDiffusion
+from sdlite.families.controlled import taken_by_unet as taken_by_unet
 from sdlite.families.sd import StableDiffusion, components
 from sdlite.families.sdxl import CLIP_SKIP as CLIP_SKIP
 from sdlite.families.sdxl import StableDiffusionXL
 
-_FAMILIES: list[Family] = [StableDiffusionXL(), StableDiffusion()]
+_FAMILIES: list[Family] = [ControlledStableDiffusion(), StableDiffusionXL(), StableDiffusion()]
 RUNS = (
     "sdlite runs text-to-image models with the parts of Stable Diffusion 1.x and 2.x (a"
-    " CLIPTextModel, a UNet2DConditionModel, an AutoencoderKL or AutoencoderTiny) or of SDXL (a"
-    " CLIPTextModelWithProjection besides)"
+    " CLIPTextModel, a UNet2DConditionModel, an AutoencoderKL or AutoencoderTiny, a"
+    " ControlNetModel if there is one) or of SDXL (a CLIPTextModelWithProjection besides)"
 )
 # in model_index.json: the folder has a list of its files; diffusers and optimum pass over it
 MARK = "_sdlite"

@@ -17,6 +17,15 @@ from sdlite.spec import LATENT_SAMPLE, SPECS, Arrays, IOSpec, Tensor
 # Named arrays, one row per image, that go to the UNet as they are, in every step.
 Conditions = Arrays
 Config = Mapping[str, Any]  # content of a config.json
+# Keywords of a pipeline's call that have a ControlNet, see `sdlite.controlling`.
+CONTROLS = (
+    "control_image",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+    "guess_mode",
+)
+DOWN = "down_block_additional_residual_"  # before a number: a UNet's input of a ControlNet
 NEGATIVE = "negative_"  # before a keyword's name: the same of the negative prompt
 Configs = Callable[[str], Config]  # "unet", "vae", ... -> its configuration
 
@@ -68,6 +77,7 @@ class Family:
         tokenizers: text encoder -> folder of its tokenizer.
         texts, sizes: further keywords of a pipeline's call: texts, as the negative prompt is one,
             and (height, width) or (top, left) in pixels.
+        controls: `CONTROLS` where a control image may be given, else ().
         embeds: keywords that give conditions in place of a prompt -> those conditions. The same
             with negative_ are of the negative prompt.
     """
@@ -79,12 +89,14 @@ class Family:
     tokenizers: Mapping[str, str] = {"text_encoder": "tokenizer"}
     texts: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
     embeds: Mapping[str, str] = {"prompt_embeds": "encoder_hidden_states"}
 
     @property
     def keywords(self) -> tuple[str, ...]:
         """All further keywords of a pipeline's call."""
-        return (*self.texts, *self.sizes, *self.embeds, *(f"{NEGATIVE}{k}" for k in self.embeds))
+        own = (*self.texts, *self.sizes, *self.controls, *self.embeds)
+        return (*own, *(f"{NEGATIVE}{k}" for k in self.embeds))
 
     def refusal(self, index: Config, configs: Configs) -> str:
         """Why a pipeline is not of this family, or not one of it that sdlite runs; "" where it is.
@@ -99,6 +111,12 @@ class Family:
         is that size.
         """
         return ()
+
+    def uncontrolled(self, unet: Config, sample: np.ndarray) -> Arrays:
+        """Those of `unet_inputs` that a control image fills, as they are without one. `sample`: the
+        latents (B, C, h, w) that go with them.
+        """
+        return {}
 
     def spec(self, part: str, configs: Configs) -> IOSpec:
         """What a part takes and gives."""
@@ -178,7 +196,15 @@ class Family:
 
 
 def unet_arguments(conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """Conditions besides the hidden states -> keywords of diffusers' UNet2DConditionModel."""
+    """What the UNet is given besides latents, timestep and hidden states, by our names -> keywords
+    of diffusers' UNet2DConditionModel.
+    """
     added = {k: v for k, v in conditions.items() if k in ("text_embeds", "time_ids")}
-    others = {k: v for k, v in conditions.items() if k not in added}
-    return {**others, **({"added_cond_kwargs": added} if added else {})}
+    down = {k: v for k, v in conditions.items() if k.startswith(DOWN)}
+    others = {k: v for k, v in conditions.items() if k not in added and k not in down}
+    if added:
+        others["added_cond_kwargs"] = added
+    if down:
+        in_order = tuple(down[f"{DOWN}{i}"] for i in range(len(down)))
+        others["down_block_additional_residuals"] = in_order
+    return others

@@ -63,6 +63,16 @@ SCHEMAS: dict[str, dict[str, Rule]] = {
         "conv_in_kernel": whole(1, 31),
         "conv_out_kernel": whole(1, 31),
     },
+    "controlnet": {
+        **_SHARED,
+        "block_out_channels": each(_CHANNELS, 1, _BLOCKS),
+        "conditioning_channels": whole(1, 1024),
+        "conditioning_embedding_out_channels": optional(each(_CHANNELS, 1, 8)),
+        "cross_attention_dim": optional(_BY_BLOCK),
+        "attention_head_dim": optional(_BY_BLOCK),
+        "num_attention_heads": optional(_BY_BLOCK),
+        "transformer_layers_per_block": optional(_LAYERS_BY_BLOCK),
+    },
     "vae": {
         **_SHARED,
         "sample_size": optional(whole(1, 16384)),

@@ -342,7 +342,7 @@ def test_a_family_from_outside_is_one_class(plain, tmp_path, monkeypatch, conver
         Artifact.open(folder)
     monkeypatch.setattr(families, "_FAMILIES", list(families._FAMILIES))
     families.register(Labelled())
-    assert families.known() == ["labelled", "sdxl", "sd"]
+    assert families.known() == ["labelled", "sd-controlnet", "sdxl", "sd"]
     right = images(folder, guidance_scale=4.0).astype(int)
     if convert:
         pytest.importorskip("onnxscript", reason="needs the export extra")

@@ -41,7 +41,7 @@ FLOORS = (
     "downloads files headers graphs habits image_input images published settings spec",
     "tokenizer_files families sampling manifest",
     "weights tokenizer embeddings editing preview",
-    "prompt_weights",
+    "prompt_weights controlling",
     "exported",
     "artifact disk",
     "backends torch_networks tiling hub",

@@ -314,9 +314,9 @@ OTHERS = [
     ("PixArtSigmaPipeline", PIXART, {}, "it has no unet, but transformer"),
     (
         "StableDiffusionControlNetPipeline",
-        {"controlnet": ["diffusers", "ControlNetModel"]},
+        {"controlnet": ["diffusers", "MultiControlNetModel"]},
         {},
-        "it also has controlnet",
+        "its controlnet is of class MultiControlNetModel",
     ),
     (
         "AltDiffusionPipeline",
