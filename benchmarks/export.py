@@ -53,7 +53,7 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
                 reference=job["reference"],
             )
         except SdliteError as e:
-            return {"error": f"{type(e).__name__}: {e}"}
+            return {"error": f"{type(e).__name__}: {e}".replace(tmp, "DIR")}
     return {
         "target": r["profile"]["target"],
         "precision": r["profile"]["precision"],
