@@ -1,0 +1,102 @@
+"""What previews cost: the seconds of `pipe.stream(...)` against those of the same call.
+
+    python -m benchmarks.preview [--models emoji bk-tiny] [--pairs 15]
+
+Call and stream take turns, and each must make the other's image bit by bit. The embedded student
+makes 25 steps at 64 px, where a step is shortest and so a preview's share largest; `bk-tiny` is the
+shape of `benchmarks.shapes` at 256 px in 4 steps, on torch. `cost` is the median of the pairs'
+ratios, less 1, of the whole call; the bar is 2% of a step. Rows go to preview.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import sdlite
+from benchmarks import shapes
+from benchmarks.env import environment
+from sdlite.preview import Preview
+
+RESULTS = Path(__file__).parent / "results" / "preview.jsonl"
+BAR = 0.02
+CASES: dict[str, dict[str, Any]] = {
+    "emoji": {"num_inference_steps": 25, "height": 64, "width": 64},
+    "bk-tiny": {"num_inference_steps": 4, "height": 256, "width": 256, "guidance_scale": 0.0},
+}
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    begin = time.perf_counter()
+    made = work()
+    return time.perf_counter() - begin, made
+
+
+def streamed(pipe: sdlite.Pipeline, call: dict[str, Any]) -> tuple[int, Any]:
+    """How many previews came, and the call's output."""
+    seen, out = 0, None
+    for what in pipe.stream("a red apple", **call):
+        if isinstance(what, Preview):
+            seen += 1
+        else:
+            out = what
+    return seen, out
+
+
+def measure(pipe: sdlite.Pipeline, call: dict[str, Any], pairs: int) -> dict[str, Any]:
+    plain, shown = list[float](), list[float]()
+    for i in range(pairs + 2):  # two that are not counted
+        first, made = seconds(lambda: pipe("a red apple", **call))
+        second, (seen, out) = seconds(lambda: streamed(pipe, call))
+        if seen != call["num_inference_steps"] or not np.array_equal(made.images, out.images):
+            raise SystemExit(f"{seen} previews, or another image than the call's")
+        if i >= 2:
+            plain.append(first)
+            shown.append(second)
+    ratios = np.array(shown) / np.array(plain) - 1
+    step = float(np.median(plain)) / call["num_inference_steps"]
+    return {
+        "pairs": pairs,
+        "cost": float(np.median(ratios)),
+        "spread": [float(q) for q in np.quantile(ratios, [0.25, 0.75])],
+        "step_seconds": step,
+        "bar": BAR,
+        "call_seconds": plain,
+        "stream_seconds": shown,
+    }
+
+
+def main() -> int:
+    ap = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    ap.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
+    ap.add_argument("--pairs", type=int, default=15)
+    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--out", type=Path, default=RESULTS)
+    args = ap.parse_args()
+    over = 0
+    for model in args.models:
+        with tempfile.TemporaryDirectory() as scratch:
+            own = {"model": "emoji", "backend": "onnxruntime"}
+            if model != "emoji":
+                folder = shapes.write_sd_folder(model, Path(scratch) / model)
+                own = {"model": str(folder), "backend": "torch"}
+            call = {"seed": 1, "output_type": "np", **CASES[model]}
+            with sdlite.Pipeline.from_pretrained(**own, threads=args.threads) as pipe:
+                found = measure(pipe, call, args.pairs)
+        row = {"model": model, "threads": args.threads, **CASES[model], **found, **environment()}
+        with open(args.out, "a", encoding="utf-8") as f:
+            f.write(json.dumps({**row, "command": "python -m benchmarks.preview"}) + "\n")
+        print(model, f"{found['cost']:.2%}", found["spread"], f"{found['step_seconds']:.4f} s")
+        over += found["cost"] > BAR
+    return int(over > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
