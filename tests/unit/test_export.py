@@ -8,6 +8,8 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -619,6 +621,41 @@ def test_mnns_converter_works_in_a_folder_of_its_own(tmp_path, monkeypatch):
     folders = [c for c in seen if c is not None]
     assert len(folders) == len(set(folders)) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+IN_PLACE = """
+import sys
+from pathlib import Path
+import numpy as np
+from onnx import TensorProto, helper, save
+from sdlite.exporters import profile, targets
+
+x, y = (
+    helper.make_tensor_value_info(n, TensorProto.FLOAT, (1, 4, 8, 8))
+    for n in ("latent_sample", "sample")
+)
+third = helper.make_tensor("third", TensorProto.FLOAT, [], [3.0])
+nodes = [helper.make_node("Div", ["latent_sample", "third"], ["d"])]
+nodes += [helper.make_node("Tanh", ["d"], ["sample"])]
+graph = helper.make_graph(nodes, "g", [x], [y], [third])
+out = Path(sys.argv[1])
+version = helper.make_opsetid("", 18)
+save(helper.make_model(graph, opset_imports=[version], ir_version=9), str(out / "m.onnx"))
+target = targets.of(profile.load("ncnn"))
+network = target.run("vae_decoder", target.convert("vae_decoder", out / "m.onnx", out), 1)
+given = np.random.default_rng(0).normal(size=(1, 4, 8, 8)).astype(np.float32)
+want = np.tanh(given / 3)
+for _ in range(2):
+    np.testing.assert_allclose(network(latent_sample=given)["sample"], want, atol=1e-5)
+"""
+
+
+def test_ncnn_is_given_memory_of_its_own(tmp_path):
+    """TAESD's first layer works in place; on numpy's memory ncnn ended the process."""
+    pytest.importorskip("ncnn", reason="needs ncnn")
+    command = [sys.executable, "-c", IN_PLACE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_rows_are_called_one_by_one():

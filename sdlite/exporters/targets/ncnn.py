@@ -42,13 +42,12 @@ def load(part):
     net.load_model(f"{part}/model.bin")
 
     def network(**inputs):
-        kept = []  # ncnn.Mat does not keep its array alive
         with net.create_extractor() as run:
             for i, name in enumerate(INPUTS[part]):
                 x = inputs[name]
                 x = x.astype(np.int32 if name == "input_ids" else np.float32)
-                kept.append(np.ascontiguousarray(x[0] if x.ndim else x.reshape(1)))
-                run.input(f"in{i}", ncnn.Mat(kept[-1]))
+                x = np.ascontiguousarray(x[0] if x.ndim else x.reshape(1))
+                run.input(f"in{i}", ncnn.Mat(x).clone())  # ncnn works in place
             names = enumerate(OUTPUTS[part])
             return {name: np.array(run.extract(f"out{i}")[1])[None] for i, name in names}
 
@@ -197,12 +196,12 @@ class _Network:
             )
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
-        kept: list[np.ndarray] = []  # ncnn.Mat does not keep its array alive
         with self.net.create_extractor() as run:
             for i, t in enumerate(self.spec.inputs):
                 x = np.asarray(inputs[t.name], np.int32 if t.dtype == "int64" else np.float32)
-                kept.append(np.ascontiguousarray(x[0] if x.ndim else x.reshape(1)))
-                run.input(f"in{i}", self.ncnn.Mat(kept[-1]))
+                x = np.ascontiguousarray(x[0] if x.ndim else x.reshape(1))
+                # a copy of its own: a first layer that works in place crashes on numpy's memory
+                run.input(f"in{i}", self.ncnn.Mat(x).clone())
             made: Arrays = {}
             for i, t in enumerate(self.spec.outputs):
                 failed, out = run.extract(f"out{i}")
