@@ -117,8 +117,8 @@ def _quantizing() -> list[str]:
     return [
         "Shapes have random weights. Rows from before 2026-11-26 are from before a fault was"
         " mended: smoothing scaled every norm that shared a constant with the one it meant, which"
-        " untrained text encoders do; a text encoder far below 20 dB is that fault. The seconds of"
-        " `shape:bk-tiny` were measured on a machine that did other work too. The command is"
+        " untrained text encoders do; a text encoder far below 20 dB is that fault. Seconds"
+        " were measured on a machine that did other work too. The command is"
         " `python -m benchmarks.quantise`.",
         "",
         *models.quantizing(),
@@ -135,7 +135,9 @@ def _quantizing() -> list[str]:
         " Where the graph is as close as that, it is the rounding of the scheme. int8-dynamic loses"
         " it in weights: 7 bits are about 36 dB of a layer with normal weights, and the errors of"
         ' all layers add up in the residual sum (`scheme="u8s8"` has 8, where CPUs have VNNI).'
-        " int8-static loses it in the 8 bits of the convolutions' inputs and outputs.",
+        " int8-static loses it in the 8 bits of the convolutions' inputs and outputs; torch takes"
+        " its ranges from these very calls, the graph from other images, which costs the narrow VAE"
+        " encoder more.",
         "",
         *models.rounding(),
         "",
