@@ -236,6 +236,17 @@ def asked(pipe: Pipeline, height: int | None = None, width: int | None = None) -
     return {"image": image, "mask_image": mask}
 
 
+def controlled(
+    pipe: Pipeline, height: int | None = None, width: int | None = None
+) -> dict[str, Any]:
+    """`asked`, and a control image where the model has a ControlNet: `image_input.example`'s."""
+    out = asked(pipe, height, width)
+    if pipe.holds("controlnet"):
+        tall, wide = pipe.networks.size or [s * pipe.stride for s in latent_size(pipe.unet_config)]
+        out["control_image"], _ = image_input.example(height or tall, width or wide)
+    return out
+
+
 def with_networks(pipe: Pipeline, networks: Mapping[str, Network]) -> Pipeline:
     """The same pipeline with other callables."""
     own = pipe.networks

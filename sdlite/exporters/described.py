@@ -88,6 +88,8 @@ def _free(recording: Recording, free_size: bool) -> dict[str, str]:
     """Shape letter -> what it is called where it stays free."""
     stride = recording.images.shape[1] // recording.calls["unet"][0][0]["sample"].shape[2]
     sides = {"h": f"height/{stride}", "w": f"width/{stride}", "H": "height", "W": "width"}
+    for d in (2, 4, 8, 16):  # rounded up
+        sides |= {f"h/{d}": f"height/{stride * d}", f"w/{d}": f"width/{stride * d}"}
     return {"B": "batch", **(sides if free_size else {})}
 
 

@@ -152,6 +152,12 @@ def _exportable(
             " exports are checked by images of prompts, and edits of these. Its ONNX graphs run as"
             " they are: with sdlite.Pipeline, or optimum's ORTStableDiffusionInpaintPipeline."
         )
+    if artifact.family.controls and profile.target != "onnx":
+        raise InputError(
+            f"{artifact.name} has a ControlNet, which is exported for onnx alone, not for"
+            f" {profile.target}; choose an onnx profile (sdlite export --list), or convert the"
+            " model without --controlnet."
+        )
     artifact = artifact.with_sampler(arguments.optional(arguments.text, "sampler", sampler))
     assert artifact.manifest is not None
     known_sampler(artifact.sampler_name)  # before any work

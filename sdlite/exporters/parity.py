@@ -15,7 +15,7 @@ from sdlite.editing import Edit
 from sdlite.errors import InputError
 from sdlite.exporters.profile import Gate
 from sdlite.image_input import from_array, pixels
-from sdlite.instrument import Call, Tape, closeness, with_networks
+from sdlite.instrument import Call, Tape, closeness, controlled, with_networks
 from sdlite.metrics import psnr
 from sdlite.pipeline import Pipeline
 from sdlite.sampling import get_sampler
@@ -67,13 +67,17 @@ def record(
     pipe: Pipeline, parts: Sequence[str], prompts: Sequence[str], arguments: CallArguments
 ) -> Recording:
     """Make one image of each prompt (seed i for prompt i), edit the first of them where `parts`
-    has an encoder, and keep what went in and out of each network.
+    has an encoder, make one more after a control image where it has a ControlNet, and keep what
+    went in and out of each network.
     """
     calls: dict[str, list[Call]] = {p: [] for p in parts}
     taped = with_networks(pipe, {p: Tape(pipe.networks.parts[p], calls[p]) for p in calls})
     specs = {p: pipe.artifact.spec(p) for p in parts}
     images = make_images(taped, prompts, arguments)
     out = Recording(calls, images, list(prompts), arguments, specs)
+    if "controlnet" in calls:
+        hint = controlled(taped, arguments["height"], arguments["width"])
+        taped(prompts[0], seed=0, **arguments, **hint)
     if "vae_encoder" in calls:
         out.strength = edit_strength(pipe, arguments)
         if out.strength is None:

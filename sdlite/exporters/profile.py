@@ -39,7 +39,7 @@ class Gate:
     Attributes:
         psnr: PSNR of the images to the model's.
         reference: PSNR to the images of the float model that `export(reference=)` names.
-        text_encoder, unet, vae_decoder, vae_encoder: SQNR of the network's outputs.
+        text_encoder, unet, vae_decoder, vae_encoder, controlnet: SQNR of the network's outputs.
     """
 
     psnr: Decibel = None
@@ -48,6 +48,7 @@ class Gate:
     unet: Decibel = None
     vae_decoder: Decibel = None
     vae_encoder: Decibel = None
+    controlnet: Decibel = None
 
     def wanted(self) -> dict[str, float]:
         """What is asked for, by name."""

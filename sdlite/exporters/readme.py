@@ -150,6 +150,7 @@ def _numbers(pipe: Pipeline, recording: Recording) -> dict[str, str]:
         "TEXT": pipe.family.snippet(pipe.index, pipe.unet_config),
         "ZEROS": "".join(_zeros(t, given[t.name]) for t in spec.inputs),
         "LATENTS": latents,
+        "STRIDE": repr(height // side[0]),
         "SIZE": f"{height}, {width}",
         "CLASS": cls,
         "SETTINGS": "".join(f", {k}={v!r}" for k, v in told.items()),

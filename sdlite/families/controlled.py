@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from sdlite.families import snippets
 from sdlite.families.base import CONTROLS, DOWN, Config, Configs
 from sdlite.families.configs import vae_stride
 from sdlite.families.sd import StableDiffusion, components, unfed
@@ -51,6 +52,10 @@ class ControlledStableDiffusion(StableDiffusion):
         sides = dict(zip("BChw", sample.shape, strict=True))
         own = self.unet_inputs(unet)[len(super().unet_inputs(unet)) :]
         return {t.name: np.zeros([side_of(s, sides) for s in t.shape], np.float32) for t in own}
+
+    def snippet(self, index: Config, unet: Config) -> str:
+        maps = [(int(c), int(h.partition("/")[2] or 1)) for _, c, h, _ in residuals(unet)]
+        return super().snippet(index, unet) + snippets.UNCONTROLLED % [*maps, maps[-1]]
 
     def spec(self, part: str, configs: Configs) -> IOSpec:
         if part != "controlnet":

@@ -59,3 +59,15 @@ elif guidance > 1:
 SIZES = """for given in conditions:  # size, top and left of the crop, target size
     given["time_ids"] = np.array([[height, width, 0, 0, height, width]], np.float32)
 """
+
+# --- a ControlNet: %s are channels of the feature maps that it adds to, and how often smaller these
+# are than the latents; the last is the middle's
+
+UNCONTROLLED = """added = %s
+sides = [(c, -(-(height // @STRIDE@) // n), -(-(width // @STRIDE@) // n)) for c, n in added]
+zeros = [np.zeros((1, *side), np.float32) for side in sides]  # without a control image
+for given in conditions:
+    for i, maps in enumerate(zeros[:-1]):
+        given[f"down_block_additional_residual_{i}"] = maps
+    given["mid_block_additional_residual"] = zeros[-1]
+"""

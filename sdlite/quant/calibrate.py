@@ -13,7 +13,7 @@ import numpy as np
 from sdlite import arguments, image_input
 from sdlite.backends import Network
 from sdlite.errors import InputError
-from sdlite.instrument import NamedOutputs, Visit, Watched, asked, with_networks
+from sdlite.instrument import NamedOutputs, Visit, Watched, asked, controlled, with_networks
 from sdlite.pipeline import Pipeline
 from sdlite.quant.observe import OBSERVERS
 from sdlite.spec import Arrays
@@ -161,6 +161,7 @@ def walk(
     answers: dict[str, dict[bytes, Arrays]] = {p: {} for p in pipe.tokenizers}
 
     def image(i: int, networks: dict[str, Network]) -> None:
+        given = controlled if "controlnet" in networks else asked
         with_networks(pipe, {**around, **networks})(
             prompts[i % len(prompts)],
             seed=calibration.seed + i,
@@ -168,7 +169,7 @@ def walk(
             guidance_scale=calibration.guidance_scale,
             height=height,
             width=width,
-            **asked(pipe, height, width),
+            **given(pipe, height, width),
         )
 
     silence = _Silence(pipe.unet_config["out_channels"])
@@ -179,10 +180,13 @@ def walk(
         sessions[p].close()
     kept = {p: _Kept(answers[p]) for p in answers}
     for i in range(samples):
-        unet = Watched(specs["unet"], sessions["unet"], visit)
-        image(i, {**kept, "unet": unet, "vae_decoder": later})
+        # every second one with a control image, where there is a ControlNet
+        both = [p for p in ("unet", "controlnet") if p in sessions][: 2 - i % 2]
+        watched = {p: Watched(specs[p], sessions[p], visit) for p in both}
+        image(i, {**kept, **watched, "vae_decoder": later})
         yield
-    sessions["unet"].close()
+    for p in {"unet", "controlnet"} & sessions.keys():
+        sessions[p].close()
     made, decoder = [], Watched(specs["vae_decoder"], sessions["vae_decoder"], visit)
     for latents in later.given:
         made.append(np.clip(decoder(latent_sample=latents)["sample"], -1, 1))

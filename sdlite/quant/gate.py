@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from sdlite import arguments, image_input
-from sdlite.instrument import Call, Tape, asked, closeness, with_networks
+from sdlite.instrument import Call, Tape, asked, closeness, controlled, with_networks
 from sdlite.metrics import psnr, ssim, structure_distance
 from sdlite.pipeline import Pipeline
 from sdlite.spec import latent_size
@@ -116,7 +116,8 @@ def images(
     pipe: Pipeline, prompts: Sequence[str], gate: Gate, source: np.ndarray | None = None
 ) -> np.ndarray:
     """Each prompt with each of the gate's seeds: uint8 (prompts x seeds, H, W, 3); and one more
-    where the model edits images: `source` (default: the first of them), edited.
+    where the model edits images: `source` (default: the first of them), edited; and one more where
+    it has a ControlNet.
     """
     height, width = gate.size or (None, None)
     every = [(p, s) for p in prompts for s in gate.seeds]
@@ -141,7 +142,24 @@ def images(
         out += [np.asarray(x) for x in made.images]
     if pipe.holds("vae_encoder"):
         out.append(_edited(pipe, prompts[0], gate, out[0] if source is None else source))
+    if pipe.holds("controlnet"):
+        out.append(_controlled(pipe, prompts[0], gate))
     return np.stack(out)
+
+
+def _controlled(pipe: Pipeline, prompt: str, gate: Gate) -> np.ndarray:
+    """An image of the same prompt after a control image."""
+    height, width = gate.size or (None, None)
+    made = pipe(
+        prompt,
+        seed=gate.seeds[0],
+        num_inference_steps=gate.num_inference_steps,
+        guidance_scale=gate.guidance_scale,
+        height=height,
+        width=width,
+        **controlled(pipe, height, width),
+    )
+    return np.asarray(made.images[0])
 
 
 def _edited(pipe: Pipeline, prompt: str, gate: Gate, image: np.ndarray) -> np.ndarray:
@@ -169,7 +187,7 @@ def calls(floats: Pipeline, prompts: Sequence[str], gate: Gate) -> dict[str, lis
         guidance_scale=gate.guidance_scale,
         height=height,
         width=width,
-        **asked(floats, height, width),
+        **controlled(floats, height, width),
     )
     if "vae_encoder" in tapes:
         tapes["vae_encoder"](sample=image_input.pixels(made.images))
@@ -197,14 +215,16 @@ def compare(
         psnr_worst=float(np.min(values)),
         ssim_mean=float(np.mean([ssim(a, b) for a, b in pairs])),
         structure_distance_mean=float(np.mean([structure_distance(a, b) for a, b in pairs])),
-        worst=_named(at, prompts, gate),
+        worst=_named(at, prompts, gate, pipe),
         networks={p: closeness(pipe.network(p), held)[0] for p, held in floats.items()},
     )
     return found, made
 
 
-def _named(at: int, prompts: Sequence[str], gate: Gate) -> str:
+def _named(at: int, prompts: Sequence[str], gate: Gate, pipe: Pipeline) -> str:
     """Prompt and seed of an image."""
-    if at == len(prompts) * len(gate.seeds):
-        return f"{prompts[0]!r}, seed {gate.seeds[0]}, edited"
+    if (further := at - len(prompts) * len(gate.seeds)) >= 0:
+        parts = {"vae_encoder": "edited", "controlnet": "after a control image"}
+        kinds = [words for part, words in parts.items() if pipe.holds(part)]
+        return f"{prompts[0]!r}, seed {gate.seeds[0]}, {kinds[further]}"
     return f"{prompts[at // len(gate.seeds)]!r}, seed {gate.seeds[at % len(gate.seeds)]}"

@@ -27,6 +27,12 @@ Keep = Mapping[str, Sequence[str]]  # part -> regular expressions of layers that
 # By torch module name: few parameters, and each error there reaches every pixel or every layer.
 KEEP_FLOAT: dict[str, tuple[str, ...]] = {
     "unet": (r"(time|add)_embedding\.", r"time_emb_proj$", r"^conv_in$", r"^conv_out$"),
+    "controlnet": (
+        r"time_embedding\.",
+        r"time_emb_proj$",
+        r"^conv_in$",
+        r"^controlnet_(cond_embedding|down_blocks|mid_block)\b",
+    ),
     "vae_encoder": (r"^quant_conv$", r"encoder\.conv_in$", r"encoder\.conv_out$"),
     "vae_decoder": (r"^post_quant_conv$", r"decoder\.conv_in$", r"decoder\.conv_out$"),
 }

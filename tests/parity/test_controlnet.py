@@ -174,3 +174,69 @@ def test_a_batch_has_a_control_image_for_each(by_torch):
     for i, prompt in enumerate(["an apple", "a house"]):
         one = by_torch(prompt, control_image=hints[i], **call | {"seed": 5 + i}).images[0]
         assert psnr(two[i], one) >= 60
+
+
+QUICK = {"num_inference_steps": 2}
+
+
+@pytest.mark.parametrize("precision", ["int8-dynamic", "int8-static"])
+def test_a_controlnet_in_int8_passes_the_same_check(controlled, tmp_path, precision):
+    from sdlite.quant import Calibration, Gate
+
+    prompts = ["an apple", "a house", "a fox", "a pizza", "a ghost", "a red car"]
+    calibration = Calibration(prompts=prompts, samples=4, **QUICK)
+    loose = {"psnr_mean": 10, "psnr_worst": 5, "ssim_mean": -1, "engines": ["onnxruntime"]}
+    gate = Gate(seeds=(0,), **loose, **QUICK)
+    out = tmp_path / "int8"
+    report = sdlite.quantize(controlled, precision, out=out, calibration=calibration, gate=gate)
+    [found] = report["engines"]
+    assert found["pictures"] == 2 + 2  # of two prompts, an edit, and one after a control image
+    assert found["networks"]["controlnet"] > 15  # 2 to 3 prompts are few, and its weights random
+    row = report["networks"]["controlnet"]
+    # int8-dynamic leaves convolutions in float
+    share = 0.5 if precision == "int8-static" else 0.8
+    assert row["bytes"] < share * row["float_bytes"]
+    call = {"seed": 1, "output_type": "np", "control_image": noise(1), **QUICK}
+    made = []
+    for model in (controlled, out):
+        with sdlite.Pipeline.from_pretrained(model, backend="onnxruntime") as pipe:
+            made.append(pipe("an apple", **call).images[0])
+    assert 100 > psnr(*made) > 15
+
+
+def test_an_onnx_export_holds_the_controlnet_and_others_say_so(controlled, tmp_path):
+    from sdlite.exporters.export import export
+
+    report = export(controlled, tmp_path / "out", target="onnx", prompts=["a fox"], **QUICK)
+    assert report["parity"]["networks"]["controlnet"]["sqnr"] > 100
+    assert [t["shape"] for t in report["networks"]["unet"]["inputs"]][-1] == [
+        "batch",
+        128,
+        "height/32",
+        "width/32",
+    ]
+    call = {"seed": 1, "output_type": "np", "control_image": noise(1), **QUICK}
+    made = []
+    for model in (controlled, tmp_path / "out"):
+        with sdlite.Pipeline.from_pretrained(model, backend="onnxruntime") as pipe:
+            made.append(pipe("an apple", **call).images[0])
+    assert psnr(*made) > 100
+    with pytest.raises(sdlite.errors.InputError, match=r"for onnx alone, not for openvino;"):
+        export(controlled, tmp_path / "no", target="openvino")
+
+
+def test_the_code_in_an_exports_readme_runs_without_a_control_image(controlled, tmp_path):
+    from sdlite.artifact import Artifact
+    from sdlite.families import family_of
+
+    artifact = Artifact.open(controlled)
+    code = family_of(artifact.index, artifact.config).snippet(
+        artifact.index, artifact.config("unet")
+    )
+    start = code.index("\nadded = ")
+    given = {"np": np, "height": 72, "width": 88, "conditions": [{}, {}]}
+    exec(code[start:].replace("@STRIDE@", "8"), given)
+    sample = np.zeros((1, 8, 9, 11), np.float32)
+    right = artifact.family.uncontrolled(artifact.config("unet"), sample)
+    for made in given["conditions"]:
+        assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in right.items()}
