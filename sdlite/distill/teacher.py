@@ -202,6 +202,12 @@ def refuse_unfed(artifact: Artifact) -> None:
         InputError: the model's UNet has an input that distilling does not feed.
     """
     family = artifact.family
+    if family.controls:
+        raise InputError(
+            f"teacher {artifact.folder} has a ControlNet, which was made for its whole UNet and"
+            " fits no student that is cut from it. Give the pipeline without it; one that was made"
+            " for the student is added in the end: sdlite convert STUDENT --controlnet FOLDER."
+        )
     inputs = family.unet_inputs(artifact.config("unet"))
     of_text = {o.name for part in family.tokenizers for o in artifact.spec(part).outputs}
     fed = {"timestep_cond", *of_text, *family.size_conditions(ONE_SIZE)}

@@ -64,8 +64,10 @@ def test_controlnets_of_sdxl_are_one_line():
 
 @pytest.fixture
 def canny(plain, tmp_path):
-    published = pytest.importorskip("benchmarks.published_models")
-    return published.write_controlnet(plain, tmp_path / "canny")
+    pytest.importorskip("diffusers", reason="needs the torch extra")
+    from benchmarks import published_models
+
+    return published_models.write_controlnet(plain, tmp_path / "canny")
 
 
 def test_convert_refuses_what_is_no_fitting_controlnet(plain, canny, tmp_path):
@@ -81,6 +83,21 @@ def test_convert_refuses_what_is_no_fitting_controlnet(plain, canny, tmp_path):
     with pytest.raises(ArtifactError, match=r"its controlnet is of class MultiControlNetModel"):
         sdlite.convert(plain, out, controlnet=canny)
     assert not out.exists()
+
+
+def test_a_folder_with_a_controlnet_is_saved_whole_and_teaches_no_student(plain, canny, tmp_path):
+    pytest.importorskip("accelerate", reason="needs the distill extra")
+    from sdlite.checkpoints import controlnet
+    from sdlite.distill.teacher import Teacher
+
+    both = controlnet.added(plain, canny, tmp_path / "both", None)
+    with sdlite.Pipeline.from_pretrained(both, backend="torch", threads=1) as pipe:
+        pipe.save_pretrained(tmp_path / "saved")
+    weights = "controlnet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "saved" / weights).read_bytes() == (both / weights).read_bytes()
+    assert not (tmp_path / "saved" / weights).is_symlink()
+    with pytest.raises(InputError, match=r"has a ControlNet, .* fits no student that is cut from"):
+        Teacher(tmp_path / "saved")
 
 
 BAD = [
