@@ -26,6 +26,7 @@ class Description(TypedDict):
     name: str
     format: str | None
     student: NotRequired[Mapping[str, object]]
+    calls: NotRequired[str]
     sampler: NotRequired[Mapping[str, object]]
     export: NotRequired[Mapping[str, Any] | None]
     runs_on: NotRequired[Mapping[str, str]]
@@ -56,6 +57,7 @@ def describe(artifact: Artifact) -> Description:
         "format": m.format if m else None,
         "student": artifact.student,
         "sampler": _sampler(artifact),
+        "calls": _calls(artifact),
         "export": export.describe() if export else None,
         "runs_on": _runs_on(artifact, held),
         "variants": {},
@@ -72,6 +74,15 @@ def describe(artifact: Artifact) -> Description:
     }
     more: Description = {**out, "variants": variants, "quality": m.quality}
     return {**more, "calibration": m.calibration, "total_bytes": total}
+
+
+def _calls(artifact: Artifact) -> str:
+    """What a call has, or may have, that other models do not take; "" where it is nothing."""
+    from sdlite import families
+
+    if families.inpaints(artifact.config("unet"), artifact.config("vae")):
+        return "made for inpainting: a call has image and mask_image"
+    return "a call may have control_image" if artifact.family.controls else ""
 
 
 def _sampler(artifact: Artifact) -> Mapping[str, object]:
@@ -126,6 +137,8 @@ def _lines(info: Description) -> Iterator[str]:
     for key, value in info["student"].items():
         yield f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}"
     yield "sampler: " + ", ".join(f"{k}={v}" for k, v in info["sampler"].items())
+    if info["calls"]:
+        yield f"calls: {info['calls']}"
     for precision, parts in info["variants"].items():
         sizes = [f"{part} {_megabytes(e['bytes'])}" for part, e in parts.items()]
         yield f"{precision}: {', '.join(sizes)}"

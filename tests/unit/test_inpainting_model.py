@@ -57,6 +57,27 @@ def test_every_backend_paints_the_same(folder, converted):
         assert closeness(painted(converted, backend), right) >= 60
 
 
+def test_optimum_opens_the_graphs_and_paints_the_same(converted):
+    import torch
+
+    optimum = pytest.importorskip("optimum.onnxruntime", reason="needs the bench extra")
+    pipe = optimum.ORTStableDiffusionInpaintPipeline.from_pretrained(converted)
+    pipe.set_progress_bar_config(disable=True)
+    image, mask = image_input.example(64, 64)
+    call = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
+    call |= {"guidance_scale": 7.5, "strength": 1.0, "generator": torch.Generator().manual_seed(0)}
+    right = pipe("a fox", image=image, mask_image=mask, **call).images[0]
+    half = np.asarray(mask) > 0
+    assert closeness(painted(converted, "onnxruntime")[half], right[half]) >= 60
+
+
+def test_what_a_call_needs_is_said_before_it(converted, capsys):
+    from sdlite.cli import main
+
+    assert main(["info", str(converted)]) == 0
+    assert "calls: made for inpainting: a call has image and mask_image" in capsys.readouterr().out
+
+
 def test_int8_is_calibrated_with_an_image_and_a_mask(converted, tmp_path):
     seen = Calibration(prompts=["a fox", "a house"], samples=2, num_inference_steps=2)
     loose = Gate(prompts=["a cat"], num_inference_steps=2, psnr_mean=25, psnr_worst=20, ssim_mean=0)
