@@ -257,7 +257,7 @@ def test_sixteen_bits(stored, tmp_path):
 def test_dynamic_layers(tmp_path):
     graph = shared_graph()
     want = run(graph, tmp_path, X)["y"]
-    dynamic.insert(graph, [x for x in graph.layers() if x.op == "MatMul"])
+    dynamic.insert(graph, [x for x in graph.layers() if x.op == "MatMul"], levels=63)
     assert [n.op_type for n in graph.nodes].count("MatMulInteger") == 2
     assert graph.weights["square"].dtype == np.float32, "Gemm reads it still"
     assert sum(w.dtype == np.int8 for w in graph.weights.values()) == 1
