@@ -78,6 +78,19 @@ def painted(latents: Array, colors: Array) -> Array:
     return out
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a preview is made of; the thread that takes it paints it, while the next step runs."""
+
+    step: int
+    steps: int
+    latents: Array
+    colors: Array
+
+    def painted(self) -> Preview:
+        return Preview(self.step, self.steps, images.to_pil(painted(self.latents, self.colors)))
+
+
 def watching(callback: object, call: running.Call) -> Callable[[int, Array], None] | None:
     """What of a call's callback sees predictions; None where it is no `Watch`."""
     if not isinstance(callback, Watch):
@@ -96,7 +109,7 @@ class Watch:
         self.colors = colors
         self.callback = arguments.optional(arguments.function, "callback", callback)
         self.call: running.Call | None = None
-        self._ready: queue.Queue[Preview | PipelineOutput | BaseException] = queue.Queue(1)
+        self._ready: queue.Queue[_Seen | PipelineOutput | BaseException] = queue.Queue(1)
         self._left = threading.Event()
         self._predicted: Array | None = None
 
@@ -106,13 +119,12 @@ class Watch:
 
     def __call__(self, step: int, steps: int, latents: Array) -> object:
         if self._predicted is not None:
-            made = images.to_pil(painted(self._predicted, self.colors()))
-            self._hand(Preview(step, steps, made))
+            self._hand(_Seen(step, steps, self._predicted, self.colors()))
         if self._left.is_set():
             return False
         return None if self.callback is None else self.callback(step, steps, latents)
 
-    def _hand(self, what: Preview | PipelineOutput | BaseException) -> None:
+    def _hand(self, what: _Seen | PipelineOutput | BaseException) -> None:
         while not self._left.is_set():
             try:
                 self._ready.put(what, timeout=running.PIECE)
@@ -140,8 +152,8 @@ class Watch:
                 what = self._ready.get()
                 if isinstance(what, BaseException):
                     raise what
-                yield what
-                if not isinstance(what, Preview):
+                yield what.painted() if isinstance(what, _Seen) else what
+                if not isinstance(what, _Seen):
                     return
         finally:
             self._left.set()
