@@ -55,7 +55,7 @@ def measure(pipe: sdlite.Pipeline, call: dict[str, Any], pairs: int) -> dict[str
     for i in range(pairs + 2):  # two that are not counted
         first, made = seconds(lambda: pipe("a red apple", **call))
         second, (seen, out) = seconds(lambda: streamed(pipe, call))
-        if seen != call["num_inference_steps"] or not np.array_equal(made.images, out.images):
+        if seen != out.calls or not np.array_equal(made.images, out.images):
             raise SystemExit(f"{seen} previews, or another image than the call's")
         if i >= 2:
             plain.append(first)
