@@ -2,10 +2,12 @@
 
     python -m benchmarks.preview [--models emoji bk-tiny] [--pairs 15]
 
-Call and stream take turns, and each must make the other's image bit by bit. The embedded student
+The call, the call in a thread of its own, and the stream, which is in one too, take turns; each
+must make the others' image bit by bit. The embedded student
 makes 25 steps at 64 px, where a step is shortest and so a preview's share largest; `bk-tiny` is the
-shape of `benchmarks.shapes` at 256 px in 4 steps, on torch. `cost` is the median of the pairs'
-ratios, less 1, of the whole call; the bar is 2% of a step. Rows go to preview.jsonl.
+shape of `benchmarks.shapes` at 256 px in 4 steps, on torch. `cost` is the median over the turns of stream / thread, less 1; the bar is 2%. `thread_cost` is
+thread / call: torch's OpenMP has a team of workers for each thread that calls it, and idle ones
+spin (with OMP_WAIT_POLICY=PASSIVE they do not). Rows go to preview.jsonl.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +42,14 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - begin, made
 
 
+def in_a_thread(work: Callable[[], Any]) -> Any:
+    made: list[Any] = []
+    thread = threading.Thread(target=lambda: made.append(work()))
+    thread.start()
+    thread.join()
+    return made[0]
+
+
 def streamed(pipe: sdlite.Pipeline, call: dict[str, Any]) -> tuple[int, Any]:
     """How many previews came, and the call's output."""
     seen, out = 0, None
@@ -51,25 +62,29 @@ def streamed(pipe: sdlite.Pipeline, call: dict[str, Any]) -> tuple[int, Any]:
 
 
 def measure(pipe: sdlite.Pipeline, call: dict[str, Any], pairs: int) -> dict[str, Any]:
-    plain, shown = list[float](), list[float]()
+    taken: dict[str, list[float]] = {"call": [], "thread": [], "stream": []}
     for i in range(pairs + 2):  # two that are not counted
         first, made = seconds(lambda: pipe("a red apple", **call))
-        second, (seen, out) = seconds(lambda: streamed(pipe, call))
+        alone, same = seconds(lambda: in_a_thread(lambda: pipe("a red apple", **call)))
+        shown, (seen, out) = seconds(lambda: streamed(pipe, call))
+        if not np.array_equal(made.images, same.images):
+            raise SystemExit("a thread made another image than the call")
         if seen != out.calls or not np.array_equal(made.images, out.images):
             raise SystemExit(f"{seen} previews, or another image than the call's")
         if i >= 2:
-            plain.append(first)
-            shown.append(second)
-    ratios = np.array(shown) / np.array(plain) - 1
-    step = float(np.median(plain)) / call["num_inference_steps"]
+            for name, took in zip(taken, (first, alone, shown), strict=True):
+                taken[name].append(took)
+    call_s, thread_s, stream_s = (np.array(v) for v in taken.values())
+    ratios = stream_s / thread_s - 1
+    step = float(np.median(call_s)) / call["num_inference_steps"]
     return {
         "pairs": pairs,
         "cost": float(np.median(ratios)),
+        "thread_cost": float(np.median(thread_s / call_s - 1)),
         "spread": [float(q) for q in np.quantile(ratios, [0.25, 0.75])],
         "step_seconds": step,
         "bar": BAR,
-        "call_seconds": plain,
-        "stream_seconds": shown,
+        "samples": taken,
     }
 
 
