@@ -3,11 +3,11 @@
     python -m benchmarks.preview [--models emoji bk-tiny] [--pairs 15]
 
 The call, the call in a thread of its own, and the stream, which is in one too, take turns; each
-must make the others' image bit by bit. The embedded student makes 25 steps at 64 px, where steps are
-shortest and a preview's share largest; `bk-tiny` is the shape of `benchmarks.shapes` at 256 px
-in 4 steps, on torch. `cost` is the median over the turns of stream / thread, less 1; the bar is 2%.
-`thread_cost` is thread / call: torch's OpenMP has a team of workers for each thread that calls it,
-and idle ones spin (with OMP_WAIT_POLICY=PASSIVE they do not). Rows go to preview.jsonl.
+must make the others' image bit by bit. The embedded student makes 25 steps at 64 px: its steps are
+the shortest, so a preview's share is largest. `bk-tiny` is the shape of `benchmarks.shapes` at
+256 px in 4 steps, on torch. `cost` is the median over the turns of stream / thread, less 1; the bar
+is 2%. `thread_cost` is thread / call: torch's OpenMP has a team of workers for each thread that
+calls it, and idle ones spin (with OMP_WAIT_POLICY=PASSIVE they do not). Rows go to preview.jsonl.
 """
 
 from __future__ import annotations
