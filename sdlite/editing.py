@@ -160,35 +160,32 @@ class Edit:
         after = None if self.mask is None else self._keeping(x0, first, solver)
         for one in noise if posterior and self.mask is not None else ():
             one.normal(x0.shape[1:])
-        if self.strength == 1:
-            return Start(first, after=after)
-        if solver.begin == len(solver):
-            return Start(x0, noised=True)
-        return Start(solver.add_noise(solver.begin, x0, first), noised=True, after=after)
+        return replace(self._begun(solver, x0, first), after=after)
 
-    def beside(
-        self,
-        encode: Encode,
-        solver: Sampler,
-        noise: Sequence[Draws],
-        drawn: Callable[[], Array],
-        posterior: bool,
+    def start_beside(
+        self, encode: Encode, solver: Sampler, noise: Sequence[Draws], drawn: Callable[[], Array]
     ) -> Start:
         """Latents to start with, for an inpainting UNet: it is given the mask and the image without
         what the mask covers in every call, and nothing is blended. The arguments are `start`'s; the
         image is encoded where a part of it is left in the noise, before the draw, as there.
         """
         pixels, painted = image_input.pixels(self.images), np.asarray(self.mask) >= 128
-        x0 = None if self.strength == 1 else encode(pixels, noise)
+        x0 = np.empty(0) if self.strength == 1 else encode(pixels, noise)
         first = drawn()
         rest = encode(np.where(painted, np.float32(0), pixels), noise)
         mask = np.broadcast_to(self._latent_mask(rest), (len(rest), 1, *rest.shape[2:]))
         beside = np.concatenate([mask, rest], axis=1)
-        if x0 is None:
-            return Start(first, beside=beside)
+        return replace(self._begun(solver, x0, first), beside=beside)
+
+    def _begun(self, solver: Sampler, x0: Array, first: Array) -> Start:
+        """At the solver's first call: the draw alone where all steps are made, else the image's
+        latents with it.
+        """
+        if self.strength == 1:
+            return Start(first)
         if solver.begin == len(solver):
             return Start(x0, noised=True)
-        return Start(solver.add_noise(solver.begin, x0, first), noised=True, beside=beside)
+        return Start(solver.add_noise(solver.begin, x0, first), noised=True)
 
     def _latent_mask(self, latents: Array) -> Array:
         """float32 (1, 1, h, w), 1 where it is painted: every stride-th pixel, as diffusers'."""

@@ -24,6 +24,7 @@ from sdlite.spec import Arrays, IOSpec, latent_size
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+    from PIL.Image import Image
 
 LARGE, TOGETHER = 1 << 30, 1.3  # see OnDemand
 Visit = Callable[[str, int, str, np.ndarray], None]  # (part, step, tensor, values)
@@ -231,8 +232,7 @@ def asked(pipe: Pipeline, height: int | None = None, width: int | None = None) -
     """
     if not pipe.inpaints:
         return {}
-    tall, wide = pipe.networks.size or [s * pipe.stride for s in latent_size(pipe.unet_config)]
-    image, mask = image_input.example(height or tall, width or wide)
+    image, mask = _example(pipe, height, width)
     return {"image": image, "mask_image": mask}
 
 
@@ -242,9 +242,13 @@ def controlled(
     """`asked`, and a control image where the model has a ControlNet: `image_input.example`'s."""
     out = asked(pipe, height, width)
     if pipe.holds("controlnet"):
-        tall, wide = pipe.networks.size or [s * pipe.stride for s in latent_size(pipe.unet_config)]
-        out["control_image"], _ = image_input.example(height or tall, width or wide)
+        out["control_image"], _ = _example(pipe, height, width)
     return out
+
+
+def _example(pipe: Pipeline, height: int | None, width: int | None) -> tuple[Image, Image]:
+    tall, wide = pipe.networks.size or [s * pipe.stride for s in latent_size(pipe.unet_config)]
+    return image_input.example(height or tall, width or wide)
 
 
 def with_networks(pipe: Pipeline, networks: Mapping[str, Network]) -> Pipeline:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, TypedDict, Unpack
 
@@ -1099,9 +1100,11 @@ class Pipeline(metaclass=_Class):
 
         if edit is None:
             return Start(drawn())
+        encode = partial(self._encoded, tiles=tiles)
+        if self.inpaints:
+            return edit.start_beside(encode, solver, noise, drawn)
         posterior = self.vae_config.get("_class_name") != "AutoencoderTiny"
-        begin = edit.beside if self.inpaints else edit.start
-        return begin(lambda x, n: self._encoded(x, n, tiles), solver, noise, drawn, posterior)
+        return edit.start(encode, solver, noise, drawn, posterior)
 
     def _refuse_unmasked(self, edit: Edit | None) -> None:
         """Raises InputError where an inpainting model is not told what to paint."""
