@@ -110,7 +110,8 @@ def export(
         report["seconds"] = time.perf_counter() - begin
         if failures := job.failures(made, checked.parity):
             report["failed"] = failures
-            raise _failed(Path(out), folder if keep_failed else None, report, recording, checked)
+            kept = folder if keep_failed else None
+            raise _failed(Path(out), kept, report, recording, checked, job.doubt())
         write_json(folder / REPORT, report)
     return report
 
@@ -353,6 +354,19 @@ class _Job:
             )
         return out
 
+    def doubt(self) -> str:
+        """Why an int8 model may not hold its export's gate: it is further from float itself."""
+        quality = (self.manifest.quality or {}) if self.source.startswith("int8") else {}
+        engines, wanted = quality.get("engines", {}), self.profile.gate.psnr
+        found = min((float(str(e["psnr_mean"])) for e in engines.values()), default=None)
+        if found is None or wanted is None or found >= wanted:
+            return ""
+        return (
+            f" The model's own quality check found images {found:.1f} dB from float ones, and two"
+            " engines round an int8 network about as far apart as that: mend the model, or lower"
+            " the gate in a profile of your own."
+        )
+
     def report(
         self,
         folder: Path,
@@ -397,13 +411,18 @@ _HANDED = {
 
 
 def _failed(
-    out: Path, candidate: Path | None, report: ExportReport, recording: Recording, checked: _Checked
+    out: Path,
+    candidate: Path | None,
+    report: ExportReport,
+    recording: Recording,
+    checked: _Checked,
+    doubt: str,
 ) -> ExportError:
     """Keep what a failed export leaves, and say so."""
     kept = reports.keep_failed(out, candidate, report, recording, checked.parity)
     return ExportError(
         f"the gate of {report['profile']['name']} does not hold: {'; '.join(report['failed'])};"
-        f" worst network {checked.parity.worst()}. No model was written; {kept}."
+        f" worst network {checked.parity.worst()}.{doubt} No model was written; {kept}."
     )
 
 

@@ -21,6 +21,7 @@ from sdlite import Pipeline, instrument, memory
 from sdlite.artifact import Artifact
 from sdlite.cli import main
 from sdlite.errors import (
+    ExportError,
     InputError,
     PrecisionError,
     QuantizationError,
@@ -28,6 +29,7 @@ from sdlite.errors import (
     SdliteWarning,
     UnknownNameError,
 )
+from sdlite.exporters.export import export
 from sdlite.images import to_uint8
 from sdlite.instrument import NamedOutputs, let_go, on_demand
 from sdlite.metrics import psnr, ssim, structure_distance
@@ -680,6 +682,19 @@ def test_argument_that_is_not_accepted_is_one_line_before_any_work(tmp_path, arg
 def test_quantised_model_cannot_be_quantised_again(static, tmp_path):
     with pytest.raises(PrecisionError, match="no float ONNX graphs"):
         quantize(static[0], "int8-static", out=tmp_path / "x", **QUICK)
+
+
+def test_an_export_whose_model_is_further_from_float_than_its_gate_says_so(static, tmp_path):
+    pytest.importorskip("openvino", reason="needs the openvino extra")
+    asked = {"prompts": PROMPTS[:1], "num_inference_steps": 1, "threads": 1}
+    profile = tmp_path / "p.toml"
+    for psnr_wanted, said in ((99, True), (None, False)):
+        gate = "unet = 99" if psnr_wanted is None else f"psnr = {psnr_wanted}"
+        profile.write_text(f"target = 'openvino'\nprecision = 'int8-static'\n[gate]\n{gate}\n")
+        with pytest.raises(ExportError, match="gate of p does not hold") as e:
+            export(static[0], tmp_path / "out", target=profile, **asked)
+        own = min(x["psnr_mean"] for x in static[1]["engines"])
+        assert (f"quality check found images {own:.1f} dB from" in str(e.value)) == said
 
 
 def test_artefacts_own_float_layers_are_kept_unless_the_caller_says(static, tmp_path):
