@@ -1,6 +1,7 @@
 """Where an int8 network's error comes from: the same layers rounded in torch, without our graphs.
 
     python -m benchmarks.rounding FOLDER PART --label NAME [--int8 INT8] [--size 256] [--steps 2]
+        [--other openvino]
 
 FOLDER is a converted model. Its torch modules are given what the float pipeline gives them (a text
 encoder: tokens of two prompts), once as they are and once with the weights and inputs of the
@@ -10,12 +11,19 @@ these very calls, where convolutions' outputs are rounded too. That is the best 
 do without smoothing. `graph` is the network of INT8, what `sdlite quantize` made of FOLDER (without
 it: the int8-dynamic graph of that part), on the same inputs: where it is as close to float as
 `all`, the rounding is the cause, and the kinds of layers, rounded one kind at a time, say where.
-SQNR in dB; rows go to benchmarks/results/rounding.jsonl.
+
+`again` is that graph to itself, its float inputs changed by a millionth: as close as two engines
+can be expected to be, since a value that falls to another of the 256 levels changes what comes
+after it. `other` is the graph on another backend, in float32, to it. `calls` has `graph`, `again`
+and, of int8-static, `own_ranges` call by call: the last is `all` with ranges of that call alone,
+so where it is higher the calls differ in size. SQNR in dB; rows go to
+benchmarks/results/rounding.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -34,7 +42,7 @@ from torch import Tensor, nn
 from benchmarks.env import environment
 from sdlite import Pipeline, image_input, tracing
 from sdlite.artifact import Artifact
-from sdlite.instrument import NamedOutputs, Tape, let_go, on_demand, with_networks
+from sdlite.instrument import NamedOutputs, Tape, controlled, let_go, on_demand, with_networks
 from sdlite.metrics import sqnr
 from sdlite.onnx_graph import Graph
 from sdlite.quant import dynamic
@@ -61,6 +69,8 @@ class Job:
 
     Attributes:
         graph: the int8 network's answers.
+        again: its answers to inputs that are changed by a millionth.
+        other: those of another backend, where one was asked for.
         tables: embeddings that are int8 rows.
     """
 
@@ -71,6 +81,8 @@ class Job:
     layers: dict[str, nn.Module]
     tables: list[nn.Module]
     graph: Answers = field(default_factory=list)
+    again: Answers = field(default_factory=list)
+    other: Answers = field(default_factory=list)
 
     def answers(self) -> Answers:
         """What the module answers now."""
@@ -99,6 +111,17 @@ def rounded(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     scale = ((high - low) / 255).clamp(min=1e-12)
     zero = torch.round(-low / scale)
     return (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
+
+
+def shaken(given: Inputs, amount: float = 1e-6) -> Inputs:
+    """Float arrays times one plus normal noise of this deviation."""
+    rng = np.random.default_rng(0)
+    return {
+        k: (v * (1 + amount * rng.standard_normal(v.shape))).astype(v.dtype)
+        if v.dtype.kind == "f" and v.ndim
+        else v
+        for k, v in given.items()
+    }
 
 
 def by_row(x: Tensor) -> Tensor:
@@ -188,13 +211,29 @@ def calls(artifact: Artifact, part: str, args: argparse.Namespace) -> list[Input
         return [{"input_ids": pipe.tokenize(PROMPTS, part)}]
     tapes = {p: Tape(n, []) for p, n in pipe.networks.parts.items()}
     size = {"height": args.size, "width": args.size}
+    more = controlled(pipe, args.size, args.size)
     made = with_networks(pipe, dict(tapes))(
-        PROMPTS[0], seed=0, num_inference_steps=args.steps, **size
+        PROMPTS[0], seed=0, num_inference_steps=args.steps, **size, **more
     )
     if "vae_encoder" in tapes:
         tapes["vae_encoder"](sample=image_input.pixels(made.images))
     let_go(pipe)
     return [given for given, _ in tapes[part].calls]
+
+
+def shaky(given: list[Inputs]) -> list[Inputs]:
+    """All calls, shaken."""
+    return [shaken(x) for x in given]
+
+
+def run(args: argparse.Namespace, backend: str, given: list[Inputs]) -> Answers:
+    """What the quantized network answers on a backend; its float layers compute in float32."""
+    arithmetic = "float32" if backend == "openvino" else None
+    pipe = Pipeline.from_pretrained(
+        args.int8, backend=backend, threads=args.threads, arithmetic=arithmetic
+    )
+    network = pipe.network(args.part)
+    return [dict(network(**x)) for x in given]
 
 
 def job(args: argparse.Namespace) -> Job:
@@ -206,9 +245,8 @@ def job(args: argparse.Namespace) -> Job:
         report = json.loads((args.int8 / "quantize-report.json").read_text())
         static, made = report["precision"] == "int8-static", report["networks"][args.part]
         rows, tables = made["layers"], made["rewrites"]["embeddings"]
-        pipe = Pipeline.from_pretrained(args.int8, backend="onnxruntime", threads=args.threads)
-        network = pipe.network(args.part)
-        graph: Answers = [dict(network(**x)) for x in given]
+        graph, again = run(args, "onnxruntime", given), run(args, "onnxruntime", shaky(given))
+        other = run(args, args.other, given) if args.other else []
     else:
         loaded = Graph.load(artifact.graph("fp32", args.part)).answers(outputs)
         built, static = dynamic.build_part(loaded), False
@@ -216,7 +254,8 @@ def job(args: argparse.Namespace) -> Job:
         with tempfile.TemporaryDirectory() as tmp:
             session = NamedOutputs(built.graph, Path(tmp) / "int8.onnx", args.threads)
             alone = [{k: x[i : i + 1] for k, x in g.items()} for g in given for i in range(2)]
-            graph, given = [session(**x) for x in alone], alone
+            graph, given, other = [session(**x) for x in alone], alone, []
+            again = [session(**x) for x in shaky(alone)]
     net = tracing.network(args.folder, spec).eval()
     modules = {n.removeprefix("module."): m for n, m in net.named_modules()}
     names = {re.sub(r"[@#].*", "", r["name"]) for r in rows if r["scheme"] != "float"}
@@ -225,7 +264,8 @@ def job(args: argparse.Namespace) -> Job:
     if lost := sorted(n for n in names - set(layers) if not n.startswith("val_")):
         raise RuntimeError(f"the module has no {lost[:3]}")
     held = [modules[n] for n in tables if n in modules]
-    return Job(net, tracing.names_of(spec), given, static, layers, held, graph)
+    names_out = tracing.names_of(spec)
+    return Job(net, names_out, given, static, layers, held, graph, again, other)
 
 
 def measured(found: Job) -> dict[str, Any]:
@@ -247,6 +287,10 @@ def measured(found: Job) -> dict[str, Any]:
     }
     if found.tables:
         row["embeddings"] = ratio(None, tables=True)
+    row["again"] = closeness(found.graph, found.again)
+    if found.other:
+        row["other"] = closeness(found.graph, found.other)
+    row["calls"] = by_call(found, floats)
     row["kinds"] = {
         label: {"both": ratio(kind), "inputs": ratio(kind, weights=False)}
         for label, kind in KINDS.items()
@@ -255,12 +299,28 @@ def measured(found: Job) -> dict[str, Any]:
     return row
 
 
+def by_call(found: Job, floats: Answers) -> dict[str, list[float]]:
+    """SQNR of each call: of the graph, of it to itself, and rounded in ranges of that call."""
+    pairs = {"graph": (floats, found.graph), "again": (found.graph, found.again)}
+    rows = {
+        k: [closeness([x], [y]) for x, y in zip(*both, strict=True)] for k, both in pairs.items()
+    }
+    if found.static:
+        rows["own_ranges"] = []
+        for given, right in zip(found.calls, floats, strict=True):
+            alone = dataclasses.replace(found, calls=[given])
+            with Rounding(alone)("", tables=True):
+                rows["own_ranges"].append(closeness([right], alone.answers()))
+    return rows
+
+
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("folder", type=Path)
     ap.add_argument("part")
     ap.add_argument("--label", required=True, help="name in the rows")
     ap.add_argument("--int8", type=Path, help="what sdlite quantize made of it")
+    ap.add_argument("--other", choices=["openvino"], help="another backend, beside onnxruntime")
     ap.add_argument("--size", type=int, default=256, help="pixels")
     ap.add_argument("--steps", type=int, default=2)
     ap.add_argument("--threads", type=int, default=1)

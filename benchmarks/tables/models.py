@@ -143,7 +143,10 @@ def rounding() -> list[str]:
     for (model, part, precision), r in last.items():
         kinds = sorted(r["kinds"].items(), key=lambda kv: kv[1]["both"])
         worst = ", ".join(f"{k} {v['both']:.1f}" for k, v in kinds[:3])
-        whole = [decibels(r[k]) for k in ("graph", "all", "weights", "inputs", "weights_8_bits")]
+        whole = [
+            decibels(r[k]) if k in r else ""
+            for k in ("graph", "all", "weights", "inputs", "weights_8_bits", "again", "other")
+        ]
         cells = [f"`{model}` {part}", precision, *whole, worst]
         body.append([*cells, f"{r['date']} `{r['commit']}`"])
     head = [
@@ -154,6 +157,8 @@ def rounding() -> list[str]:
         "their weights alone (7 bits)",
         "their inputs alone (8 bits)",
         "all, weights of 8 bits",
+        "the graph to itself, inputs changed by a millionth",
+        "the graph on OpenVINO to it",
         "kinds of layers alone, worst three",
         "measured",
     ]
