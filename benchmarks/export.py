@@ -3,6 +3,7 @@ process a row.
 
     python -m benchmarks.export emoji                      # all built-in profiles
     python -m benchmarks.export shape:bk-tiny --profiles onnx ncnn-fp16
+    python -m benchmarks.export narrow:vega --size 128     # a key of published_models.MODELS
 
 int8 profiles take a model that `sdlite quantize` made: give its folder (for TensorRT with --scheme
 s8s8). A profile that fails is a row with its error. `--steps 0` takes the model's own number. Rows
@@ -83,7 +84,9 @@ def main() -> None:
     ap = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    ap.add_argument("model", nargs="?", default="emoji", help="embedded name, folder or shape:NAME")
+    ap.add_argument(
+        "model", nargs="?", default="emoji", help="embedded name, folder, shape:NAME or narrow:NAME"
+    )
     ap.add_argument("--profiles", nargs="+", help="default: all that suit the model's precisions")
     ap.add_argument(
         "--reference", help="the float model of an int8 one: its images are compared too"

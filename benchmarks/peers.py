@@ -18,10 +18,12 @@ import numpy as np
 
 from benchmarks.cases import Case
 from sdlite import hub
+from sdlite.errors import UnknownNameError
 from sdlite.io import sha256
 
 TEACHER = "emoji-teacher"  # of the embedded student: its UNet, with the student's other parts
 HERE = Path(__file__).parent
+NARROW = "narrow:"  # a key of published_models.MODELS follows
 PROMPT = "red apple on a blue background"
 Call = Callable[
     [np.ndarray], tuple[np.ndarray, dict[str, float]]
@@ -66,6 +68,8 @@ def plain_folder(case: Case, cache: Path, teacher: Path | None = None) -> Path:
 
             assemble(out.with_suffix(".part"), unet).rename(out)
         return out
+    if case.model.startswith(NARROW):
+        return _narrow_folder(case.model, cache)
     if not case.model.startswith("shape:"):
         return model_folder(case, cache)
     out = cache / case.model.removeprefix("shape:")
@@ -76,21 +80,41 @@ def plain_folder(case: Case, cache: Path, teacher: Path | None = None) -> Path:
     return out
 
 
-def model_folder(case: Case, cache: Path, teacher: Path | None = None) -> Path:
-    """The case's model; random-weight shapes are written and converted once into `cache`."""
-    if case.model != TEACHER and not case.model.startswith("shape:"):
-        from sdlite.hub import resolve
+def _narrow_folder(model: str, cache: Path) -> Path:
+    """`narrow:NAME`: a published folder of `benchmarks.published_models`, written once."""
+    from benchmarks.published_models import MODELS, write
 
-        return resolve(case.model)
+    name = model.removeprefix(NARROW)
+    if name not in MODELS:
+        raise UnknownNameError(f"{model}: choose one of {', '.join(MODELS)}.")
+    out = cache / f"narrow-{name}"
+    return out if (out / "model_index.json").exists() else write(name, out)
+
+
+def model_folder(case: Case, cache: Path, teacher: Path | None = None) -> Path:
+    """The case's model; random-weight shapes and narrow published models are written and converted
+    once into `cache`, these with the sampler of their files and the steps of their cards (four at
+    most).
+    """
+    if case.model != TEACHER and not case.model.startswith(("shape:", NARROW)):
+        return hub.resolve(case.model)
     plain = plain_folder(case, cache, teacher)
     out = cache / f"{plain.name}-onnx"
     if not (out / "sdlite.json").exists():
         from sdlite.converter import convert
 
-        convert(
-            plain, out, sampler={"name": "ddim", "num_inference_steps": 4, "guidance_scale": 1.0}
-        )
+        convert(plain, out, sampler=_sampler(case.model))
     return out
+
+
+def _sampler(model: str) -> dict[str, object]:
+    """What a model converted here is called with."""
+    if not model.startswith(NARROW):
+        return {"name": "ddim", "num_inference_steps": 4, "guidance_scale": 1.0}
+    from benchmarks.published_models import MODELS
+
+    made_for = MODELS[model.removeprefix(NARROW)]
+    return {"num_inference_steps": made_for.steps, "guidance_scale": made_for.guidance}
 
 
 def quantized(case: Case, folder: Path, cache: Path) -> Path:

@@ -436,14 +436,20 @@ MODELS: dict[str, Published] = {
         guidance=9.0,
         **XL,
     ),
+    "vega-fp16-vae": Published(  # with madebyollin/sdxl-vae-fp16-fix in place of its own VAE
+        SDXL_UNET | {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, 1, 2]},
+        "sdxl",
+        guidance=9.0,
+        **XL | {"vae": XL["vae"] | {"force_upcast": False, "sample_size": 512}},
+    ),
     "koala-700m": Published(
         KOALA | {"mid_block_type": None, "transformer_layers_per_block": [1, 2, 5]},
         "sdxl",
-        guidance=3.5,
+        guidance=7.5,
         **XL,
     ),
     "koala-1b": Published(
-        KOALA | {"transformer_layers_per_block": [1, 2, 6]}, "sdxl", guidance=3.5, **XL
+        KOALA | {"transformer_layers_per_block": [1, 2, 6]}, "sdxl", guidance=7.5, **XL
     ),
     # other pipelines: refused in one line
     "sdxl-refiner": Published(

@@ -19,6 +19,7 @@ from benchmarks.tables import (
     exports,
     ladder,
     machine,
+    matrix,
     models,
     plots,
     reliability,
@@ -110,6 +111,34 @@ def _published() -> list[str]:
         " `python -m benchmarks.published` measures it again.",
         "",
         *models.published(),
+        "",
+        "### In int8",
+        "",
+        "The same folders and calls, quantized by `sdlite.quantize` (scheme u8s7, four calibration"
+        " images, nothing put back to float; torch: torchao's dynamic int8 of the float folder),"
+        " dB to diffusers' images in float32. These networks are random and narrow: a trained one"
+        " has layers of hundreds of channels, over which rounding averages out, and its guidance"
+        " does not point away from all that noise. So the columns say that each engine computes"
+        " the same int8 model, and not how good int8 is: that is said under"
+        " [Quantizing](#quantizing), with the causes. `lowest network`: SQNR of the network that"
+        " int8 changes most, on the float model's own inputs. `the two engines apart`: onnxruntime"
+        " and OpenVINO in float32, of one graph. `python -m benchmarks.published_int8` measures it"
+        " again.",
+        "",
+        *matrix.int8(),
+        "",
+        "### On every export target",
+        "",
+        "The same models by each target's profile, one image of 128 px in two steps (one where the"
+        " model is made for one) and an edit of it: least PSNR of the images to the model's own on"
+        " onnxruntime in float32 / least SQNR of its networks, dB. An export that is not near"
+        " enough is not written: `failed`, with its figures. An asterisk: the runtime does not run"
+        " here, and the figures are of what its converter was given. ddim: the target has not the"
+        " model's sampler, and was given this one. `web` stores float16, `coreml` is float16,"
+        " `qnn` a16w8 on the HTP's simulator, the others float32. `python -m benchmarks.targets`"
+        " measures it again.",
+        "",
+        *matrix.targets(),
     ]
 
 

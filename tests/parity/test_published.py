@@ -30,7 +30,10 @@ REFUSED = {  # model -> what the line must name
 }
 RUN = [m for m in published_models.MODELS if m not in REFUSED]
 # bk-sdm-base: its blocks are small-sd's; of SDXL's class, base and the two outermost shapes
-TWICE = ("bk-sdm-base", "sdxl-inpainting", "sdxl-turbo", "sdxl-lightning", "vega", "koala-1b")
+TWICE = (
+    *("bk-sdm-base", "sdxl-inpainting", "sdxl-turbo", "sdxl-lightning"),
+    *("vega", "vega-fp16-vae", "koala-1b"),
+)
 CONVERTED = ("bk-sdm-v2-tiny",)  # all traits of SD-2.x in few layers; the others with -m slow
 
 
