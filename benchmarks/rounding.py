@@ -12,10 +12,10 @@ do without smoothing. `graph` is the network of INT8, what `sdlite quantize` mad
 it: the int8-dynamic graph of that part), on the same inputs: where it is as close to float as
 `all`, the rounding is the cause, and the kinds of layers, rounded one kind at a time, say where.
 
-`again` is that graph to itself, its float inputs changed by a millionth: as close as two engines
-can be expected to be, since a value that falls to another of the 256 levels changes what comes
-after it. `other` is the graph on another backend, in float32, to it. `calls` has `graph`, `again`
-and, of int8-static, `own_ranges` call by call: the last is `all` with ranges of that call alone,
+`again` is that graph to itself, its float inputs changed by 1e-5 of their size: as close as two
+engines can be expected to be, since a value that falls to another of the 256 levels changes what
+comes after it. `other` is the graph on another backend, in float32, to it. `calls` has these, and
+of int8-static `own_ranges`, call by call: the last is `all` with ranges of that call alone,
 so where it is higher the calls differ in size. SQNR in dB; rows go to
 benchmarks/results/rounding.jsonl.
 """
@@ -69,7 +69,7 @@ class Job:
 
     Attributes:
         graph: the int8 network's answers.
-        again: its answers to inputs that are changed by a millionth.
+        again: its answers to float inputs that are changed by 1e-5 of their size.
         other: those of another backend, where one was asked for.
         tables: embeddings that are int8 rows.
     """
@@ -113,7 +113,7 @@ def rounded(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
 
 
-def shaken(given: Inputs, amount: float = 1e-6) -> Inputs:
+def shaken(given: Inputs, amount: float = 1e-5) -> Inputs:
     """Float arrays times one plus normal noise of this deviation."""
     rng = np.random.default_rng(0)
     return {
@@ -222,8 +222,8 @@ def calls(artifact: Artifact, part: str, args: argparse.Namespace) -> list[Input
 
 
 def shaky(given: list[Inputs]) -> list[Inputs]:
-    """All calls, shaken."""
-    return [shaken(x) for x in given]
+    """All calls, shaken; none where they are tokens, which cannot be."""
+    return [shaken(x) for x in given if any(v.dtype.kind == "f" for v in x.values())]
 
 
 def run(args: argparse.Namespace, backend: str, given: list[Inputs]) -> Answers:
@@ -287,9 +287,8 @@ def measured(found: Job) -> dict[str, Any]:
     }
     if found.tables:
         row["embeddings"] = ratio(None, tables=True)
-    row["again"] = closeness(found.graph, found.again)
-    if found.other:
-        row["other"] = closeness(found.graph, found.other)
+    beside = {"again": found.again, "other": found.other}
+    row |= {k: closeness(found.graph, made) for k, made in beside.items() if made}
     row["calls"] = by_call(found, floats)
     row["kinds"] = {
         label: {"both": ratio(kind), "inputs": ratio(kind, weights=False)}
@@ -300,10 +299,16 @@ def measured(found: Job) -> dict[str, Any]:
 
 
 def by_call(found: Job, floats: Answers) -> dict[str, list[float]]:
-    """SQNR of each call: of the graph, of it to itself, and rounded in ranges of that call."""
-    pairs = {"graph": (floats, found.graph), "again": (found.graph, found.again)}
+    """SQNR of each call: of the graph, of those beside it, and rounded in ranges of that call."""
+    pairs = {
+        "graph": (floats, found.graph),
+        "again": (found.graph, found.again),
+        "other": (found.graph, found.other),
+    }
     rows = {
-        k: [closeness([x], [y]) for x, y in zip(*both, strict=True)] for k, both in pairs.items()
+        k: [closeness([x], [y]) for x, y in zip(*both, strict=True)]
+        for k, both in pairs.items()
+        if both[1]
     }
     if found.static:
         rows["own_ranges"] = []

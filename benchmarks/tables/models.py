@@ -157,7 +157,7 @@ def rounding() -> list[str]:
         "their weights alone (7 bits)",
         "their inputs alone (8 bits)",
         "all, weights of 8 bits",
-        "the graph to itself, inputs changed by a millionth",
+        "the graph to itself, inputs changed by 1e-5",
         "the graph on OpenVINO to it",
         "kinds of layers alone, worst three",
         "measured",
