@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +28,8 @@ T = TypeVar("T")
 LARGE = 32 << 20  # bytes of a network
 _SHRINK = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
+# onnxruntime's own choice is TF32 (10 bits) for float32 products, and its report float32
+OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 
 _Level = ort.GraphOptimizationLevel
 _level: ContextVar[ort.GraphOptimizationLevel | None] = ContextVar("level", default=None)
@@ -78,6 +80,15 @@ def session_options(threads: int | None, size: int = 0) -> ort.SessionOptions:
     return options
 
 
+def _load_libraries() -> None:
+    """CUDA and cuDNN where they came as Python packages, which torch would load, and onnxruntime
+    1.21 and newer loads when it is told. What is missing is told by the session.
+    """
+    if (load := getattr(ort, "preload_dlls", None)) is not None:
+        with redirect_stdout(io.StringIO()):
+            load()
+
+
 class Session:
     """One graph, its files of `size` bytes. Called with the names of its IOSpec; refuses others.
 
@@ -99,9 +110,11 @@ class Session:
                 f" has {', '.join(ort.get_available_providers())}; uninstall onnxruntime and pip"
                 " install 'sdlite[cuda]' (the two are one module: never both)."
             )
+        if device == "cuda":
+            _load_libraries()
         try:
             self.session = ort.InferenceSession(
-                path, session_options(threads, size), providers=[self.provider]
+                path, session_options(threads, size), providers=[(self.provider, OPTIONS[device])]
             )
         except Exception as e:  # onnxruntime raises many unrelated types
             raise ArtifactError(

@@ -13,6 +13,10 @@ from sdlite.errors import PrecisionError
 from sdlite.families import vae_stride
 
 STORAGE = "fp16 on the CPU is storage: weights are rounded to float16, arithmetic is float32"
+TF32 = (
+    "convolutions may round to TF32 (10 bits), as torch does on CUDA unless"
+    " torch.backends.cudnn.allow_tf32 = False"
+)
 LINEAR = "int8-dynamic: Linear layers by torchao, made while loading; convolutions stay float32"
 
 
@@ -43,7 +47,8 @@ class Torch(Backend):
         if precision == "fp16" and device == "cpu" and arithmetic is None:
             return [STORAGE]
         if precision != "int8-dynamic":
-            return []
+            told = arithmetic or ("float32" if precision == "fp32" else "float16")
+            return [TF32] if device == "cuda" and told == "float32" and _tf32() else []
         return [LINEAR, ROW_BY_ROW] if device == "cpu" else [LINEAR]
 
     def load_part(
@@ -65,3 +70,9 @@ class Torch(Backend):
                 " asked for; leave arithmetic out, or use precision='fp16'."
             )
         return open_part(artifact, part, precision, device, threads, arithmetic)
+
+
+def _tf32() -> bool:
+    import torch
+
+    return bool(torch.backends.cudnn.allow_tf32)

@@ -9,7 +9,8 @@ Asked for by Accelerate's own configuration, so that one flag of the launcher tu
 Only `--use_fsdp` is read: what is sharded is decided here, block by block
 (`torch.distributed.fsdp.fully_shard`), because a task may train several networks and its EMA must
 be sharded alike. Frozen networks stay whole on every process. Checkpoints hold whole tensors: a run
-can be resumed with another number of processes, or with one.
+can be resumed with another number of processes, or with one. One process alone is sharded too when
+it is asked for: it holds all shares, and shows what gathering them costs.
 """
 
 from __future__ import annotations
@@ -22,9 +23,17 @@ from torch import Tensor, nn
 from sdlite.errors import TrainingError
 
 
-def asked(world: int) -> bool:
-    """Whether the launcher said `--use_fsdp` and there are several processes."""
-    return world > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+def asked() -> bool:
+    """Whether the launcher said `--use_fsdp`."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
+def join(device: torch.device) -> None:
+    """One process that was started without a launcher becomes a group of its own."""
+    group = torch.distributed
+    if not group.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        group.init_process_group(backend, store=group.HashStore(), rank=0, world_size=1)
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -73,12 +82,15 @@ def local(t: Tensor) -> Tensor:
 
 
 def like(value: Tensor, target: Tensor | None) -> Tensor:
-    """A whole tensor, shared out as `target` is; as it is when `target` is whole or of another
-    shape (an optimizer's step).
+    """A whole tensor on `target`'s device, shared out as `target` is; whole when `target` is, or is
+    of another shape (an optimizer's step).
     """
-    if target is None or not hasattr(target, "placements") or value.shape != target.shape:
+    if target is None:
+        return value
+    value = value.to(target.device)
+    if not hasattr(target, "placements") or value.shape != target.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    out: Tensor = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    out: Tensor = distribute_tensor(value, target.device_mesh, target.placements)
     return out

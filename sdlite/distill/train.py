@@ -414,7 +414,7 @@ class _Loop:
         self.world, self.device = self.accelerator.num_processes, self.accelerator.device
         self.main = self.accelerator.is_main_process
         self.share, self.micro = _batches(config, self.world)
-        self.sharded = _sharded(task, self.world)
+        self.sharded = _sharded(task, self.device)
         begun = _begun(out, resume, config, self.main)
         out.mkdir(parents=True, exist_ok=True)
         task.to(self.device)
@@ -605,14 +605,16 @@ def _batches(config: TrainConfig, world: int) -> tuple[int, int]:
     return share, min(micro, share)
 
 
-def _sharded(task: Task, world: int) -> bool:
+def _sharded(task: Task, device: torch.device) -> bool:
     """Whether the networks are sharded over the processes."""
-    asked = fsdp.asked(world)
-    if asked and not task.shardable:
+    if not fsdp.asked():
+        return False
+    if not task.shardable:
         raise TrainingError(
             f"a {type(task).__name__} cannot be sharded; start it without --use_fsdp."
         )
-    return asked
+    fsdp.join(device)
+    return True
 
 
 def _begun(

@@ -351,6 +351,38 @@ def test_sharded_processes_equal_one_and_are_resumed_by_one(tmp_path):
     same_networks(tmp_path / "one", tmp_path / "three")
 
 
+def test_one_sharded_process_equals_an_unsharded_one_and_goes_on(tmp_path, monkeypatch):
+    """As on one GPU: `--use_fsdp` is not left aside, and what goes on equals what was not stopped,
+    bit for bit.
+    """
+    pytest.importorskip("torch.distributed.fsdp", reason="needs a torch with fully_shard")
+    fit(task(), CONFIG, tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    try:
+        fit(task(), CONFIG, tmp_path / "whole")
+        first = interrupt_after(task(), 3)
+        assert fit(first, CONFIG, tmp_path / "parts")["step"] == 3
+        assert all(hasattr(p, "placements") for p in first.modules["unet"].parameters())
+        assert fit(task(), CONFIG, tmp_path / "parts", resume=True)["step"] == 6
+    finally:
+        torch.distributed.destroy_process_group()
+    a, b = last(tmp_path / "whole"), last(tmp_path / "parts")
+    assert set(a) == set(b)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    same_networks(tmp_path / "plain", tmp_path / "whole")
+
+
+def test_what_a_checkpoint_holds_goes_to_the_device_of_its_parameter():
+    """An optimizer's moments and its step, which a GPU's fused AdamW wants beside the weights."""
+    from sdlite.distill import fsdp
+
+    weight = torch.empty(2, 3, device="meta")
+    for held in (torch.ones(2, 3), torch.ones(())):
+        assert fsdp.like(held, weight).device == weight.device
+        assert fsdp.like(held, weight).shape == held.shape
+
+
 def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(tmp_path):
     from dataclasses import replace
 
