@@ -98,6 +98,42 @@ def test_integer_layers_are_near_and_a_wrong_scale_is_seen(network, tmp_path):
     assert ratio(want, run(tmp_path / "broken.onnx", x)) < 10
 
 
+@pytest.mark.parametrize(
+    ("op", "inner", "half", "fused"),
+    [("Div", 2**0.5, 0.5, 1), ("Mul", 2**-0.5, 0.5, 1), ("Div", 2**0.5, 0.6, 0)],
+)
+def test_gelu_written_out_is_one_operator_behind_an_integer_layer(tmp_path, op, inner, half, fused):
+    """As text encoders of SD-2.x and SDXL have it; the HTP has no Erf."""
+    rng = np.random.default_rng(0)
+    held = {"m": rng.normal(size=(8, 8)), "root": inner, "one": 1.0, "half": half}
+    nodes = [
+        helper.make_node("MatMul", ["x", "m"], ["c"], name="product"),
+        helper.make_node(op, ["c", "root"], ["i"], name="inner"),
+        helper.make_node("Erf", ["i"], ["e"], name="erf"),
+        helper.make_node("Add", ["e", "one"], ["a"], name="add"),
+        helper.make_node("Mul", ["half", "a"], ["s"], name="scaled"),
+        helper.make_node("Mul", ["c", "s"], ["f"], name="gelu"),
+        helper.make_node("Identity", ["f"], ["y"], name="last"),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, (4, 8)) for n in "xy")
+    constants = [numpy_helper.from_array(np.float32(v), k) for k, v in held.items()]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [x], [y], constants),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=9,
+    )
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    graph = Graph.load(tmp_path / "m.onnx")
+    given = rng.normal(size=(4, 8)).astype(np.float32)
+    ranges, want = ranges_of(graph, tmp_path / "m.onnx", given, tmp_path)
+    made = a16w8.insert(graph, graph.layers(), ranges)
+    kinds = [n.op_type for n in made.nodes]
+    assert (kinds.count("Gelu"), kinds.count("Erf")) == (fused, 1 - fused)
+    assert "root" in made.weights if not fused else "root" not in made.weights
+    made.save(tmp_path / "q.onnx")
+    assert 35 < ratio(want, run(tmp_path / "q.onnx", given)) < 80
+
+
 def test_units_have_the_form_that_the_npu_takes(network, tmp_path):
     graph, path = network
     x = np.ones((1, 8, 8, 8), np.float32)

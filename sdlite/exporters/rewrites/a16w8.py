@@ -108,7 +108,51 @@ def insert(graph: Graph, layers: Sequence[Layer], ranges: Mapping[str, Range]) -
         ranges: (low, high) of every layer's input and output.
     """
     work = _Inserter(graph, ranges, {x.node: x for x in layers})
-    return work.done()
+    return fuse_gelu(work.done())
+
+
+def fuse_gelu(graph: Graph) -> Graph:
+    """GELU written out, x * 0.5 * (1 + erf(x / sqrt 2)), as one operator, in place. The HTP has no
+    Erf. onnxruntime fuses it where x is one tensor; of an integer x it gives Div and Mul one
+    DequantizeLinear each, and finds it no more.
+    """
+    makers, nodes = graph.producers(), list(graph.nodes)
+    for i, node in enumerate(nodes):
+        if node.op_type == "Mul" and (x := _gelu_input(graph, makers, node)):
+            nodes[i] = helper.make_node("Gelu", [x], node.output, name=node.name, domain=DOMAIN)
+    read = {o.name for o in graph.proto.graph.output}
+    kept = []
+    for node in reversed(nodes):  # what only the written out form needed goes
+        if read.intersection(node.output):
+            read.update(node.input)
+            kept.append(node)
+    graph.replace(kept[::-1])
+    graph.prune()
+    return graph
+
+
+def _gelu_input(graph: Graph, makers: Mapping[str, NodeProto], last: NodeProto) -> str:
+    """x, where `last` is the product that ends a GELU; "" where it is another."""
+
+    def factor(made: str, op: str, value: float) -> str:
+        """The other operand of a node with one constant operand of this value."""
+        node = makers.get(made)
+        if node is None or node.op_type != op:
+            return ""
+        for a, b in zip(node.input, reversed(node.input), strict=True):
+            if b in graph.weights and graph.weights[b].size == 1:
+                found = float(graph.weights[b].array().reshape(()))
+                return str(a) if np.isclose(found, value, rtol=1e-3) else ""
+        return ""
+
+    for x, half in zip(last.input, reversed(last.input), strict=True):
+        erf = makers.get(factor(factor(half, "Mul", 0.5), "Add", 1.0))
+        if erf is None or erf.op_type != "Erf":
+            continue
+        inner = erf.input[0]
+        if x in (factor(inner, "Div", 2**0.5), factor(inner, "Mul", 2**-0.5)):
+            return str(x)
+    return ""
 
 
 def parameters(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
