@@ -26,7 +26,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import published_models
+from benchmarks.cases import Case
 from benchmarks.env import environment
+from benchmarks.peers import NARROW, model_folder, plain_folder
 from benchmarks.published import PROMPTS, SIZE, THREADS, Run, diffusers_images, psnr, sdlite_images
 from sdlite.errors import SdliteError
 
@@ -81,19 +83,19 @@ def quantized(floats: Path, name: str, precision: str, out: Path) -> dict[str, d
     return {e: {p: round(v, 1) for p, v in found[e]["networks"].items() if v} for e in engines}
 
 
-def measure(name: str, scratch: Path) -> dict[str, Any]:
-    """A row: {"runs", "networks", "apart", "minutes"}."""
-    import sdlite
-
-    start = time.perf_counter()
-    folder = published_models.write(name, scratch / name)
-    runs: dict[str, float | str] = {}
+def measure(name: str, scratch: Path, cache: Path) -> dict[str, Any]:
+    """A row: {"runs", "networks", "apart", "minutes"}, or {"refused": words}; the float model is
+    kept in `cache`.
+    """
+    start, runs = time.perf_counter(), dict[str, float | str]()
+    case = Case(NARROW + name, "sdlite-ort", 4, SIZE)
+    folder = plain_folder(case, cache)
     try:
-        sdlite.convert(folder, scratch / "floats")
+        floats = model_folder(case, cache)
     except SdliteError as e:
-        words = f"refused: {str(e).replace(str(folder), name)}"
-        return {"runs": dict.fromkeys(map(str, RUNS), words)}
-    networks = {p: quantized(scratch / "floats", name, p, scratch / p) for p in PRECISIONS}
+        words = str(e).replace(str(folder), name).replace(folder.name, name)
+        return {"refused": words}
+    networks = {p: quantized(floats, name, p, scratch / p) for p in PRECISIONS}
     wanted = diffusers_images(folder, name, PROMPTS)
     made: dict[str, np.ndarray] = {}
     for run in RUNS:
@@ -118,12 +120,11 @@ def least(a: np.ndarray, b: np.ndarray) -> float:
     return round(min(psnr(x, y) for x, y in zip(a, b, strict=True)), 1)
 
 
-def row(name: str) -> dict[str, Any]:
+def row(name: str, cache: Path) -> dict[str, Any]:
     """A model's row, made in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.published_int8"]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "benchmarks.published_int8", "--worker", name],
-        capture_output=True,
-        text=True,
+        [*command, "--worker", name, "--cache", str(cache)], capture_output=True, text=True
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
@@ -136,19 +137,20 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = published_models.MODELS
     ap.add_argument("models", nargs="*", metavar="MODEL", help=f"default: all; {', '.join(known)}")
+    ap.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sdlite-bench")
     ap.add_argument("--out", type=Path, default=RESULTS)
     ap.add_argument("--worker", help=argparse.SUPPRESS)
     args = ap.parse_args()
     if args.worker:
         logging.disable(logging.WARNING)
         with tempfile.TemporaryDirectory() as scratch:
-            print(json.dumps(measure(args.worker, Path(scratch))))
+            print(json.dumps(measure(args.worker, Path(scratch), args.cache)))
         return
     about = environment()
     versions = {k: v for k, v in about["versions"].items() if k in VERSIONS}
     about = {k: about[k] for k in ("date", "commit", "dirty", "cpu")} | {"versions": versions}
     for name in args.models or known:
-        found = row(name)
+        found = row(name, args.cache)
         with args.out.open("a") as f:
             f.write(json.dumps({"model": name, **found, **about}) + "\n")
         print(name, json.dumps(found), flush=True)

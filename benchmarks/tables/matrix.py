@@ -47,7 +47,8 @@ def int8() -> list[str]:
     notes = Notes()
     body = []
     for name, r in last.items():
-        runs = {k: r.get("runs", {}).get(k, f"fault: {r.get('error')}") for k in RUNS}
+        why = f"refused: {r['refused']}" if "refused" in r else f"fault: {r.get('error')}"
+        runs = {k: r.get("runs", {}).get(k, why) for k in RUNS}
         other = apart.get(name)
         body.append(
             [

@@ -97,7 +97,7 @@ def test_the_table_of_int8_names_the_network_that_is_changed_most(monkeypatch):
         "versions": {"torch": "2"},
     }
     ends = {k: row[k] for k in ("date", "commit", "cpu", "versions")}
-    refused = {"model": "odd", "runs": dict.fromkeys(runs, "refused: odd."), **ends}
+    refused = {"model": "odd", "refused": "odd.", **ends}
     found = {"published_int8": [refused, row], "published": [{"model": "vega"}]}
     monkeypatch.setattr(matrix, "read", found.__getitem__)
     lines = matrix.int8()
