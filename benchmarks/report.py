@@ -116,14 +116,15 @@ def _published() -> list[str]:
         "",
         "The same folders and calls, quantized by `sdlite.quantize` (scheme u8s7, four calibration"
         " images, nothing put back to float; torch: torchao's dynamic int8 of the float folder),"
-        " dB to diffusers' images in float32. These networks are random and narrow: a trained one"
-        " has layers of hundreds of channels, over which rounding averages out, and its guidance"
-        " does not point away from all that noise. So the columns say that each engine computes"
-        " the same int8 model, and not how good int8 is: that is said under"
-        " [Quantizing](#quantizing), with the causes. `lowest network`: SQNR of the network that"
-        " int8 changes most, on the float model's own inputs. `the two engines apart`: onnxruntime"
-        " and OpenVINO in float32, of one graph. `python -m benchmarks.published_int8` measures it"
-        " again.",
+        " dB to diffusers' images in float32. These networks are random and narrow, and amplify"
+        " rounding: the columns say whether each engine computes the int8 model that it is given,"
+        " not how good int8 is. `lowest network`: SQNR of the network that int8 changes most, on"
+        " the float model's own inputs. `the two engines apart`: images of onnxruntime and of"
+        " OpenVINO in float32, of one graph; they are no further apart than one is from itself"
+        " when its inputs change by 1e-5, and the same layers rounded in torch are as far from"
+        " float ([Quantizing](#quantizing), the rows `narrow`). torch is nearer than onnxruntime"
+        " in int8-dynamic: its weights have 8 bits, those of u8s7 seven."
+        " `python -m benchmarks.published_int8` measures it again.",
         "",
         *matrix.int8(),
         "",

@@ -101,7 +101,8 @@ def shown(report: dict[str, Any]) -> Cell:
 def told(e: Exception, scratch: Path, folder: Path, name: str) -> str:
     """An error's words without the places of this run."""
     words = str(e).split(" No model was written")[0]
-    for path, short in ((scratch, "DIR"), (folder, name), (folder.name, name)):
+    plain = folder.name.removesuffix("-onnx")
+    for path, short in ((scratch, "DIR"), (folder, name), (folder.name, name), (plain, name)):
         words = words.replace(str(path), str(short))
     return " ".join(words.split())[:600]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.tables.rows import read, table
+from benchmarks.targets import LAYOUTS, TARGETS
 
 Row = dict[str, Any]
 RUNS = {  # of a row of published_int8: the column's title
@@ -116,11 +117,12 @@ def targets() -> list[str]:
         when.setdefault(r["model"], {})[f"{r['date']} `{r['commit']}`"] = None
     if not cells:
         return ["Not measured yet: run `python -m benchmarks.targets`."]
-    every = list(dict.fromkeys(t for found in cells.values() for t in found))
+    every = [t for t in TARGETS if any(t in found for found in cells.values())]
     notes = Notes()
     body = [
-        [f"`{name}`", *(_cell(found.get(t), notes) for t in every), ", ".join(when[name])]
-        for name, found in cells.items()
+        [f"`{name}`", *(_cell(cells[name].get(t), notes) for t in every), ", ".join(when[name])]
+        for name in dict.fromkeys([*LAYOUTS, *cells])
+        if name in cells
     ]
     return [*table(["model", *(f"`{t}`" for t in every), "measured"], body), *notes.lines()]
 

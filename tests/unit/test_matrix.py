@@ -39,11 +39,12 @@ def test_what_is_not_exported_is_a_cell_with_the_words(tmp_path, monkeypatch, ra
         kept = tmp_path / "scratch" / "out.failed"
         kept.mkdir(parents=True)
         (kept / "export-report.json").write_text(json.dumps(report({})))
-        raise type(raised)(f"{raised} of {folder}, {folder.name}. No model was written; x")
+        plain = folder.name.removesuffix("-onnx")
+        raise type(raised)(f"{raised} of {folder}, {folder.name}, {plain}. No model was written; x")
 
     monkeypatch.setattr(targets, "exported", export)
     found = targets.cell(folder, "vega", "onnx", None, tmp_path / "scratch")
-    assert found[kind] == f"{raised} of vega, vega."
+    assert found[kind] == f"{raised} of vega, vega, vega."
     assert ("psnr" in found) == (kind == "failed")
 
 
@@ -72,11 +73,11 @@ def test_the_table_of_targets_takes_the_last_cell_of_each(monkeypatch):
     ]
     monkeypatch.setattr(matrix, "read", lambda _: rows)
     assert matrix.targets()[2:] == [
-        "| `vega` | 80.0 / 90.0* | refused (1) | d `c` |",
-        "| `sd14` | failed (2) 1.0 / 2.0 | 80.0 / 90.0, ddim | d `c` |",
+        "| `sd14` | failed (1) 1.0 / 2.0 | 80.0 / 90.0, ddim | d `c` |",
+        "| `vega` | 80.0 / 90.0* | refused (2) | d `c` |",
         "",
-        "1. one encoder",
-        "2. gate",
+        "1. gate",
+        "2. one encoder",
     ]
 
 
