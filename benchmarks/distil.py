@@ -14,7 +14,7 @@ several seeds.
     `benchmarks.quality`'s definitions, PSNR to the teacher's 50-step guided picture from the same
     noise, seconds of one picture (torch, batch 1) and training minutes. Rows that are already in
     the results file (same strategy, seed and budget) are not measured again, so an interrupted run
-    goes on where it was.
+    goes on where it was. On a GPU (`--device cuda`) `benchmarks.gpu.strategies` starts it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+USUAL_BATCH = 32  # images of a step where a row does not say another number
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "emoji"))
 RESULTS = HERE / "results" / "distil.jsonl"
@@ -130,7 +131,9 @@ class Bench:
         torch.set_num_threads(args.threads)
         self.args, self.torch = args, torch
         self.vae = AutoencoderKL.from_pretrained(args.teacher / "vae").eval().requires_grad_(False)
-        self.text_encoder = CLIPTextModel.from_pretrained(args.teacher / "text_encoder").eval()
+        self.text_encoder = (
+            CLIPTextModel.from_pretrained(args.teacher / "text_encoder").float().eval()
+        )
         self.load = UNet2DConditionModel.from_pretrained
         self.teacher = self.load(args.teacher / "unet").eval()
         tokenizer = ClipTokenizer.from_pretrained(emoji.TOKENIZER)
@@ -143,9 +146,8 @@ class Bench:
     def pipeline(self, folder: Path) -> Any:
         import sdlite
 
-        return sdlite.Pipeline.from_pretrained(
-            folder, precision="fp32", backend="torch", threads=self.args.threads
-        )
+        how = {"precision": "fp32", "backend": "torch", "device": self.args.device}
+        return sdlite.Pipeline.from_pretrained(folder, threads=self.args.threads, **how)
 
     def taught(self, seed: int) -> np.ndarray:
         """The teacher's guided 50-step pictures of the protocol's prompts."""
@@ -184,7 +186,7 @@ class Bench:
                 self.teacher,
             )
             if options.get("channel_weight"):
-                options["temperature_steps"] = self.args.images // 64
+                options["temperature_steps"] = self.args.images // (2 * self.args.batch_size)
             options["timestep_power"] = 0.6
         else:
             start = self.run_folder(s.after, seed) / "model" if s.after else self.args.student
@@ -194,23 +196,21 @@ class Bench:
         task = KINDS[s.kind](**options).task(given)
         config = TrainConfig(
             max_images=self.args.images,
-            batch_size=32,
+            batch_size=self.args.batch_size,
             lr=s.lr,
-            warmup_images=1_000,
+            warmup_images=1_000 * self.args.batch_size // USUAL_BATCH,
             decay_from=0.3,
             seed=seed,
             sample_every=0,
             checkpoint_minutes=30,
             mixed_precision=self.args.mixed_precision,
-            plain_attention=self.args.mixed_precision != "no",
+            plain_attention=self.args.mixed_precision != "no" and self.args.device == "cpu",
         )
-        return fit(task, config, folder, resume=folder.exists())
+        late = self.args.max_minutes
+        return fit(task, config, folder, resume=folder.exists(), max_minutes=late)
 
     def run_folder(self, name: str, seed: int) -> Path:
-        return (
-            Path(self.args.out)
-            / f"{name.replace(' ', '-').replace(chr(39), '')}-{seed}-{self.args.images}"
-        )
+        return Path(self.args.out) / run_name(name, seed, self.args.images, self.args.batch_size)
 
     def measure(self, folder: Path, s: Strategy, seed: int) -> dict[str, Any]:
         from benchmarks.quality import fid, generate, kid
@@ -262,6 +262,13 @@ class Bench:
         }
 
 
+def run_name(name: str, seed: int, images: int, batch_size: int) -> str:
+    """Of the folder of a strategy's training."""
+    plain = name.replace(" ", "-").replace("'", "")
+    batch = "" if batch_size == USUAL_BATCH else f"-b{batch_size}"
+    return f"{plain}-{seed}-{images}{batch}"
+
+
 class _With:
     """A pipeline with its sampler chosen."""
 
@@ -302,12 +309,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over seeds of each (table, strategy, budget); a seed that was
     measured twice counts once, the last time.
     """
-    groups: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, int, int], dict[int, dict[str, Any]]] = {}
     for r in rows:
-        groups.setdefault((r["table"], r["strategy"], r["images"]), {})[r["seed"]] = r
+        batch = r.get("batch_size", USUAL_BATCH)
+        groups.setdefault((r["table"], r["strategy"], r["images"], batch), {})[r["seed"]] = r
     teachers = {r["table"]: r["macs"] for r in rows if r["strategy"] == "teacher"}
     out = []
-    for (table, strategy, images), seeds in groups.items():
+    for (table, strategy, images, _), seeds in groups.items():
         found, last = list(seeds.values()), list(seeds.values())[-1]
         values = {m: [r[m] for r in found if r.get(m) is not None] for m in METRICS}
         out.append(
@@ -351,10 +359,10 @@ def write_summary(results: Path, out: Path) -> None:
 
 
 def summary_text(results: Path) -> str:
-    return json.dumps(summary(_rows(results)), indent=1) + "\n"
+    return json.dumps(summary(rows_of(results)), indent=1) + "\n"
 
 
-def _arguments() -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
     ap = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -371,6 +379,11 @@ def _arguments() -> argparse.Namespace:
         help="training images of each strategy (of each halving)",
     )
     ap.add_argument("--seeds", type=int, default=3)
+    ap.add_argument("--only-seeds", nargs="+", type=int, help="of them; default: all")
+    ap.add_argument("--references", action="store_true", help="measure what is not trained, alone")
+    ap.add_argument("--batch-size", type=int, default=USUAL_BATCH)
+    ap.add_argument("--max-minutes", type=float, help="of a training; asked again, it goes on")
+    ap.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the images")
     ap.add_argument("--prompts", type=int, default=128)
     ap.add_argument("--heldout", type=int, default=64)
     ap.add_argument("--threads", type=int, default=2)
@@ -394,19 +407,28 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
+def key(row: dict[str, Any]) -> tuple[str, str, int, int, int]:
+    """What a row is of: table, strategy, seed, images, images of a step."""
+    batch = row.get("batch_size", USUAL_BATCH)
+    return row["table"], row["strategy"], row["seed"], row["images"], batch
+
+
 class Rows:
     """The results file: what is measured already, and what is added."""
 
     def __init__(self, args: argparse.Namespace):
-        from benchmarks.env import environment
+        from benchmarks.env import environment, gpu
 
         command = "python -m benchmarks.distil " + " ".join(sys.argv[1:])
         self.args, self.about = args, {**environment(), "command": command}
-        self.before = _rows(args.results)
-        self.done = {(r["table"], r["strategy"], r["seed"], r["images"]) for r in self.before}
+        if args.device != "cpu":
+            self.about |= gpu(args.device)
+        self.before = rows_of(args.results)
+        self.done = {key(r) for r in self.before}
 
     def has(self, name: str, seed: int, images: int) -> bool:
-        return (self.args.table, name, seed, images) in self.done
+        batch = self.args.batch_size if images else USUAL_BATCH
+        return (self.args.table, name, seed, images, batch) in self.done
 
     def of_other_table(self, name: str, seed: int) -> dict[str, Any] | None:
         """The teacher's row with the same protocol; the teacher is the same in both tables."""
@@ -432,6 +454,8 @@ class Rows:
             "prompts": self.args.prompts,
             "heldout": self.args.heldout,
         }
+        if images and self.args.batch_size != USUAL_BATCH:
+            protocol["batch_size"] = self.args.batch_size
         self.append({**protocol, **row, **self.about})
         print(
             f"{name} (seed {seed}): identity {row['identity@1']:.1%}, KID {row['kid']:.1f}, PSNR to"
@@ -475,14 +499,16 @@ def _measure_strategy(bench: Bench, rows: Rows, name: str, s: Strategy, seed: in
 
 
 def main() -> None:
-    args = _arguments()
+    args = arguments()
     if args.table == "summary":
         write_summary(args.results, SUMMARY)
         print(f"{SUMMARY}: {len(json.loads(SUMMARY.read_text())['rows'])} rows")
         return
     bench, rows = Bench(args), Rows(args)
     strategies = SIZE if args.table == "size" else STEPS
-    for seed in range(args.seeds):
+    if args.references:
+        strategies = {}
+    for seed in args.only_seeds or range(args.seeds):
         _measure_references(bench, rows, seed)
         for name, s in strategies.items():
             asked = not args.only or name in args.only
@@ -490,7 +516,8 @@ def main() -> None:
                 _measure_strategy(bench, rows, name, s, seed)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Of a results file, which need not be there."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

@@ -12,6 +12,10 @@ from typing import Any
 PACKAGES = (
     "numpy",
     "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "accelerate",
     "openvino",
     "torch",
     "diffusers",
@@ -72,7 +76,29 @@ def _dirty() -> bool:
     return any(not line[3:].startswith(made) for line in _git("status", "--porcelain").splitlines())
 
 
+def gpu(device: str) -> dict[str, Any]:
+    """GPU, driver and libraries where `device` is "cuda"; else no GPU."""
+    if device != "cuda":
+        return {"gpu": None}
+    import torch
+
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = ""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
 def environment() -> dict[str, Any]:
+    """Machine, versions and commit; `SDLITE_COMMIT` is the commit where the tree has no .git of its
+    own.
+    """
     import os
 
     versions = {}
@@ -83,7 +109,7 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "date": date.today().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("SDLITE_COMMIT") or _git("rev-parse", "--short", "HEAD"),
         "dirty": _dirty(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),

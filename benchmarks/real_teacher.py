@@ -28,7 +28,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,26 @@ RESULTS = Path(__file__).parent / "results" / "real_teacher.jsonl"
 BAR_GB = 20.0
 
 
+@dataclass(frozen=True)
+class How:
+    """What of a training changes its speed and memory, and not what is learned.
+
+    Attributes:
+        plain_attention: what CPUs want in bfloat16; on a GPU torch's fused kernel is faster.
+        sharded: by FSDP, as `accelerate launch --use_fsdp` does, in one process.
+    """
+
+    gradient_checkpointing: bool = True
+    plain_attention: bool = True
+    compile: bool = False
+    sharded: bool = False
+
+
+CPU = How()
+
+
 def recipe_text(
-    student: str, steps: int, batch_size: int, micro: int | None, precision: str
+    student: str, steps: int, batch_size: int, micro: int | None, precision: str, how: How = CPU
 ) -> str:
     """`student`: a preset's name, or lines of the [student] table."""
     lines = [
@@ -51,8 +71,9 @@ def recipe_text(
     lines += [
         f"batch_size = {batch_size}",
         f'mixed_precision = "{precision}"',
-        "plain_attention = true",
-        "gradient_checkpointing = true",
+        f"plain_attention = {str(how.plain_attention).lower()}",
+        f"gradient_checkpointing = {str(how.gradient_checkpointing).lower()}",
+        f"compile = {str(how.compile).lower()}",
     ]
     lines += [
         "sample_every = 0",
@@ -97,13 +118,16 @@ def measure(
     pictures: int,
     px: int,
     threads: int,
+    how: How = CPU,
+    most_seconds: float = 1e6,
 ) -> dict[str, Any]:
-    """Run the command and read what it left.
+    """Run the command and read what it left. After `most_seconds` it is ended.
 
     Raises:
         SystemExit: it failed; the last lines of what it said.
     """
-    (scratch / "recipe.toml").write_text(recipe_text(student, steps, batch_size, micro, precision))
+    text = recipe_text(student, steps, batch_size, micro, precision, how)
+    (scratch / "recipe.toml").write_text(text)
     data, out = write_pictures(scratch / "pictures", pictures, px), scratch / "run"
     command = [
         sys.executable,
@@ -119,14 +143,19 @@ def measure(
         str(out),
         "--no-export",
     ]
+    environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    if how.sharded:
+        environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     begin = time.perf_counter()
     with open(scratch / "log.txt", "w") as log:
-        child = subprocess.Popen(
-            command,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
-        )
+        child = subprocess.Popen(command, stderr=log, env=environ)
+        timer = threading.Timer(most_seconds, child.kill)
+        timer.start()
         _, status, usage = os.wait4(child.pid, 0)
+        late = not timer.is_alive()
+        timer.cancel()
+    if late:
+        raise SystemExit(f"sdlite distill was ended after {most_seconds:.0f} s")
     if status:
         raise SystemExit(
             "sdlite distill failed:\n"
@@ -144,11 +173,12 @@ def measure(
         "micro_batch_size": micro,
         "px": px,
         "mixed_precision": precision,
-        "gradient_checkpointing": True,
+        **asdict(how),
         "seconds_per_step": float(np.median(step_seconds)),
         "step_seconds": step_seconds,
         "loss": [r["loss"] for r in rows],
         "peak_gb": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9,
+        "gpu_peak_mib": rows[-1].get("gpu_peak_mib"),
         "bar_gb": BAR_GB,
         "whole_seconds": time.perf_counter() - begin,
         "student_parameters": _parameters(out / "0-output" / "model" / "unet"),

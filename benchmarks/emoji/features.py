@@ -44,7 +44,8 @@ class LiteFeatures(nn.Module):
             a = self._early(F.interpolate(x, px, mode="bilinear", antialias=False))
         b = self._early(F.interpolate(y, px, mode="bilinear", antialias=False))
         return sum(
-            (F.mse_loss(p, q) * p.shape[1] for p, q in zip(a, b, strict=True)), torch.zeros(())
+            (F.mse_loss(p, q) * p.shape[1] for p, q in zip(a, b, strict=True)),
+            torch.zeros((), device=x.device),
         )
 
     @torch.no_grad()

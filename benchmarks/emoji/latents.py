@@ -16,14 +16,18 @@ from sdlite.tokenizer import ClipTokenizer
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, data: emoji.Emoji, batch: int = 128) -> Tensor:
-    """Posterior means on every background: float32 (colours, N, C, h, w)."""
-    out = []
+    """Posterior means on every background: float32 (colours, N, C, h, w). On a GPU where there is
+    one; `vae` comes back to where it was.
+    """
+    out, own = [], vae.device
+    device = torch.device("cuda") if torch.cuda.is_available() else own
+    vae.to(device)
     for colour in range(len(emoji.NAMES)):
         for start in range(0, len(data), batch):
             ids = torch.arange(start, min(start + batch, len(data)))
-            out.append(
-                vae.encode(data.composite(ids, torch.full((len(ids),), colour))).latent_dist.mean
-            )
+            x = data.composite(ids, torch.full((len(ids),), colour)).to(device)
+            out.append(vae.encode(x).latent_dist.mean.to(own))
+    vae.to(own)
     z = torch.cat(out)
     return z.view(len(emoji.NAMES), len(data), *z.shape[1:])
 

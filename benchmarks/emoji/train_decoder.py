@@ -72,10 +72,14 @@ class DecoderTask(Task):
         self.unet = (
             UNet2DConditionModel.from_pretrained(model / "unet").eval().requires_grad_(False)
         )
-        self.encode = CachedEncoder(CLIPTextModel.from_pretrained(model / "text_encoder"))
+        self.encode = CachedEncoder(CLIPTextModel.from_pretrained(model / "text_encoder").float())
         self.solver, self.features = Solver(Schedule.from_config(V_ZERO_SNR)), LiteFeatures()
         decoder = Decoder(self.vae).requires_grad_(True)
         self.modules: dict[str, nn.Module] = {"decoder": decoder}
+
+    def to(self, device: torch.device) -> None:
+        for network in (self.vae, self.unet, self.encode, self.features):
+            network.to(device)
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         batch = self.source.draw(size, generator)
@@ -104,7 +108,8 @@ class DecoderTask(Task):
         if self.guidance_scale <= 1:
             out: Tensor = self.unet(x, t, self.encode(input_ids)).sample
             return out
-        embeds = self.encode(torch.cat([input_ids, self.source.empty_ids.expand(len(t), -1)]))
+        empty = self.source.empty_ids.to(input_ids.device).expand(len(t), -1)
+        embeds = self.encode(torch.cat([input_ids, empty]))
         v, v_uncond = self.unet(torch.cat([x, x]), torch.cat([t, t]), embeds).sample.chunk(2)
         return v_uncond + self.guidance_scale * (v - v_uncond)
 
@@ -117,9 +122,10 @@ class DecoderTask(Task):
     ) -> Tensor:
         """DDIM from step `start` of each sample to the end."""
         assert self.points is not None
-        x, _ = self.solver(latents, noise, self.points[start])
-        for i in range(len(self.points) - 1):
-            at, to = (self.points[i + k].expand(len(x)) for k in (0, 1))
+        points = self.points.to(start.device)
+        x, _ = self.solver(latents, noise, points[start])
+        for i in range(len(points) - 1):
+            at, to = (points[i + k].expand(len(x)) for k in (0, 1))
             on = (start <= i).view(-1, 1, 1, 1)
             x = torch.where(on, self.solver.ddim(self.output(x, at, input_ids), x, at, to), x)
         return x
@@ -147,9 +153,11 @@ class DecoderTask(Task):
     @torch.no_grad()
     def sample(self, modules: dict[str, nn.Module], path: Path) -> None:
         """Rows of real pictures, and of what the decoder makes of the student's guesses."""
+        device = next(modules["decoder"].parameters()).device
         batch = self.batch(32, torch.Generator().manual_seed(0))
-        y = torch.from_numpy(to_uint8(modules["decoder"](self.guess(batch)).numpy()))
-        x = torch.from_numpy(to_uint8(batch["x"].numpy()))
+        batch = {k: v.to(device) for k, v in batch.items()}
+        y = torch.from_numpy(to_uint8(modules["decoder"](self.guess(batch)).cpu().numpy()))
+        x = torch.from_numpy(to_uint8(batch["x"].cpu().numpy()))
         rows = [
             t[i : i + 16].permute(1, 0, 2, 3).reshape(64, 16 * 64, 3)
             for i in (0, 16)
@@ -200,7 +208,7 @@ def main() -> None:
         ema_decay=0.998,
         sample_every=500,
         mixed_precision=args.mixed_precision,
-        plain_attention=args.mixed_precision != "no",
+        plain_attention=args.mixed_precision != "no" and not torch.cuda.is_available(),
     )
     fit(
         DecoderTask(args.model, source, args.guidance, vae=args.vae, steps=args.steps),

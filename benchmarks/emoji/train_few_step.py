@@ -76,7 +76,7 @@ def main() -> None:
 
     data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(emoji.TOKENIZER)
     vae = AutoencoderKL.from_pretrained(args.student / "vae").eval().requires_grad_(False)
-    text_encoder = CLIPTextModel.from_pretrained(args.student / "text_encoder").eval()
+    text_encoder = CLIPTextModel.from_pretrained(args.student / "text_encoder").float().eval()
     student = UNet2DConditionModel.from_pretrained(args.student / "unet")
     teacher = UNet2DConditionModel.from_pretrained((args.teacher or args.student) / "unet")
     source = EmojiLatents(vae, tokenizer, data, args.latents)
@@ -95,7 +95,7 @@ def main() -> None:
         decay_from=0.2,
         sample_every=0,
         mixed_precision=args.mixed_precision,
-        plain_attention=bf16,
+        plain_attention=bf16 and not torch.cuda.is_available(),
     )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 

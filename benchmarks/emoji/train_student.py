@@ -75,7 +75,7 @@ def main() -> None:
     data, tokenizer = emoji.load(), ClipTokenizer.from_pretrained(emoji.TOKENIZER)
     vae = AutoencoderKL.from_pretrained(args.teacher / "vae").eval().requires_grad_(False)
     teacher = UNet2DConditionModel.from_pretrained(args.teacher / "unet").eval()
-    text_encoder = CLIPTextModel.from_pretrained(args.teacher / "text_encoder").eval()
+    text_encoder = CLIPTextModel.from_pretrained(args.teacher / "text_encoder").float().eval()
     student = (
         UNet2DConditionModel.from_pretrained(args.init)
         if args.init
@@ -99,7 +99,7 @@ def main() -> None:
         sample_every=2_000,
         compile=args.compile,
         mixed_precision=args.mixed_precision,
-        plain_attention=args.mixed_precision != "no",
+        plain_attention=args.mixed_precision != "no" and not torch.cuda.is_available(),
     )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 

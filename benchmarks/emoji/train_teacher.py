@@ -147,7 +147,7 @@ def main() -> None:
     source = EmojiLatents(vae, tokenizer, data, cache)
     unet = UNet2DConditionModel.from_pretrained(args.unet) if args.unet else build_unet()
     text_encoder = (
-        CLIPTextModel.from_pretrained(args.text_encoder)
+        CLIPTextModel.from_pretrained(args.text_encoder).float()
         if args.text_encoder
         else build_text_encoder(tokenizer)
     )
@@ -171,7 +171,7 @@ def main() -> None:
         checkpoint_minutes=8,
         compile=args.compile,
         mixed_precision=args.mixed_precision,
-        plain_attention=args.mixed_precision != "no",
+        plain_attention=args.mixed_precision != "no" and not torch.cuda.is_available(),
     )
     fit(task, config, args.out, resume=args.resume, max_minutes=args.max_minutes)
 

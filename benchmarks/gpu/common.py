@@ -6,9 +6,9 @@ import argparse
 import gc
 import json
 import os
-import platform
-import subprocess
+import shutil
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +19,13 @@ import numpy as np
 import torch
 
 from benchmarks import large_models, shapes
-from benchmarks.env import environment
+from benchmarks.env import environment, gpu
 from sdlite import hub
 
 LARGE = tuple(large_models.WIDTHS)  # of `benchmarks.published_models`, in true widths
 LEAST = 5  # timed calls a row
+PART = 15 << 20  # bytes of a file that goes home
+ROOT = Path(__file__).parents[2]
 
 
 class Budget:
@@ -31,6 +33,11 @@ class Budget:
 
     def __init__(self, minutes: float):
         self.end, self.left_out = time.monotonic() + 60 * minutes, list[str]()
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(0.0, self.end - time.monotonic())
 
     def allows(self, what: str, seconds: float = 0.0) -> bool:
         """Whether work of about so many seconds still fits; remembers what does not."""
@@ -52,18 +59,9 @@ def arguments(about: str, name: str) -> argparse.ArgumentParser:
 
 
 def about(device: str) -> dict[str, Any]:
-    """Machine, versions and commit of a row. `SDLITE_COMMIT` is the commit where the tree has no
-    .git.
-    """
-    row = environment()
-    row["commit"] = row["commit"] or os.environ.get("SDLITE_COMMIT", "")
-    row["command"] = " ".join(["python -m", *_module(), *sys.argv[1:]])
-    row["gpu"] = None
-    if device == "cuda":
-        row["gpu"] = torch.cuda.get_device_name()
-        row["driver"] = _driver()
-        row["cuda"], row["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
-    return row
+    """Machine, versions, commit and command of a row."""
+    command = " ".join(["python -m", *_module(), *sys.argv[1:]])
+    return {**environment(), "command": command, **gpu(device)}
 
 
 def _module() -> list[str]:
@@ -71,16 +69,9 @@ def _module() -> list[str]:
     return [spec.name] if spec else []
 
 
-def _driver() -> str:
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return platform.release()
-
-
 def keep(path: Path, row: dict[str, Any]) -> None:
     """Append and print it at once: a step that is stopped keeps what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(row) + "\n")
     told = {k: v for k, v in row.items() if k not in ("versions", "os", "command", "samples")}
@@ -88,25 +79,27 @@ def keep(path: Path, row: dict[str, Any]) -> None:
 
 
 def folder(model: str, scratch: Path) -> Path:
-    """A diffusers folder of random float16 weights in the model's true shape; "emoji" is the
-    embedded student's own.
+    """A diffusers folder of random weights in the model's true shape; "emoji" is the embedded
+    student's own. One that was begun and not finished is written again.
     """
     if model == "emoji":
         return hub.resolve("emoji", None)
     out = scratch / model
-    if not (out / "model_index.json").exists():
+    if not out.exists():
+        begun = out.with_name(f"{model}-begun")
+        shutil.rmtree(begun, ignore_errors=True)
+        begun.parent.mkdir(parents=True, exist_ok=True)
         if model in shapes.SHAPES:
-            shapes.write_sd_folder(model, out)
+            shapes.write_sd_folder(model, begun)
         else:
-            large_models.write(model, out, "float16")
+            large_models.write(model, begun, "float16")
+        begun.rename(out)
     return out
 
 
 @contextmanager
 def freed() -> Iterator[None]:
-    """What a row allocated is given back, and the peak counted anew."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    """What a row allocated is given back."""
     try:
         yield
     finally:
@@ -118,8 +111,11 @@ def freed() -> Iterator[None]:
 @torch.no_grad()
 def timed(call: Callable[[], Any], warm: int = 2) -> dict[str, Any]:
     """{"first_seconds", "seconds" (the median), "spread" (half the range over it), "samples",
-    "peak_mib"} of a call, the device synchronized around each.
+    "peak_mib" (by torch's allocator, of these calls)} of a call, the device synchronized around
+    each.
     """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     first = _seconds(call)
     for _ in range(warm - 1):
         call()
@@ -152,3 +148,32 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """dB between two float images of 0 to 1; 150 where they are equal."""
     error = float(np.square(a.astype(np.float64) - b).mean())
     return 150.0 if error == 0 else -10 * float(np.log10(error))
+
+
+def begun(path: Path) -> None:
+    """The rows that an earlier visit brought home are where this one adds to them."""
+    home = Path(__file__).parent.parent / "results" / path.name
+    if not path.exists() and home.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(home, path)
+
+
+def pack(folder: Path, out: Path) -> list[Path]:
+    """A folder as a tar file in parts of at most `PART` bytes, which `cat PARTS | tar x` opens."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    whole, parts = out.with_name(out.name + ".tmp"), list[Path]()
+    with tarfile.open(whole, "w") as tar:
+        tar.add(folder, folder.name)
+    with open(whole, "rb") as f:
+        while block := f.read(PART):
+            parts.append(out.with_name(f"{out.name}.{len(parts):02}"))
+            parts[-1].write_bytes(block)
+    whole.unlink()
+    return parts
+
+
+def child() -> dict[str, str]:
+    """The environment of a process that imports this tree, and asks no hub."""
+    known = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(p for p in known if p)
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}

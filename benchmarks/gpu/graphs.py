@@ -4,7 +4,8 @@
 
 The models are those of `benchmarks.gpu.images`, converted here. Copies are counted where arrays are
 bound: a call of the UNet should move its latents there and its answer back, and the prompt's
-embeddings once an image. Rows go to gpu_graphs.jsonl.
+embeddings once an image. Kinds: `fp32`, `fp16`, and `fp16 nhwc`, with the provider's prefer_nhwc.
+Rows go to gpu_graphs.jsonl.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 
 import sdlite
 from benchmarks.gpu import common, images
 
 MODELS = ("emoji", "sd14", "bk-tiny")
-KINDS = ("fp32", "fp16")
+KINDS: dict[str, dict[str, str]] = {  # kind -> options of the CUDA provider
+    "fp32": {},
+    "fp16": {},
+    "fp16 nhwc": {"prefer_nhwc": "1"},
+}
 
 
 def converted(model: str, scratch: Path) -> Path:
@@ -33,6 +40,22 @@ def converted(model: str, scratch: Path) -> Path:
     if not out.exists():
         sdlite.convert(folder, out)
     return out
+
+
+@contextmanager
+def told(device: str, options: dict[str, str]) -> Iterator[None]:
+    """Sessions that are opened while it lasts have these options of their provider too."""
+    real = ort.InferenceSession
+
+    def opened(path: str, how: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
+        [(name, own)] = providers
+        return real(path, how, providers=[(name, {**own, **(options if device == "cuda" else {})})])
+
+    ort.InferenceSession = opened
+    try:
+        yield
+    finally:
+        ort.InferenceSession = real
 
 
 @contextmanager
@@ -53,15 +76,26 @@ def counted() -> Iterator[Counter[str]]:
         ort.OrtValue.ortvalue_from_numpy = staticmethod(real)
 
 
-def measure(folder: Path, device: str, kind: str, size: int, batch: int) -> dict[str, Any]:
+def arguments(size: int) -> dict[str, Any]:
+    """Of the call whose image is compared, and which is timed."""
     call = {"seed": images.SEED, "num_inference_steps": images.STEPS}
-    call |= {"height": size, "width": size, "output_type": "np"}
+    return call | {"height": size, "width": size, "output_type": "np"}
+
+
+@lru_cache
+def right(folder: Path, size: int) -> np.ndarray:
+    """The CPU's image in float32."""
     with images.opened(folder, "cpu", precision="fp32") as pipe:
-        right = pipe(images.PROMPT, **call).images[0]
-    how = {"precision": kind, "backend": "onnxruntime", "device": device}
-    with sdlite.Pipeline.from_pretrained(folder, **how) as pipe:
+        image: np.ndarray = pipe(images.PROMPT, **arguments(size)).images[0]
+    return image
+
+
+def measure(folder: Path, device: str, kind: str, size: int, batch: int) -> dict[str, Any]:
+    call = arguments(size)
+    how = {"precision": kind.partition(" ")[0], "backend": "onnxruntime", "device": device}
+    with told(device, KINDS[kind]), sdlite.Pipeline.from_pretrained(folder, **how) as pipe:
         pipe.max_pixels = None
-        near = common.psnr(pipe(images.PROMPT, **call).images[0], right)
+        near = common.psnr(pipe(images.PROMPT, **call).images[0], right(folder, size))
         with counted() as crossed:
             pipe(images.PROMPT, **call)
         prompts = [images.PROMPT] * batch

@@ -28,7 +28,9 @@ KINDS: dict[str, dict[str, str]] = {
     "fp16": {"precision": "fp16"},
     "bf16": {"precision": "fp16", "arithmetic": "bfloat16"},
 }
-COMPILED = {"mode": "reduce-overhead", "fullgraph": True}
+# a graph for each shape: one for all shapes would be recorded again at every change
+COMPILED = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
+COMPILING, CALLING = 150, 30  # seconds that a row may take
 
 
 def opened(folder: Path, device: str, **how: str) -> sdlite.Pipeline:
@@ -98,7 +100,7 @@ def speed(args: Any, model: str, folder: Path, budget: common.Budget, about: Any
             call = None
             for size, batch in todo:
                 name = f"{model} {kind} {size} px batch {batch}"
-                if not budget.allows(name, 30):
+                if not budget.allows(name, COMPILING if kind.endswith("compiled") else CALLING):
                     continue
                 row = {"model": model, "kind": kind, "size_px": size, "batch": batch}
                 try:

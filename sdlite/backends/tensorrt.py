@@ -44,11 +44,15 @@ def _ok(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def no_gpu() -> str | None:
-    """Why an engine cannot run here, or None."""
-    for package, name in (("tensorrt", "tensorrt"), ("cuda", "cuda-python")):
+def no_gpu(library: str = "tensorrt") -> str | None:
+    """Why an engine of the library (tensorrt or tensorrt_rtx, as Python imports it) cannot run
+    here, or None.
+    """
+    extra = library.replace("_", "-")
+    for package, name in ((library, extra), ("cuda", "cuda-python")):
         if importlib.util.find_spec(package) is None:
-            return f"{name} is not installed: pip install 'sdlite[tensorrt]'"
+            how = f"'sdlite[{extra}]'" if name == extra else name
+            return f"{name} is not installed: pip install {how}"
     try:
         count = _ok(_cudart().cudaGetDeviceCount())
     except (RuntimeError, MissingExtraError) as e:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 REPORT, CURVES = "report.md", "curves.png"
 SHOWN = 20  # of the samples that were left out
+# what a row says besides its loss and the terms of it
+BESIDE = ("step", "images", "lr", "images_per_second", "grad_norm", "gpu_peak_mib")
 
 
 def statistics(folder: Path) -> list[dict[str, float]]:
@@ -64,11 +66,7 @@ def curves(stages: Sequence[Path], path: Path) -> list[Path]:
     figure = Figure(figsize=(7, 2.6 * len(drawn)), layout="constrained")
     panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
     for axes, (stage, rows) in zip(panels, drawn, strict=True):
-        terms = [
-            k
-            for k in rows[0]
-            if k not in ("step", "images", "lr", "images_per_second", "grad_norm")
-        ]
+        terms = [k for k in rows[0] if k not in BESIDE]
         positive = all(row[k] > 0 for row in rows for k in terms)
         for k in terms:
             axes.plot(

@@ -573,6 +573,7 @@ class _Log:
             "lr": lr,
             "images_per_second": (self.images - self.written_images) / (now - self.written),
             **self.running,
+            **_gpu_peak(),
         }
         self.written, self.written_images = now, self.images
         append(self.path, json.dumps(row) + "\n")
@@ -580,6 +581,13 @@ class _Log:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def _gpu_peak() -> dict[str, float]:
+    """The most memory that tensors had on the GPU since the process began, where there is one."""
+    if not torch.cuda.is_initialized():
+        return {}
+    return {"gpu_peak_mib": torch.cuda.max_memory_allocated() / 2**20}
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

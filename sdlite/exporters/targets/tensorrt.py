@@ -184,9 +184,12 @@ class TensorRT(Target[Options]):
                 " little memory. Nothing was written."
             )
         if done.returncode or not engine.exists():
-            said = done.stderr.strip().rpartition(FAILED)[2]
-            nothing = f"the build of {part} gave no engine, exit {done.returncode}"
-            raise ExportError((said or nothing)[:700])
+            _, told, said = done.stderr.strip().rpartition(FAILED)
+            if not told:  # an error that nobody meant: its last line says what
+                last = said.splitlines()[-1:] or ["it said nothing"]
+                nothing = f"the build of {part} gave no engine, exit {done.returncode}"
+                said = f"{nothing}: {last[0]}"
+            raise ExportError(said[:700])
         return [engine]
 
     def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:

@@ -1,12 +1,13 @@
 """TensorRT for RTX: engines for Ampere to Blackwell, built ahead of time without a GPU. See
 `tensorrt`.
 
-The engines cannot run without a GPU, and have not been run by us: the quality check runs the graph
-that the builder was given.
+The engines cannot run without a GPU, and have not been run by us: without one the quality check
+runs the graph that the builder was given.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,12 @@ class TensorRTRTX(tensorrt.TensorRT):
         )
 
     def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
-        """Not without a GPU."""
-        raise NotRunnable(
-            "a TensorRT-RTX engine needs an NVIDIA GPU of compute capability 8.0 or more, and"
-            " there is none here"
-        )
+        """The engine on this machine's GPU."""
+        from sdlite.backends.tensorrt import Engine, no_gpu
+
+        if why := no_gpu(self.library):
+            raise NotRunnable(
+                "a TensorRT-RTX engine needs an NVIDIA GPU of compute capability 8.0 or more:"
+                f" {why}"
+            )
+        return Engine(files[0], self.specs[part], importlib.import_module(self.library))
