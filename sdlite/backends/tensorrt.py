@@ -24,6 +24,13 @@ from sdlite.errors import ArtifactError, MissingExtraError, PrecisionError, Unkn
 from sdlite.spec import Arrays, IOSpec, spec_of
 
 
+INSTALL = {  # module -> its distribution, and what pip is told
+    "tensorrt": ("tensorrt", "'sdlite[tensorrt]'"),
+    "tensorrt_rtx": ("tensorrt-rtx", "'sdlite[tensorrt-rtx]'"),
+    "cuda": ("cuda-python", "cuda-python"),
+}
+
+
 def _cudart() -> Any:
     try:
         from cuda.bindings import runtime
@@ -48,10 +55,9 @@ def no_gpu(library: str = "tensorrt") -> str | None:
     """Why an engine of the library (tensorrt or tensorrt_rtx, as Python imports it) cannot run
     here, or None.
     """
-    extra = library.replace("_", "-")
-    for package, name in ((library, extra), ("cuda", "cuda-python")):
+    for package in (library, "cuda"):
         if importlib.util.find_spec(package) is None:
-            how = f"'sdlite[{extra}]'" if name == extra else name
+            name, how = INSTALL[package]
             return f"{name} is not installed: pip install {how}"
     try:
         count = _ok(_cudart().cudaGetDeviceCount())
