@@ -23,7 +23,6 @@ from sdlite.backends.report import NetworkReport
 from sdlite.errors import ArtifactError, MissingExtraError, PrecisionError, UnknownNameError
 from sdlite.spec import Arrays, IOSpec, spec_of
 
-
 INSTALL = {  # module -> its distribution, and what pip is told
     "tensorrt": ("tensorrt", "'sdlite[tensorrt]'"),
     "tensorrt_rtx": ("tensorrt-rtx", "'sdlite[tensorrt-rtx]'"),
