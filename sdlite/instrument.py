@@ -32,11 +32,15 @@ Visit = Callable[[str, int, str, np.ndarray], None]  # (part, step, tensor, valu
 
 class NamedOutputs:
     """A graph on onnxruntime's CPU provider that returns all its outputs by name. Opened at its
-    first call, and again after `close`. Its weights are written in float32: see `OnDemand`.
+    first call, and again after `close`. Its weights are written in float32: see `OnDemand`. Outputs
+    are computed as soon as they can be: see `Graph.earliest_first`.
     """
 
     def __init__(self, graph: Graph, path: Path, threads: int | None = None):
-        self.size = sum(f.stat().st_size for f in graph.save(path, whole=True))
+        files = graph.earliest_first().save(path, whole=True)
+        # the last rewriting: see `ort.sparing`; and it would undo the order of the file
+        large = sum(f.stat().st_size for f in files) >= LARGE
+        self.sparing = large or len(graph.ends()) > 1
         self.path, self.threads = path, threads
         self._open: tuple[InferenceSession, list[str]] | None = None
 
@@ -48,7 +52,7 @@ class NamedOutputs:
             options.log_severity_level = 3
             # hundreds of outputs: the arena would keep the largest of each
             options.enable_cpu_mem_arena = False
-            if self.size >= LARGE:  # see ort.sparing
+            if self.sparing:
                 options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
             if self.threads is not None:
                 options.intra_op_num_threads = self.threads

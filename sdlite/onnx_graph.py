@@ -186,6 +186,35 @@ class Graph:
         del self.proto.graph.node[:]
         self.proto.graph.node.extend(nodes)
 
+    def insert(self, extra: Mapping[str, Sequence[NodeProto]]) -> None:
+        """In place: nodes after the one that makes a tensor; first, where it is an input."""
+        made = {o for n in self.nodes for o in n.output}
+        out = [n for x, more in extra.items() if x not in made for n in more]
+        for n in self.nodes:
+            out.append(n)
+            out += [more for o in n.output for more in extra.get(o, ())]
+        self.replace(out)
+
+    def ends(self) -> list[NodeProto]:
+        """The nodes that no node reads."""
+        read = {x for n in self.nodes for x in n.input}
+        return [n for n in self.nodes if read.isdisjoint(n.output)]
+
+    def earliest_first(self) -> Graph:
+        """A copy in which onnxruntime computes each output as soon as it can, and holds no tensor
+        longer than its readers need it.
+
+        onnxruntime orders the nodes from those that nothing reads, the last in the file first. Of a
+        graph with further outputs along the way that is the network's own answer, and whatever the
+        others read is held until it is there: of SSD-1B's UNet with an integer copy of each layer,
+        2 GB at 256 px. So nodes that nothing reads go to the end, the last of them first.
+        """
+        ends = self.ends()
+        last = {x for n in ends for x in n.output}
+        out = self.copy()
+        out.replace([*(n for n in self.nodes if last.isdisjoint(n.output)), *ends[::-1]])
+        return out
+
     def prune(self) -> None:
         """Drop constants that no node uses."""
         used = {x for n in self.nodes for x in n.input}

@@ -128,7 +128,7 @@ def smooth(
     producers, consumers = graph.producers(), graph.consumers()
     results = {o.name for o in graph.proto.graph.output}
     done: dict[str, str] = {}
-    extra: dict[str, NodeProto] = {}
+    extra: dict[str, list[NodeProto]] = {}
     for x, group in _linear_readers(graph).items():
         factors = None if _left(x, group, keep) else _factors(graph, group, seen.get(x), alpha)
         if factors is None:
@@ -141,13 +141,13 @@ def smooth(
                 graph.weights[name] = _scaled(graph.weights[name], 1 / factors)
             done[x] = "layer norm"
         elif _outlying(seen[x], worth):
-            extra[x] = _multiplied(graph, x, 1 / factors, consumers[x], group)
+            extra[x] = [_multiplied(graph, x, 1 / factors, consumers[x], group)]
             done[x] = "multiplied"
         else:
             continue
         _scale_weights(graph, group, consumers[x], factors)
     if extra:
-        graph.replace(_after(graph, extra))
+        graph.insert(extra)
     return done
 
 
@@ -234,18 +234,6 @@ def _rows_as_int8(w: Weight, scale: np.ndarray) -> Weight:
 
 def _scaled(w: Weight, factor: np.ndarray) -> Weight:
     return Weight(w.shape, w.dtype, lambda: w.array() * factor, False, w.origin)
-
-
-def _after(graph: Graph, extra: Mapping[str, NodeProto]) -> list[NodeProto]:
-    """The nodes in order, each of `extra` placed after the producer of its key (or first, for graph
-    inputs).
-    """
-    made = {o for n in graph.nodes for o in n.output}
-    out = [n for x, n in extra.items() if x not in made]
-    for n in graph.nodes:
-        out.append(n)
-        out += [extra[o] for o in n.output if o in extra]
-    return out
 
 
 def integer_embeddings(graph: Graph) -> dict[str, int]:

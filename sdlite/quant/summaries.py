@@ -7,7 +7,7 @@ back does not grow with the image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
@@ -27,11 +27,12 @@ def values(graph: Graph, tensors: Iterable[str]) -> Graph:
         out.weights[f"seen/{key}"] = constant(np.array([number], np.int64))
     out.weights["seen/less"] = constant(np.array([SAMPLE - 1], np.int64))
     out.weights["seen/flat"] = constant(np.array([-1], np.int64))
+    extra = {}
     for x in tensors:
         names = [f"{x}/seen.{k}" for k in ("flat", "low", "high", "size", "up", "stride", "some")]
         flat, low, high, size, up, stride, some = names
         cut = [flat, "seen/zero", "seen/end", "seen/zero", stride]
-        nodes = [
+        extra[x] = [
             _node("Reshape", [x, "seen/flat"], flat),
             _node("ReduceMin", [flat], low, keepdims=1),
             _node("ReduceMax", [flat], high, keepdims=1),
@@ -41,8 +42,7 @@ def values(graph: Graph, tensors: Iterable[str]) -> Graph:
             _node("Slice", cut, some),
             _node("Concat", [low, high, some], values_name(x), axis=0),
         ]
-        _add(out, nodes, TensorProto.FLOAT)
-    return out
+    return _added(out, extra, TensorProto.FLOAT)
 
 
 def values_name(tensor: str) -> str:
@@ -56,17 +56,16 @@ def channels(graph: Graph, widths: Mapping[str, int]) -> Graph:
     Args:
         widths: tensor -> D.
     """
-    out = graph.copy()
+    out, extra = graph.copy(), {}
     for x, width in widths.items():
         shape = f"{x}/channels.shape"
         out.weights[shape] = constant(np.array([-1, width], np.int64))
-        nodes = [
+        extra[x] = [
             _node("Reshape", [x, shape], f"{x}/channels.rows"),
             _node("Abs", [f"{x}/channels.rows"], f"{x}/channels.size"),
             _largest(out, f"{x}/channels.size", [0], channels_name(x)),
         ]
-        _add(out, nodes, TensorProto.FLOAT)
-    return out
+    return _added(out, extra, TensorProto.FLOAT)
 
 
 def channels_name(tensor: str) -> str:
@@ -83,8 +82,7 @@ def tokens(graph: Graph, tensor: str) -> Graph:
         _node("Abs", [tensor], f"{tensor}/tokens.size"),
         _largest(out, f"{tensor}/tokens.size", [0, 2], tokens_name(tensor)),
     ]
-    _add(out, nodes, TensorProto.FLOAT)
-    return out
+    return _added(out, {tensor: nodes}, TensorProto.FLOAT)
 
 
 def tokens_name(tensor: str) -> str:
@@ -94,10 +92,8 @@ def tokens_name(tensor: str) -> str:
 
 def shapes(graph: Graph, tensors: Iterable[str]) -> Graph:
     """`shape_name(x)`: int64, the shape of `x`."""
-    out = graph.copy()
-    for x in tensors:
-        _add(out, [_node("Shape", [x], shape_name(x))], TensorProto.INT64)
-    return out
+    extra = {x: [_node("Shape", [x], shape_name(x))] for x in tensors}
+    return _added(graph.copy(), extra, TensorProto.INT64)
 
 
 def shape_name(tensor: str) -> str:
@@ -117,8 +113,10 @@ def _node(op: str, inputs: list[str], output: str, **attributes: int) -> NodePro
     return helper.make_node(op, inputs, [output], name=output, **attributes)
 
 
-def _add(graph: Graph, nodes: list[NodeProto], kind: int) -> None:
-    """In place: nodes at the end, the last one's result an output of the graph."""
-    graph.proto.graph.node.extend(nodes)
-    end = nodes[-1].output[0]
-    graph.proto.graph.output.append(helper.make_tensor_value_info(end, kind, None))
+def _added(graph: Graph, extra: Mapping[str, Sequence[NodeProto]], kind: int) -> Graph:
+    """The graph with nodes after each tensor, the last one's result an output of the graph."""
+    graph.insert(extra)
+    for nodes in extra.values():
+        end = nodes[-1].output[0]
+        graph.proto.graph.output.append(helper.make_tensor_value_info(end, kind, None))
+    return graph

@@ -10,6 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,6 +203,55 @@ def test_a_graph_says_what_numpy_would_of_its_tensors(unet, tmp_path, monkeypatc
     texts = np.abs(inputs["encoder_hidden_states"]).max((0, 2))
     said = seen[summaries.tokens_name("encoder_hidden_states")]
     np.testing.assert_allclose(said, texts, **close)
+
+
+def executed(session, inputs, folder, monkeypatch):
+    """Names of the nodes that a call runs, in their order."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
+    monkeypatch.setattr(ort, "SessionOptions", lambda: options)
+    session(**inputs)
+    events = json.loads(Path(session._open[0].end_profiling()).read_text())
+    end = "_kernel_time"
+    return [e["name"].removesuffix(end) for e in events if e["name"].endswith(end)]
+
+
+WATCHED = [(kind, part) for kind in ("values", "twin") for part in Artifact.open(EMOJI).parts]
+
+
+@pytest.mark.parametrize(("kind", "part"), [*WATCHED, ("channels", "unet")])
+def test_a_tensor_is_looked_at_as_soon_as_it_is_there(kind, part, tmp_path, monkeypatch):
+    """Else all of a network's tensors are in memory until the last one is there."""
+    artifact = Artifact.open(EMOJI)
+    spec = artifact.spec(part)
+    graph = Graph.load(artifact.graph("fp32", part)).answers([t.name for t in spec.outputs])
+    layers, made = graph.layers(), graph.producers()
+    tensors = {t for x in layers for t in (x.input, x.output)} & made.keys()
+    if kind == "twin":
+        ranges = {t: (-4.0, 4.0) for x in layers for t in (x.input, x.output)}
+        watched = insert.insert(graph, layers, ranges, insert.CPU, twin=True)
+        looks = {x.output: f"{x.output}/noise" for x in layers}
+    elif kind == "channels":
+        linear = [x for x in layers if x.op == "MatMul" and x.input in tensors]
+        widths = {x.input: graph.weights[x.weight].shape[1 - x.axis] for x in linear}
+        watched = summaries.channels(graph, widths)
+        looks = {t: summaries.channels_name(t) for t in widths}
+    else:
+        watched = summaries.values(graph, sorted(tensors))
+        looks = {t: summaries.values_name(t) for t in tensors}
+    inputs = {
+        "text_encoder": {"input_ids": np.ones((1, 28), np.int64)},
+        "unet": unet_inputs(),
+        "vae_decoder": {"latent_sample": np.ones((1, 8, 8, 8), np.float32)},
+    }[part]
+    session = NamedOutputs(watched, tmp_path / "watched.onnx", 1)
+    at = {n: i for i, n in enumerate(executed(session, inputs, tmp_path, monkeypatch))}
+    waits = [at[look] - at[made[t].name] for t, look in looks.items() if made[t].name in at]
+    assert len(waits) >= 20
+    assert max(waits) <= 10, "nodes between a tensor and what is seen of it"
 
 
 def test_rewrites_leave_the_function(unet, tmp_path):
