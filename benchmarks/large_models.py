@@ -1,13 +1,14 @@
-"""Memory and time of converting and quantizing models of gigabytes, at their true shape.
+"""Memory and time of converting, quantizing and exporting models of gigabytes, at their true shape.
 
     python -m benchmarks.large_models MODEL [--dtype float16] [--tasks convert int8-dynamic]
         [--scratch DIR]
 
 The folder is that of `benchmarks.published_models` in its true widths, its random weights written a
 tensor at a time. Each task runs in a process of its own, whose peak is its largest resident set.
-The bar is 1.3 times the largest network as it is stored, plus 2 GB. Quantizing is judged on one
-image of 256 px in two steps, so its seconds are those of the work on the weights; a float network
-on a CPU computes in float32, so its bar counts it so. Rows (`cpu_seconds`: of all cores together)
+The bar is 1.3 times the largest network as it is stored, plus 2 GB. Quantizing and exporting (task
+`export-` and a profile's name, of the converted model) are judged on one image of 256 px in two
+steps and its edit, so their seconds are those of the work on the weights; a float network on a CPU
+computes in float32, so their bar counts it so. Rows (`cpu_seconds`: of all cores together)
 go to benchmarks/results/large_models.jsonl, with the PSNR of that image and of an edit of it, and
 the SQNR of each network, in dB; the exit status is 1 where a peak is over its bar.
 """
@@ -36,7 +37,9 @@ from benchmarks.published_models import Published
 
 RESULTS = Path(__file__).parent / "results" / "large_models.jsonl"
 TIMES, PLUS = 1.3, 2e9
-TASKS = ("convert", "int8-dynamic", "int8-static")
+EXPORT = "export-"
+EXPORTED = ("onnx", "onnx-fp16", "openvino", "openvino-fp16", "tensorrt-rtx-fp16")
+TASKS = ("convert", "int8-dynamic", "int8-static", *(EXPORT + p for p in EXPORTED))
 NAMES = {"F16": np.float16, "F32": np.float32}
 VAE = {"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32}
 TEXT = {"hidden_size": 768, "intermediate_size": 3072}
@@ -66,6 +69,16 @@ task, source, out = sys.argv[1:]
 start, said = time.perf_counter(), {}
 if task == "convert":
     sdlite.convert(source, out)
+elif task.startswith("export-"):
+    import pathlib, tempfile
+    from benchmarks.export import sized
+    from sdlite.exporters.export import export
+    with tempfile.TemporaryDirectory() as tmp:
+        profile = sized(task.removeprefix("export-"), 256, pathlib.Path(tmp))
+        made = export(source, out, target=profile, prompts=["two cats"], num_inference_steps=2)
+    parity = made["parity"]
+    said = {"psnr_mean": min(parity["psnr"]), "networks": {
+        p: n["sqnr"] for p, n in parity["networks"].items()}, "checked_by": made["checked_by"]}
 else:
     call = {"num_inference_steps": 2, "size": (256, 256)}
     gate = Gate(psnr_mean=0, psnr_worst=0, ssim_mean=-1, num_prompts=1, seeds=(0,),

@@ -5,9 +5,10 @@ opened only while they are called. For quantizing and for the checks of exports.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from sdlite import image_input, memory
 from sdlite.artifact import Artifact
-from sdlite.backends import Network, Networks, Report, ready
+from sdlite.backends import Network, Networks, Report, fixed_tokens, ready
 from sdlite.backends.held import entry
 from sdlite.metrics import sqnr
 from sdlite.onnx_graph import Graph
@@ -32,8 +33,8 @@ Visit = Callable[[str, int, str, np.ndarray], None]  # (part, step, tensor, valu
 
 class NamedOutputs:
     """A graph on onnxruntime's CPU provider that returns all its outputs by name. Opened at its
-    first call, and again after `close`. Its weights are written in float32: see `OnDemand`. Outputs
-    are computed as soon as they can be: see `Graph.earliest_first`.
+    first call, and again after `close`. Its weights are written in float32: see `on_demand`.
+    Outputs are computed as soon as they can be: see `Graph.earliest_first`.
     """
 
     def __init__(self, graph: Graph, path: Path, threads: int | None = None):
@@ -127,30 +128,31 @@ def closeness(network: Network, calls: Sequence[Call]) -> tuple[float, float]:
 
 
 class OnDemand:
-    """A network on onnxruntime that is opened when it is called and can be let go: a second copy of
-    a UNet in memory is one too many.
+    """A network that is opened when it is called and can be let go: a second copy of a UNet in
+    memory is one too many.
 
     Of a model of `LARGE` bytes, those that are open together have at most `TOGETHER` times the
-    bytes of the largest; the others are opened again when they are called again. What such a model
-    stores in float16 is opened from a copy in float32 in `aside`: onnxruntime reads both into
-    memory while it casts (SSD-1B's UNet: 9.1 GiB and 34 s, from the copy 5.1 GiB and 6 s).
+    bytes of the largest; the others are opened again when they are called again.
+
+    Attributes:
+        tokens: see `backends.fixed_tokens`, once it was open.
     """
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        part: str,
-        precision: str,
-        threads: int | None,
-        aside: Path | None = None,
-    ):
-        self.aside = aside
-        self.arguments = (artifact, part, precision, "cpu", threads)
-        self.size = artifact.bytes_of(artifact.network_files(precision, part))
+    def __init__(self, opener: Callable[[bool], Network], size: int):
+        """Args:
+        opener: opens it; it is told whether the model is large.
+        size: bytes of its files.
+        """
+        self.opener, self.size = opener, size
+        self.tokens: int | None = None
         self.all: list[OnDemand] = [self]  # of the model
         self._network: Network | None = None
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
+        return self.opened()(**inputs)
+
+    def opened(self) -> Network:
+        """The network, which is opened where it is not."""
         from sdlite.backends.ort import sparing
 
         if self._network is None:
@@ -159,23 +161,9 @@ class OnDemand:
             if large:
                 self._make_room(TOGETHER * max(sizes))
             with sparing() if large else nullcontext():
-                self._network = self._opened(large)
-        return self._network(**inputs)
-
-    def _opened(self, large: bool) -> Network:
-        artifact, part, precision, _, threads = self.arguments
-        half = artifact.network(precision, part)["storage"] == "float16"
-        if not (large and half and self.aside):
-            return ready("onnxruntime").load_part(*self.arguments)[0]
-        from sdlite.backends.ort import Session
-
-        path = self.aside / f"{part}.onnx"
-        if not path.exists():
-            entry(artifact, part, precision)  # verified before it is read
-            self.aside.mkdir(exist_ok=True)
-            Graph.load(artifact.graph(precision, part)).save(path, whole=True)
-        names = [t.name for t in artifact.spec(part).outputs]
-        return Session(str(path), "cpu", threads, 2 * self.size, names)
+                self._network = self.opener(large)
+            self.tokens = fixed_tokens(self._network)
+        return self._network
 
     def _make_room(self, limit: float) -> None:
         """Close the others where they and this one are more than `limit` bytes."""
@@ -194,6 +182,39 @@ class OnDemand:
         if self._network is not None:
             self._network = None
             memory.trim()  # SD-1.4's shape: 1.5 GB that onnxruntime freed and the C library kept
+
+
+def of_one_model(networks: Iterable[OnDemand]) -> None:
+    """Networks that make room for each other."""
+    held = list(networks)
+    for network in held:
+        network.all = held
+
+
+def _from_model(
+    artifact: Artifact,
+    part: str,
+    precision: str,
+    threads: int | None,
+    aside: Path | None,
+    large: bool,
+) -> Network:
+    """A model's network on onnxruntime. What a large model stores in float16 is opened from a copy
+    in float32 in `aside`: onnxruntime reads both into memory while it casts (SSD-1B's UNet: 9.1 GiB
+    and 34 s, from the copy 5.1 GiB and 6 s).
+    """
+    stored = artifact.network(precision, part)["storage"]
+    if not (large and stored == "float16" and aside):
+        return ready("onnxruntime").load_part(artifact, part, precision, "cpu", threads)[0]
+    from sdlite.backends.ort import Session
+
+    path, size = aside / f"{part}.onnx", artifact.bytes_of(artifact.network_files(precision, part))
+    if not path.exists():
+        entry(artifact, part, precision)  # verified before it is read
+        aside.mkdir(exist_ok=True)
+        Graph.load(artifact.graph(precision, part)).save(path, whole=True)
+    names = [t.name for t in artifact.spec(part).outputs]
+    return Session(str(path), "cpu", threads, 2 * size, names)
 
 
 def on_demand(
@@ -215,10 +236,13 @@ def on_demand(
         ready("onnxruntime").engine(),
     )
     networks = {
-        p: OnDemand(artifact, p, precision, threads, aside) for p in artifact.held_parts(precision)
+        p: OnDemand(
+            partial(_from_model, artifact, p, precision, threads, aside),
+            artifact.bytes_of(artifact.network_files(precision, p)),
+        )
+        for p in artifact.held_parts(precision)
     }
-    for network in networks.values():
-        network.all = list(networks.values())
+    of_one_model(networks.values())
     return Pipeline(artifact, Networks({**networks}, report, own.size_multiple))
 
 

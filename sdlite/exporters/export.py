@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from sdlite.exporters.report import ExportReport
 from sdlite.exporters.report import table as table  # the command line shows it
 from sdlite.exporters.rewrites.fixed_shapes import opset_of
 from sdlite.exporters.targets.base import Facts, Graphs, NotRunnable, Running, Seconds, Target
-from sdlite.instrument import let_go, on_demand
+from sdlite.instrument import OnDemand, let_go, of_one_model, on_demand
 from sdlite.io import scratch, write_json, writing
 from sdlite.manifest import INDEX, REPORT, STUDENT, Manifest
 from sdlite.pipeline import Pipeline
@@ -99,7 +101,7 @@ def export(
     wanted.check(artifact)
     resources.check(artifact, wanted.profile, job.source, Path(out))
     with resources.watched(wanted.profile), scratch("export") as aside, writing(out) as folder:
-        recording = job.record()
+        recording = job.record(aside)
         graphs, facts = job.graphs(recording, aside)
         made, networks = job.convert(graphs, recording, folder)
         rows = job.describe(folder, made, recording)
@@ -193,12 +195,13 @@ class _Job:
         self.profile, self.steps, self.threads = target.profile, steps, threads
         self.source = handed.source_of(artifact, self.profile)
         self.parts, self.left_out = handed.parts_of(artifact, target, self.source)
-        self.pipe = on_demand(artifact, threads, self.source)
         own = (manifest.calibration or {}).get("prompts")
         self.prompts = list(prompts or (own[:2] if isinstance(own, list) else PROMPTS))
 
-    def record(self) -> Recording:
-        """The model's own images, and the calls of its networks."""
+    def record(self, aside: Path) -> Recording:
+        """The model's own images, and the calls of its networks; `aside` is the job's scratch."""
+        self.aside, copies = aside, aside / "float32"
+        self.pipe = on_demand(self.artifact, self.threads, self.source, copies)
         out = parity.record(
             self.pipe,
             self.parts,
@@ -211,6 +214,7 @@ class _Job:
             },
         )
         let_go(self.pipe)
+        shutil.rmtree(copies, ignore_errors=True)  # calibration makes them again
         return out
 
     def graphs(self, recording: Recording, folder: Path) -> tuple[Graphs, Facts | None]:
@@ -300,6 +304,7 @@ class _Job:
         Args:
             given: what the converter was given: part -> graph or torch network.
         """
+        original = self._reference(reference, recording)
         with ExitStack() as stack:
             running, not_run = None, {}
             try:
@@ -309,18 +314,37 @@ class _Job:
             if running:
                 stack.callback(running.close)
             networks = dict(running.networks) if running else {}
-            for p in self.parts:
-                if p not in networks:
-                    networks[p] = self._network(p, made[p], given[p], not_run)
+            networks |= self._networks(
+                {p: made[p] for p in made if p in self.parts and p not in networks}, given, not_run
+            )
             by_rows = {p: handed.by_rows(n, self.profile) for p, n in networks.items()}
-            original = self._reference(reference, recording)
             found = parity.measure(self.pipe, recording, by_rows, not_run, original)
             clocked = self._own_images(running, recording, found) if running else None
         what = "torch network" if self.target.from_torch else "graph"
         return _Checked(found, clocked, _HANDED[what] if not_run else "the runtime itself")
 
+    def _networks(
+        self, made: Made, given: Mapping[str, Path | TorchNetwork], not_run: dict[str, str]
+    ) -> dict[str, OnDemand]:
+        """Networks that were opened once, so that `not_run` says which do not run here; those of a
+        large model are not all open at once.
+        """
+        out = {}
+        for p, files in made.items():
+            size = sum(f.stat().st_size for f in files)
+            out[p] = OnDemand(partial(self._network, p, files, given[p], not_run), size)
+        of_one_model(out.values())
+        for network in out.values():
+            network.opened()
+        return out
+
     def _network(
-        self, part: str, files: Sequence[Path], given: Path | TorchNetwork, not_run: dict[str, str]
+        self,
+        part: str,
+        files: Sequence[Path],
+        given: Path | TorchNetwork,
+        not_run: dict[str, str],
+        _: bool,
     ) -> Network:
         """A network on the runtime; or what the converter was given, and `not_run` says why."""
         if part not in not_run:
@@ -336,8 +360,10 @@ class _Job:
         """The images of the float model that the check names."""
         if model is None:
             return None
-        pipe = _float_pipeline(model, self.threads)
-        return parity.make_images(pipe, self.prompts, recording.arguments)
+        pipe = _float_pipeline(model, self.threads, self.aside / "reference")
+        made = parity.make_images(pipe, self.prompts, recording.arguments)
+        let_go(pipe)
+        return made
 
     def _own_images(self, running: Running, recording: Recording, found: Parity) -> Seconds:
         """Compare the images that the target makes by itself, and take their time."""
@@ -426,7 +452,7 @@ def _failed(
     )
 
 
-def _float_pipeline(model: str | Path, threads: int | None) -> Pipeline:
+def _float_pipeline(model: str | Path, threads: int | None, aside: Path) -> Pipeline:
     """The reference's pipeline, in the widest float precision that it holds."""
     artifact = Artifact.open(hub.resolve(model, None))
     held = [p for p in ("fp32", "fp16") if artifact.has_onnx(p)]
@@ -434,9 +460,7 @@ def _float_pipeline(model: str | Path, threads: int | None) -> Pipeline:
         raise PrecisionError(
             f"the reference {model} holds no float ONNX graphs; name the model that was quantized."
         )
-    return Pipeline.from_pretrained(
-        artifact.folder, precision=held[0], backend="onnxruntime", threads=threads
-    )
+    return on_demand(artifact, threads, held[0], aside)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -19,7 +20,7 @@ import pytest
 pytest.importorskip("onnx", reason="needs the quantize extra")
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
-from sdlite import exported
+from sdlite import exported, instrument
 from sdlite.artifact import Artifact
 from sdlite.backends import RowByRow
 from sdlite.backends.ort import Session
@@ -494,6 +495,32 @@ def test_float16_of_a_model_that_holds_float32_only(target, wide, tmp_path):
     assert min(report["parity"]["psnr"]) >= 40
     with pytest.raises(PrecisionError, match="wants int8-static: quantize it first"):
         export(wide, tmp_path / "x", target="onnx-int8")
+
+
+def test_networks_of_a_large_export_are_not_all_open_while_it_is_checked(tmp_path, monkeypatch):
+    asked = {"prompts": PROMPTS[:1], "num_inference_steps": 2, "threads": 1, "target": "onnx"}
+    opened, most = [], []
+    run = targets.get("onnx").run
+
+    def counted(self, part, files, threads):
+        network = run(self, part, files, threads)
+        opened.append(weakref.ref(network))
+        most.append(sum(o() is not None for o in opened))
+        return network
+
+    monkeypatch.setattr(targets.get("onnx"), "run", counted)
+    usual = export(EMOJI, tmp_path / "usual", **asked)
+    assert most == [1, 2, 3, 4]
+    opened.clear(), most.clear()
+    monkeypatch.setattr(instrument, "LARGE", 0)
+    report = export(EMOJI, tmp_path / "large", **asked)
+    assert max(most) < 4
+    assert len(most) > 4, "closed ones are opened again"
+    for part, figures in usual["parity"]["networks"].items():
+        assert report["parity"]["networks"][part]["calls"] == figures["calls"]
+        assert report["parity"]["networks"][part]["sqnr"] >= 80
+    assert min(report["parity"]["psnr"] + report["parity"]["edit"]) >= 60
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
 @settings
