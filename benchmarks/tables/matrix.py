@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.tables.rows import read, table
@@ -117,6 +118,10 @@ def targets() -> list[str]:
         when.setdefault(r["model"], {})[f"{r['date']} `{r['commit']}`"] = None
     if not cells:
         return ["Not measured yet: run `python -m benchmarks.targets`."]
+    for name, target, found, measured in _exported():
+        if target not in cells.get(name, {target: {}}):
+            cells[name][target] = found
+            when[name][measured] = None
     every = [t for t in TARGETS if any(t in found for found in cells.values())]
     notes = Notes()
     body = [
@@ -125,6 +130,17 @@ def targets() -> list[str]:
         if name in cells
     ]
     return [*table(["model", *(f"`{t}`" for t in every), "measured"], body), *notes.lines()]
+
+
+def _exported() -> Iterator[tuple[str, str, Row, str]]:
+    """(model, target, cell, when) of the same models' rows of `benchmarks.export`."""
+    for r in read("exports"):
+        name, kind, _ = r["model"].partition(", narrow")
+        if kind and r["model"].endswith(kind) and "parity" in r:
+            images = [*(r["parity"]["psnr"] or []), *(r["parity"].get("edit") or [])]
+            least = min(n["sqnr"] for n in r["parity"]["networks"].values())
+            found = {"psnr": min(images), "sqnr": least, "run": r["not_run"] is None}
+            yield name, r["profile"], found, f"{r['date']} `{r['commit']}`"
 
 
 def _cell(found: Row | None, notes: Notes) -> str:

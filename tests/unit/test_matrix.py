@@ -71,10 +71,13 @@ def test_the_table_of_targets_takes_the_last_cell_of_each(monkeypatch):
         {"model": "sd14", "targets": {"web": works | {"sampler": "ddim"}}, **about},
         {"model": "sd14", "targets": {"onnx": {"failed": "gate", "psnr": 1, "sqnr": 2}}, **about},
     ]
-    monkeypatch.setattr(matrix, "read", lambda _: rows)
+    export = {"parity": report({})["parity"], "not_run": "no Mac", "profile": "coreml", **about}
+    exports = [export | {"model": m} for m in ("vega, narrow", "vega, narrow (int8)", "vega")]
+    found = {"targets": rows, "exports": [*exports, export | {"model": "odd, narrow"}]}
+    monkeypatch.setattr(matrix, "read", found.__getitem__)
     assert matrix.targets()[2:] == [
-        "| `sd14` | failed (1) 1.0 / 2.0 | 80.0 / 90.0, ddim | d `c` |",
-        "| `vega` | 80.0 / 90.0* | refused (2) | d `c` |",
+        "| `sd14` | failed (1) 1.0 / 2.0 | 80.0 / 90.0, ddim |  | d `c` |",
+        "| `vega` | 80.0 / 90.0* | refused (2) | 75.5 / 61.3* | d `c` |",
         "",
         "1. gate",
         "2. one encoder",
