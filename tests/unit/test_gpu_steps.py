@@ -49,6 +49,27 @@ def test_what_does_not_fit_is_named(tmp_path, monkeypatch, capsys):
     assert "no time was left for: emoji; sd14; bk-tiny; ssd-1b" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_both_sides_call_the_unet_as_often():
+    """The embedded student needs no guidance; diffusers' own default would call it twice a step."""
+    import torch
+
+    counts = []
+    for make, kind in ((images.ours, "fp32"), (images.theirs, "diffusers fp32")):
+        rows = []
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda m, given, rows=rows: (
+                rows.append(len(given[0])) if "UNet2D" in type(m).__name__ else None
+            )
+        )
+        try:
+            make(common.folder("emoji", None), "cpu", kind)(64, 2)
+        finally:
+            hook.remove()
+        counts.append(rows)
+    assert counts[0] == counts[1] == [2] * images.STEPS
+
+
 def test_options_reach_a_gpus_provider(monkeypatch):
     opened = []
     monkeypatch.setattr(graphs.ort, "InferenceSession", lambda *a, **k: opened.append(k))
