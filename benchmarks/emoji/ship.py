@@ -83,7 +83,7 @@ def main() -> None:
             name=args.name,
             student=student,
             calibration_prompts=read_prompts(PROMPTS),
-            keep_float={p: (*KEEP_FLOAT[p], *more) for p, more in EXTRA.items()},
+            keep_float={p: (*KEEP_FLOAT.get(p, ()), *more) for p, more in EXTRA.items()},
             sampler={
                 "name": "ddim",
                 "num_inference_steps": args.steps,

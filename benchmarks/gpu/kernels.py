@@ -1,21 +1,28 @@
-"""Where the time of a UNet's call goes on a GPU, by kind of kernel.
+"""Where the time of a UNet's call goes on a GPU, by kind of kernel; how near the libraries' own
+kernels are to what the GPU can do.
 
     python -m benchmarks.gpu.kernels [--models sd14 bk-tiny ssd-1b] [--size 512]
 
 torch's profiler over five calls of the UNet in float16, guided (two rows), after two that are not
 counted: what the device spent in matrix products, convolutions, attention, norms and the rest, and
-how long it stood idle between kernels. Rows go to gpu_kernels.jsonl.
+how long it stood idle between kernels. Before that, one row of single operations at SD-1.4's
+shapes: `floor` is the time that their arithmetic at the rate of a large matrix product, or their
+bytes (each read and written once) at the rate of a large copy, would take, whichever is longer;
+`share` is floor / seconds. An own kernel could pay where it is low and the time matters. Rows go
+to gpu_kernels.jsonl.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import common, images
@@ -23,6 +30,7 @@ from sdlite.spec import latent_size
 
 MODELS = ("sd14", "bk-tiny", "ssd-1b")
 CALLS = 5
+LAUNCHES = 20  # of an operation in a timed call: one alone is mostly launching
 KINDS = (  # words in a kernel's or an operator's name -> kind; the first that fits
     ("attention", ("flash", "fmha", "attention", "sdpa", "softmax")),
     ("convolution", ("conv", "cudnn", "implicit", "winograd", "nchw", "nhwc")),
@@ -30,6 +38,65 @@ KINDS = (  # words in a kernel's or an operator's name -> kind; the first that f
     ("norm", ("norm", "welford", "moments")),
     ("copy", ("copy", "memcpy", "memset", "cat", "transpose")),
 )
+
+
+Op = tuple[Callable[[], Any], float, float]  # the call, its operations, its bytes
+
+
+def narrow(device: str) -> torch.dtype:
+    """Of the operations: CPUs are slow in float16."""
+    return torch.float16 if device == "cuda" else torch.float32
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """What this GPU reaches: float16 operations a second in a product of two large matrices, bytes
+    a second, read and written, in a large copy.
+    """
+    n, size = (8192, 1 << 30) if device == "cuda" else (256, 1 << 20)
+    a, b = (torch.randn(n, n, device=device, dtype=narrow(device)) for _ in "ab")
+    x = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    seconds = [_each(call) for call in (lambda: torch.mm(a, b), lambda: y.copy_(x))]
+    return {"operations": 2.0 * n**3 / seconds[0], "bytes": 2.0 * size / seconds[1]}
+
+
+def _each(call: Callable[[], Any]) -> float:
+    """Median seconds of one of `LAUNCHES` calls behind each other."""
+    seconds: float = common.timed(lambda: [call() for _ in range(LAUNCHES)])["seconds"]
+    return seconds / LAUNCHES
+
+
+def operations(device: str, rows: int) -> dict[str, Op]:
+    """Name -> an operation of SD-1.4's UNet at 512 px in float16, on so many rows."""
+    half = {"device": device, "dtype": narrow(device)}
+    px = 64 if device == "cuda" else 8  # side of the latents
+    out: dict[str, Op] = {}
+    for heads, size in ((8, 40), (10, 64)):  # SD-1.4's, and SDXL's
+        q, k, v = (torch.randn(rows, heads, px * px, size, **half) for _ in range(3))
+        count, moved = 4.0 * rows * heads * px**4 * size, 4.0 * q.nbytes
+        call = lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
+        out[f"attention, head size {size}"] = (call, count, moved)
+    scores = torch.randn(rows * 8, px * px, px * px, **half)
+    out["softmax"] = (lambda: scores.softmax(-1), 0.0, 2.0 * scores.nbytes)
+    x = torch.randn(rows, 320, px, px, **half)
+    w, b = torch.ones(320, **half), torch.zeros(320, **half)
+    out["group norm and SiLU"] = (lambda: F.silu(F.group_norm(x, 32, w, b)), 0.0, 2.0 * x.nbytes)
+    kernel = torch.randn(320, 320, 3, 3, **half)
+    count = 2.0 * rows * px * px * 320 * 320 * 9
+    moved = 2.0 * x.nbytes + kernel.nbytes
+    out["convolution, 3 by 3"] = (lambda: F.conv2d(x, kernel, padding=1), count, moved)
+    return out
+
+
+@torch.no_grad()
+def near_the_limit(device: str) -> dict[str, Any]:
+    """{"rows", "ceilings", "operations": name -> {"seconds", "floor", "share"}}."""
+    rows = 16 if device == "cuda" else 1
+    top, found = ceilings(device), {}
+    for name, (call, count, moved) in operations(device, rows).items():
+        floor, seconds = max(count / top["operations"], moved / top["bytes"]), _each(call)
+        found[name] = {"seconds": seconds, "floor": floor, "share": floor / seconds}
+    return {"rows": rows, "ceilings": top, "operations": found}
 
 
 def kind_of(name: str) -> str:
@@ -85,6 +152,8 @@ def main() -> int:
     ap.add_argument("--size", type=int, default=512, metavar="PX")
     args = ap.parse_args()
     budget, about = common.Budget(args.minutes), common.about(args.device)
+    with common.freed():
+        common.keep(args.out, {**near_the_limit(args.device), **about})
     for model in args.models:
         if not budget.allows(model, 60):
             continue

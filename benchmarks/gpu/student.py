@@ -136,10 +136,16 @@ class Recipe:
         return self._training("decoder", "train_decoder", 12_000, *given, *how)
 
     def _shipped(self) -> Stage:
-        out, seen_all = self.state / "shipped", round(230_000 * self.args.times)
+        out, n = self.state / "shipped", self.args.times
+        recipe = (
+            "from the embedded student before: task + output + feature distillation from the"
+            f" teacher ({60_000 * n:,.0f} images), guidance 2 ({80_000 * n:,.0f}), progressive 8 and"
+            f" 4 steps ({30_000 * n:,.0f} and {60_000 * n:,.0f}); decoder ({12_000 * n:,.0f})"
+        )
         given = ("--model", self.state / "p4" / "model")
         given += ("--vae", self.state / "decoder" / "model" / "vae")
-        how = ("--steps", 4, "--guidance", 1, "--images", seen_all, "--out", out)
+        how = ("--steps", 4, "--guidance", 1, "--images", round(230_000 * n), "--out", out)
+        how += ("--recipe", recipe)
         whole = (out / "sdlite.json").exists
         return Stage("shipped", lambda _: self._script("ship", *given, *how), whole, 90)
 

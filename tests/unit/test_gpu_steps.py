@@ -39,7 +39,10 @@ def test_images_graphs_and_kernels(tmp_path, monkeypatch):
     made = rows(graphs, tmp_path, monkeypatch, *small)[-3:]
     assert [r["kind"] for r in made] == ["fp32", "fp16", "fp16 nhwc"]
     assert min(r["psnr_to_cpu_fp32"] for r in made) >= 40
-    [spent] = rows(kernels, tmp_path, monkeypatch, "--models", "emoji", "--size", "64")[-1:]
+    found = rows(kernels, tmp_path, monkeypatch, "--models", "emoji", "--size", "64")
+    limits, spent = found[-2:]
+    assert all(o["share"] == o["floor"] / o["seconds"] for o in limits["operations"].values())
+    assert limits["ceilings"]["operations"] > 0 < limits["ceilings"]["bytes"]
     assert spent["milliseconds"]["convolution"] > 0
 
 
