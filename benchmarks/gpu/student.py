@@ -139,8 +139,8 @@ class Recipe:
         out, n = self.state / "shipped", self.args.times
         recipe = (
             "from the embedded student before: task + output + feature distillation from the"
-            f" teacher ({60_000 * n:,.0f} images), guidance 2 ({80_000 * n:,.0f}), progressive 8 and"
-            f" 4 steps ({30_000 * n:,.0f} and {60_000 * n:,.0f}); decoder ({12_000 * n:,.0f})"
+            f" teacher ({60_000 * n:,.0f} images), guidance 2 ({80_000 * n:,.0f}), progressive 8"
+            f" and 4 steps ({30_000 * n:,.0f} and {60_000 * n:,.0f}); decoder ({12_000 * n:,.0f})"
         )
         given = ("--model", self.state / "p4" / "model")
         given += ("--vae", self.state / "decoder" / "model" / "vae")
