@@ -167,6 +167,35 @@ def test_kept_layers_keep_their_names_through_folding(tmp_path):
     assert not {n for n in some if n == "conv_in" or n.startswith("up_blocks.2.")}
 
 
+@pytest.mark.parametrize(("encoder", "calls"), [(False, 1), (True, 2)])
+def test_ranges_are_those_of_an_edit_too(tmp_path, monkeypatch, emoji, encoder, calls):
+    """The decoder is given the latents of an image, and those of its edit."""
+    from sdlite.exporters.rewrites.fixed_shapes import fix
+
+    latents = (1, 8, 8, 8)
+    shapes = {
+        "text_encoder": {"input_ids": (1, 28)},
+        "unet": {"sample": latents, "timestep": (), "encoder_hidden_states": (1, 28, 192)},
+        "vae_decoder": {"latent_sample": latents},
+        **({"vae_encoder": {"sample": (1, 3, 64, 64)}} if encoder else {}),
+    }
+    seen = []
+
+    class Seen(a16w8.Histogram):
+        def add(self, x, step, name):
+            seen.append((name, x.shape))
+            super().add(x, step, name)
+
+    monkeypatch.setattr(a16w8, "Histogram", Seen)
+    original = {p: Graph.load(EMOJI / p / "model.onnx") for p in shapes}
+    fixed = {p: Graph.load(fix(g, shapes[p], tmp_path / f"{p}.onnx")) for p, g in original.items()}
+    layers = {p: {"first": g.layers()[0]} for p, g in fixed.items()}
+    call = {"num_inference_steps": 2, "sampler": emoji.artifact.sampler_name}
+    ranges = a16w8.observe(fixed, layers, emoji, ["a house"], tmp_path, 1, **call)
+    assert set(ranges) == set(shapes)
+    assert seen.count((f"vae_decoder/{layers['vae_decoder']['first'].input}", latents)) == calls
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -15,13 +15,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from onnx import NodeProto, helper
 
 from sdlite import image_input
 from sdlite.backends import RowByRow
+from sdlite.exporters import parity
 from sdlite.instrument import NamedOutputs, Watched, with_networks
 from sdlite.onnx_graph import Graph, Layer, constant
 from sdlite.pipeline import Pipeline
@@ -64,7 +65,7 @@ def observe(
     **arguments: Any,
 ) -> dict[str, dict[str, Range]]:
     """Ranges of the layers' inputs and outputs, zero included, while the pipeline makes images of
-    `prompts` (seed 1000 + i for prompt i), and encodes them.
+    `prompts` (seed 1000 + i for prompt i), and edits them: the decoder is given other latents then.
 
     Args:
         graphs: part -> graph of batch 1.
@@ -87,9 +88,13 @@ def observe(
         )
         watched[p] = RowByRow(Watched(pipe.artifact.spec(p), session, visit))
     made = with_networks(pipe, watched)
+    call = cast(parity.CallArguments, arguments)
+    strength = parity.edit_strength(pipe, call) if "vae_encoder" in watched else None
     for i, prompt in enumerate(prompts):
         done = made(prompt, seed=1000 + i, **arguments)
-        if "vae_encoder" in watched:
+        if strength is not None:
+            made(prompt, seed=1000 + i, image=done.images[0], strength=strength, **arguments)
+        elif "vae_encoder" in watched:
             watched["vae_encoder"](sample=image_input.pixels(done.images))
     return {p: {t: choose_range(h, "min-max") for t, h in seen[p].items()} for p in graphs}
 

@@ -128,6 +128,7 @@ class QNN(Target[Options]):
                 aside,
                 threads,
                 num_inference_steps=steps,
+                sampler=pipe.artifact.sampler_name,
                 **self.profile.size,
             )
         out = {}
