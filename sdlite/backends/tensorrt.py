@@ -186,20 +186,26 @@ class Engine:
         if self.graph is not None:
             _ok(self.cuda.cudaGraphLaunch(self.graph, self.stream))
             return
-        if self.calls == 2:
+        if self.calls == 2 and self._capturable():
             _ok(
                 self.cuda.cudaStreamBeginCapture(
                     self.stream, self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
                 )
             )
             done = self.context.execute_async_v3(int(self.stream))
-            captured = _ok(self.cuda.cudaStreamEndCapture(self.stream))
-            if done:
+            # an engine that cannot be captured (it waits for the device inside) runs plainly
+            error, captured = self.cuda.cudaStreamEndCapture(self.stream)
+            if done and not int(error):
                 self.graph = _ok(self.cuda.cudaGraphInstantiate(captured, 0))
                 _ok(self.cuda.cudaGraphLaunch(self.graph, self.stream))
                 return
         if not self.context.execute_async_v3(int(self.stream)):
             raise RuntimeError(f"TensorRT could not run {self.spec.part}; its log has the reason.")
+
+    def _capturable(self) -> bool:
+        """Whether the context can be captured; TensorRT for RTX tells."""
+        ask = getattr(self.context, "is_stream_capturable", None)
+        return ask is None or bool(ask(int(self.stream)))
 
     def _forget(self) -> None:
         if self.graph is not None:

@@ -188,6 +188,28 @@ def test_one_thread_at_a_time_uses_an_engine(engine, monkeypatch):
         assert all(pool.map(call, range(200)))
 
 
+def test_an_engine_that_cannot_be_captured_runs_plainly(engine, monkeypatch):
+    network, cuda = engine
+
+    def invalid(self, stream):
+        self.capturing = False
+        return 901, None
+
+    monkeypatch.setattr(Cuda, "cudaStreamEndCapture", invalid)
+    for i in range(4):
+        x = np.full((1, 2, 3, 3), i, np.float32)
+        np.testing.assert_array_equal(network(latent_sample=x)["sample"], 2 * x)
+    assert [w for w in cuda.log if w != "malloc"] == ["plain", "capture", "plain", "plain", "plain"]
+
+
+def test_a_context_that_says_it_cannot_be_captured_is_not(engine):
+    network, cuda = engine
+    network.context.is_stream_capturable = lambda stream: stream != 7
+    for _ in range(3):
+        network(latent_sample=np.ones((1, 2, 3, 3), np.float32))
+    assert [w for w in cuda.log if w != "malloc"] == ["plain"] * 3
+
+
 def test_refused_shape_leaves_the_next_call_right(engine):
     network, _ = engine
     x = np.ones((1, 2, 3, 3), np.float32)
