@@ -33,7 +33,7 @@ from sdlite.distill import checkpoints
 EMOJI = common.ROOT / "benchmarks" / "emoji"
 SHORTEST = 60  # seconds that are worth a start
 SPREADS = 2.0  # standard deviations over seeds that are no accident
-MOST_MB = 25.0  # of the shipped folder
+LARGER = 1.02  # of today's bytes: the wheel has no room for more
 BETTER = {"identity@1": 1, "kid": -1}  # figure -> its better direction; both must be clearly better
 NO_WORSE = {"exact@1": 1, "colour": 1, "heldout@1": 1}
 
@@ -156,15 +156,17 @@ class Recipe:
         labels = ("--label", "today", "--label", "new", "--backend", "onnxruntime")
         how = ("--threads", str(os.cpu_count() or 1), "--out", str(out))
         how += ("--prompts", str(self.args.prompts), "--seeds", str(self.args.seeds))
+        how += ("--heldout", str(self.args.heldout))
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.quality"]
         return Stage("compared", lambda _: [*command, *models, *labels, *how], out.exists, 150)
 
 
-def verdict(today: dict[str, Any], new: dict[str, Any], megabytes: float) -> dict[str, Any]:
-    """Whether a student is to replace today's: rows of `benchmarks.quality` of both.
+def verdict(today: dict[str, Any], new: dict[str, Any], size: float) -> dict[str, Any]:
+    """Whether a student is to replace today's: rows of `benchmarks.quality` of both, and the new
+    one's bytes as a multiple of today's.
 
     identity@1 and KID must both be better by more than `SPREADS` standard deviations (of the seeds
-    of both), no other figure worse by as much, and the folder within `MOST_MB`.
+    of both), no other figure worse by as much, and the size at most `LARGER`.
     """
     gains = {}
     for name, sign in (BETTER | NO_WORSE).items():
@@ -173,9 +175,9 @@ def verdict(today: dict[str, Any], new: dict[str, Any], megabytes: float) -> dic
         gains[name] = {"gain": gain, "spread": spread}
     against = [f"{n} is not clearly better" for n in BETTER if not _more(gains[n], 1)]
     against += [f"{n} is clearly worse" for n in NO_WORSE if _more(gains[n], -1)]
-    if megabytes > MOST_MB:
-        against.append(f"{megabytes:.1f} MB, at most {MOST_MB:g}")
-    return {"replace": not against, "against": against, "gains": gains, "megabytes": megabytes}
+    if size > LARGER:
+        against.append(f"{size:.2f} times as large, at most {LARGER:g}")
+    return {"replace": not against, "against": against, "gains": gains, "size": size}
 
 
 def _more(found: dict[str, float], sign: int) -> bool:
@@ -219,13 +221,18 @@ def same(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.state} was begun with {begun}, not {now}; choose another --state.")
 
 
+def listed_bytes(model: Path) -> int:
+    """Of all files that its manifest names."""
+    files = json.loads((model / "sdlite.json").read_text())["files"].values()
+    return sum(f["bytes"] for f in files)
+
+
 def judged(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
     """The row of the comparison."""
-    shipped = args.state / "shipped"
+    size = listed_bytes(args.state / "shipped") / listed_bytes(hub.resolve("emoji", None))
     lines = (args.state / "quality.jsonl").read_text().splitlines()
     rows = {r["model"]: r for r in map(json.loads, lines)}
-    files = json.loads((shipped / "sdlite.json").read_text())["files"].values()
-    found = verdict(rows["today"], rows["new"], sum(f["bytes"] for f in files) / 1e6)
+    found = verdict(rows["today"], rows["new"], size)
     keys = ("mean", "std", "seeds", "steps", "guidance", "prompts", "heldout")
     both = {name: {k: rows[name][k] for k in keys} for name in ("today", "new")}
     told = {"times": args.times, "batch_size": args.batch_size}
@@ -242,6 +249,7 @@ def main() -> int:
     ap.add_argument("--batch-size", type=int, default=64)
     ap.add_argument("--until", metavar="STAGE", help="stop after this stage")
     ap.add_argument("--prompts", type=int, default=256)
+    ap.add_argument("--heldout", type=int, default=64)
     ap.add_argument("--seeds", type=int, default=3)
     args = ap.parse_args()
     budget, about = common.Budget(args.minutes), common.about(args.device)

@@ -233,17 +233,17 @@ def quality(**changed):
 
 
 @pytest.mark.parametrize(
-    ("changed", "megabytes", "against"),
+    ("changed", "size", "against"),
     [
-        ({"identity@1": 0.85, "kid": 1.0}, 24.0, []),
-        ({"identity@1": 0.81, "kid": 1.0}, 24.0, ["identity@1 is not clearly better"]),
-        ({"identity@1": 0.85, "kid": 3.0}, 24.0, ["kid is not clearly better"]),
-        ({"identity@1": 0.85, "kid": 1.0, "colour": 0.8}, 24.0, ["colour is clearly worse"]),
-        ({"identity@1": 0.85, "kid": 1.0}, 25.5, ["25.5 MB, at most 25"]),
+        ({"identity@1": 0.85, "kid": 1.0}, 1.0, []),
+        ({"identity@1": 0.81, "kid": 1.0}, 1.0, ["identity@1 is not clearly better"]),
+        ({"identity@1": 0.85, "kid": 3.0}, 1.0, ["kid is not clearly better"]),
+        ({"identity@1": 0.85, "kid": 1.0, "colour": 0.8}, 1.0, ["colour is clearly worse"]),
+        ({"identity@1": 0.85, "kid": 1.0}, 1.1, ["1.10 times as large, at most 1.02"]),
     ],
 )
-def test_a_student_replaces_todays_only_if_clearly_better(changed, megabytes, against):
-    found = student.verdict(quality(), quality(**changed), megabytes)
+def test_a_student_replaces_todays_only_if_clearly_better(changed, size, against):
+    found = student.verdict(quality(), quality(**changed), size)
     assert (found["against"], found["replace"]) == (against, not against)
 
 
