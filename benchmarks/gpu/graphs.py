@@ -107,6 +107,7 @@ def measure(folder: Path, device: str, kind: str, size: int, batch: int) -> dict
 def main() -> int:
     ap = common.arguments(__doc__ or "", "graphs")
     ap.add_argument("--models", nargs="+", default=list(MODELS), metavar="MODEL")
+    ap.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     ap.add_argument("--sizes", nargs="+", type=int, default=[512], metavar="PX")
     ap.add_argument("--batches", nargs="+", type=int, default=[1, 8], metavar="N")
     args = ap.parse_args()
@@ -115,7 +116,7 @@ def main() -> int:
         if not budget.allows(model, 90):
             continue
         folder = converted(model, args.scratch)
-        for kind in KINDS:
+        for kind in args.kinds:
             for size in [64] if model == "emoji" else args.sizes:
                 for batch in args.batches:
                     name = f"{model} {kind} {size} px batch {batch}"
