@@ -35,6 +35,9 @@ class Job:
     strategy: str
     seed: int
 
+    def __str__(self) -> str:
+        return f"{self.strategy}, seed {self.seed}"
+
 
 def wanted(args: argparse.Namespace) -> list[Job]:
     """All trainings of the table, seed by seed."""
@@ -125,7 +128,7 @@ def run(args: argparse.Namespace, budget: common.Budget) -> bool:
     try:
         while True:
             for job, code in workers.ended().items():
-                print(f"{job.strategy}, seed {job.seed}: exit {code}; {workers.last_line(job)}")
+                print(f"{job}: exit {code}; {workers.last_line(job)}")
             done = measured(args)
             todo = [j for j in wanted(args) if j not in done | tried | {*workers.running}]
             able = [j for j in todo if ready(j, done, args)]
@@ -136,7 +139,7 @@ def run(args: argparse.Namespace, budget: common.Budget) -> bool:
             elif not workers.running:
                 break
             elif budget.left <= 0:
-                print("no time was left for the end of:", ", ".join(map(str, workers.running)))
+                print("no time was left for the end of:", "; ".join(map(str, workers.running)))
                 break
             else:
                 time.sleep(0.2)
@@ -190,10 +193,14 @@ def arguments() -> argparse.Namespace:
     ap.add_argument("--prompts", type=int, default=128)
     ap.add_argument("--heldout", type=int, default=64)
     args = ap.parse_args()
-    name = distil.run_name(START, 0, args.images, args.batch_size)
-    args.student = args.student or args.state / "runs" / name / "model"
-    if args.table == "steps" and not args.student.exists():
-        ap.error(f"{args.student} is not trained yet: run --table size first, or give --student")
+    common.begun(args.out)
+    if args.table == "steps" and args.student is None:
+        name = distil.run_name(START, 0, args.images, args.batch_size)
+        args.student = args.state / "runs" / name / "model"
+        # a training that was stopped leaves a model too: its row says that it is whole
+        whole = ("size", START, 0, args.images, args.batch_size)
+        if not args.student.exists() or whole not in map(distil.key, distil.rows_of(args.out)):
+            ap.error(f"{args.student} is not trained: run --table size first, or give --student")
     return args
 
 
@@ -201,7 +208,6 @@ def main() -> int:
     args = arguments()
     budget = common.Budget(args.minutes)
     args.state.mkdir(parents=True, exist_ok=True)
-    common.begun(args.out)
     prepare(args)
     whole = run(args, budget)
     show(args)

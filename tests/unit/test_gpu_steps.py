@@ -203,6 +203,21 @@ def test_strategies_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsys)
         assert names == ["guidance", "progressive 8", "progressive 4"]
 
 
+def test_steps_begin_from_a_student_whose_training_ended(tmp_path, monkeypatch, capsys):
+    """A training that was stopped leaves a model too."""
+    start, state = strategies.START, tmp_path / "state"
+    (state / "runs" / distil.run_name(start, 0, 100, 32) / "model").mkdir(parents=True)
+    out = tmp_path / "rows.jsonl"
+    asked = ["--out", str(out), "--teacher", "T", "--state", str(state), "--images", "100"]
+    monkeypatch.setattr(sys, "argv", ["x", *asked, "--table", "steps"])
+    with pytest.raises(SystemExit):
+        strategies.arguments()
+    assert "is not trained: run --table size first" in capsys.readouterr().err
+    row = {"table": "size", "strategy": start, "seed": 0, "images": 100}
+    out.write_text(json.dumps(row) + "\n")
+    assert strategies.arguments().student.name == "model"
+
+
 def test_a_training_is_told_its_strategy_seed_and_minutes(tmp_path):
     args = argparse.Namespace(
         table="size",
