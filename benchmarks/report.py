@@ -120,10 +120,11 @@ def _published() -> list[str]:
         " rounding: the columns say whether each engine computes the int8 model that it is given,"
         " not how good int8 is. `lowest network`: SQNR of the network that int8 changes most, on"
         " the float model's own inputs. `the two engines apart`: images of onnxruntime and of"
-        " OpenVINO in float32, of one graph; they are no further apart than one is from itself"
+        " OpenVINO in float32, of one graph; they are about as far apart as one is from itself"
         " when its inputs change by 1e-5, and the same layers rounded in torch are as far from"
-        " float ([Quantizing](#quantizing), the rows `narrow`). torch is nearer than onnxruntime"
-        " in int8-dynamic: its weights have 8 bits, those of u8s7 seven."
+        " float ([Quantizing](#quantizing), the rows `narrow`). torch is up to 5 dB nearer"
+        " than onnxruntime in int8-dynamic (of `ssd-1b` 0.2 farther): its weights have 8 bits,"
+        " those of u8s7 seven. A model without a row was not measured."
         " `python -m benchmarks.published_int8` measures it again.",
         "",
         *matrix.int8(),
