@@ -82,6 +82,8 @@ def test_export_runs_on_its_runtime_and_holds_its_gate(target, tmp_path):
     assert report["parity"]["networks"]["unet"]["calls"] == 6 + 1  # an edit makes half of its steps
     assert report["parity"]["edit"][0] >= profile.load(target).gate.psnr
     assert report["left_out"] == {}
+    if target == "openvino-fp16":  # EMOJI's weights are float16: nothing else is rounded
+        assert report["parity"]["networks"]["unet"]["sqnr"] > 100
     on_disk = json.loads((tmp_path / "out/export-report.json").read_text())
     assert on_disk["files"].keys() == report["files"].keys()
     for name, about in on_disk["files"].items():
