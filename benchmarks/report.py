@@ -159,8 +159,8 @@ def _quantizing() -> list[str]:
         "",
         "Models of gigabytes at their true shape, random weights, one image of 256 px in two steps"
         " (`python -m benchmarks.large_models`); the bar is 1.3 times the largest network plus 2"
-        " GB, of int8 and exports counted in float32, which they are computed in. Minutes are of a machine that"
-        " does other work too:",
+        " GB, of int8 and exports counted in float32, which they are computed in. Minutes are of a"
+        " machine that does other work too:",
         "",
         *models.large(),
         "",
