@@ -171,8 +171,9 @@ def _quantizing() -> list[str]:
         ' all layers add up in the residual sum (`scheme="u8s8"` has 8, where CPUs have VNNI).'
         " int8-static loses it in the 8 bits of the convolutions' inputs and outputs; torch takes"
         " its ranges from these very calls, the graph from other images, which costs the narrow VAE"
-        " encoder more. Two engines are no further apart than one is from itself when its inputs"
-        " change by 1e-5: a value that falls to another of 256 levels changes what comes after it."
+        " encoder more. Two engines are as far apart as one is from itself (within 1 dB, or nearer)"
+        " when its inputs change by 1e-5: a value that falls to another of 256 levels changes what"
+        " comes after it."
         " One range holds all steps: a narrow LCM of random weights, whose latents grow fivefold in"
         " four steps, loses 6 dB of its first step to that (`calls` in the rows).",
         "",
