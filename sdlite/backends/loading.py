@@ -129,7 +129,7 @@ def _check(
         others = [b.name for b in registry.ordered() if precision in b.precisions and b.installed()]
         raise PrecisionError(
             f"backend {backend.name!r} has no {precision}; it has {', '.join(backend.precisions)}"
-            + (f"; {' and '.join(others)} {'have' if others[1:] else 'has'} it." if others else ".")
+            + (f"; backends here that have it: {', '.join(others)}." if others else ".")
         )
     if arithmetic is not None and arithmetic not in backend.arithmetic:
         raise PrecisionError(_untold(backend, arithmetic))
