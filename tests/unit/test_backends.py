@@ -69,7 +69,7 @@ def test_what_a_backend_says_of_itself_is_what_is_accepted(grey):
     with pytest.raises(UnknownNameError, match="device='cuda' is not known to backend 'grey'"):
         sdlite.Pipeline.from_pretrained(EMOJI, backend="grey", device="cuda")
     with pytest.raises(
-        PrecisionError, match="'grey' has no fp32; it has fp16, fp4; backends here .* onnxrunt"
+        PrecisionError, match=r"'grey' has no fp32; it has fp16, fp4; backends here .* onnxrunt"
     ):
         sdlite.Pipeline.from_pretrained(EMOJI, backend="grey", precision="fp32")
     with pytest.raises(
