@@ -135,17 +135,16 @@ class OnDemand:
     bytes of the largest; the others are opened again when they are called again.
 
     Attributes:
+        opener: opens it; it is told whether the model is large.
+        size: bytes of its files.
         tokens: see `backends.fixed_tokens`, once it was open.
+        all: the networks of its model, see `of_one_model`.
     """
 
     def __init__(self, opener: Callable[[bool], Network], size: int):
-        """Args:
-        opener: opens it; it is told whether the model is large.
-        size: bytes of its files.
-        """
         self.opener, self.size = opener, size
         self.tokens: int | None = None
-        self.all: list[OnDemand] = [self]  # of the model
+        self.all: list[OnDemand] = [self]
         self._network: Network | None = None
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:

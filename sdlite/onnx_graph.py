@@ -215,6 +215,16 @@ class Graph:
         out.replace([*(n for n in self.nodes if last.isdisjoint(n.output)), *ends[::-1]])
         return out
 
+    def drop_unread(self) -> None:
+        """In place: without nodes that no output needs, and their constants."""
+        needed, kept = {o.name for o in self.proto.graph.output}, []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        self.replace(kept[::-1])
+        self.prune()
+
     def prune(self) -> None:
         """Drop constants that no node uses."""
         used = {x for n in self.nodes for x in n.input}
@@ -230,13 +240,7 @@ class Graph:
             return out
         del out.proto.graph.output[:]
         out.proto.graph.output.extend(known[n] for n in wanted)
-        needed, kept = set(wanted), []
-        for node in reversed(out.nodes):
-            if needed.intersection(node.output):
-                needed.update(node.input)
-                kept.append(node)
-        out.replace(kept[::-1])
-        out.prune()
+        out.drop_unread()
         return out
 
     def outputs(self, names: Iterable[str]) -> Graph:

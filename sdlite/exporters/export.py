@@ -314,9 +314,8 @@ class _Job:
             if running:
                 stack.callback(running.close)
             networks = dict(running.networks) if running else {}
-            networks |= self._networks(
-                {p: made[p] for p in made if p in self.parts and p not in networks}, given, not_run
-            )
+            others = {p: made[p] for p in self.parts if p not in networks}
+            networks |= self._networks(others, given, not_run)
             by_rows = {p: handed.by_rows(n, self.profile) for p, n in networks.items()}
             found = parity.measure(self.pipe, recording, by_rows, not_run, original)
             clocked = self._own_images(running, recording, found) if running else None

@@ -125,14 +125,8 @@ def fuse_gelu(graph: Graph) -> Graph:
     for i, node in enumerate(nodes):
         if node.op_type == "Mul" and (x := _gelu_input(graph, makers, node)):
             nodes[i] = helper.make_node("Gelu", [x], node.output, name=node.name, domain=DOMAIN)
-    read = {o.name for o in graph.proto.graph.output}
-    kept = []
-    for node in reversed(nodes):  # what only the written out form needed goes
-        if read.intersection(node.output):
-            read.update(node.input)
-            kept.append(node)
-    graph.replace(kept[::-1])
-    graph.prune()
+    graph.replace(nodes)
+    graph.drop_unread()  # what only the written out form needed
     return graph
 
 
