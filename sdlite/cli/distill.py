@@ -74,6 +74,8 @@ def _run_wrong(args: argparse.Namespace) -> str:
 
 def _run(args: argparse.Namespace) -> None:
     with _extra():
+        from accelerate import PartialState
+
         from sdlite.distill.recipe import Recipe
         from sdlite.distill.run import plan, run
         from sdlite.distill.teacher import Teacher
@@ -93,6 +95,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     stopped = f"stopped after {done['seconds'] / 60:.1f} min; go on with --resume"
     terminal.say("finished" if done["finished"] else stopped)
+    PartialState().destroy_process_group()  # of launched processes, which end together
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -514,7 +514,12 @@ class _Loop:
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> Trained:
-        """Save the networks and their last images."""
+        """Save the networks and their last images; all processes must call it.
+
+        They end it together: a thread of gloo's may still hold what was gathered last, and a
+        process that Python leaves meanwhile is aborted, one in thirty or so
+        (https://github.com/pytorch/pytorch/issues/190489).
+        """
         self.log.close()
         averaged, loss = self._averaged(), self.log.loss
         if self.main:
@@ -524,6 +529,7 @@ class _Loop:
                 f"{self.out}: {self.images} images, step {self.step}, loss"
                 f" {math.nan if loss is None else loss:.4f}; networks in {self.out / 'model'}"
             )
+        self.accelerator.wait_for_everyone()
         return {
             "images": self.images,
             "step": self.step,
