@@ -34,7 +34,7 @@ import numpy as np
 
 from sdlite.artifact import Artifact
 from sdlite.errors import InputError
-from sdlite.families import vae_config
+from sdlite.families import inpaints, vae_config
 from sdlite.families.sd import guidance_embedding
 from sdlite.sampling import Noise, Schedule, get_sampler
 from sdlite.tokenizer import ClipTokenizer
@@ -76,6 +76,8 @@ def unfed(artifact: Artifact) -> str:
     """What of a model a program that runs one text encoder, and feeds a UNet its guidance besides
     latents, timestep and text, does not have; "" where it has all.
     """
+    if inpaints(artifact.config("unet"), artifact.config("vae")):
+        return "its UNet reads an image and a mask besides latents, timestep and text"
     named = [t.name for t in artifact.family.unet_inputs(artifact.config("unet"))]
     encoders = list(artifact.family.tokenizers)
     if encoders == ["text_encoder"] and not {*named} - {"timestep_cond"}:

@@ -149,12 +149,6 @@ def _exportable(
             f"{artifact.folder} failed its quality check ({'; '.join(artifact.failed)}); export a"
             " model that holds it."
         )
-    if families.inpaints(artifact.config("unet"), artifact.config("vae")):
-        raise InputError(
-            f"{artifact.name} is an inpainting model, whose UNet reads an image and a mask, and"
-            " exports are checked by images of prompts, and edits of these. Its ONNX graphs run as"
-            " they are: with sdlite.Pipeline, or optimum's ORTStableDiffusionInpaintPipeline."
-        )
     if artifact.family.controls and profile.target != "onnx":
         raise InputError(
             f"{artifact.name} has a ControlNet, which is exported for onnx alone, not for"

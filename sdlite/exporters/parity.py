@@ -15,7 +15,7 @@ from sdlite.editing import Edit
 from sdlite.errors import InputError
 from sdlite.exporters.profile import Gate
 from sdlite.image_input import from_array, pixels
-from sdlite.instrument import Call, Tape, closeness, controlled, with_networks
+from sdlite.instrument import Call, Tape, asked, closeness, controlled, with_networks
 from sdlite.metrics import psnr
 from sdlite.pipeline import Pipeline
 from sdlite.sampling import get_sampler
@@ -68,7 +68,7 @@ def record(
 ) -> Recording:
     """Make one image of each prompt (seed i for prompt i), edit the first of them where `parts`
     has an encoder, make one more after a control image where it has a ControlNet, and keep what
-    went in and out of each network.
+    went in and out of each network. The images of an inpainting model are edits already.
     """
     calls: dict[str, list[Call]] = {p: [] for p in parts}
     taped = with_networks(pipe, {p: Tape(pipe.networks.parts[p], calls[p]) for p in calls})
@@ -78,7 +78,7 @@ def record(
     if "controlnet" in calls:
         hint = controlled(taped, arguments["height"], arguments["width"])
         taped(prompts[0], seed=0, **arguments, **hint)
-    if "vae_encoder" in calls:
+    if "vae_encoder" in calls and not pipe.inpaints:
         out.strength = edit_strength(pipe, arguments)
         if out.strength is None:
             taped.network("vae_encoder")(sample=pixels([from_array(images[0])]))
@@ -111,9 +111,12 @@ def make_edit(pipe: Pipeline, recording: Recording) -> np.ndarray:
 
 
 def make_images(pipe: Pipeline, prompts: Sequence[str], arguments: CallArguments) -> np.ndarray:
-    """uint8 (N, H, W, 3): one image of each prompt, seed i for prompt i."""
+    """uint8 (N, H, W, 3): one image of each prompt, seed i for prompt i; of an inpainting model the
+    example's, repainted.
+    """
+    given = asked(pipe, arguments["height"], arguments["width"])
     return np.stack(
-        [np.asarray(pipe(p, seed=i, **arguments).images[0]) for i, p in enumerate(prompts)]
+        [np.asarray(pipe(p, seed=i, **arguments, **given).images[0]) for i, p in enumerate(prompts)]
     )
 
 

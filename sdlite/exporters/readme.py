@@ -84,6 +84,7 @@ def write(
     """
     recording, told, profile = export.recording, export.target.runtime(), export.target.profile
     numbers = _numbers(pipe, recording)
+    numbers |= _beside(pipe, recording, numbers)
     lines = [
         f"# {pipe.artifact.name} for {told.title}",
         "",
@@ -144,8 +145,8 @@ def _numbers(pipe: Pipeline, recording: Recording) -> dict[str, str]:
         told["steps_offset"] = 1
     shift = vae.get("shift_factor") or 0.0
     height, width = recording.images.shape[1:3]
-    _, channels, *side = given["sample"].shape
-    latents = f"(1, {channels}, height // {height // side[0]}, width // {width // side[1]})"
+    side = given["sample"].shape[2:]
+    latents = f"(1, {pipe.channels}, height // {height // side[0]}, width // {width // side[1]})"
     return {
         "TEXT": pipe.family.snippet(pipe.index, pipe.unet_config),
         "ZEROS": "".join(_zeros(t, given[t.name]) for t in spec.inputs),
@@ -161,6 +162,25 @@ def _numbers(pipe: Pipeline, recording: Recording) -> dict[str, str]:
         "SCALING": repr(vae["scaling_factor"]),
         "SHIFT": f" + np.float32({shift})" if shift else "",
         "NOISY": _step_arguments(cls, name),
+    }
+
+
+def _beside(pipe: Pipeline, recording: Recording, numbers: Mapping[str, str]) -> dict[str, str]:
+    """Placeholder -> what an inpainting model's code has besides."""
+    if not pipe.inpaints:
+        return {"BESIDE": "", "SAMPLE": "", "KEPT": ""}
+    given = {**numbers, **_encoded(pipe, recording)}
+    beside = _filled(snippets.BESIDE, given)
+    return {"BESIDE": f"{beside}\n", "SAMPLE": snippets.SAMPLE.rstrip(), "KEPT": snippets.KEPT[1:]}
+
+
+def _encoded(pipe: Pipeline, recording: Recording) -> dict[str, str]:
+    """Placeholder -> code from what the encoder gives to latents."""
+    drawn = recording.specs["vae_encoder"].output.name == "latent_parameters"
+    shift, factor = pipe.vae_config.get("shift_factor") or 0.0, pipe.vae_config["scaling_factor"]
+    return {
+        "ENCODED": (snippets.DRAWN if drawn else snippets.PLAIN).strip("\n"),
+        "FROM_ENCODER": f"(encoded - {shift}) * {factor}" if shift else f"encoded * {factor}",
     }
 
 
@@ -182,7 +202,7 @@ def _around(
 ) -> list[str]:
     """What goes in and out of the networks, in words."""
     height, width = recording.images.shape[1:3]
-    latents = (1, *recording.calls["unet"][0][0]["sample"].shape[1:])
+    latents = (1, pipe.channels, *recording.calls["unet"][0][0]["sample"].shape[2:])
     free = any("width" in str(n) for t in about["unet"]["inputs"] for n in t["shape"])
     sizes = f"or any multiples of {pipe.networks.size_multiple}" if free else "this size alone"
     shift = numbers["SHIFT"].replace("np.float32", "")
@@ -206,7 +226,24 @@ def _around(
             " / 2 + 0.5) x 255 is 0 to 255."
         ),
         *_encoder(pipe, recording),
+        *_painted(pipe),
         "",
+    ]
+
+
+def _painted(pipe: Pipeline) -> list[str]:
+    """What an inpainting UNet is given besides latents."""
+    if not pipe.inpaints:
+        return []
+    return [
+        (
+            f"- `sample` of the UNet: {pipe.channels} channels of latents, one of the mask (1 is"
+            f" painted anew; every {pipe.stride}th pixel of it), and"
+        ),
+        (
+            f"  {pipe.channels} of the encoded image, whose painted pixels are 0 (gray); the last"
+            " two are the same in every step."
+        ),
     ]
 
 
@@ -220,7 +257,7 @@ def _encoder(pipe: Pipeline, recording: Recording) -> list[str]:
     z = "mean + exp(log variance / 2) x unit normal noise" if drawn else "what it gives"
     return [
         (
-            "- Encoder, for edits: its pixels are 0 to 255 / 127.5 - 1; z is"
+            "- Encoder: its pixels are 0 to 255 / 127.5 - 1; z is"
             f" {z}, and latents are {scaled} x"
             f" {pipe.vae_config['scaling_factor']}."
         )
@@ -275,7 +312,8 @@ def _code(
         "",
         (
             "With transformers' tokenizer and diffusers' scheduler (`pip install transformers"
-            " diffusers torch pillow`), after `load` above:"
+            " diffusers torch pillow`), after `load` above"
+            + (", of `photo.png` and `mask.png`:" if pipe.inpaints else ":")
         ),
         "",
         "```python",
@@ -289,15 +327,11 @@ def _edit(pipe: Pipeline, recording: Recording, numbers: Mapping[str, str]) -> l
     """A snippet that edits the image, where there is an encoder and the sampler edits."""
     if recording.strength is None:
         return []
-    drawn = recording.specs["vae_encoder"].output.name == "latent_parameters"
     spreads = pipe.family.spreads(pipe.index)
-    steps, shift = pipe.defaults.num_inference_steps, pipe.vae_config.get("shift_factor") or 0.0
-    factor = pipe.vae_config["scaling_factor"]
     more = {
-        "ENCODED": (snippets.DRAWN if drawn else snippets.PLAIN).strip("\n"),
-        "FROM_ENCODER": f"(encoded - {shift}) * {factor}" if shift else f"encoded * {factor}",
+        **_encoded(pipe, recording),
         "FIRST": (snippets.SPREAD if spreads else snippets.LAST).strip("\n"),
-        "STRENGTH": "0.6" if steps > 1 else "1.0",
+        "STRENGTH": "0.6" if pipe.defaults.num_inference_steps > 1 else "1.0",
     }
     return [
         "",

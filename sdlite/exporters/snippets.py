@@ -30,11 +30,11 @@ scheduler = @CLASS@.from_pretrained("scheduler"@SETTINGS@)
 scheduler.set_timesteps(steps)
 generator = torch.Generator("cpu").manual_seed(seed)
 latents = torch.randn(@LATENTS@, generator=generator)
-
+@BESIDE@
 
 def finished(latents, timesteps):
     for t in timesteps:
-        sample = scheduler.scale_model_input(latents, t).numpy()
+        sample = scheduler.scale_model_input(latents, t).numpy()@SAMPLE@
         timestep = np.array(t, np.float32)
         answers = [unet(sample=sample, timestep=timestep, **c)["out_sample"] for c in conditions]
         noise = answers[0]
@@ -47,7 +47,27 @@ def finished(latents, timesteps):
     return Image.fromarray((image * 255).round().astype(np.uint8))
 
 
-finished(latents * scheduler.init_noise_sigma, scheduler.timesteps).save("image.png")
+image = finished(latents * scheduler.init_noise_sigma, scheduler.timesteps)
+@KEPT@image.save("image.png")
+"""
+# of an inpainting model: the mask, and the image without what is painted anew
+BESIDE = """
+size = (width, height)
+photo = Image.open("photo.png").convert("RGB").resize(size, Image.Resampling.LANCZOS)
+mask = Image.open("mask.png").convert("L").resize(size, Image.Resampling.LANCZOS)
+painted = np.asarray(mask) >= 128  # white
+pixels = np.asarray(photo, np.float32).transpose(2, 0, 1)[None] / 255 * 2 - 1
+pixels = np.where(painted, np.float32(0), pixels)
+encoded = load("vae_encoder")(sample=np.ascontiguousarray(pixels))
+@ENCODED@
+small = painted[None, None, ::@STRIDE@, ::@STRIDE@].astype(np.float32)
+beside = np.concatenate([small, encoded.numpy()], axis=1)
+"""
+SAMPLE = """
+        sample = np.concatenate([sample, beside], axis=1)
+"""
+KEPT = """
+image = Image.composite(image, photo, Image.fromarray(painted))  # what is not painted stays
 """
 
 EDIT = """

@@ -4,17 +4,22 @@ bench and export.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
+from PIL import Image
 
 import sdlite
 from sdlite import image_input
-from sdlite.errors import InputError
+from sdlite.errors import ExportError, InputError
+from sdlite.metrics import psnr
 
 pytest.importorskip("torch", reason="needs the torch extra")
 pytest.importorskip("diffusers", reason="needs the torch extra")
 pytest.importorskip("onnxscript", reason="needs the export extra")
 from sdlite.bench import Job, measure
+from sdlite.exporters.export import PROMPTS
 from sdlite.quant import Calibration, Gate, quantize
 from tests import folders
 
@@ -92,10 +97,72 @@ def test_bench_gives_it_what_it_needs(converted):
     assert row["size"] == [64, 64]
 
 
-def test_exports_and_distilling_refuse_it(folder, converted, tmp_path):
+@pytest.mark.parametrize(
+    ("target", "bar"), [("onnx", 90), ("openvino", 60), ("mnn", 40), ("ncnn", 40)]
+)
+def test_an_export_is_checked_by_repainting(converted, tmp_path, target, bar):
+    if target in ("mnn", "ncnn"):
+        pytest.importorskip(target.upper() if target == "mnn" else target, reason="needs it")
+    out = tmp_path / "out"
+    report = sdlite.export(
+        converted, out, target=target, prompts=["a fox"], num_inference_steps=2, threads=1
+    )
+    assert report["parity"]["psnr"][0] >= bar
+    assert not report["parity"]["edit"]
+    assert not report["not_run"]
+    assert any(9 in t["shape"] for t in report["networks"]["unet"]["inputs"])
+    if target == "onnx":
+        right = painted(converted, "onnxruntime")
+        assert closeness(painted(out, "onnxruntime"), right) >= 90
+
+
+def test_the_check_sees_an_export_without_the_image(converted, tmp_path, monkeypatch):
+    """A network that the export's runtime gives no image of what stays fails."""
+    from sdlite.exporters.targets.onnx import Onnx
+
+    run = Onnx.run
+
+    def blind(self, part, files, threads):
+        network = run(self, part, files, threads)
+        if part != "unet":
+            return network
+
+        def without(**inputs):
+            sample = inputs["sample"].copy()
+            sample[:, 5:] = 0
+            return network(**{**inputs, "sample": sample})
+
+        return without
+
+    monkeypatch.setattr(Onnx, "run", blind)
+    with pytest.raises(ExportError, match="unet SQNR"):
+        sdlite.export(converted, tmp_path / "out", target="onnx", threads=1)
+
+
+def test_the_readmes_code_repaints_as_sdlite_does(converted, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    sdlite.export(converted, out, target="onnx", num_inference_steps=1, threads=1)
+    text = (out / "README.md").read_text()
+    assert "## Edit an image" not in text
+    assert "of `photo.png` and `mask.png`" in text
+    image, mask = image_input.example(64, 64)
+    image.save(out / "photo.png")
+    mask.save(out / "mask.png")
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.S))
+    monkeypatch.chdir(out)
+    exec(compile(code, str(out), "exec"), {"__name__": "__main__"})
+    with sdlite.Pipeline.from_pretrained(out, threads=1) as pipe:
+        right = pipe(PROMPTS[0], image=image, mask_image=mask, seed=0).images[0]
+    got = np.asarray(Image.open("image.png"))
+    assert psnr(got, np.asarray(right)) > 80
+    kept = np.asarray(mask) < 128
+    assert (got[kept] == np.asarray(image)[kept]).all()
+
+
+def test_the_page_and_distilling_refuse_it(folder, converted, tmp_path):
     from sdlite.distill.teacher import Teacher
 
-    with pytest.raises(InputError, match=r"is an inpainting model.*ORTStableDiffusionInpaint"):
+    with pytest.raises(InputError, match=r"web runs .* UNet reads an image and a mask"):
         sdlite.export(converted, tmp_path / "out", target="web")
     with pytest.raises(InputError, match=r"teacher .* is an inpainting model.* distilling"):
         Teacher(folder)
