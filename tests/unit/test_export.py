@@ -82,7 +82,7 @@ def test_export_runs_on_its_runtime_and_holds_its_gate(target, tmp_path):
     assert report["parity"]["networks"]["unet"]["calls"] == 6 + 1  # an edit makes half of its steps
     assert report["parity"]["edit"][0] >= profile.load(target).gate.psnr
     assert report["left_out"] == {}
-    if target == "openvino-fp16":  # EMOJI's weights are float16: nothing else is rounded
+    if target in ("openvino-fp16", "mnn-fp16"):  # EMOJI's weights are float16: no others are
         assert report["parity"]["networks"]["unet"]["sqnr"] > 100
     on_disk = json.loads((tmp_path / "out/export-report.json").read_text())
     assert on_disk["files"].keys() == report["files"].keys()
@@ -796,6 +796,73 @@ def test_hoisted_asks_again_for_another_prompt_or_step():
         out = network(sample=np.ones(1), timestep=np.array(t), encoder_hidden_states=np.array([e]))
         assert out["out"] == 1 + t + e
     assert asked == ["time", "prompt", "time", "prompt", "prompt"]
+
+
+def test_half_arithmetic_keeps_a_timesteps_angles_in_float32(tmp_path):
+    """Of a model that computes them itself, and casts its timestep before; a product beside them
+    is rounded.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from sdlite.exporters.rewrites.float16 import to_half
+
+    frequencies = np.linspace(0.5, 1, 8, dtype=np.float32)
+    nodes = [
+        helper.make_node("Cast", ["whole"], ["cast"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node("Add", ["cast", "timestep"], ["time"], name="time"),
+        helper.make_node("Mul", ["time", "f"], ["angle"], name="angle"),
+        helper.make_node("Sin", ["angle"], ["sine"], name="sine"),
+        helper.make_node("Mul", ["sine", "g"], ["product"], name="product"),
+    ]
+    given = [
+        helper.make_tensor_value_info("whole", TensorProto.INT64, [1]),
+        helper.make_tensor_value_info("timestep", TensorProto.FLOAT, [1]),
+    ]
+    made = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [8]) for n in ("sine", "product")]
+    initializer = [numpy_helper.from_array(frequencies, n) for n in "fg"]
+    graph = helper.make_graph(nodes, "g", given, made, initializer)
+    opset = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "m.onnx")
+    half = to_half(tmp_path / "m.onnx", tmp_path / "half.onnx")
+    network = Session(str(half), "cpu", 1)
+    time = np.float32(951.3)
+    out = network(whole=np.array([900]), timestep=np.array([time - 900], np.float32))
+    np.testing.assert_allclose(out["sine"], np.sin(time * frequencies), atol=1e-3)
+    off = np.abs(out["product"] - out["sine"] * frequencies)
+    assert 1e-5 < off.max() < 1e-3
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_ncnn_computes_a_timesteps_angles_in_float32_when_asked_for_less(kept, tmp_path):
+    """And would not by itself."""
+    ncnn = pytest.importorskip("ncnn", reason="needs ncnn")
+    from sdlite.exporters.targets.ncnn import _wide_angles
+
+    frequencies = np.linspace(0.5, 1, 8, dtype=np.float32)
+    lines = [
+        "7767517",
+        "5 5",
+        "Input in0 0 1 in0",
+        "MemoryData f 0 1 1 0=8",
+        "BinaryOp angle 2 1 in0 1 2 0=2",
+        "UnaryOp sine 1 1 2 3 0=9",
+        "Swish out 1 1 3 out0",
+        "",
+    ]
+    param = "\n".join(lines)
+    (tmp_path / "m.param").write_text(_wide_angles(param) if kept else param)
+    (tmp_path / "m.bin").write_bytes(frequencies.tobytes())
+    net = ncnn.Net()
+    net.opt.use_bf16_storage = True  # as float16 on a phone, with fewer bits
+    assert net.load_param(str(tmp_path / "m.param")) == 0
+    assert net.load_model(str(tmp_path / "m.bin")) == 0
+    time = np.float32(951.3)
+    with net.create_extractor() as run:
+        run.input("in0", ncnn.Mat(np.array([time])).clone())
+        made = np.array(run.extract("3")[1])
+    error = np.abs(made - np.sin(time * frequencies)).max()
+    assert error < 1e-3 if kept else error > 0.1
 
 
 def test_half_arithmetic_leaves_norms_in_float32(tmp_path):

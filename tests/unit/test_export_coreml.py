@@ -21,6 +21,31 @@ class Masked(torch.nn.Module):
         )  # the mask of transformers 5: `where` with a number
 
 
+class Timed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 4)
+
+    def forward(self, timestep):
+        angle = timestep[:, None].float() * torch.linspace(0.5, 1, 4)
+        return self.linear(torch.cat([angle.sin(), angle.cos()], -1))
+
+
+@pytest.mark.parametrize(("kept", "half"), [(True, "fp32"), (False, "fp16")])
+def test_float16_leaves_a_timesteps_angles_in_float32(kept, half):
+    """And coremltools' own float16 does not."""
+    program = torch.export.export(Timed(), (torch.zeros(1),)).run_decompositions({})
+    precision = coreml._half(ct) if kept else ct.precision.FLOAT16
+    inputs = [ct.TensorType(name="timestep", shape=(1,))]
+    made = ct.convert(program, inputs=inputs, convert_to="milinternal", compute_precision=precision)
+    kinds = {}
+    for op in made.functions["main"].operations:
+        kinds.setdefault(op.op_type, set()).add(op.outputs[0].dtype)
+    angles = {kind.__name__ for name in ("sin", "cos", "mul") for kind in kinds[name]}
+    assert angles == {half}
+    assert {kind.__name__ for kind in kinds["linear"]} == {"fp16"}
+
+
 def test_where_with_a_number_is_the_mask_that_torch_makes():
     coreml._teach()
     program = torch.export.export(Masked(), (torch.zeros(4, 4),)).run_decompositions({})

@@ -13,7 +13,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from sdlite.errors import ExportError
-from sdlite.exporters.rewrites.float16 import FLOAT32
+from sdlite.exporters.rewrites.float16 import FLOAT32, before_sines
 from sdlite.onnx_graph import Graph
 
 BFLOAT_CONV = 22  # the first opset whose Conv and normalizations take bfloat16
@@ -52,21 +52,9 @@ def to_bfloat(graph: Path, out: Path, *, rounded: bool = False) -> Path:
 
 
 def _wide(graph: Graph) -> set[str]:
-    """Names of nodes that stay float32: see `FLOAT32`, what makes constants, and all that leads to
-    a sine (8 bits do not tell steps apart).
-    """
-    producers = graph.producers()
-    out = {n.name for n in graph.nodes if n.op_type in (*FLOAT32, *CONSTANTS)}
-    ahead = [n for n in graph.nodes if n.op_type in ("Sin", "Cos")]
-    while ahead:
-        ahead = [
-            producers[x]
-            for n in ahead
-            for x in n.input
-            if x in producers and producers[x].name not in out
-        ]
-        out |= {n.name for n in ahead}
-    return out
+    """Names of nodes that stay float32: see `FLOAT32`, what makes constants, and `before_sines`."""
+    kept = {n.name for n in graph.nodes if n.op_type in (*FLOAT32, *CONSTANTS)}
+    return kept | before_sines(graph.nodes)
 
 
 class _Typing:

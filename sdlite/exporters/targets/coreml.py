@@ -7,11 +7,11 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -105,7 +105,7 @@ class CoreML(Target[Options]):
                 program,
                 inputs=inputs,
                 outputs=[ct.TensorType(name=t.name, dtype=np.float32) for t in spec.outputs],
-                compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
+                compute_precision=_half(ct) if half else ct.precision.FLOAT32,
                 minimum_deployment_target=deployed,
                 skip_model_load=True,
             )
@@ -131,6 +131,31 @@ class CoreML(Target[Options]):
     def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
         """Not here."""
         raise NotRunnable("Core ML runs on Apple's systems only")
+
+
+def _half(ct: ModuleType) -> object:
+    """float16 but for what reaches a sine or a cosine: see `float16.before_sines`."""
+    wide: dict[int, set[str]] = {}  # of each block
+
+    def narrow(op: Any) -> bool:
+        block = op.enclosing_block
+        if id(block) not in wide:
+            wide[id(block)] = _sines(block.operations)
+        return op.name not in wide[id(block)]
+
+    return ct.transform.FP16ComputePrecision(op_selector=narrow)
+
+
+def _sines(operations: Iterable[Any]) -> set[str]:
+    """Names of the sines and cosines of a block, and of what leads to them."""
+    ahead = [op for op in operations if op.op_type in ("sin", "cos")]
+    out: set[str] = set()
+    while ahead:
+        out |= {op.name for op in ahead}
+        given = [v for op in ahead for v in op.inputs.values()]
+        flat = [v for x in given for v in (x if isinstance(x, (list, tuple)) else (x,))]
+        ahead = [v.op for v in flat if v.op is not None and v.op.name not in out]
+    return out
 
 
 def _teach() -> None:

@@ -48,6 +48,31 @@ def load(part):
 # The library behind `mnnconvert`. That command itself installs a logging SDK by pip when it is
 # missing, and sends what was converted to its maker.
 CONVERTER = "import sys, _tools; _tools.mnnconvert(sys.argv)"
+# The converter's --fp16 rounds all constants, scales of attention and frequencies of timesteps too:
+# those of a model without it are put in their place. Its weights are of no interest, and small.
+EXACT = """
+import sys
+import numpy as np
+from MNN import expr
+
+exact, halved, most, *outputs = sys.argv[1:]
+
+
+def small(path):
+    model = expr.load_as_dict(path)
+    found = {k: v for k, v in model.items() if v.op_type == "Const" and v.size < int(most)}
+    return model, {k: v for k, v in found.items() if v.dtype == expr.float}
+
+
+_, right = small(exact)
+model, rounded = small(halved)
+for name in right.keys() & rounded.keys():
+    values = np.array(right[name].read(), np.float32)
+    new = expr.const(values.ravel().tolist(), list(values.shape), right[name].data_format)
+    rounded[name].replace(new)
+expr.save([model[name] for name in outputs], halved)
+"""
+_SMALL = 256  # numbers: constants of fewer stay float32, as in our own graphs
 
 
 class MNN(Target[NoOptions]):
@@ -68,22 +93,40 @@ class MNN(Target[NoOptions]):
         Raises:
             ExportError: the converter refuses it.
         """
-        made = (out / "model.mnn").absolute()
-        files = ["--modelFile", str(graph.absolute()), "--MNNModel", str(made)]
-        command = [sys.executable, "-c", CONVERTER, "-f", "ONNX", *files, "--bizCode", "sdlite"]
-        if self.precision(part) == "fp16":
-            command.append("--fp16")
-        # It keeps weights in a file of the working folder: two conversions in one mix them up.
-        with scratch("mnn") as own:
-            done = subprocess.run(command, capture_output=True, text=True, cwd=own)
-        if done.returncode or not made.exists():
-            words = (done.stdout + done.stderr).strip().splitlines()[-3:]
-            raise ExportError(f"MNN's converter refused {part}: {' '.join(words)[:300]}")
-        return [out / made.name]
+        made = out / "model.mnn"
+        if self.precision(part) == "fp32":
+            return [_converted(part, graph, made)]
+        with scratch("mnn") as aside:
+            exact = _converted(part, graph, aside / "exact.mnn", "--weightQuantBits", "8")
+            halved = _converted(part, graph, made, "--fp16")
+            outputs = [t.name for t in self.specs[part].outputs]
+            _ran(part, halved, EXACT, str(exact), str(halved.absolute()), str(_SMALL), *outputs)
+        return [halved]
 
     def run(self, part: str, files: Sequence[Path], threads: int | None) -> Network:
         """The network on this machine's CPU."""
         return _Network(files[0], self.specs[part], threads)
+
+
+def _converted(part: str, graph: Path, made: Path, *options: str) -> Path:
+    files = ["--modelFile", str(graph.absolute()), "--MNNModel", str(made.absolute())]
+    _ran(part, made, CONVERTER, "-f", "ONNX", *files, "--bizCode", "sdlite", *options)
+    return made
+
+
+def _ran(part: str, made: Path, code: str, *words: str) -> None:
+    """Run `code`, which makes `made`, in a process of its own.
+
+    Raises:
+        ExportError: it did not.
+    """
+    # It keeps weights in a file of the working folder: two conversions in one mix them up.
+    with scratch("mnn") as own:
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=own)
+    if done.returncode or not made.exists():
+        said = (done.stdout + done.stderr).strip().splitlines()[-3:]
+        raise ExportError(f"MNN's converter refused {part}: {' '.join(said)[:300]}")
 
 
 class _Network:

@@ -54,6 +54,8 @@ def load(part):
     return network
 """
 _HALF = 0x01306B47  # ncnn's tag of float16 weights; 0 is plain float32
+# `featmask` of a layer: no float16 arithmetic (1) or storage (2), no bfloat16 (4), no Vulkan (16)
+_FLOAT32 = "31=23"
 _LACKING = {"Gather", "Shape", "Where", "Expand"}  # what pnnx may leave and ncnn does not have
 
 
@@ -112,6 +114,7 @@ class Ncnn(Target[Options]):
                 words = (done.stdout + done.stderr).strip()[-300:]
                 raise ExportError(f"pnnx refused {part}: {words}")
             layers, data = _embed(param.read_text(), weights.read_bytes(), half=half)
+            layers = _wide_angles(layers)
         if unknown := sorted({line.split()[0] for line in layers.splitlines()[2:]} & _LACKING):
             raise ExportError(
                 f"pnnx left {', '.join(unknown)} in {part}, which ncnn does not have."
@@ -172,6 +175,32 @@ def _embed(param: str, data: bytes, *, half: bool) -> tuple[str, bytes]:
         else struct.pack("<I", 0) + weights.tobytes()
     )
     return "\n".join([magic, f"{layer_count - 1} {blob_count - 1}", *lines, ""]), head + data[size:]
+
+
+def _wide_angles(param: str) -> str:
+    """What leads to a sine or a cosine in float32, on the CPU, whatever the program asks ncnn for
+    (its own default is float16 arithmetic where there is any): see `float16.before_sines`.
+    """
+    magic, counts, *lines = param.splitlines()
+    layers = [_Layer(line.split()) for line in lines]
+    makers = {blob: layer for layer in layers for blob in layer.made}
+    ahead = [layer for layer in layers if layer.is_sine]
+    while ahead:
+        for layer in ahead:
+            layer.words.append(_FLOAT32)
+        found = [makers[blob] for layer in ahead for blob in layer.read]
+        ahead = [m for m in dict.fromkeys(found) if _FLOAT32 not in m.words and m.kind != "Input"]
+    return "\n".join([magic, counts, *(" ".join(layer.words) for layer in layers), ""])
+
+
+class _Layer:
+    """A line of a .param: kind, name, counts of blobs, what is read, what is made, parameters."""
+
+    def __init__(self, words: list[str]):
+        self.words, self.kind = words, words[0]
+        first = 4 + int(words[2])
+        self.read, self.made = words[4:first], words[first : first + int(words[3])]
+        self.is_sine = self.kind == "UnaryOp" and bool({"0=9", "0=10"} & {*words[first:]})
 
 
 def _padded(raw: bytes) -> bytes:
