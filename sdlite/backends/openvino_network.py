@@ -73,6 +73,16 @@ def _narrowest(graph: ov.Model) -> int:
     )
 
 
+def _keep_angles(graph: ov.Model) -> None:
+    """In place: sines and cosines are answers of the graph too, for what leads to an answer without
+    a layer of weights stays float32. The angles of a timestep are up to 1000 radians, which
+    bfloat16 tells apart by four; diffusers computes them in float32 in every precision.
+    """
+    found = [n.output(0) for n in graph.get_ops() if n.get_type_name() in ("Sin", "Cos")]
+    if found:
+        graph.add_outputs(found)
+
+
 def _active(graph: ov.Model) -> int:
     """Bytes that a compiled graph of fixed shapes holds for its tensors, about: 3.1 to 3.4 times
     the largest answer of a convolution (embedded decoder, 1024 and 2048 px). Attention's maps are
@@ -248,6 +258,7 @@ class CompiledNetwork:
             "cpu": [cpu.name(), sorted(cpu.features()), os.cpu_count()],
             "options": {k: str(v) for k, v in options.items()},
             "shapes": shapes,
+            "angles": "float32",
         }
 
     def _compile(self, shapes: dict[str, list[int]]) -> tuple[ov.InferRequest, int]:
@@ -261,8 +272,10 @@ class CompiledNetwork:
             if graph.is_dynamic():
                 graph.reshape(shapes)
             active = _active(graph)
-            if self.half and self.name == "CPU" and _narrowest(graph) < NARROW:
-                options = {**options, "SNIPPETS_MODE": "DISABLE"}
+            if self.half and self.name == "CPU":
+                _keep_angles(graph)
+                if _narrowest(graph) < NARROW:
+                    options = {**options, "SNIPPETS_MODE": "DISABLE"}
             size = sum(f.stat().st_size for f in self.files) if self.hashes else 0
             with (
                 compiled.kept(self._key(options, shapes), size) if self.hashes else nullcontext()

@@ -4,6 +4,7 @@ of any.
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -155,6 +156,37 @@ def test_half_precision_of_fixed_shapes_is_right_at_narrow_feature_maps(px, monk
         assert fused < 15, "OpenVINO is right here now: NARROW is not needed"
     else:
         assert fused > 25
+
+
+@NATIVE
+@pytest.mark.parametrize("kept", [True, False])
+def test_half_precision_tells_timesteps_apart(kept, tmp_path, monkeypatch):
+    """And does not by itself: of random weights, that read every frequency, 21 to 28 dB."""
+    pytest.importorskip("diffusers", reason="needs the torch extra")
+    pytest.importorskip("onnxscript", reason="needs the export extra")
+    from sdlite.backends import openvino_network as openvino
+    from tests import folders
+
+    if not kept:
+        monkeypatch.setattr(openvino, "_keep_angles", lambda graph: None)
+    folders.write(tmp_path / "model")
+    sdlite.convert(tmp_path / "model", tmp_path / "onnx")
+    config = json.loads((tmp_path / "onnx/unet/config.json").read_text())
+    graph = str(tmp_path / "onnx/unet/model.onnx")
+    exact, network = (
+        openvino.CompiledNetwork(graph, "unet", "cpu", 1, "fp32", arithmetic)
+        for arithmetic in ("float32", "bfloat16")
+    )
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(1, 77, config["cross_attention_dim"])).astype(np.float32)
+    sample = rng.normal(size=(1, config["in_channels"], 16, 16)).astype(np.float32)
+    found = []
+    for t in (1, 601, 951.3, 999):
+        given = {"timestep": np.array(t, np.float32), "encoder_hidden_states": text}
+        want, got = (n(sample=sample, **given)["out_sample"] for n in (exact, network))
+        found.append(10 * np.log10(np.square(want).sum() / np.square(got - want).sum()))
+    assert found[0] > 34
+    assert min(found) > 34 if kept else min(found) < 30
 
 
 def test_pages_of_weights_are_let_go_and_read_again(tmp_path):
