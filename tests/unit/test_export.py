@@ -833,6 +833,44 @@ def test_half_arithmetic_keeps_a_timesteps_angles_in_float32(tmp_path):
     assert 1e-5 < off.max() < 1e-3
 
 
+@pytest.mark.parametrize(("kind", "time"), [(np.float32, 951.3), (np.float16, 999)])
+def test_angles_in_digits_are_those_of_the_timestep(kind, time, tmp_path):
+    """Where there is float16 alone, whose product is half a radian off."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    from onnx.reference import ReferenceEvaluator
+
+    from sdlite.exporters.rewrites.angles import in_digits
+
+    frequencies = np.linspace(0.5, 1, 64, dtype=np.float32)
+    nodes = [
+        helper.make_node("Mul", ["t", "f"], ["angle"], name="angle"),
+        helper.make_node("Sin", ["angle"], ["sine"], name="sine"),
+        helper.make_node("Cos", ["angle"], ["cosine"], name="cosine"),
+        helper.make_node("Concat", ["sine", "cosine"], ["out"], name="out", axis=0),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("t", "out")]
+    initializer = [numpy_helper.from_array(frequencies, "f")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], initializer)
+    onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
+
+    def off(path):
+        model = onnx.load(path)
+        for i in model.graph.initializer:
+            i.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(i).astype(kind), i.name))
+        (made,) = ReferenceEvaluator(model).run(None, {"t": np.array([time], kind)})
+        angles = np.float64(kind(time)) * frequencies
+        return np.abs(made - np.concatenate([np.sin(angles), np.cos(angles)])).max()
+
+    apart = in_digits(tmp_path / "m.onnx")
+    assert off(apart) < (1e-4 if kind == np.float32 else 0.03)
+    assert kind == np.float32 or off(tmp_path / "m.onnx") > 0.1
+    del graph.node[1:]
+    graph.output[0].name = "angle"
+    onnx.save(helper.make_model(graph), tmp_path / "none.onnx")
+    assert in_digits(tmp_path / "none.onnx") == tmp_path / "none.onnx"
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_ncnn_computes_a_timesteps_angles_in_float32_when_asked_for_less(kept, tmp_path):
     """And would not by itself."""

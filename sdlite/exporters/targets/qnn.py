@@ -21,6 +21,7 @@ from sdlite.backends import Network
 from sdlite.errors import ExportError, InputError
 from sdlite.exporters.profile import assets
 from sdlite.exporters.rewrites import a16w8
+from sdlite.exporters.rewrites.angles import in_digits
 from sdlite.exporters.targets.base import Facts, Graphs, Runtime, Target
 from sdlite.io import scratch
 from sdlite.onnx_graph import Graph, Layer
@@ -144,6 +145,10 @@ class QNN(Target[Options]):
         more = {str(k): v for k, v in self.options.keep_float.items()}.get(part, ())
         keep = [*own.get(part, KEEP_FLOAT.get(part, ())), *more]
         return a16w8.choose(graph, Graph.load(artifact.graph("fp32", part)), integer, keep)
+
+    def prepare(self, part: str, graph: Path) -> Path:
+        """A timestep's angles in what float16 holds."""
+        return in_digits(graph)
 
     def convert(self, part: str, graph: Path, out: Path) -> list[Path]:
         """ONNX to a context binary.
