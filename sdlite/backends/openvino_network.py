@@ -73,6 +73,19 @@ def _narrowest(graph: ov.Model) -> int:
     )
 
 
+def _mark_stored(graph: ov.Model) -> None:
+    """In place: casts of float16 weights are marked as decompression, as `ov.save_model` marks
+    them. Unmarked they are folded, and the weights are held twice in float32 (also beside those in
+    bfloat16).
+    """
+    for node in graph.get_ops():
+        if node.get_type_name() != "Convert":
+            continue
+        stored = node.input_value(0).get_node()
+        if stored.get_type_name() == "Constant" and stored.get_element_type() == ov.Type.f16:
+            node.get_rt_info()["decompression_0"] = ""
+
+
 def _keep_angles(graph: ov.Model) -> None:
     """In place: sines and cosines are answers of the graph too, for what leads to an answer without
     a layer of weights stays float32. The angles of a timestep are up to 1000 radians, which
@@ -233,11 +246,13 @@ class CompiledNetwork:
         try:
             with _in_one_folder(self.files) as path:
                 self.mapped = path.parent
-                return self.core.read_model(str(path))
+                graph = self.core.read_model(str(path))
         except OSError:
             raise
         except Exception as e:  # openvino raises RuntimeError and its own types
             raise self._damaged(e) from e
+        _mark_stored(graph)
+        return graph
 
     def _damaged(self, e: Exception) -> ArtifactError:
         return ArtifactError(
@@ -258,7 +273,7 @@ class CompiledNetwork:
             "cpu": [cpu.name(), sorted(cpu.features()), os.cpu_count()],
             "options": {k: str(v) for k, v in options.items()},
             "shapes": shapes,
-            "angles": "float32",
+            "marks": ["float16 weights", "angles in float32"],  # of ours, in the graph
         }
 
     def _compile(self, shapes: dict[str, list[int]]) -> tuple[ov.InferRequest, int]:

@@ -5,6 +5,8 @@ of any.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -187,6 +189,50 @@ def test_half_precision_tells_timesteps_apart(kept, tmp_path, monkeypatch):
         found.append(10 * np.log10(np.square(want).sum() / np.square(got - want).sum()))
     assert found[0] > 34
     assert min(found) > 34 if kept else min(found) < 30
+
+
+HELD = """
+import sys
+from pathlib import Path
+import numpy as np
+from sdlite.backends import openvino_network as openvino
+
+path, marked = sys.argv[1:]
+held = lambda: int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) >> 10
+core = openvino.core()
+before, graph = held(), core.read_model(path)
+if marked == "True":
+    openvino._mark_stored(graph)
+options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+network = core.compile_model(graph, "CPU", options)
+del graph
+network(np.ones((16, 4096), np.float32))
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: not Linux")
+@pytest.mark.parametrize("marked", [True, False])
+def test_float16_weights_are_held_once_in_float32(marked, tmp_path):
+    """And twice by OpenVINO itself: of 64 MiB in float32."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = np.ones((4096, 4096), np.float16)
+    nodes = [
+        helper.make_node("Cast", ["w.f16"], ["w"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [16, 4096]) for n in "xy"]
+    initializer = [numpy_helper.from_array(weights, "w.f16")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], initializer)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    path = tmp_path / "m.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location="m.data")
+    command = [sys.executable, "-c", HELD, str(path), str(marked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    held = int(done.stdout.split()[-1])
+    assert 64 <= held < 110 if marked else held >= 120
 
 
 def test_pages_of_weights_are_let_go_and_read_again(tmp_path):
