@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.env import environment
 from benchmarks.run import model_folder
+from sdlite.memory import peak_mib
 
 RESULTS = Path(__file__).parent / "results" / "quantise.jsonl"
 PROMPTS = Path(__file__).parents[1] / "export" / "calibration"
@@ -112,7 +112,7 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "seconds": seconds,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
         "stray_files": stray,
         "networks": networks,
         "engines": report["engines"],

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ import numpy as np
 from benchmarks.cases import SETTINGS, SUITES, Case
 from benchmarks.env import environment
 from benchmarks.peers import load, model_folder, plain_folder, prepare, weight_bytes
+from sdlite.memory import peak_mib
 
 __all__ = ["main", "model_folder"]
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
@@ -94,7 +94,7 @@ def worker(case: Case, path: Path, plain: Path, picture: Path) -> dict[str, Any]
     }
     if stages[0]:
         row["stage_seconds"] = {k: float(np.median([s[k] for s in stages])) for k in stages[0]}
-    row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    row["peak_mib"] = peak_mib()
     return row | {"bytes": weight_bytes(case, path), "parameters": parameters(plain)}
 
 

@@ -5,6 +5,7 @@ memory: the engine keeps a packed copy, and the file keeps the original.
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -107,8 +108,13 @@ def is_memory(error: Exception) -> bool:
 
 def peak_mib(children: bool = False) -> float | None:
     """Largest resident set of this process, or of the largest process that it waited for, where the
-    system tells.
+    system tells. Of the latter Linux counts what this process had when it started it.
     """
+    status = Path("/proc/self/status")
+    if not children and status.exists():  # `ru_maxrss` begins with what the parent process had
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) / 1024
     try:
         import resource
     except ModuleNotFoundError:  # Windows

@@ -5,6 +5,8 @@ left behind.
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 
 import pytest
 
@@ -196,3 +198,13 @@ def test_an_unsupported_operator_is_an_error_of_every_converter(tmp_path, name, 
     ):
         target.convert("vae_decoder", mystery(tmp_path), tmp_path / "out")
     assert "Traceback" not in str(e.value)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="not Linux")
+def test_a_process_has_a_peak_of_its_own():
+    """Linux's `ru_maxrss` begins with that of the process that started it."""
+    own = "from sdlite.memory import peak_mib; print(peak_mib())"
+    code = "import subprocess, sys; x = bytearray(300 << 20); x[::4096] = b'1' * (len(x) // 4096)"
+    code += f"; subprocess.run([sys.executable, '-c', {own!r}], check=True)"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5 < float(made.stdout) < 150

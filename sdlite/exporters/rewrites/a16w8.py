@@ -23,7 +23,7 @@ from onnx import NodeProto, helper
 from sdlite import image_input
 from sdlite.backends import RowByRow
 from sdlite.exporters import parity
-from sdlite.instrument import NamedOutputs, Watched, with_networks
+from sdlite.instrument import NamedOutputs, Watched, asked, with_networks
 from sdlite.onnx_graph import Graph, Layer, constant
 from sdlite.pipeline import Pipeline
 from sdlite.quant.observe import Histogram, choose_range
@@ -66,6 +66,7 @@ def observe(
 ) -> dict[str, dict[str, Range]]:
     """Ranges of the layers' inputs and outputs, zero included, while the pipeline makes images of
     `prompts` (seed 1000 + i for prompt i), and edits them: the decoder is given other latents then.
+    The images of an inpainting model are edits already.
 
     Args:
         graphs: part -> graph of batch 1.
@@ -89,12 +90,14 @@ def observe(
         watched[p] = RowByRow(Watched(pipe.artifact.spec(p), session, visit))
     made = with_networks(pipe, watched)
     call = cast(parity.CallArguments, arguments)
-    strength = parity.edit_strength(pipe, call) if "vae_encoder" in watched else None
+    given = asked(pipe, arguments.get("height"), arguments.get("width"))
+    edits = "vae_encoder" in watched and not given
+    strength = parity.edit_strength(pipe, call) if edits else None
     for i, prompt in enumerate(prompts):
-        done = made(prompt, seed=1000 + i, **arguments)
+        done = made(prompt, seed=1000 + i, **arguments, **given)
         if strength is not None:
             made(prompt, seed=1000 + i, image=done.images[0], strength=strength, **arguments)
-        elif "vae_encoder" in watched:
+        elif edits:
             watched["vae_encoder"](sample=image_input.pixels(done.images))
     return {p: {t: choose_range(h, "min-max") for t, h in seen[p].items()} for p in graphs}
 
