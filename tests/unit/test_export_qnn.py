@@ -196,35 +196,6 @@ def test_ranges_are_those_of_an_edit_too(tmp_path, monkeypatch, emoji, encoder, 
     assert seen.count((f"vae_decoder/{layers['vae_decoder']['first'].input}", latents)) == calls
 
 
-def test_ranges_of_an_inpainting_model_are_those_of_repainting(tmp_path):
-    """It has to have an image and a mask; its images are edits already."""
-    import sdlite
-    from sdlite.exporters.rewrites.fixed_shapes import fix
-    from tests import folders
-
-    pytest.importorskip("onnxscript", reason="needs the export extra")
-    folders.write(tmp_path / "model", unet={"in_channels": 9})
-    index = tmp_path / "model/model_index.json"
-    folders.configure(index, _class_name="StableDiffusionInpaintPipeline")
-    sdlite.convert(tmp_path / "model", tmp_path / "onnx")
-    pipe = sdlite.Pipeline.from_pretrained(tmp_path / "onnx", threads=1)
-    side, words = pipe.unet_config["sample_size"], pipe.tokenizer.max_length
-    text = (1, words, pipe.unet_config["cross_attention_dim"])
-    sample = (1, 9, side, side)
-    shapes = {
-        "text_encoder": {"input_ids": (1, words)},
-        "unet": {"sample": sample, "timestep": (), "encoder_hidden_states": text},
-        "vae_decoder": {"latent_sample": (1, pipe.channels, side, side)},
-        "vae_encoder": {"sample": (1, 3, side * pipe.stride, side * pipe.stride)},
-    }
-    original = {p: Graph.load(pipe.artifact.graph("fp32", p)) for p in shapes}
-    fixed = {p: Graph.load(fix(g, shapes[p], tmp_path / f"{p}.onnx")) for p, g in original.items()}
-    layers = {p: {"first": g.layers()[0]} for p, g in fixed.items()}
-    call = {"num_inference_steps": 2, "sampler": pipe.artifact.sampler_name}
-    ranges = a16w8.observe(fixed, layers, pipe, ["a house"], tmp_path, 1, **call)
-    assert all(low < 0 < high for found in ranges.values() for low, high in found.values())
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -159,6 +159,30 @@ def test_the_readmes_code_repaints_as_sdlite_does(converted, tmp_path, monkeypat
     assert (got[kept] == np.asarray(image)[kept]).all()
 
 
+def test_integer_ranges_for_an_npu_are_those_of_repainting(converted, tmp_path):
+    """A call has to have an image and a mask; its images are edits already."""
+    from sdlite.exporters.rewrites import a16w8
+    from sdlite.exporters.rewrites.fixed_shapes import fix
+    from sdlite.onnx_graph import Graph
+
+    with sdlite.Pipeline.from_pretrained(converted, backend="onnxruntime", threads=1) as pipe:
+        side, words = pipe.unet_config["sample_size"], pipe.tokenizer.max_length
+        text = (1, words, pipe.unet_config["cross_attention_dim"])
+        sample = (1, 9, side, side)
+        shapes = {
+            "text_encoder": {"input_ids": (1, words)},
+            "unet": {"sample": sample, "timestep": (), "encoder_hidden_states": text},
+            "vae_decoder": {"latent_sample": (1, pipe.channels, side, side)},
+            "vae_encoder": {"sample": (1, 3, side * pipe.stride, side * pipe.stride)},
+        }
+        own = {p: Graph.load(pipe.artifact.graph("fp32", p)) for p in shapes}
+        fixed = {p: Graph.load(fix(g, shapes[p], tmp_path / f"{p}.onnx")) for p, g in own.items()}
+        layers = {p: {"first": g.layers()[0]} for p, g in fixed.items()}
+        call = {"num_inference_steps": 2, "sampler": pipe.artifact.sampler_name}
+        ranges = a16w8.observe(fixed, layers, pipe, ["a house"], tmp_path, 1, **call)
+    assert all(low < 0 < high for found in ranges.values() for low, high in found.values())
+
+
 def test_the_page_and_distilling_refuse_it(folder, converted, tmp_path):
     from sdlite.distill.teacher import Teacher
 
